@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python 3.11-3.13:
+#   make demo   set up, stream a video of two garment changes, say where it is
+#   make test   set up and run every test
+PYTHON ?= python3
+TORCH ?= torch==2.13.0   # only the parity tests need it
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+
+.PHONY: demo test test-fast lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m launch.sample --out out/demo.mp4
+
+test: $(VENV)/.test lint
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: setup.py | $(BIN)/python
+	$(PIP) install -e ".[video]"
+	touch $@
+
+# torch first and by its exact version, so that a CPU build that is already at hand is taken
+$(VENV)/.test: setup.py | $(BIN)/python
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -e ".[video,runway,train,parity,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out runs

@@ -1,0 +1,1 @@
+"""Tables that carry public PyTorch checkpoints into this code base and back."""

@@ -1,0 +1,59 @@
+"""Packaging. The core runs inference anywhere JAX runs; everything heavier is an extra, and torch is in the parity extra only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "chameleon_jax/__init__.py").read_text()).group(1)
+
+CORE = [
+    "jax>=0.10,<0.12",
+    "flax>=0.12.8,<0.13",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12,<0.13",
+    "chex>=0.1.91",
+    "einops>=0.8",
+    "ml-collections>=1.1",
+    "tensorflow-datasets>=4.9.10",
+    "grain>=0.2.18",
+    "absl-py>=2.1",
+    "safetensors>=0.5",
+    "tokenizers>=0.21",
+    "ftfy>=6.3",
+    "pillow>=11.0",
+    "tqdm>=4.66",
+]
+EXTRAS = {
+    "cuda13": ["jax[cuda13]>=0.10,<0.12"],
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "video": ["av>=14.0"],
+    "runway": ["numba>=0.62", "av>=14.0"],
+    "train": ["array-record>=0.8", "tensorboardX>=2.6.4"],
+    "parity": ["torch>=2.6", "diffusers>=0.42,<0.43", "transformers>=5,<6", "sentencepiece>=0.2"],
+    "dev": ["pytest>=8.0", "ruff>=0.14"],
+}
+
+setup(
+    name="chameleon-jax",
+    version=VERSION,
+    description="Real-time, interactive garment video in JAX",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["chameleon_jax*", "configs*", "launch*", "converters*"]),
+    include_package_data=True,
+    package_data={"chameleon_jax": ["assets/**/*"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
