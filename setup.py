@@ -31,7 +31,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "video": ["av>=14.0"],
     "runway": ["numba>=0.62", "av>=14.0"],
-    "train": ["array-record>=0.8", "tensorboardX>=2.6.4"],
+    # importlib-resources: tensorflow-datasets 4.9.10 imports it without asking for it
+    "train": ["array-record>=0.8", "importlib-resources>=6.0", "tensorboardX>=2.6.4"],
     "parity": ["torch>=2.6", "diffusers>=0.42,<0.43", "transformers>=5,<6", "sentencepiece>=0.2"],
     "dev": ["pytest>=8.0", "ruff>=0.14"],
 }

@@ -1,0 +1,158 @@
+"""Attention: one function in front of the kernels, and the plainest way to run the transformer.
+
+    cudnn    NVIDIA: flash attention of cuDNN, bfloat16 and float16 only
+    splash   TPU: Pallas splash attention
+    xla      everywhere: two products and a softmax, the logits in memory
+
+Softmax is taken in float32 everywhere. A transformer block calls attention through a callable
+
+    attend(q_blnd, k_blnd, v_blnd, layer_cache) -> (out_blnd, layer_cache)
+
+in which q and k are normalised and not yet rotated. Which keys a query sees, and at which positions, is the callable's
+business: `bidirectional` here, `teacher_forcing` in masks.py, `prefilling` and `streaming` in cache.py.
+
+Axes: b batch, l query tokens, s key tokens, n heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from chameleon_jax.attention.positions import Rope, apply_rope
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+BACKENDS = ("cudnn", "splash", "xla")
+# What must be installed for a backend; any one of them will do.
+NEEDS = {"cudnn": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "splash": ("libtpu",), "xla": ()}
+HOW_TO_INSTALL = {"cudnn": "pip install 'jax[cuda13]'", "splash": "pip install 'jax[tpu]'"}
+
+SPLASH_QUERIES, SPLASH_KEYS = 512, 1024  # tokens of a tile; arrays are padded up to whole tiles
+LANES = 128  # minor tile size of a TPU
+
+
+class BackendError(ValueError):
+    """An attention backend is unknown, not installed, or cannot take these arrays. The message says what to do."""
+
+
+def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
+    """The backend to use: as asked for, or by the platform that JAX runs on.
+
+    Left to choose, float32 on NVIDIA goes to XLA: cuDNN has no flash attention for it.
+
+    Raises:
+      BackendError: what was asked for does not exist, is not installed, or cannot compute in `dtype`.
+    """
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if backend is None:
+        device = jax.devices()[0]
+        if device.platform == "tpu":
+            return "splash"
+        return "cudnn" if half and "cuda" in device.client.platform_version.lower() else "xla"
+    if backend not in BACKENDS:
+        raise BackendError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if NEEDS[backend] and not any(_installed(name) for name in NEEDS[backend]):
+        raise BackendError(
+            f"attention backend {backend!r} was asked for but is not installed:"
+            f" {HOW_TO_INSTALL[backend]}, or choose 'xla'"
+        )
+    if backend == "cudnn" and not half:
+        raise BackendError(f"attention backend 'cudnn' computes in bfloat16 or float16, not {jnp.dtype(dtype).name}")
+    return backend
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
+
+def attention(
+    q_blnd: jax.Array,
+    k_bsnd: jax.Array,
+    v_bsnd: jax.Array,
+    *,
+    kv_length: jax.Array | int | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """softmax(q k / sqrt(d)) v over the first `kv_length` keys.
+
+    Args:
+      q_blnd: queries.
+      k_bsnd: keys, rotated like the queries; dtype of the queries.
+      v_bsnd: values.
+      kv_length: how many keys count, from the front; at least 1. May be traced. None means all.
+      backend: "cudnn", "splash", "xla", or None to choose by platform.
+
+    Returns:
+      [b, l, n, d] in the dtype of the queries.
+
+    Raises:
+      BackendError: see `choose_backend`.
+    """
+    function = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}[choose_backend(backend, q_blnd.dtype)]
+    return function(q_blnd, k_bsnd, v_bsnd, kv_length)
+
+
+def bidirectional(rope: Rope, *, backend: str | None = None) -> Attend:
+    """Every token sees every token; the layer cache passes through."""
+
+    def attend(q, k, v, layer_cache):
+        return attention(apply_rope(q, rope), apply_rope(k, rope), v, backend=backend), layer_cache
+
+    return attend
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
+    logits = jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if kv_length is not None:
+        logits = jnp.where(jnp.arange(k.shape[1]) < kv_length, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnls,bsnd->blnd", weights, v)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
+    lengths = None if kv_length is None else jnp.full(q.shape[:1], kv_length, jnp.int32)
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
+    """Splash attention has no scale, wants heads in front, whole tiles and heads of whole lanes."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+    length, keys, heads, head_dim = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+    block_l = min(SPLASH_QUERIES, _round_up(length, LANES))
+    block_s = min(SPLASH_KEYS, _round_up(keys, LANES))
+    padded_l, padded_s = _round_up(length, block_l), _round_up(keys, block_s)
+
+    def lay_out(x: jax.Array, tokens: int) -> jax.Array:
+        more = ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, -head_dim % LANES))
+        return jnp.pad(x, more).transpose(0, 2, 1, 3)
+
+    sizes = splash.BlockSizes(
+        block_q=block_l, block_kv=block_s, block_kv_compute=block_s, block_q_dkv=block_l, block_kv_dkv=block_s,
+        block_kv_dkv_compute=block_s, block_q_dq=block_l, block_kv_dq=block_s,
+    )  # fmt: skip
+    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((padded_l, padded_s))] * heads)
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+    segments = None
+    if padded_s != keys or kv_length is not None:  # keys that do not count belong to another segment than the queries
+        valid = jnp.arange(padded_s) < (keys if kv_length is None else kv_length)
+        segments = splash.SegmentIds(jnp.ones(padded_l, jnp.int32), valid.astype(jnp.int32))
+    scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    inputs = lay_out(scaled, padded_l), lay_out(k, padded_s), lay_out(v, padded_s)
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(*inputs)
+    return out.transpose(0, 2, 1, 3)[:, :length, :, :head_dim].astype(q.dtype)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

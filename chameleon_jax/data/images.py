@@ -1,0 +1,282 @@
+"""Pictures in: any PNG, JPEG or WebP that a user holds becomes RGB, and then the model's size.
+
+Sizes are (height, width) in pixels everywhere; arrays are uint8 [h, w, 3] unless said otherwise.
+The two preparations are those of FashionChameleon (arXiv 2605.15824): the training set is resized bilinearly, the
+pictures of a user with sharper filters.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 100 * 2**20
+MAX_ASPECT = 32  # a longer strip has nothing to show, and filling the frame with it would need gigabytes
+WHITE = (255, 255, 255)
+
+# What Pillow's decoders raise on damaged files, beside OSError.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
+                  MemoryError, struct.error, zlib.error)  # fmt: skip
+
+
+class ImageError(ValueError):
+    """A picture cannot be used. The message is one line that names the picture and says what is wrong."""
+
+
+def open_image(
+    source: str | os.PathLike | bytes | Image.Image | np.ndarray,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Image.Image:
+    """Read a picture as 8-bit RGB, upright, with transparency laid over white.
+
+    Size and format are judged from the header, before anything is decoded. The format is told by the content, not by
+    the file's extension. Of an animation the first frame is taken. Colour profiles are not applied.
+
+    Args:
+      source: a path, the bytes of a file, a Pillow image, or an array uint8/uint16 [h, w], [h, w, 1], [h, w, 3] or
+        [h, w, 4] (RGB or RGBA).
+      name: what messages call the picture; default the path, or "image".
+      max_pixels: largest height * width.
+      max_bytes: largest file.
+
+    Returns:
+      A Pillow image of mode RGB, fully loaded.
+
+    Raises:
+      ImageError: missing, unreadable, empty, truncated, of another format, too large, or too elongated.
+    """
+    if isinstance(source, np.ndarray):
+        return _upright_rgb(_from_array(source, name or "image"), name or "image", max_pixels)
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source, name or "image", max_pixels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, data = name or "image", bytes(source)
+    elif isinstance(source, (str, os.PathLike)):
+        name = name or os.fspath(source)
+        name = name if name.isprintable() else repr(name)
+        data = _read_file(Path(source), name, max_bytes)
+    else:
+        raise ImageError(
+            f"{name or 'image'}: {type(source).__name__}; expected a path, bytes, a Pillow image or an array"
+        )
+    if not data:
+        raise ImageError(f"{name}: the file is empty (0 bytes)")
+    if len(data) > max_bytes:
+        raise ImageError(f"{name}: {len(data) / 2**20:.1f} MiB; a picture may have at most {max_bytes / 2**20:.0f} MiB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError(f"{name}: far too many pixels; at most {max_pixels:,} are accepted") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not a PNG, JPEG or WebP picture, or damaged at its start") from None
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{name}: not a readable picture ({_one_line(error)})") from None
+    return _upright_rgb(image, name, max_pixels)
+
+
+def prepare_reference(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """The person's picture as the sampler sees it: fills the frame, centre kept, Lanczos. See `open_image`.
+
+    Args:
+      image: whatever `open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    height, width = _check_size(size)
+    return np.asarray(ImageOps.fit(open_image(image), (width, height), Image.Resampling.LANCZOS))
+
+
+def prepare_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """The garment's picture as the sampler sees it: the whole of it, centred on white, bicubic. See `open_image`.
+
+    Args:
+      image: whatever `open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    height, width = _check_size(size)
+    image = open_image(image)
+    scale = min(height / image.height, width / image.width)
+    inner = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
+    offset = (round((height - inner[0]) / 2), round((width - inner[1]) / 2))
+    return _on_white(image, inner, offset, size, Image.Resampling.BICUBIC)
+
+
+def prepare_training_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A video frame or a reference of the training set: bilinear, fills the frame, centre crop.
+
+    The scaled size is truncated, so that it may come out one pixel short; that pixel is black. The crop's offset is
+    rounded half to even.
+
+    Args:
+      image: whatever `open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    height, width = _check_size(size)
+    image = open_image(image)
+    scale = max(height / image.height, width / image.width)
+    inner_h, inner_w = int(image.height * scale), int(image.width * scale)
+    if (inner_h, inner_w) != (image.height, image.width):
+        image = image.resize((inner_w, inner_h), Image.Resampling.BILINEAR)
+    out = Image.new("RGB", (width, height))
+    out.paste(image, (_offset(width, inner_w), _offset(height, inner_h)))
+    return np.asarray(out)
+
+
+def prepare_training_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A garment picture of the training set: bilinear, whole, centred on white; an odd pixel goes right and bottom.
+
+    Args:
+      image: whatever `open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    height, width = _check_size(size)
+    image = open_image(image)
+    scale = min(height / image.height, width / image.width)
+    inner = (max(1, int(image.height * scale)), max(1, int(image.width * scale)))
+    offset = ((height - inner[0]) // 2, (width - inner[1]) // 2)
+    return _on_white(image, inner, offset, size, Image.Resampling.BILINEAR)
+
+
+def to_model(x: Any) -> Any:
+    """uint8 pixels (NumPy or JAX, any shape) to float32 in [-1, 1]: x / 255, then (x - 0.5) / 0.5."""
+    return (x.astype(np.float32) / 255 - 0.5) / 0.5
+
+
+def to_uint8(x: Any) -> Any:
+    """Float pixels in [-1, 1] (NumPy or JAX, any shape; clipped) to the nearest uint8."""
+    return ((x.astype(np.float32).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def encode_image(image: np.ndarray | Image.Image) -> bytes:
+    """Lossless WebP bytes of a uint8 [h, w, 3] array or of an RGB image: about 0.8 times the size of a PNG."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, quality=60, method=3)
+    return buffer.getvalue()
+
+
+def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        if not path.exists():
+            raise ImageError(f"{name}: no such file")
+        if not path.is_file():  # a pipe or a device would block or never end
+            raise ImageError(f"{name}: not a file")
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except ImageError:
+        raise
+    except ValueError as error:  # a NUL character in the path
+        raise ImageError(f"{name}: not a usable path ({_one_line(error)})") from None
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))) or 0 in array.shape:
+        raise ImageError(f"{name}: array of shape {array.shape}; expected [h, w], [h, w, 3] or [h, w, 4]")
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) * 255 + 32767) // 65535
+    elif array.dtype != np.uint8:
+        raise ImageError(f"{name}: array of {array.dtype}; expected uint8 (0 to 255) or uint16 (0 to 65535)")
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: {width} x {height} pixels; there is nothing in it")
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: {width} x {height} pixels; at most {max_pixels:,} are accepted")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"{name}: {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other")
+    try:
+        if getattr(image, "n_frames", 1) > 1:
+            image.seek(0)
+        image.load()
+        image = _turn_upright(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = _from_array(_sixteen_bit(image, name), name)
+        if image.has_transparency_data:
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
+            opaque = Image.new("RGB", image.size, WHITE)
+            opaque.paste(image, mask=image.getchannel("A"))
+            return opaque
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ImageError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{name}: the picture is truncated or damaged ({_one_line(error)})") from None
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. Damaged EXIF says nothing about orientation, and the pixels are fine without it."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except _DECODE_ERRORS:
+        return image
+
+
+def _sixteen_bit(image: Image.Image, name: str) -> np.ndarray:
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ImageError(f"{name}: pixel mode {image.mode} with values outside 0 to 65535; save it as 8-bit RGB")
+    return values.astype(np.uint16)
+
+
+def _offset(outer: int, inner: int) -> int:
+    """Left or top edge of `inner` in `outer`: negative if cropped (rounded half to even), floored if padded."""
+    return -round((inner - outer) / 2) if inner >= outer else (outer - inner) // 2
+
+
+def _on_white(
+    image: Image.Image,
+    inner: tuple[int, int],
+    offset: tuple[int, int],
+    size: tuple[int, int],
+    resample: Image.Resampling,
+) -> np.ndarray:
+    if inner != (image.height, image.width):
+        image = image.resize(inner[::-1], resample)
+    out = Image.new("RGB", size[::-1], WHITE)
+    out.paste(image, offset[::-1])
+    return np.asarray(out)
+
+
+def _check_size(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size is {size}; expected (height, width) of at least 1 pixel")
+    return height, width
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

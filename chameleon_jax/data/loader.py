@@ -1,0 +1,222 @@
+"""Batches for training, through Grain: the same for the same seed, on any number of processes, before and after a kill.
+
+What batch number n holds is a pure function of (seed, n): the epoch's order, the buckets, the captions and even the
+replacement of a broken record are drawn from keys, never from a running generator. The state of a loader is therefore
+one integer (and the list of records found broken), and every process can tell which bucket all others are in.
+Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from chameleon_jax.data import captions
+from chameleon_jax.data.records import MAX_BROKEN
+from chameleon_jax.data.sources import Source, latent_frames
+
+# First entry of each random key: what the numbers are for.
+_ORDER, _REPLACE, _CAPTION, _BATCHES, _START = range(5)
+_ATTEMPTS = 20  # replacements tried for one slot
+_ENDLESS = 2**53
+
+
+class DataError(RuntimeError):
+    """Training cannot go on with these data. The message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are made."""
+
+    batch: int = 8  # clips a step over all processes
+    frames: int = 33  # first pixel frames of each clip, 4k + 1
+    buckets: tuple[tuple[int, int], ...] = ((128, 80),)  # (height, width); a clip goes to the nearest aspect ratio
+    captions: str = "mixed"  # "mixed": 70 % dynamic alone; "full": always both; "dynamic"
+    random_start: bool = False  # any frames of the clip instead of the first ones; clips of pixels only
+    dropout: float = 0.1  # share of empty prompts, for classifier-free guidance
+    seed: int = 0
+    threads: int = 2  # threads that read ahead, in each worker
+    prefetch: int = 4  # batches read ahead, in each worker
+    workers: int = 0  # processes that read ahead; 0 reads in the threads of this one
+
+
+class BatchPlan:
+    """Which records make up batch n: `plan(n) -> (bucket, record indices [batch])`. No state.
+
+    In every epoch each bucket is shuffled and cut into batches, what does not fill one is left out, and the batches of
+    all buckets are shuffled.
+
+    Args:
+      sizes: int [records, 2], height and width of each record.
+      buckets: (height, width) of each bucket.
+      batch: records a batch.
+      seed: of the order.
+
+    Raises:
+      DataError: no bucket has enough records for a batch.
+    """
+
+    def __init__(self, sizes: np.ndarray, buckets: Sequence[tuple[int, int]], batch: int, seed: int):
+        nearest = nearest_bucket(sizes, buckets)
+        self.members = [np.flatnonzero(nearest == index) for index in range(len(buckets))]
+        self.batch, self.seed = batch, seed
+        self.batches_per_epoch = sum(len(members) // batch for members in self.members)
+        if not self.batches_per_epoch:
+            counts = dict(zip(buckets, map(len, self.members), strict=True))
+            raise DataError(f"no bucket has the {batch} records of one batch: {counts}")
+        self._order = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._order = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def __call__(self, step: int) -> tuple[int, np.ndarray]:
+        epoch, position = divmod(int(step), self.batches_per_epoch)
+        return self._order(epoch)[position]
+
+    def replacement(self, bucket: int, step: int, slot: int, attempt: int) -> int:
+        """Another record of the bucket, for the `attempt`-th time that one for this slot was broken."""
+        return int(keyed_rng(self.seed, _REPLACE, step, slot, attempt).choice(self.members[bucket]))
+
+    def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        batches = []
+        for bucket, members in enumerate(self.members):
+            order = keyed_rng(self.seed, _ORDER, epoch, bucket).permutation(members)
+            full = len(order) // self.batch
+            batches += [(bucket, rows) for rows in order[: full * self.batch].reshape(full, self.batch)]
+        return [batches[i] for i in keyed_rng(self.seed, _BATCHES, epoch).permutation(len(batches))]
+
+
+class Loader:
+    """Endless batches of one process; iterate it, or hold the `Batches` that `iter` gives to save and restore it.
+
+        batches = iter(Loader(open_sources("data/runway"), LoaderConfig(batch=8)))
+        batch = next(batches)
+        state = batches.get_state()      # JSON; a later batches.set_state(state) goes on with the same bits
+
+    A batch of pixels has video uint8 [b, t, h, w, 3], reference and garment uint8 [b, h, w, 3]; of latents, z_video
+    float16 [b, f, h, w, c], z_reference and z_garment float16 [b, 1, h, w, c]. Both have prompt (list of b strings),
+    index int64 [b] (records of the source), fps float32 [b].
+
+    Args:
+      source: see `sources`.
+      config: see `LoaderConfig`.
+      process_index, process_count: this process and how many there are (`jax.process_index()`, `jax.process_count()`);
+        each gets its slice of every batch, all of the same bucket.
+
+    Raises:
+      DataError: the batch does not divide among the processes, or no bucket is full.
+    """
+
+    def __init__(self, source: Source, config: LoaderConfig, *, process_index: int = 0, process_count: int = 1):
+        if config.batch % process_count:
+            raise DataError(f"a batch of {config.batch} does not divide among {process_count} processes")
+        latent_frames(config.frames)  # is it 4k + 1?
+        if config.random_start and source.kind == "latents":
+            raise DataError("random_start needs pixels: the first latent frame is unlike the others")
+        if config.captions not in captions.MODES:
+            raise DataError(f"captions is {config.captions!r}; expected one of {', '.join(captions.MODES)}")
+        self.source, self.config = source, config
+        self.plan = BatchPlan(source.sizes, config.buckets, config.batch, config.seed)
+        share = config.batch // process_count
+        self.slots = range(process_index * share, (process_index + 1) * share)
+
+    def __iter__(self) -> Batches:
+        return Batches(self)
+
+    def make_batch(self, step: int) -> dict[str, Any]:
+        """This process's part of batch `step`, and under "broken" the records that were replaced: {index: why}."""
+        bucket, indices = self.plan(step)
+        samples, prompts, broken = [], [], {}
+        for slot in self.slots:
+            sample = self._load_slot(bucket, step, slot, int(indices[slot]), broken)
+            rng = keyed_rng(self.config.seed, _CAPTION, step, slot)
+            prompts.append(captions.choose(sample.pop("captions"), self.config.captions, rng, self.config.dropout))
+            samples.append(sample)
+        batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return batch | {"prompt": prompts, "broken": broken}
+
+    def _load_slot(self, bucket: int, step: int, slot: int, index: int, broken: dict[int, str]) -> dict[str, Any]:
+        config = self.config
+        start = keyed_rng(config.seed, _START, step, slot).random() if config.random_start else 0.0
+        for attempt in range(_ATTEMPTS):
+            try:
+                sample = self.source.load(index, config.frames, config.buckets[bucket], start)
+                sample |= {"index": np.int64(index), "fps": np.float32(sample["fps"])}
+                return {name: value for name, value in sample.items() if name != "seed"}
+            except ValueError as error:  # SourceError, ImageError, VideoError, CaptionError
+                broken[index] = str(error)
+                index = self.plan.replacement(bucket, step, slot, attempt)
+        raise DataError(f"{_ATTEMPTS} records in a row are broken; the last: {list(broken.values())[-1]}")
+
+
+class Batches(Iterator):
+    """Running iterator of a `Loader`; see there. `broken` is {record: why} of the records found broken so far."""
+
+    def __init__(self, loader: Loader):
+        config = loader.config
+        self._limit = MAX_BROKEN * len(loader.source)
+        self._records = len(loader.source)
+        self.broken: dict[int, str] = {}
+        options = grain.ReadOptions(
+            num_threads=config.threads, prefetch_buffer_size=max(config.prefetch, config.threads)
+        )
+        batches = grain.MapDataset.range(_ENDLESS).map(loader.make_batch).to_iter_dataset(options)
+        if config.workers:
+            if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only programs under app.run parse
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+        self._batches = iter(batches)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch.
+
+        Raises:
+          DataError: more than 1 % of the records turned out broken.
+        """
+        batch = next(self._batches)
+        for index, why in batch.pop("broken").items():
+            if index not in self.broken:
+                logging.warning("record %d is broken and was replaced: %s", index, why)
+                self.broken[index] = why
+        if len(self.broken) > self._limit:
+            raise DataError(
+                f"{len(self.broken)} of {self._records} records are broken, more than {MAX_BROKEN:.0%}; "
+                f"the last: {list(self.broken.values())[-1]}"
+            )
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Position and findings, as JSON values."""
+        return {"batches": self._batches.get_state(), "broken": {str(k): v for k, v in self.broken.items()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of a loader with the same source and config."""
+        self._batches.set_state(state["batches"])
+        self.broken = {int(k): v for k, v in state["broken"].items()}
+
+
+def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Index of the bucket whose height / width is nearest in ratio to that of each (height, width): int [records]."""
+    log_ratio = np.log(sizes[:, 0] / sizes[:, 1])
+    of_buckets = np.log([height / width for height, width in buckets])
+    return np.abs(log_ratio[:, None] - of_buckets).argmin(1)
+
+
+def keyed_rng(seed: int, *key: int) -> np.random.Generator:
+    """Independent random numbers for each (seed, purpose, step, ...)."""
+    return np.random.default_rng([seed, *key])

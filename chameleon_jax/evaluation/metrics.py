@@ -1,0 +1,153 @@
+"""Measures of frames: fidelity, motion, and the colour of what a mask shows. Pure functions of NumPy arrays.
+
+Frames are uint8 in [0, 255] or float in [0, 1]; the two arrays of a comparison may differ in form. Results are in units
+of full scale (1 is white), in decibels (PSNR), or in CIELAB units (colours).
+
+Axes: t pixel frames, h w pixels, 3 colours (sRGB). Leading axes may be more or none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+_LINEAR_TO_XYZ = np.array(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+)  # IEC 61966-2-1
+_WHITE = _LINEAR_TO_XYZ.sum(axis=1)  # D65
+
+
+def unit(frames: np.ndarray) -> np.ndarray:
+    """Frames as float64 in [0, 1].
+
+    Raises:
+      ValueError: for another dtype, or for floats outside [0, 1] by more than rounding, such as the model's [-1, 1].
+    """
+    frames = np.asarray(frames)
+    if frames.dtype == np.uint8:
+        return frames / 255.0
+    if not np.issubdtype(frames.dtype, np.floating):
+        raise ValueError(f"frames are {frames.dtype}; expected uint8 or float in [0, 1]")
+    if frames.size and not (frames.min() >= -1e-3 and frames.max() <= 1 + 1e-3):
+        raise ValueError(f"frames run from {frames.min():.3g} to {frames.max():.3g}; expected floats in [0, 1]")
+    return np.clip(frames.astype(np.float64), 0, 1)
+
+
+def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = unit(a), unit(b)
+    if a.shape != b.shape:
+        raise ValueError(f"frames of shape {a.shape} cannot be compared with {b.shape}")
+    return a, b
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio over all pixels, -10 log10(mean (a - b)^2) in dB; infinite if they are equal."""
+    a, b = _pair(a, b)
+    error = np.mean((a - b) ** 2)
+    return float("inf") if error == 0 else float(-10 * np.log10(error))
+
+
+def psnr_per_frame(a_thw3: np.ndarray, b_thw3: np.ndarray) -> np.ndarray:
+    """`psnr` of each frame, [t]."""
+    return np.array([psnr(x, y) for x, y in zip(*_pair(a_thw3, b_thw3), strict=True)])
+
+
+class Motion(NamedTuple):
+    """How much a clip moves, from the absolute differences of neighbouring frames, in units of full scale."""
+
+    mean: float  # over the clip; 0 for a still picture
+    least: float  # smallest of the per-frame means: 0 if any frame repeats
+    most: float  # largest of the per-frame means: a cut or a flash
+    jump: float  # `most` over the median: about 1 for smooth motion, large where a clip is cut
+    still: float  # share of neighbouring frames that differ by less than half a level of 255
+
+
+def frame_differences(frames_thw3: np.ndarray, mask_thw: np.ndarray | None = None) -> np.ndarray:
+    """Mean absolute difference of each frame to the one before, [t - 1].
+
+    Args:
+      frames_thw3: a clip of at least two frames.
+      mask_thw: where to look, bool; a pixel counts if it is set in both frames. None looks everywhere.
+
+    Returns:
+      The differences; NaN where no pixel counts.
+
+    Raises:
+      ValueError: for fewer than two frames, or a mask of another size.
+    """
+    frames = unit(frames_thw3)
+    if frames.ndim != 4 or len(frames) < 2:
+        raise ValueError(f"frames have shape {frames.shape}; expected [t, h, w, 3] with t of at least 2")
+    change = np.abs(np.diff(frames, axis=0)).mean(axis=-1)
+    if mask_thw is None:
+        return change.mean(axis=(1, 2))
+    mask = _mask(mask_thw, frames)
+    both = mask[1:] & mask[:-1]
+    count = both.sum(axis=(1, 2))
+    return np.where(count > 0, (change * both).sum(axis=(1, 2)) / np.maximum(count, 1), np.nan)
+
+
+def motion(frames_thw3: np.ndarray) -> Motion:
+    """Statistics of the frame differences of a clip of at least two frames."""
+    change = frame_differences(frames_thw3)
+    median = float(np.median(change))
+    most = float(change.max())
+    jump = most / median if median > 0 else (1.0 if most == 0 else float("inf"))
+    return Motion(float(change.mean()), float(change.min()), most, jump, float(np.mean(change < 0.5 / 255)))
+
+
+def _mask(mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.shape != frames.shape[:-1]:
+        raise ValueError(f"mask is {mask.dtype} {mask.shape}; expected bool {frames.shape[:-1]}")
+    return mask
+
+
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB (uint8, or float in [0, 1]) to CIELAB under D65, [..., 3]: L in [0, 100], a and b about [-110, 110].
+
+    Equal distances look about equally different; 2.3 is just noticeable.
+    """
+    x = unit(rgb)
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    ratio = linear @ _LINEAR_TO_XYZ.T / _WHITE
+    f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def mean_colour(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean CIELAB colour of the pixels in a mask, [3].
+
+    Args:
+      rgb: picture or clip [..., h, w, 3].
+      mask: bool [..., h, w], not empty.
+
+    Raises:
+      ValueError: if the mask is empty or of another size.
+    """
+    mask = _mask(mask, np.asarray(rgb))
+    if not mask.any():
+        raise ValueError("the mask is empty: there is no colour to measure")
+    return to_lab(np.asarray(rgb)[mask]).mean(axis=0)
+
+
+def colour_distance(a: np.ndarray, mask_a: np.ndarray, b: np.ndarray, mask_b: np.ndarray) -> float:
+    """Distance of the mean colours of two masked regions in CIELAB (CIE 1976 delta E); the regions may differ in size.
+
+    It tells whether the right garment is worn: 0 for the same mean colour, 100 from black to white.
+    """
+    return float(np.linalg.norm(mean_colour(a, mask_a) - mean_colour(b, mask_b)))
+
+
+def masked_colour_error(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    """Mean CIELAB distance pixel by pixel inside a mask; for frames that should be the same picture.
+
+    Raises:
+      ValueError: if the mask is empty, or anything is of another size.
+    """
+    a, b = _pair(a, b)
+    mask = _mask(mask, a)
+    if not mask.any():
+        raise ValueError("the mask is empty: there is no colour to measure")
+    return float(np.linalg.norm(to_lab(a[mask]) - to_lab(b[mask]), axis=-1).mean())

@@ -1,0 +1,410 @@
+"""The diffusion transformer of Wan2.2-TI2V (Wan 2.1, arXiv 2503.20314) with in-context condition frames.
+
+Latents, text and a timestep per latent frame go in, the velocity v = noise - x0 comes out. FashionChameleon (arXiv
+2605.15824) puts two clean frames, person and garment, in front of the video; they are ordinary frames at t = 0.
+
+One class, one set of weights, three ways to run. What differs is who sees whom, and that is a callable:
+
+    bidirectional    everything sees everything              `bidirectional_forward`
+    teacher forcing  clean and noisy copy, block-causal      `teacher_forcing_forward`
+    streaming        one chunk against a ring cache          diffusion/rollout.py
+
+Norms, RoPE, softmax and modulation are computed in float32; what they return, and the residual stream, is kept in the
+computing dtype.
+
+Axes: b batch, f latent frames, h w latent grid, c channels, p tokens of a frame, l query tokens (l = f p), s text
+tokens, n heads, d head dim, m width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from chameleon_jax.attention.core import Attend, attention, bidirectional
+from chameleon_jax.attention.masks import teacher_forcing
+from chameleon_jax.attention.positions import axis_dims, rope
+
+KV = tuple[jax.Array, jax.Array]  # k, v [b, s, n, d]
+TextKV = tuple[KV, ...]  # of every layer
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the transformer, and how it is computed."""
+
+    in_channels: int  # of the latents, in and out
+    width: int  # channels of the residual stream
+    ffn: int  # hidden channels of the feed-forward
+    heads: int  # attention heads; width / heads is even
+    layers: int  # blocks
+    text_width: int  # channels of the text states
+    text_length: int  # tokens of a prompt, padding included
+    patch: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns that make a token; 1 in time
+    freq_width: int = 256  # channels of the sinusoid of t
+    eps: float = 1e-6  # added to variances and mean squares in the norms
+    context: int = 2  # condition frames in front of the video
+    block: int = 3  # latent frames of a chunk
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    scan_layers: bool = False  # one compiled block in a loop: compiles faster; only without a cache
+    attention: str | None = None  # "cudnn", "splash", "xla"; None chooses by platform
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch", tuple(self.patch))
+        if len(self.patch) != 3 or self.patch[0] != 1:
+            raise ValueError(f"patch is {self.patch}; expected (1, rows, columns): every latent frame has its own t")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.freq_width % 2:
+            raise ValueError(f"freq_width {self.freq_width} is odd; expected as many cosines as sines")
+        axis_dims(self.head_dim)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @classmethod
+    def wan22_ti2v_5b(cls, **changes: Any) -> DiTConfig:
+        """Wan2.2-TI2V-5B: 825 tensors, 4,999,787,712 parameters."""
+        sizes = {
+            "in_channels": 48, "width": 3072, "ffn": 14336, "heads": 24, "layers": 30,
+            "text_width": 4096, "text_length": 512,
+        }  # fmt: skip
+        return cls(**(sizes | changes))
+
+
+def timestep_embedding(t_bf: jax.Array, width: int) -> jax.Array:
+    """Sinusoid of the raw timestep (0 .. 1000): cosines, then sines, of t / 10000^(i / half); [b, f, width] float32."""
+    half = width // 2
+    angle = t_bf.astype(jnp.float32)[..., None] * np.float32(10000.0 ** (-np.arange(half) / half))
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / sqrt(var + eps) over the channels, in float32; returned in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
+
+
+def modulate(x_bfpm: jax.Array, shift_bfm: jax.Array, scale_bfm: jax.Array, eps: float) -> jax.Array:
+    """LN(x) (1 + scale) + shift (adaLN of DiT, arXiv 2212.09748), one shift and scale per frame; in the dtype of x."""
+    shift, scale = (y[:, :, None].astype(jnp.float32) for y in (shift_bfm, scale_bfm))
+    return (layer_norm(x_bfpm, eps) * (1 + scale) + shift).astype(x_bfpm.dtype)
+
+
+def gated(x_bfpm: jax.Array, y_bfpm: jax.Array, gate_bfm: jax.Array) -> jax.Array:
+    """x + y gate, one gate per frame; summed in float32, returned in the dtype of x."""
+    step = y_bfpm.astype(jnp.float32) * gate_bfm[:, :, None].astype(jnp.float32)
+    return (x_bfpm.astype(jnp.float32) + step).astype(x_bfpm.dtype)
+
+
+def _linear(inputs: int, outputs: int, init: nnx.Initializer | None = None, **kw: Any) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, kernel_init=init or nnx.initializers.xavier_uniform(), **kw)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over all heads together; in float32."""
+
+    def __init__(self, width: int, eps: float, *, param_dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with weight and bias; in float32."""
+
+    def __init__(self, width: int, eps: float, *, param_dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = (p.get_value().astype(jnp.float32) for p in (self.scale, self.bias))
+        return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its kernel: one product per patch. [b, f, h, w, c] -> [b, f, p, m]."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        shape = (*config.patch, config.in_channels, config.width)
+        init = nnx.initializers.xavier_uniform()
+        flat = init(rngs.params(), (int(np.prod(shape[:-1])), config.width), param_dtype)
+        self.kernel = nnx.Param(flat.reshape(shape))
+        self.bias = nnx.Param(jnp.zeros(config.width, param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x_bfhwc: jax.Array) -> jax.Array:
+        kernel, bias = (p.get_value().astype(self.dtype) for p in (self.kernel, self.bias))
+        _, i, j, _, m = kernel.shape
+        patches = rearrange(x_bfhwc.astype(self.dtype), "b f (h i) (w j) c -> b f (h w) (i j c)", i=i, j=j)
+        return patches @ kernel.reshape(-1, m) + bias
+
+
+class MLP(nnx.Module):
+    """fc2(activation(fc1(x)))."""
+
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, activation: Any, init: nnx.Initializer | None = None, **kw
+    ):
+        self.activation = activation
+        self.fc1 = _linear(inputs, hidden, init, **kw)
+        self.fc2 = _linear(hidden, outputs, init, **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+class Attention(nnx.Module):
+    """Projections and norms of an attention; who sees whom is not its business."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (_linear(config.width, config.width, **kw) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(config.width, config.eps, param_dtype=param_dtype) for _ in range(2))
+
+    def queries(self, x_blm: jax.Array) -> jax.Array:
+        """[b, l, n, d], normalised, not rotated."""
+        return rearrange(self.norm_q(self.q(x_blm)), "b l (n d) -> b l n d", n=self.heads)
+
+    def keys_values(self, x_bsm: jax.Array) -> KV:
+        """k and v [b, s, n, d]; k normalised, not rotated."""
+        k, v = self.norm_k(self.k(x_bsm)), self.v(x_bsm)
+        return tuple(rearrange(y, "b s (n d) -> b s n d", n=self.heads) for y in (k, v))
+
+    def output(self, y_blnd: jax.Array) -> jax.Array:
+        return self.o(rearrange(y_blnd, "b l n d -> b l (n d)"))
+
+
+class Block(nnx.Module):
+    """Self-attention and feed-forward, modulated by t; between them cross-attention to the text, which is not."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.modulation = nnx.Param(_modulation_init(rngs, 6, config.width, param_dtype))
+        self.self_attn = Attention(config, **kw)
+        self.cross_norm = LayerNorm(config.width, config.eps, param_dtype=param_dtype)
+        self.cross_attn = Attention(config, **kw)
+        self.ffn = MLP(config.width, config.ffn, config.width, gelu_tanh, **kw)
+
+    def __call__(
+        self, x_bfpm: jax.Array, e0_bf6m: jax.Array, text_kv: KV, attend: Attend, layer_cache: Any
+    ) -> tuple[jax.Array, Any]:
+        frames, eps = x_bfpm.shape[1], self.config.eps
+        rows = self.modulation.get_value().astype(e0_bf6m.dtype) + e0_bf6m
+        shift1, scale1, gate1, shift2, scale2, gate2 = (rows[:, :, i] for i in range(6))
+
+        def per_frame(y_blm: jax.Array) -> jax.Array:
+            return rearrange(y_blm, "b (f p) m -> b f p m", f=frames)
+
+        y = rearrange(modulate(x_bfpm, shift1, scale1, eps), "b f p m -> b (f p) m")
+        k, v = self.self_attn.keys_values(y)
+        y, layer_cache = attend(self.self_attn.queries(y), k, v, layer_cache)
+        x = gated(x_bfpm, per_frame(self.self_attn.output(y)), gate1)
+
+        y = rearrange(self.cross_norm(x), "b f p m -> b (f p) m")
+        y = attention(self.cross_attn.queries(y), *text_kv, backend=self.config.attention)
+        x = x + per_frame(self.cross_attn.output(y))
+
+        y = self.ffn(modulate(x, shift2, scale2, eps))
+        return gated(x, y, gate2), layer_cache
+
+
+class Head(nnx.Module):
+    """Tokens to patches of velocity: [b, f, p, m] -> [b, f, p, (row, column, channel)]."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+        kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.eps = config.eps
+        self.modulation = nnx.Param(_modulation_init(rngs, 2, config.width, param_dtype))
+        outputs = int(np.prod(config.patch)) * config.in_channels
+        self.proj = _linear(config.width, outputs, nnx.initializers.zeros_init(), **kw)
+
+    def __call__(self, x_bfpm: jax.Array, e_bfm: jax.Array) -> jax.Array:
+        shift, scale = (row.astype(e_bfm.dtype) + e_bfm for row in self.modulation.get_value())
+        return self.proj(modulate(x_bfpm, shift, scale, self.eps))
+
+
+class DiT(nnx.Module):
+    """The transformer. Initialised as published for Wan 2.1: the head is zero, so an untrained network says v = 0.
+
+    Args:
+      config: sizes.
+      rngs: source of the initial weights.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    def __init__(
+        self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32
+    ):
+        kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        m, small = config.width, nnx.initializers.normal(0.02)
+        self.config, self.dtype = config, dtype
+        self.patch_embedding = PatchEmbedding(config, **kw)
+        self.text_embedding = MLP(config.text_width, m, m, gelu_tanh, small, **kw)
+        self.time_embedding = MLP(config.freq_width, m, m, jax.nn.silu, small, **kw)
+        self.time_projection = _linear(m, 6 * m, **kw)
+        self.blocks = nnx.List([Block(config, **kw) for _ in range(config.layers)])
+        self.head = Head(config, **kw)
+
+    def text_kv(self, text_bsm: jax.Array) -> TextKV:
+        """Keys and values of the cross-attention of every layer; once per prompt.
+
+        Args:
+          text_bsm: text states [b, s, text_width], zero after the prompt. All s rows are seen, as released: there is no
+            mask, and the rows after the prompt become one constant vector.
+        """
+        states = self.text_embedding(text_bsm.astype(self.dtype))
+        return tuple(block.cross_attn.keys_values(states) for block in self.blocks)
+
+    def __call__(
+        self,
+        x_bfhwc: jax.Array,
+        t_bf: jax.Array,
+        text_kv: TextKV,
+        attend: Attend,
+        cache: tuple[Any, ...] | None = None,
+        *,
+        decoded: slice = slice(None),
+    ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+        """Velocity of latent frames.
+
+        Args:
+          x_bfhwc: latents; the frames may be of several kinds (clean, noisy), `attend` knows.
+          t_bf: timestep of every frame, in [0, 1000]; 0 is clean.
+          text_kv: from `text_kv`.
+          attend: self-attention, see attention/core.py.
+          cache: what `attend` is handed, layer by layer, or None.
+          decoded: the frames whose velocity is wanted.
+
+        Returns:
+          v [b, frames decoded, h, w, c] in the computing dtype, and the layers' caches as `attend` left them (None
+          without a cache).
+
+        Raises:
+          ValueError: if shapes do not fit.
+        """
+        b, f, h, w, c = x_bfhwc.shape
+        _, i, j = self.config.patch
+        if c != self.config.in_channels or h % i or w % j:
+            raise ValueError(
+                f"latents are [b, f, {h}, {w}, {c}]; expected {self.config.in_channels} channels on a grid that"
+                f" patches of {i}x{j} divide"
+            )
+        if t_bf.shape != (b, f):
+            raise ValueError(f"timesteps are {t_bf.shape}, expected one per frame, {(b, f)}")
+        e_bfm = self.time_embedding(timestep_embedding(t_bf, self.config.freq_width).astype(self.dtype))
+        e0_bf6m = rearrange(self.time_projection(jax.nn.silu(e_bfm)), "b f (r m) -> b f r m", r=6)
+        x, cache = self._run_blocks(self.patch_embedding(x_bfhwc), e0_bf6m, text_kv, attend, cache)
+        v = self.head(x[:, decoded], e_bfm[:, decoded])
+        return rearrange(v, "b f (h w) (i j c) -> b f (h i) (w j) c", h=h // i, i=i, j=j), cache
+
+    def _run_blocks(
+        self, x: jax.Array, e0: jax.Array, text_kv: TextKV, attend: Attend, cache: tuple[Any, ...] | None
+    ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+        """All blocks, as a loop of the compiler (scan) or of Python; without a cache possibly recomputed (remat)."""
+        split = [nnx.split(block) for block in self.blocks]
+        graph, states = split[0][0], [state for _, state in split]
+
+        def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
+            return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
+
+        if cache is None and self.config.remat:
+            apply = jax.checkpoint(apply)
+        if cache is None and self.config.scan_layers:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(states, text_kv, strict=True))
+            x, _ = jax.lax.scan(lambda x, layer: (apply(layer[0], x, layer[1], None)[0], None), x, stacked)
+            return x, None
+        layers = []
+        for index, (state, kv) in enumerate(zip(states, text_kv, strict=True)):
+            x, layer = apply(state, x, kv, None if cache is None else cache[index])
+            layers.append(layer)
+        return x, None if cache is None else tuple(layers)
+
+
+def bidirectional_forward(
+    dit: DiT, z_context: jax.Array | None, z_t: jax.Array, t_bf: jax.Array, text_kv: TextKV
+) -> jax.Array:
+    """Velocity of a clip in which every frame sees every frame: the teacher, and plain Wan2.2.
+
+    Args:
+      dit: the network.
+      z_context: clean latents [b, context, h, w, c] that stand in front at t = 0, or None (plain text-to-video).
+      z_t: noisy latents [b, f, h, w, c].
+      t_bf: their timesteps.
+      text_kv: from `dit.text_kv`.
+
+    Returns:
+      v of the noisy frames, [b, f, h, w, c].
+    """
+    x, t, context = z_t, t_bf, 0
+    if z_context is not None:
+        context = z_context.shape[1]
+        x = jnp.concatenate([z_context.astype(z_t.dtype), z_t], axis=1)
+        t = jnp.pad(t_bf, ((0, 0), (context, 0)))
+    turn = rope(np.arange(x.shape[1]), *token_grid(dit.config, x), dit.config.head_dim)
+    attend = bidirectional(turn, backend=dit.config.attention)
+    return dit(x, t, text_kv, attend, decoded=slice(context, None))[0]
+
+
+def teacher_forcing_forward(
+    dit: DiT, z_context: jax.Array, z_clean: jax.Array, z_noisy: jax.Array, t_bf: jax.Array, text_kv: TextKV
+) -> jax.Array:
+    """Velocity of every noisy block given the clean blocks before it, all blocks at once: what streaming computes.
+
+    Args:
+      dit: the network.
+      z_context: clean latents [b, context, h, w, c], at t = 0.
+      z_clean: clean latents of the video [b, f, h, w, c], f a multiple of the block, at t = 0. The last block is not
+        read.
+      z_noisy: the same frames noisy.
+      t_bf: timesteps of the noisy frames, equal within a block.
+      text_kv: from `dit.text_kv`.
+
+    Returns:
+      v of the noisy frames, [b, f, h, w, c].
+
+    Raises:
+      ValueError: if the video is not a whole number of blocks.
+    """
+    config, context = dit.config, z_context.shape[1]
+    video = z_noisy.shape[1]
+    kept = video - config.block  # see masks.kept_frames
+    x = jnp.concatenate([z.astype(z_noisy.dtype) for z in (z_context, z_clean[:, :kept], z_noisy)], axis=1)
+    t = jnp.pad(t_bf, ((0, 0), (context + kept, 0)))
+    grid = token_grid(config, x)
+    frames = np.concatenate([np.arange(context + kept), context + np.arange(video)])
+    attend = teacher_forcing(
+        rope(frames, *grid, config.head_dim), context, context + video, config.block, grid[0] * grid[1],
+        backend=config.attention,
+    )  # fmt: skip
+    return dit(x, t, text_kv, attend, decoded=slice(context + kept, None))[0]
+
+
+def token_grid(config: DiTConfig, x_bfhwc: jax.Array) -> tuple[int, int]:
+    """Rows and columns of tokens in a latent frame."""
+    return x_bfhwc.shape[2] // config.patch[1], x_bfhwc.shape[3] // config.patch[2]
+
+
+def _modulation_init(rngs: nnx.Rngs, rows: int, width: int, dtype: jnp.dtype) -> jax.Array:
+    return jax.random.normal(rngs.params(), (rows, width), dtype) / width**0.5

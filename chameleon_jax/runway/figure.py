@@ -1,0 +1,415 @@
+"""A person ready to be dressed: body with its underlayer, eyes, hair and shoes, and the wardrobe that goes on top.
+
+Everybody wears a plain one-piece from the chest to the thighs, drawn on the body itself: whatever a garment leaves open
+or a pose pushes apart, there is cloth under it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+from chameleon_jax.runway import asset, colours, geometry, looks, parts
+from chameleon_jax.runway.body import Person
+from chameleon_jax.runway.fitting import Fit
+from chameleon_jax.runway.garments import GarmentSpec
+from chameleon_jax.runway.geometry import smoothstep
+from chameleon_jax.runway.hair import HairSpec, make_hair
+from chameleon_jax.runway.parts import EARS, EYELIDS, LIPS, OCCLUSION, UNDER
+from chameleon_jax.runway.tailor import make_garment
+from chameleon_jax.runway.tailoring import ClothMesh, Styling, make_shoes
+
+_UNDERLAYER_OFFSET = 0.003
+_COVER = {"body": 0.030, "cloth": 0.020, "shoes": 0.012}  # what lies this far inside a garment's edge is covered
+_NONE = -1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ShoeSpec:
+    """Height of the shaft over the ankle (m), colour and sole by name, toe cap in another colour."""
+
+    shaft: float
+    colour: str
+    sole: str
+    toe_cap: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PersonSpec:
+    """One adult.
+
+    Attributes:
+      first, second, mix: rows of the asset that are blended, and the share of the first.
+      skin: tone from 0 (light) to 1 (dark).
+      hair: see `hair.HairSpec`.
+      eyes: name from `colours.EYE_COLOURS`.
+      lips: number in `colours.LIP_COLOURS`, -1 for natural ones.
+      stubble: 0 to 1.
+      shoes: see `ShoeSpec`.
+      underlayer: colour name.
+    """
+
+    first: int
+    second: int
+    mix: float
+    skin: float
+    hair: HairSpec
+    eyes: str
+    lips: int
+    stubble: float
+    shoes: ShoeSpec
+    underlayer: str
+
+    @functools.cached_property
+    def phenotype(self) -> dict[str, float]:
+        """Values in [0, 1] by name, see `asset.PHENOTYPE`."""
+        table = asset.load().phenotypes
+        blend = self.mix * table[self.first] + (1 - self.mix) * table[self.second]
+        return dict(zip(asset.PHENOTYPE, blend.tolist(), strict=True))
+
+    @property
+    def feminine(self) -> bool:
+        """Whether the body is rather female."""
+        return self.phenotype["gender"] > 0.5
+
+
+def sample_person(rng: np.random.Generator) -> PersonSpec:
+    """Draw an adult: a blend of two of the asset's people of similar gender."""
+    table = asset.load().phenotypes
+    while True:
+        first, second = (int(i) for i in rng.integers(len(table), size=2))
+        if abs(table[first, 0] - table[second, 0]) < 0.3:
+            break
+    mix = round(float(rng.uniform(0.5, 1)), 4)
+    look = dict(zip(asset.PHENOTYPE, mix * table[first] + (1 - mix) * table[second], strict=True))
+    feminine = look["gender"] > 0.5
+    skin = float(np.clip(0.75 * look["african"] + 0.18 * look["asian"] + rng.normal(0, 0.1), 0, 1))
+    if skin > 0.55 or look["asian"] > 0.6:
+        hair = str(rng.choice(["black", "dark brown", "brown", "black"]))
+    else:
+        hair = str(rng.choice(list(colours.HAIR_COLOURS)))
+    if look["age"] > 0.55 and rng.random() < 0.6:
+        hair = str(rng.choice(["grey", "white"]))
+    if feminine:
+        shares = {"bob": 0.24, "long": 0.32, "bun": 0.12, "ponytail": 0.16, "side": 0.04, "curly_bob": 0.08, "afro": 0.04}
+        fringe = float(rng.choice([0, 0, 9, 18]))
+    else:
+        shares = {"short": 0.50, "side": 0.25, "buzz": 0.15, "afro": 0.07, "bun": 0.03}
+        fringe = float(rng.choice([0, 6]))
+    style = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+    return PersonSpec(
+        first=first,
+        second=second,
+        mix=mix,
+        skin=round(skin, 4),
+        hair=HairSpec(
+            style=style,
+            colour=hair,
+            volume=round(float(rng.uniform(0.85, 1.2)), 4),
+            fringe=fringe,
+            length=round(float(rng.uniform(0.2, 0.42)), 4),
+            seed=int(rng.integers(1 << 30)),
+        ),
+        eyes=str(rng.choice(list(colours.EYE_COLOURS))),
+        lips=int(rng.integers(len(colours.LIP_COLOURS))) if feminine else -1,
+        stubble=float(rng.choice([0, 0, 0.25, 0.5])) if look["gender"] < 0.4 else 0.0,
+        shoes=ShoeSpec(
+            shaft=float(rng.choice([0.0, 0.01, 0.07, 0.16], p=[0.4, 0.3, 0.2, 0.1])),
+            colour=str(rng.choice(colours.SHOE_COLOURS)),
+            sole=str(rng.choice(list(colours.SOLE_COLOURS), p=[0.5, 0.25, 0.25])),
+            toe_cap=bool(rng.random() < 0.3),
+        ),
+        underlayer=str(rng.choice(["white", "grey", "charcoal"])),
+    )
+
+
+class Figure:
+    """One person's meshes without garments; `dress` adds those.
+
+    Args:
+      spec: who; None is the mean body, bare of everything, on which garments are shown.
+    """
+
+    def __init__(self, spec: PersonSpec | None):
+        data = asset.load()
+        self.spec = spec
+        if spec is None:
+            self.person = Person(np.zeros(len(data.basis_kv3)), scale_height=False)
+        else:
+            blend = spec.mix * data.people[spec.first] + (1 - spec.mix) * data.people[spec.second]
+            self.person = Person(blend)
+        self.fit = Fit(self.person)
+        if spec is None:
+            self.base: list[ClothMesh] = []
+            self.shoes = None
+        else:
+            eyes, eye_x = _eyes(self.person)
+            self.base = [_body(self.fit), eyes, make_hair(self.fit, spec.hair)]
+            self.shoes = make_shoes(self.fit, spec.shoes.shaft)
+            self.skin, self.hair, self.shoe_look = _looks(spec, eye_x)
+
+    def dress(self, outfit: Mapping[str, GarmentSpec], styling: Styling) -> Model:
+        """Put garments on, the inner ones first."""
+        layers: list[list[ClothMesh]] = []
+        if self.base:
+            layers += [self.base, [self.shoes]]
+        cloths = np.zeros(parts.COUNT, looks.CLOTH)
+        order = ("top", "bottom", "dress", "outer") if styling.tucked else ("bottom", "top", "dress", "outer")
+        for slot in order:
+            if slot in outfit:
+                meshes, look = make_garment(self.fit, outfit[slot], styling)
+                for mesh in meshes:
+                    if mesh.source == "tights":
+                        mesh.attributes[:, OCCLUSION] = asset.load().occlusion_tights
+                layers.append(meshes)
+                cloths[parts.SLOTS[slot]] = look[0]
+        return Model(self, layers, cloths)
+
+
+class Model:
+    """A dressed figure as flat arrays, ready to be posed and drawn.
+
+    Triangles are sorted by layer; layer 0 is body, eyes and hair, then shoes, then garments from the inside out.
+    Triangles that are cut away entirely are left out of `triangles`, but those next to visible ones still count for the
+    normals, so that a cut leaves no trace in the shading of what remains.
+
+    Attributes:
+      figure: who is dressed.
+      rest, skin_index, skin_weight, attributes, keep, sway, wrinkle: per vertex, see `tailoring.ClothMesh`.
+      triangles, part: what is drawn.
+      normal_triangles: what normals are computed from.
+      layers: (part, first triangle, last triangle) of every layer.
+      covers: per layer, metres by which each vertex lies inside what the layer covers; -1 where it does not.
+      starts, neighbours, rest_lengths: edges of the vertices that wrinkle.
+      cloths: `looks.CLOTH` records by part.
+      expression_index, expression_offsets: vertices that the face moves, offsets [6, n, 3].
+    """
+
+    def __init__(self, figure: Figure, layers: list[list[ClothMesh]], cloths: np.ndarray):
+        self.figure, self.cloths = figure, cloths
+        meshes = [mesh for layer in layers for mesh in layer]
+        picked = [_Pick(mesh) for mesh in meshes]
+        offsets = np.cumsum([0] + [len(pick.vertices) for pick in picked])
+
+        def join(name: str, kind: type) -> np.ndarray:
+            rows = []
+            for mesh, pick in zip(meshes, picked, strict=True):
+                values = getattr(mesh, name)
+                rows.append(np.zeros(len(pick.vertices)) if values is None else values[pick.vertices])
+            return np.ascontiguousarray(np.concatenate(rows), dtype=kind)
+
+        self.rest = join("rest", np.float32)
+        self.skin_index, self.skin_weight = join("skin_index", np.int32), join("skin_weight", np.float32)
+        self.attributes, self.keep = join("attributes", np.float32), join("keep", np.float32)
+        self.sway, self.wrinkle = join("sway", np.float32), join("wrinkle", np.float32)
+        shifted = list(zip(picked, offsets, strict=False))
+        self.triangles = np.concatenate([pick.triangles + start for pick, start in shifted]).astype(np.int32)
+        self.normal_triangles = np.concatenate([pick.ring + start for pick, start in shifted]).astype(np.int32)
+        counts = [len(pick.triangles) for pick in picked]
+        self.part = np.repeat([mesh.part for mesh in meshes], counts).astype(np.uint8)
+        self.layers, self.covers = [], []
+        first = mesh_number = 0
+        for layer in layers:
+            last = first + sum(counts[mesh_number : mesh_number + len(layer)])
+            self.layers.append((layer[0].part, first, last))
+            cover = [
+                _cover(figure.fit, layer, mesh)[pick.vertices] if number < mesh_number else np.full(len(pick.vertices), _NONE)
+                for number, (mesh, pick) in enumerate(zip(meshes, picked, strict=True))
+            ]
+            self.covers.append(np.concatenate(cover).astype(np.float32))
+            first, mesh_number = last, mesh_number + len(layer)
+        self._prepare_wrinkles()
+        self._prepare_face(picked)
+
+    def _prepare_wrinkles(self) -> None:
+        bends = self.normal_triangles[(self.wrinkle[self.normal_triangles] != 0).any(1)]
+        self.starts, self.neighbours = geometry.edges(bends, len(self.rest))
+        self.rest_lengths = np.empty(len(self.neighbours), np.float32)
+        geometry.edge_lengths(self.rest, self.starts, self.neighbours, self.rest_lengths)
+
+    def _prepare_face(self, picked: list[_Pick]) -> None:
+        data = asset.load()
+        if not self.figure.base:
+            self.expression_index, self.expression_offsets = np.zeros(0, np.int32), np.zeros((6, 0, 3), np.float32)
+            return
+        place = np.full(data.vertices, -1)
+        start, end = data.ranges["body"]
+        place[start:end][picked[0].vertices] = np.arange(len(picked[0].vertices))
+        found = place[data.expression_vertices]
+        self.expression_index = found[found >= 0].astype(np.int32)
+        self.expression_offsets = data.expressions[:, found >= 0] * np.float32(self.figure.person.stretch)
+
+
+class _Pick:
+    """The part of a mesh that is needed: triangles not cut away, their neighbours for normals, and the vertices of both."""
+
+    def __init__(self, mesh: ClothMesh):
+        kept = (mesh.keep[mesh.triangles] >= 0).any(1)
+        seen = np.zeros(len(mesh.rest), bool)
+        seen[mesh.triangles[kept]] = True
+        ring = seen[mesh.triangles].any(1)
+        used = np.zeros(len(mesh.rest), bool)
+        used[mesh.triangles[ring]] = True
+        self.vertices = np.flatnonzero(used)
+        number = np.cumsum(used) - 1
+        self.triangles = number[mesh.triangles[kept]]
+        self.ring = number[mesh.triangles[ring]]
+
+
+def _cover(fit: Fit, layer: list[ClothMesh], below: ClothMesh) -> np.ndarray:
+    """Metres by which the vertices of `below` lie inside the region that a layer covers, [v]; positive is covered."""
+    inside = np.full(len(below.rest), _NONE)
+    for mesh in layer:
+        inside = np.maximum(inside, _covered_by(fit, mesh, below))
+    return inside
+
+
+def _covered_by(fit: Fit, mesh: ClothMesh, below: ClothMesh) -> np.ndarray:
+    nothing = np.full(len(below.rest), _NONE)
+    if below.part in (parts.SKIN, parts.SHOES):
+        margin = _COVER["body"] if below.part == parts.SKIN else _COVER["cloth"]
+    else:
+        margin = _COVER["cloth"]
+    if below.part == parts.SKIN:
+        if mesh.part == parts.SHOES:
+            return _shoe_cover(fit, mesh)
+        return (_body_cover_tights(mesh) if mesh.source == "tights" else _body_cover_skirt(fit, mesh)) - margin
+    if below.source == "tights":
+        if mesh.source == "tights":
+            return mesh.keep - margin
+        y = fit.tights[:, 1]
+        inside = np.minimum(mesh.waist - y - 0.005, y - mesh.hem - 0.02)
+        return np.where((fit.arm_share < 0.1) & (below.part != parts.SHOES), inside, _NONE) - margin
+    if below.source == "skirt" and mesh.source == "tights":
+        lowest = fit.tights[(mesh.keep >= 0) & (fit.arm_share < 0.1), 1].min()
+        inside = fit.skirt[:, 1] - lowest - 0.01
+        if mesh.part == parts.OUTER:  # it is open in front
+            behind = (fit.skirt[:, 2] < fit.axis_z) | (np.abs(fit.skirt[:, 0]) > 0.12 * fit.size)
+            inside = np.where(behind, inside, _NONE)
+        return inside - margin
+    return nothing
+
+
+def _body_cover_tights(mesh: ClothMesh) -> np.ndarray:
+    """Each body vertex is as far inside as the nearest vertex of the tights; chin and head stay free of collars."""
+    data = asset.load()
+    inside = np.where(data.nearest_distance < 0.06, mesh.keep[data.nearest], _NONE)
+    if mesh.part == parts.BOTTOM:
+        return inside
+    head = data.body_share("head", "neck03")
+    near = (data.nearest_distance < 0.02) & (head < 0.75)
+    return np.where(head > 0.05, np.minimum(inside, np.where(near, 0.08 - 0.1 * head, _NONE)), inside)
+
+
+def _body_cover_skirt(fit: Fit, mesh: ClothMesh) -> np.ndarray:
+    data = asset.load()
+    y = fit.person.region("body")[:, 1]
+    arms = data.body_share("upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*")
+    return np.where(arms < 0.1, np.minimum(mesh.waist - y - 0.01, y - mesh.hem - 0.02), _NONE)
+
+
+def _shoe_cover(fit: Fit, mesh: ClothMesh) -> np.ndarray:
+    """All of the foot below the ankle, and the leg inside the shaft."""
+    y = fit.person.region("body")[:, 1]
+    inside = np.where(y < 0.3, mesh.keep[asset.load().nearest], _NONE)
+    foot = np.where(y < fit.ankle - 0.02, 0.2, _NONE)
+    return np.where((y < fit.ankle - 0.01) | (inside > 0), np.maximum(inside, foot), _NONE) - _COVER["shoes"]
+
+
+@functools.lru_cache(maxsize=1)
+def _body_edges() -> tuple[np.ndarray, np.ndarray]:
+    data = asset.load()
+    return geometry.edges(data.triangles["body"], data.ranges["body"][1])
+
+
+def _inside_underlayer(fit: Fit) -> np.ndarray:
+    """Metres inside the underlayer for each body vertex: torso from the chest down, and the top of the thighs."""
+    y = fit.person.region("body")[:, 1]
+    data = asset.load()
+    arms = data.body_share("upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*")
+    top = fit.shoulder - 0.085 * fit.size - y
+    bottom = y - (fit.crotch - 0.075 * fit.size)
+    return np.minimum(np.minimum(top, bottom), 0.25 * (0.35 - arms))
+
+
+def _body(fit: Fit) -> ClothMesh:
+    data = asset.load()
+    body = fit.person.region("body")
+    triangles = data.triangles["body"]
+    under = _inside_underlayer(fit).astype(np.float32)
+    # the underlayer is cloth: a little outside the skin, and smoother
+    strength = 0.5 * smoothstep(0.0, 0.03, under).astype(np.float32)
+    rest = geometry.smooth(np.ascontiguousarray(body), *_body_edges(), strength, 6)
+    offset = (_UNDERLAYER_OFFSET * smoothstep(-0.002, 0.004, under))[:, None]
+    rest = rest + offset.astype(np.float32) * geometry.normals(rest, triangles)
+    attributes = np.zeros((len(body), parts.ATTRIBUTES), np.float32)
+    attributes[:, :3] = body - fit.person.region("eyes").mean(0)
+    attributes[:, LIPS], attributes[:, EARS], attributes[:, EYELIDS] = data.lips, data.ears, data.eyelids
+    attributes[:, UNDER] = under
+    attributes[:, OCCLUSION] = data.occlusion_body
+    region = data.region("body")
+    return ClothMesh(
+        rest=rest.astype(np.float32),
+        triangles=triangles,
+        skin_index=data.skin_index[region],
+        skin_weight=data.skin_weight[region],
+        attributes=attributes,
+        keep=np.ones(len(body), np.float32),
+        part=parts.SKIN,
+    )
+
+
+def _eyes(person: Person) -> tuple[ClothMesh, float]:
+    """Both eyeballs, and how far each is from the middle."""
+    data = asset.load()
+    start, _ = data.ranges["eyes"]
+    points = person.region("eyes")
+    half = len(points) // 2
+    attributes = np.zeros((len(points), parts.ATTRIBUTES), np.float32)
+    for ball in (slice(0, half), slice(half, None)):
+        attributes[ball, :3] = points[ball] - 0.5 * (points[ball].max(0) + points[ball].min(0))
+    attributes[:, OCCLUSION] = 0.85
+    region = data.region("eyes")
+    mesh = ClothMesh(
+        rest=points,
+        triangles=data.triangles["eyes"] - start,
+        skin_index=data.skin_index[region],
+        skin_weight=data.skin_weight[region],
+        attributes=attributes,
+        keep=np.ones(len(points), np.float32),
+        part=parts.EYES,
+    )
+    return mesh, float(abs(points[half:, 0].mean()))
+
+
+def _looks(spec: PersonSpec, eye_x: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tone, hair = colours.skin(spec.skin), colours.linear(colours.HAIR_COLOURS[spec.hair.colour])
+    lips = tone * np.array([0.78, 0.58, 0.56]) if spec.lips < 0 else colours.linear(colours.LIP_COLOURS[spec.lips])
+    skin = looks.record(
+        looks.SKIN,
+        tone=tone,
+        lip=lips,
+        lip_strength=0.8 if spec.lips >= 0 else 0.55,
+        hair=0.8 * hair,
+        brow_x=eye_x,
+        brow_width=0.0030 if spec.feminine else 0.0042,
+        lashes=1.0 if spec.feminine else 0.6,
+        stubble=spec.stubble,
+        under=colours.garment(spec.underlayer),
+        iris=colours.linear(colours.EYE_COLOURS[spec.eyes]),
+    )
+    shoe = colours.garment(spec.shoes.colour)
+    shoes = looks.record(
+        looks.SHOES,
+        colour=shoe,
+        sole=colours.linear(colours.SOLE_COLOURS[spec.shoes.sole]),
+        detail=colours.linear((240, 240, 238) if shoe.mean() < 0.5 else (60, 60, 64)),
+        sole_top=0.012,
+        toe_cap=spec.shoes.toe_cap,
+        laces=spec.shoes.shaft < 0.03,
+        shine=0.25,
+    )
+    return skin, looks.record(looks.HAIR, colour=hair, shine=0.22, gloss=14), shoes

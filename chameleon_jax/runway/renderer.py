@@ -1,0 +1,233 @@
+"""Pose a model, draw it, shade it: one frame, or a picture of a garment alone.
+
+Legend: t frames, h w pixels, v vertices, j joints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from chameleon_jax.runway import asset, body, geometry, looks, parts, prints, raster, scene
+from chameleon_jax.runway.backdrop import shade_backdrop
+from chameleon_jax.runway.figure import Figure, Model
+from chameleon_jax.runway.garments import GarmentSpec
+from chameleon_jax.runway.motion import Motion
+from chameleon_jax.runway.scene import Camera
+from chameleon_jax.runway.shading import shade_surfaces
+from chameleon_jax.runway.tailoring import SOLE, Styling
+
+SHADOW_EDGE = 256
+_SHADOW_SPAN = 2.7  # metres that the shadow map covers, for a person of 1.72 m
+_FEET = ("foot.L", "toe2-1.L", "foot.R", "toe2-1.R")
+_PICTURE_MARGIN = 1.14
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What surrounds a figure: `looks.LIGHT` and `looks.BACKDROP` records, and whether shadows are cast."""
+
+    light: np.ndarray
+    backdrop: np.ndarray
+    shadows: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One picture and what is known about it.
+
+    Attributes:
+      image: uint8 [h, w, 3].
+      part: uint8 [h, w], the part with most sub-samples of the pixel.
+      touched: uint16 [h, w], bit p set where any sub-sample of the pixel belongs to part p; for a garment, where it was
+        drawn, be it covered again by a garment over it.
+      depth: float32 [h, w], metres along the view axis, infinite for the background.
+      joints: [36, 3], metres.
+    """
+
+    image: np.ndarray
+    part: np.ndarray
+    touched: np.ndarray
+    depth: np.ndarray
+    joints: np.ndarray
+
+
+class Renderer:
+    """Draws one model at one size; holds the buffers.
+
+    Args:
+      model: a dressed figure.
+      size: height and width in pixels.
+      samples: sub-samples per pixel and axis.
+    """
+
+    def __init__(self, model: Model, size: tuple[int, int], samples: int):
+        self.model, self.size, self.samples = model, size, samples
+        height, width = size[0] * samples, size[1] * samples
+        self._drawn, self._layer = raster.Fragments(height, width), raster.Fragments(height, width)
+        self._shadow = raster.Fragments(SHADOW_EDGE, SHADOW_EDGE)
+        self._light = np.zeros((height, width, 3), np.float32)
+        self._part = np.zeros((height, width), np.uint8)
+        count = len(model.rest)
+        self._points, self._wrinkled, self._screen = (np.zeros((count, 3), np.float32) for _ in range(3))
+        self._normals = np.zeros((count, 3), np.float32)
+        self._rest = model.rest.copy()
+        self._atlas = prints.atlas(96 if size[0] >= 256 else 32)
+        spec = model.figure.spec
+        figure = model.figure
+        self._looks = (
+            (figure.skin, figure.hair, figure.shoe_look)
+            if spec is not None
+            else (looks.record(looks.SKIN), looks.record(looks.HAIR), looks.record(looks.SHOES))
+        )
+
+    def pose(self, pose: body.Pose, swing: np.ndarray) -> np.ndarray:
+        """Move all vertices into a posture; returns the joints [36, 3].
+
+        Args:
+          pose: the posture.
+          swing: x, z (m) and turn (rad) of the lower end of hanging cloth.
+        """
+        model = self.model
+        matrices, joints = body.skeleton(model.figure.person, pose)
+        moved = model.expression_index
+        if len(moved):
+            offset = np.einsum("e,enc->nc", pose.expression.astype(np.float32), model.expression_offsets)
+            self._rest[moved] = model.rest[moved] + offset
+        geometry.skin(self._rest, model.skin_index, model.skin_weight, matrices, self._points)
+        geometry.sway(self._points, model.sway, joints[0], *(float(s) for s in swing))
+        geometry.vertex_normals(self._points, model.normal_triangles, self._normals)
+        geometry.wrinkle(
+            self._points, self._normals, model.wrinkle, model.starts, model.neighbours, model.rest_lengths, self._wrinkled
+        )
+        geometry.vertex_normals(self._wrinkled, model.normal_triangles, self._normals)
+        return joints
+
+    def draw(self, camera: Camera, setting: Setting, joints: np.ndarray, ground_truth: bool = True) -> Frame:
+        """Draw the posed model; without `ground_truth`, part and depth stay empty, which saves time."""
+        model, samples, (height, width) = self.model, self.samples, self.size
+        touched = np.zeros((height, width), np.uint16)
+        drawn, layer = self._drawn, self._layer
+        geometry.project(self._wrinkled, camera.matrix, float(samples), self._screen)
+        drawn.clear()
+        for number, (part, first, last) in enumerate(model.layers):
+            target = layer if number else drawn
+            if number:
+                layer.clear()
+            raster.rasterise(self._screen, model.triangles, first, last, model.keep, *target.arrays)
+            if number:
+                bit = np.uint16(1 << part)
+                cover = model.covers[number]
+                raster.lay_over(model.triangles, cover, bit, samples, *drawn.arrays, *layer.arrays, touched)
+
+        light = setting.light if setting.shadows else _without_shadows(setting.light)
+        to_light = self._draw_shadows(light, joints) if setting.shadows else np.zeros((3, 4))
+        view = (
+            float(camera.focal * samples),
+            float(camera.centre[0] * samples),
+            float(camera.centre[1] * samples),
+            camera.rotation,
+            camera.eye,
+        )
+        shadow_map = self._shadow.inverse_depth
+        shade_surfaces(
+            *drawn.arrays, self._wrinkled, self._normals, model.attributes, model.triangles, model.part,
+            *self._looks, model.cloths, self._atlas, *view, light, SOLE, shadow_map, to_light, self._light, self._part,
+        )  # fmt: skip
+        feet = self._feet(joints)
+        floor_shadow = float(light["floor_shadow"][0])
+        shade_backdrop(drawn.triangle, *view, setting.backdrop, floor_shadow, feet, shadow_map, to_light, self._light)
+
+        image = np.zeros((height, width, 3), np.uint8)
+        raster.resolve(self._light, samples, raster.SRGB, image)
+        part, depth = np.zeros((height, width), np.uint8), np.zeros((height, width), np.float32)
+        if ground_truth:
+            raster.pixel_labels(self._part, drawn.inverse_depth, samples, parts.COUNT, part, depth, touched)
+        return Frame(image, part, touched, depth, joints)
+
+    def _draw_shadows(self, light: np.ndarray, joints: np.ndarray) -> np.ndarray:
+        """Draw the shadow map; returns the map from the world to it, [3, 4]."""
+        model = self.model
+        span = _SHADOW_SPAN * model.figure.person.size
+        centre = np.array([joints[0, 0], 0.95 * model.figure.person.size, joints[0, 2]])
+        matrix = light_matrix(light["key_direction"][0].astype(np.float64), centre, span)
+        geometry.transform(self._wrinkled, matrix, self._screen)
+        self._shadow.clear()
+        raster.rasterise(self._screen, model.triangles, 0, len(model.triangles), model.keep, *self._shadow.arrays)
+        return matrix
+
+    def _feet(self, joints: np.ndarray) -> np.ndarray:
+        bone = asset.load().bone
+        rest = self.model.figure.person.joints
+        index = [bone[name] for name in _FEET]
+        lift = np.maximum(0, joints[index, 1] - rest[index, 1])
+        return np.stack([joints[index, 0], joints[index, 2], lift], 1)
+
+
+def light_matrix(direction: np.ndarray, centre: np.ndarray, span: float) -> np.ndarray:
+    """Parallel projection along the light: columns and rows of the shadow map, and depth, larger nearer to the light."""
+    across = np.cross([0, 1.0, 0], direction)
+    across /= np.linalg.norm(across)
+    up = np.cross(direction, across)
+    scale = SHADOW_EDGE / span
+    rows = np.stack([across * scale, -up * scale, direction])
+    offset = np.array([SHADOW_EDGE / 2, SHADOW_EDGE / 2, 10.0]) - rows @ centre
+    return np.concatenate([rows, offset[:, None]], 1)
+
+
+def cloth_swing(motion: Motion) -> np.ndarray:
+    """How hanging cloth lags behind the body: x, z (m) and turn (rad) per frame, [t, 3].
+
+    A damped spring, driven by the acceleration and the speed of the body's path, in equilibrium at the first frame.
+    """
+    dt = 1 / motion.fps
+    path = motion.path
+    drag = np.array([0.8, 0.8, 1.8])
+    velocity = np.diff(path, axis=0, prepend=path[:1]) / dt
+    if len(path) > 1:
+        velocity[0] = velocity[1]
+    acceleration = np.diff(velocity, axis=0, prepend=velocity[:1]) / dt
+    state, speed = -drag * velocity[0] / 60, np.zeros(3)
+    steps = max(1, math.ceil(64 * dt))
+    out = np.zeros_like(path)
+    for t in range(len(path)):
+        for _ in range(steps):
+            force = -60 * state - 7 * speed - 0.55 * acceleration[t] - drag * velocity[t]
+            speed = speed + force * dt / steps
+            state = state + speed * dt / steps
+        out[t] = state
+    return np.clip(out, -0.35, 0.35)
+
+
+def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 3) -> np.ndarray:
+    """The garment alone, worn by nobody, on white: uint8 [h, w, 3].
+
+    It is cut for the mean body, so it tells nothing about the person, the pose or the light of a clip.
+    """
+    model = _mean_figure().dress({garment.slot: garment}, Styling())
+    renderer = Renderer(model, size, samples)
+    joints = renderer.pose(body.resting_pose(foot_gap=0.13, arms_out=0.38), np.zeros(3))
+    points = renderer._wrinkled[np.unique(model.triangles)]
+    points = points[model.keep[np.unique(model.triangles)] >= 0]
+    low, high = points.min(0), points.max(0)
+    height, width = size
+    extent = high - low
+    span = _PICTURE_MARGIN * max(extent[1], extent[0] * height / width)
+    centre, distance = 0.5 * (low + high).astype(np.float64), 6.0
+    camera = scene.look_at(centre + np.array([0, 0, distance]), centre, height * distance / span, size)
+    setting = Setting(scene.picture_light(), scene.blank_backdrop())
+    return renderer.draw(camera, setting, joints).image
+
+
+@functools.lru_cache(maxsize=1)
+def _mean_figure() -> Figure:
+    return Figure(None)
+
+
+def _without_shadows(light: np.ndarray) -> np.ndarray:
+    light = light.copy()
+    light["shadow"] = light["floor_shadow"] = 0
+    return light

@@ -1,0 +1,260 @@
+"""Where it happens: backdrop, light, and a camera that looks at the body's path and never at the clothes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from chameleon_jax.runway import backdrop, colours, looks
+from chameleon_jax.runway.body import Person
+from chameleon_jax.runway.motion import Motion, MotionSpec
+from chameleon_jax.runway.tailoring import SOLE
+
+PLACES = ("studio", "room", "street", "park")
+FRAMINGS = {"full": (-0.09, 1.83), "knee": (0.44, 1.82), "thigh": (0.70, 1.82)}  # lowest and highest point in sight
+MOVES = ("static", "dolly", "pan", "orbit", "handheld")
+DISTANCE = 3.6
+_ROOM_FOR_ARMS = {"up": 0.98, "wave": 1.02, "hips": 0.98, "open": 1.05, "hair": 0.95, "hip": 0.95, "side": 1.34,
+                  "front": 0.95, "chest": 0.90}  # fmt: skip
+_STONES = {"sandstone": (178, 150, 128), "brick": (164, 110, 88), "concrete": (190, 184, 176),
+           "slate": (140, 146, 156), "limestone": (206, 190, 160)}  # fmt: skip
+_FOLIAGE = {"green": (92, 128, 70), "summery": (120, 140, 80), "autumnal": (150, 120, 60)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneSpec:
+    """A place and its light.
+
+    Attributes:
+      place: one of `PLACES`.
+      wall: colour of the wall, kind of stone, or kind of foliage, by name.
+      floor: kind of wood in a room.
+      sun_azimuth, sun_elevation: direction of the key light (rad), 0 from the camera.
+      warmth, brightness: of the key light, -1 to 1 and around 0.7.
+      shadow: how dark cast shadows are.
+      seed: everything else.
+    """
+
+    place: str
+    wall: str
+    floor: str
+    sun_azimuth: float
+    sun_elevation: float
+    warmth: float
+    brightness: float
+    shadow: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraSpec:
+    """A camera: framing, movement, its amount and phases in [-1, 1], and how much it follows a walk (0 to 1)."""
+
+    framing: str
+    move: str
+    amounts: tuple[float, float, float, float, float, float]
+    follow: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """Pinhole camera of one frame: x right, y down, z ahead, pixel (x, y) = K (R p + t) with square pixels.
+
+    Attributes:
+      focal, centre: pixels.
+      rotation: world to camera, [3, 3].
+      eye: position, [3].
+    """
+
+    focal: float
+    centre: tuple[float, float]
+    rotation: np.ndarray
+    eye: np.ndarray
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """K [R | t], float64 [3, 4]: homogeneous pixel coordinates and depth in metres."""
+        k = np.array([[self.focal, 0, self.centre[0]], [0, self.focal, self.centre[1]], [0, 0, 1]])
+        return k @ np.concatenate([self.rotation, -self.rotation @ self.eye[:, None]], 1)
+
+
+def sample_scene(rng: np.random.Generator) -> SceneSpec:
+    """Draw a place and its light."""
+    place = str(rng.choice(PLACES, p=[0.4, 0.28, 0.2, 0.12]))
+    walls = {"street": _STONES, "park": _FOLIAGE}.get(place, colours.WALL_COLOURS)
+    return SceneSpec(
+        place=place,
+        wall=str(rng.choice(list(walls))),
+        floor=str(rng.choice(list(colours.FLOOR_COLOURS))),
+        sun_azimuth=round(float(rng.uniform(-1.1, 1.1)), 4),
+        sun_elevation=round(float(rng.uniform(0.6, 1.05)), 4),
+        warmth=round(float(rng.uniform(-1, 1)), 4),
+        brightness=round(float(rng.uniform(0.62, 0.80)), 4),
+        shadow=round(float(rng.uniform(0.55, 0.8)), 4),
+        seed=int(rng.integers(1 << 30)),
+    )
+
+
+def sample_camera(rng: np.random.Generator) -> CameraSpec:
+    """Draw a camera."""
+    return CameraSpec(
+        framing=str(rng.choice(list(FRAMINGS), p=[0.45, 0.35, 0.2])),
+        move=str(rng.choice(MOVES, p=[0.4, 0.2, 0.12, 0.14, 0.14])),
+        amounts=tuple(round(float(x), 4) for x in rng.uniform(-1, 1, 6)),
+        follow=float(rng.choice([0.0, 0.6, 0.8, 1.0])),
+    )
+
+
+def make_light(spec: SceneSpec) -> np.ndarray:
+    """One `looks.LIGHT` record."""
+    rng = np.random.default_rng((spec.seed, 0))
+    azimuth, elevation = spec.sun_azimuth, spec.sun_elevation
+    across = -np.sign(azimuth) * rng.uniform(0.8, 1.4)
+    return looks.record(
+        looks.LIGHT,
+        key_direction=_direction(azimuth, elevation),
+        key=np.array([1 + 0.08 * spec.warmth, 1, 1 - 0.10 * spec.warmth]) * spec.brightness,
+        fill_direction=_direction(across, 0.32),
+        fill=0.16,
+        sky=np.array([0.40, 0.43, 0.48]) * rng.uniform(0.85, 1.1),
+        ground=np.array([0.30, 0.28, 0.26]) * rng.uniform(0.8, 1.1),
+        rim=0.35,
+        shadow=spec.shadow,
+        floor_shadow=0.75 * spec.shadow,
+    )
+
+
+def picture_light() -> np.ndarray:
+    """Soft light for pictures of garments."""
+    return looks.record(
+        looks.LIGHT,
+        key_direction=_unit(np.array([-0.35, 0.62, 0.70])),
+        key=0.60,
+        fill_direction=_unit(np.array([0.8, 0.2, 0.55])),
+        fill=0.12,
+        sky=(0.46, 0.46, 0.47),
+        ground=0.40,
+        rim=0.3,
+        shadow=0.35,
+    )
+
+
+def make_backdrop(spec: SceneSpec) -> np.ndarray:
+    """One `looks.BACKDROP` record."""
+    rng = np.random.default_rng((spec.seed, 1))
+    place = looks.record(looks.BACKDROP, kind=backdrop.KINDS.index(spec.place), floor_y=SOLE, seed=rng.integers(100))
+    place["wall_z"] = -rng.uniform(1.8, 3.0) if spec.place in ("studio", "room") else -rng.uniform(5, 8)
+    if spec.place in ("studio", "room"):
+        base = np.array(colours.WALL_COLOURS[spec.wall]) * rng.uniform(0.92, 1.04)
+        place["wall"] = colours.linear(base)
+    if spec.place == "studio":
+        place["wall_top"] = colours.linear(np.clip(base * rng.uniform(0.75, 1.08), 0, 247))
+        place["floor"] = colours.linear(base * rng.uniform(0.86, 0.98))
+        place["glow_x"], place["glow"] = rng.uniform(-0.5, 0.5), rng.uniform(0.02, 0.12)
+    elif spec.place == "room":
+        side = rng.choice([-1, 1])
+        accent = ((60, 90, 120), (180, 90, 60), (70, 110, 80), (200, 160, 70))[int(rng.integers(4))]
+        place["floor"] = colours.linear(colours.FLOOR_COLOURS[spec.floor])
+        place["frame"], place["sky"] = colours.linear((238, 234, 226)), colours.linear((228, 238, 250))
+        place["accent"], place["soft"] = colours.linear(accent), 0.012
+        place["glow_x"], place["glow"] = rng.uniform(-1.2, 1.2), rng.uniform(0, 0.12)
+        window = (side * rng.uniform(0.7, 1.1), 1.55, rng.uniform(0.35, 0.5), rng.uniform(0.55, 0.75))
+        picture = (-side * rng.uniform(0.6, 1.0), rng.uniform(1.45, 1.75), rng.uniform(0.2, 0.35), rng.uniform(0.22, 0.4))
+        place["window"] = window if rng.random() < 0.7 else 0
+        place["picture"] = picture if rng.random() < 0.8 else 0
+    elif spec.place == "street":
+        paving = ((150, 148, 146), (168, 160, 150), (128, 130, 136))[int(rng.integers(3))]
+        place["wall"], place["floor"] = colours.linear(_STONES[spec.wall]), colours.linear(paving)
+        place["frame"], place["sky"] = colours.linear((110, 130, 150)), colours.linear((190, 212, 236))
+        place["accent"], place["soft"] = colours.linear((250, 222, 160)), 0.09
+        place["facade"], place["window_pitch"] = rng.uniform(3.0, 6.5), rng.uniform(1.1, 1.8)
+    else:
+        ground = ((110, 140, 80), (150, 150, 110), (160, 140, 110))[int(rng.integers(3))]
+        place["wall"], place["floor"] = colours.linear(_FOLIAGE[spec.wall]), colours.linear(ground)
+        place["sky"] = colours.linear((196, 218, 240))
+    return place
+
+
+def blank_backdrop() -> np.ndarray:
+    """Pure white."""
+    return looks.record(looks.BACKDROP, kind=backdrop.KINDS.index("blank"), wall=100.0)
+
+
+def make_cameras(
+    spec: CameraSpec, action: MotionSpec, person: Person, motion: Motion, size: tuple[int, int]
+) -> list[Camera]:
+    """The camera of every frame.
+
+    Args:
+      spec: framing and movement.
+      action: leaves room for the arms of its gesture.
+      person: sets the scale.
+      motion: the path is followed; clothes are not known here.
+      size: height and width in pixels.
+    """
+    height, width = size
+    unit = person.size
+    x, z, _ = motion.path.T
+    low, high = (edge * unit for edge in FRAMINGS[spec.framing])
+    span, middle = high - low, 0.5 * (low + high)
+    room = _ROOM_FOR_ARMS.get(action.gesture, 0.84) * unit
+    if span * width / height < room:
+        wider = room * height / width
+        middle = high - 0.5 * wider + (0.3 * (wider - span) if spec.framing == "full" else 0.0)
+        span = wider
+    distance = DISTANCE * unit
+    focal = height * distance / span
+    nearest = float(z.max())
+    beside = 0.9 * _blur(x, 0.56, motion.fps)
+    along = nearest + spec.follow * (_mean(z, 2.0, motion.fps) - nearest)
+    share = np.linspace(-1, 1, len(motion)) if len(motion) > 1 else np.zeros(1)
+    a = spec.amounts
+    cameras = []
+    for frame, u in enumerate(share):
+        target = np.array([beside[frame], middle, along[frame]])
+        eye = target + np.array([0.12 * a[0], 0.12 * a[1], distance])
+        if spec.move == "dolly":
+            eye[2] -= 0.35 * unit * a[2] * u
+        elif spec.move == "pan":
+            eye[0] += 0.30 * a[2] * u
+            target[0] += 0.10 * a[2] * u
+        elif spec.move == "orbit":
+            angle = 0.35 * a[2] * u
+            eye[0], eye[2] = target[0] + distance * math.sin(angle), target[2] + distance * math.cos(angle)
+        elif spec.move == "handheld":
+            t = 2 * math.pi * frame / motion.fps / 5
+            eye[:2] += 0.012 * np.array([math.sin(2.1 * t + 3 * a[3]), math.sin(2.7 * t + 3 * a[4])])
+            target[:2] += 0.010 * np.array([math.sin(1.7 * t + a[4]), math.sin(2.3 * t + a[5])])
+        cameras.append(look_at(eye, target, focal, size))
+    return cameras
+
+
+def look_at(eye: np.ndarray, target: np.ndarray, focal: float, size: tuple[int, int]) -> Camera:
+    """A level camera that sees `target` in the middle of a picture of `size` (height, width)."""
+    ahead = _unit(target - eye)
+    right = _unit(np.cross(ahead, [0, 1.0, 0]))
+    down = np.cross(ahead, right)
+    return Camera(float(focal), (size[1] / 2, size[0] / 2), np.stack([right, down, ahead]), eye)
+
+
+def _unit(v: np.ndarray) -> np.ndarray:
+    return v / np.linalg.norm(v)
+
+
+def _direction(azimuth: float, elevation: float) -> np.ndarray:
+    flat = math.cos(elevation)
+    return np.array([math.sin(azimuth) * flat, math.sin(elevation), math.cos(azimuth) * flat])
+
+
+def _blur(values: np.ndarray, seconds: float, fps: float) -> np.ndarray:
+    radius = max(1, round(3 * seconds * fps))
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / (seconds * fps)) ** 2)
+    return np.convolve(np.pad(values, radius, mode="edge"), weights / weights.sum(), "valid")
+
+
+def _mean(values: np.ndarray, seconds: float, fps: float) -> np.ndarray:
+    radius = max(1, round(0.5 * seconds * fps))
+    weights = np.full(2 * radius + 1, 1 / (2 * radius + 1))
+    return np.convolve(np.pad(values, radius, mode="edge"), weights, "valid")

@@ -1,0 +1,344 @@
+"""A pipeline: the three networks, their tokenizer and the config they stream with.
+
+    pipeline = Pipeline.from_pretrained("chameleon_jax/assets/runway_tiny")
+    session = pipeline.session()
+    session.start(person, garment, "a person walks", seed=0)
+    for frames in session: ...
+
+A folder of weights holds `config.json`, `vae.safetensors`, `dit.safetensors`, `text.safetensors` and `tokenizer.json`.
+
+Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query tokens, m width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from chameleon_jax.attention.cache import CacheConfig
+from chameleon_jax.diffusion.rollout import make_sampler
+from chameleon_jax.models.dit import DiT, DiTConfig
+from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.serving.steps import Steps
+
+GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
+NETWORKS = ("vae", "dit", "text")
+HOW_TO_COMPUTE = (
+    "conv",
+    "remat",
+    "scan_layers",
+    "attention",
+)  # keys of model configs that say nothing about the weights
+MADE_ON_HOST = 2**20  # random tensors of at most so many numbers are drawn by NumPy
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ROOT = Path(__file__).parents[2]  # config files name folders of weights from here
+DEFAULT_FOLDER = Path(__file__).parents[1] / "assets" / "runway_tiny"
+
+
+class PipelineError(ValueError):
+    """A pipeline cannot be built. The message is one line."""
+
+
+class Pipeline:
+    """Networks, tokenizer and config. Holds no state of a stream: any number of sessions may share one.
+
+    Args:
+      vae: pixels to latents and back.
+      dit: the denoiser.
+      text: prompt encoder, or None if prompts will be given as encoded states.
+      tokenizer: prompts to ids for `text`, or None with it.
+      config: groups `model`, `video`, `cache`, `sampler`, `switch` and the key `dtype`, as in `configs/`.
+
+    Raises:
+      PipelineError: a group is missing, or the video's size does not fit the networks.
+    """
+
+    def __init__(self, vae: Vae, dit: DiT, text: nnx.Module | None, tokenizer: Any, config: Mapping[str, Any]):
+        self.config = check_config(config)
+        self.vae, self.dit, self.text, self.tokenizer = vae, dit, text, tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike = DEFAULT_FOLDER, config: Mapping[str, Any] | None = None
+    ) -> Pipeline:
+        """Load a folder written by `save` or by the converters.
+
+        Args:
+          folder: a path; one that does not exist here is looked for beside the package too.
+          config: how to build and stream; default the folder's own `config.json`. Where both are there, they must
+            describe the same networks.
+
+        Raises:
+          PipelineError: no such folder, a file missing, an unreadable `config.json`.
+          WeightsError: weights that do not fit; the mismatches of all networks are listed in one error.
+          TokenizerError: an unusable `tokenizer.json`.
+        """
+        from chameleon_jax.models.text import Tokenizer, TokenizerError
+        from chameleon_jax.weights import WeightsError, load_params
+
+        folder = find_folder(folder)
+        stored = _read_config(folder / "config.json")
+        if stored is None and config is None:
+            raise PipelineError(f"{folder}: no config.json; expected one beside the weights")
+        config = check_config(stored if config is None else config)
+        faults = [] if stored is None else _model_differences(config, stored)
+        builders, modules = _builders(config), {}
+        for name in NETWORKS:
+            modules[name] = nnx.eval_shape(builders[name])
+            try:
+                load_params(folder / f"{name}.safetensors", modules[name], DTYPES[config.dtype])
+            except WeightsError as error:
+                faults.append(str(error))
+        if faults:
+            raise WeightsError(" | ".join(faults))
+        tokenizer = Tokenizer.from_file(folder / "tokenizer.json", config.model.text.length)
+        if tokenizer.vocab > config.model.text.vocab:
+            raise TokenizerError(
+                f"{folder / 'tokenizer.json'}: {tokenizer.vocab} pieces, the encoder knows {config.model.text.vocab}"
+            )
+        return cls(modules["vae"], modules["dit"], modules["text"], tokenizer, config)
+
+    @classmethod
+    def random(cls, config: Mapping[str, Any], seed: int = 0, *, text: bool = True) -> Pipeline:
+        """Random weights in the config's dtype, for benchmarks and tests; see `random_module`.
+
+        Args:
+          config: as for the class.
+          seed: of the weights.
+          text: build the prompt encoder too, with a tokenizer of single bytes.
+        """
+        config = check_config(config)
+        builders = _builders(config, text=text)
+        modules = {name: random_module(build, (seed, index)) for index, (name, build) in enumerate(builders.items())}
+        tokenizer = byte_tokenizer(config.model.text.length) if text else None
+        return cls(modules["vae"], modules["dit"], modules.get("text"), tokenizer, config)
+
+    @classmethod
+    def abstract(cls, config: Mapping[str, Any]) -> Pipeline:
+        """Shapes without weights or text encoder, to lower and compile `steps` for a machine that is not there."""
+        config = check_config(config)
+        modules = {name: nnx.eval_shape(build) for name, build in _builders(config, text=False).items()}
+        return cls(modules["vae"], modules["dit"], None, None, config)
+
+    def save(self, folder: str | os.PathLike, dtype: jnp.dtype | None = None) -> None:
+        """Write the folder that `from_pretrained` reads.
+
+        Args:
+          folder: created if needed; files of an earlier save are replaced one by one, each complete or not at all.
+          dtype: cast the weights, e.g. jnp.bfloat16 to halve them.
+
+        Raises:
+          PipelineError: the pipeline has no text encoder.
+        """
+        from chameleon_jax.weights import save_params
+
+        if self.text is None:
+            raise PipelineError("a pipeline without a text encoder cannot be saved; build it with text=True")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in NETWORKS:
+            save_params(folder / f"{name}.safetensors", getattr(self, name), dtype)
+        write_text(folder / "tokenizer.json", self.tokenizer.pieces.to_str())
+        write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the video in pixels."""
+        return self.config.video.height, self.config.video.width
+
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """The device programs, shared by all sessions of this pipeline; see `Steps`."""
+        return Steps(self.vae, self.dit, self.text, self.config)
+
+    def session(self, mechanisms: Any = None, *, measure: bool = False) -> Any:
+        """A new session; see `Session`."""
+        from chameleon_jax.serving.session import Session
+
+        return Session(self, mechanisms, measure=measure)
+
+    def encode_prompt(self, prompt: str | jax.Array | np.ndarray) -> jax.Array:
+        """Text states [1, l, m] of a prompt of any language; the empty prompt is allowed.
+
+        Already encoded states of that shape are passed through.
+
+        Raises:
+          PipelineError: a string, but the pipeline has no text encoder; or states of another shape.
+        """
+        if not isinstance(prompt, str):
+            shape = (1, self.config.model.dit.text_length, self.config.model.dit.text_width)
+            if tuple(np.shape(prompt)) != shape:
+                raise PipelineError(f"encoded prompt of shape {np.shape(prompt)}, expected {shape}")
+            return jnp.asarray(prompt, DTYPES[self.config.dtype])
+        if self.text is None:
+            raise PipelineError("this pipeline has no text encoder; give the prompt as encoded states [1, l, m]")
+        ids, mask = self.tokenizer([prompt])
+        return self.steps.encode_text(ids, mask)
+
+
+def check_config(config: Mapping[str, Any]) -> ConfigDict:
+    """A copy of `config` as a ConfigDict, with lists (from JSON) turned into tuples.
+
+    Raises:
+      PipelineError: a group is missing, the dtype is unknown, or the video's size does not fit the networks.
+    """
+    config = ConfigDict(_tuples(config.to_dict() if isinstance(config, ConfigDict) else dict(config)))
+    lacking = [group for group in GROUPS if group not in config]
+    if lacking:
+        raise PipelineError(f"the config has no {', '.join(lacking)}; expected the groups {', '.join(GROUPS)}")
+    if config.dtype not in DTYPES:
+        raise PipelineError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        CacheConfig(**config.cache)
+        make_sampler(**config.sampler)
+        unit = VaeConfig(**config.model.vae).spatial_factor * dit_config(config).patch[-1]
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"config: {error}") from None
+    if config.sampler.name == "few_step" and config.sampler.steps != len(config.sampler.timesteps):
+        raise PipelineError(
+            f"sampler.steps is {config.sampler.steps}, but few_step takes one step for each of sampler.timesteps"
+            f" {config.sampler.timesteps}; change both"
+        )
+    height, width = config.video.height, config.video.width
+    if min(height, width) < unit or height % unit or width % unit:
+        raise PipelineError(f"video size {height}x{width}: height and width must be multiples of {unit} pixels")
+    if (
+        config.model.dit.text_length != config.model.text.length
+        or config.model.dit.text_width != config.model.text.width
+    ):
+        raise PipelineError("model.dit.text_length and text_width must be those of model.text (length, width)")
+    return config
+
+
+def find_folder(folder: str | os.PathLike) -> Path:
+    """The folder of weights: as given, or beside the package, where the embedded weights are.
+
+    Raises:
+      PipelineError: it is in neither place.
+    """
+    for candidate in (Path(folder), ROOT / folder):
+        if candidate.is_dir():
+            return candidate
+    if Path(folder).exists():
+        raise PipelineError(f"{folder}: not a folder; expected one with config.json and *.safetensors")
+    files = ", ".join(f"{name}.safetensors" for name in NETWORKS)
+    raise PipelineError(f"{folder}: no such folder; expected one with config.json, {files} and tokenizer.json")
+
+
+def byte_tokenizer(length: int) -> Any:
+    """A tokenizer whose pieces are the 256 bytes of UTF-8: no vocabulary to learn, every language, 258 ids."""
+    import tokenizers
+
+    from chameleon_jax.models.text import Tokenizer
+
+    names = ["<pad>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    pieces.add_special_tokens(names[:2])
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return Tokenizer(pieces, length)
+
+
+def random_module(build: Callable[[], nnx.Module], seed: tuple[int, ...]) -> nnx.Module:
+    """A module with random parameters, of which the large ones are made on the device and never leave it.
+
+    Its own initialisers are not used: compiled together they would be one program with hundreds of outputs, minutes to
+    compile at full size. Here each distinct large shape is compiled once, and small tensors, which are many, come from
+    the host. Weights have variance 1 / fan-in, norms are ones, and nothing is zero, so that every input has an
+    influence on the output.
+    """
+    module = nnx.eval_shape(build)
+    state = nnx.state(module, nnx.Param)
+    for index, (path, leaf) in enumerate(nnx.to_flat_state(state)):
+        leaf.set_value(_random_tensor(str(path[-1]), leaf.get_value(), (*seed, index)))
+    nnx.update(module, state)
+    return module
+
+
+def _random_tensor(name: str, like: jax.ShapeDtypeStruct, seed: tuple[int, ...]) -> jax.Array:
+    if name == "scale":
+        return jnp.asarray(np.ones(like.shape, like.dtype))
+    fan_in = math.prod(like.shape[:-1]) if name == "kernel" else like.shape[-1]
+    std = {"embedding": 1.0, "bias": 0.02}.get(name, fan_in**-0.5)
+    rng = np.random.default_rng(seed)
+    if like.size <= MADE_ON_HOST:
+        return jnp.asarray((std * rng.standard_normal(like.shape, np.float32)).astype(like.dtype))
+    return _normal(np.uint32(rng.integers(2**32)), shape=like.shape, dtype=like.dtype, std=std)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "std"))
+def _normal(seed: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(std, dtype)
+
+
+def _builders(config: ConfigDict, *, text: bool = True) -> dict[str, Callable[[], nnx.Module]]:
+    """A function that builds each network, by its name."""
+    kw = {"dtype": DTYPES[config.dtype], "param_dtype": DTYPES[config.dtype]}
+    builders = {
+        "vae": lambda: Vae(VaeConfig(**config.model.vae), rngs=nnx.Rngs(0), **kw),
+        "dit": lambda: DiT(dit_config(config), rngs=nnx.Rngs(0), **kw),
+    }
+    if text:
+        from chameleon_jax.models.text import TextConfig, TextEncoder
+
+        builders["text"] = lambda: TextEncoder(TextConfig(**config.model.text), rngs=nnx.Rngs(0), **kw)
+    return builders
+
+
+def dit_config(config: ConfigDict) -> DiTConfig:
+    """The denoiser's sizes; the number of condition frames and of frames a chunk are those of the cache."""
+    return DiTConfig(**{"context": config.cache.context, "block": config.cache.block, **config.model.dit})
+
+
+def _model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
+    """One line if `config.model` is not what the weights were made with. Shapes cannot show all of it: heads, means."""
+    stored = check_config({**config.to_dict(), "model": stored["model"]})
+    kinds = {"vae": VaeConfig, "dit": DiTConfig}
+    lines = []
+    for name in NETWORKS:
+        ours, theirs = ({**group} for group in (config.model[name], stored.model[name]))
+        if name in kinds:
+            ours, theirs = (dataclasses.asdict(kinds[name](**group)) for group in (ours, theirs))
+        for key in sorted((ours.keys() | theirs.keys()) - set(HOW_TO_COMPUTE)):
+            if ours.get(key) != theirs.get(key):
+                lines.append(f"model.{name}.{key} is {ours.get(key)}, the weights were made with {theirs.get(key)}")
+    return ["; ".join(lines)] if lines else []
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise PipelineError(f"{path}: has no group 'model'")
+    lacking = [name for name in NETWORKS if not isinstance(config["model"].get(name), dict)]
+    if lacking:
+        raise PipelineError(f"{path}: model has no {', '.join(lacking)}")
+    return config
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears complete or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,92 @@
+"""From loaders to what a training step takes: tokenised, cropped, NumPy arrays only; resumable to the batch.
+
+A stage may train on several kinds of batch in turn (pictures, short crops, long crops): batch n comes from part
+n mod parts. Each kind has shapes of its own and so a compiled step of its own.
+Axes: b batch, t pixel frames, h w pixels, c channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from chameleon_jax.data.loader import Loader, LoaderConfig, keyed_rng
+from chameleon_jax.data.sources import Source
+
+HostBatch = dict[str, np.ndarray]
+_CROP = 100  # purpose of the crop's random numbers; those of the loader count from 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One kind of batch: how to load it and what to make of it.
+
+    `transform(raw, rng)` turns a loader's batch into arrays; `rng` is the batch's own.
+    """
+
+    loader: LoaderConfig
+    transform: Callable[[dict[str, Any], np.random.Generator], HostBatch]
+
+
+class Feed(Iterator):
+    """Endless batches of a stage, from its parts in turn.
+
+    Args:
+      source: of records.
+      parts: kinds of batch; the i-th part draws with seed + i.
+    """
+
+    def __init__(self, source: Source, parts: Sequence[Part]):
+        self._parts = parts
+        self._process = jax.process_index()
+        self._batches = [
+            iter(
+                Loader(
+                    source,
+                    dataclasses.replace(part.loader, seed=part.loader.seed + index),
+                    process_index=self._process,
+                    process_count=jax.process_count(),
+                )
+            )
+            for index, part in enumerate(parts)
+        ]
+        self._count = 0
+
+    def __next__(self) -> HostBatch:
+        turn = self._count % len(self._parts)
+        part = self._parts[turn]
+        rng = keyed_rng(part.loader.seed, _CROP, self._count, self._process)
+        batch = part.transform(next(self._batches[turn]), rng)
+        self._count += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Position, as JSON values."""
+        return {"count": self._count, "parts": [batches.get_state() for batches in self._batches]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of a feed with the same source and parts."""
+        self._count = state["count"]
+        for batches, part in zip(self._batches, state["parts"], strict=True):
+            batches.set_state(part)
+
+
+def crop(video: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A random window of `size` (height, width) of every clip [b, t, h, w, c], another one for each.
+
+    Raises:
+      ValueError: the window is larger than the clip.
+    """
+    height, width = size
+    rows, columns = video.shape[2] - height, video.shape[3] - width
+    if min(rows, columns) < 0:
+        raise ValueError(f"a crop of {size} does not fit clips of {video.shape[2:4]} pixels")
+    if not rows and not columns:
+        return video
+    top, left = rng.integers(0, rows + 1, len(video)), rng.integers(0, columns + 1, len(video))
+    windows = [clip[:, y : y + height, x : x + width] for clip, y, x in zip(video, top, left, strict=True)]
+    return np.stack(windows)

@@ -1,0 +1,100 @@
+"""Networks as training sees them: a fixed structure, and parameters as a flat dict {dotted path: array}.
+
+Flat names are what sharding rules match, what checkpoints store and what safetensors files hold, so one name follows a
+parameter through all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from chameleon_jax.weights import WeightsError, check_fit, flat_params, load_params
+
+Params = dict[str, jax.Array]
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Network:
+    """A module's structure without its parameters.
+
+    Args:
+      build: makes the module from random streams; called abstractly, so that no memory is used.
+    """
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
+        self.build = build
+        self.abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        self._graph, state, rest = nnx.split(self.abstract, nnx.Param, ...)
+        if jax.tree.leaves(rest):
+            raise TypeError(f"{type(self.abstract).__name__} holds arrays that are not parameters: {rest}")
+        paths, self._tree = jax.tree_util.tree_flatten_with_path(state)
+        self._names = [_dotted(path) for path, _ in paths]
+        self.shapes = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters. Can be traced."""
+        return flat_params(self.build(nnx.Rngs(key)))
+
+    def bind(self, params: Mapping[str, jax.Array]) -> Any:
+        """The module with these parameters. Can be traced; costs nothing at run time."""
+        state = jax.tree.unflatten(self._tree, [params[name] for name in self._names])
+        return nnx.merge(self._graph, state)
+
+    def load(self, path: Any, dtype: jnp.dtype | None = None) -> Params:
+        """Parameters from a safetensors file.
+
+        Raises:
+          WeightsError: unreadable, or not the weights of this network; all mismatches are listed.
+        """
+        module = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
+        load_params(path, module, dtype)
+        return flat_params(module)
+
+    def check(self, params: Mapping[str, jax.Array], what: str) -> None:
+        """Raise WeightsError if `params` are not those of this network."""
+        check_fit({k: tuple(v.shape) for k, v in self.shapes.items()}, {k: tuple(v.shape) for k, v in params.items()}, what)
+
+
+def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Network:
+    """One of the networks of a training config.
+
+    Args:
+      name: "vae", "dit" or "text".
+      config: with `model` (sizes), `dtype` (of the computation) and `train.remat`, `train.scan_layers`.
+      frozen: parameters in the computing dtype; trained ones are float32 masters.
+    """
+    compute = DTYPES[config.dtype]
+    kw = {"dtype": compute, "param_dtype": compute if frozen else jnp.float32}
+    sizes = config.model[name].to_dict()
+    if name == "vae":
+        from chameleon_jax.models.vae import Vae, VaeConfig
+
+        return Network(lambda rngs: Vae(VaeConfig(**sizes), rngs=rngs, **kw))
+    if name == "dit":
+        from chameleon_jax.models.dit import DiT, DiTConfig
+
+        known = {field.name for field in dataclasses.fields(DiTConfig)}
+        sizes |= {key: config.train[key] for key in ("remat", "scan_layers") if key in config.train and key in known}
+        return Network(lambda rngs: DiT(DiTConfig(**sizes), rngs=rngs, **kw))
+    if name == "text":
+        from chameleon_jax.models.text import TextConfig, TextEncoder
+
+        return Network(lambda rngs: TextEncoder(TextConfig(**sizes), rngs=rngs, **kw))
+    raise WeightsError(f"there is no network {name!r}; expected vae, dit or text")
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """`blocks.0.self_attn.q.kernel`: the path without the accessor of the variable's value."""
+    parts = [key.key if hasattr(key, "key") else key.name for key in path if not _is_value(key)]
+    return ".".join(str(part) for part in parts)
+
+
+def _is_value(key: Any) -> bool:
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name in ("value", "raw_value")

@@ -1,0 +1,113 @@
+"""Optimisers and learning rates from the config.
+
+AdamW is that of arXiv 1711.05101; with beta1 = 0, as in teacher forcing and distillation, the first moment is the
+gradient itself and is not stored. Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982) orthogonalises the
+momentum of every kernel; norms, biases, tables and embeddings go to Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
+
+from chameleon_jax.config import ConfigError
+
+
+class SecondMomentState(NamedTuple):
+    """State of `scale_by_second_moment`."""
+
+    count: jax.Array  # int32, updates made
+    nu: Any  # mean of the squared gradients, like the parameters
+
+
+def scale_by_second_moment(b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam with beta1 = 0: g / (sqrt(nu / (1 - b2^n)) + eps), half of Adam's memory."""
+
+    def init(params: Any) -> SecondMomentState:
+        return SecondMomentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: SecondMomentState, params: Any = None) -> tuple[Any, SecondMomentState]:
+        del params
+        count = state.count + 1
+        nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * jnp.square(g), state.nu, updates)
+        unbiased = 1 - jnp.float32(b2) ** count
+        scaled = jax.tree.map(lambda g, n: g / (jnp.sqrt(n / unbiased) + eps), updates, nu)
+        return scaled, SecondMomentState(count, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate after n steps.
+
+    `config` has `name`, `peak`, `warmup` (steps of a linear rise from 0) and, by name:
+      constant   nothing else
+      halved     `halve_at`: from that step on half of the peak (teacher: warm-up 100, halved at 1100)
+      linear     from `decay_from` (share of `steps`) on, a straight line down to `final` x peak at the last step
+      cosine     the same along half a cosine
+
+    Raises:
+      ConfigError: another name.
+    """
+    names = ("constant", "halved", "linear", "cosine")
+    if config.name not in names:
+        raise ConfigError(f"schedule.name is {config.name!r}; expected one of {', '.join(names)}")
+    peak, warmup = float(config.peak), int(config.warmup)
+
+    def rate(step: jax.Array) -> jax.Array:
+        n = jnp.asarray(step, jnp.float32)
+        scale = jnp.float32(1)
+        if config.name == "halved":
+            scale = jnp.where(n >= config.halve_at, 0.5, 1.0)
+        elif config.name in ("linear", "cosine"):
+            start = config.decay_from * steps
+            done = jnp.clip((n - start) / max(steps - start, 1), 0, 1)
+            fall = 1 - done if config.name == "linear" else 0.5 * (1 + jnp.cos(math.pi * done))
+            scale = config.final + (1 - config.final) * fall
+        if warmup:
+            scale = scale * jnp.minimum(1.0, (n + 1) / warmup)
+        return peak * scale
+
+    return rate
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then the optimiser.
+
+    Args:
+      config: `name` ("adamw" or "muon"), `clip` (0: none), `b1`, `b2`, `eps`, `weight_decay`, `momentum` (Muon).
+      schedule: learning rate; for Muon that of both halves, since updates are scaled to Adam's size.
+
+    Raises:
+      ConfigError: another name.
+    """
+    c = config
+    if c.name == "adamw":
+        moments = optax.scale_by_adam(c.b1, c.b2, c.eps) if c.b1 else scale_by_second_moment(c.b2, c.eps)
+        decay = optax.add_decayed_weights(c.weight_decay)
+        optimizer = optax.chain(moments, decay, optax.scale_by_learning_rate(schedule))
+    elif c.name == "muon":
+        optimizer = muon(
+            schedule, beta=c.momentum, weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2, eps=c.eps,
+            muon_weight_dimension_numbers=_matrices, consistent_rms=0.2,
+        )  # fmt: skip
+    else:
+        raise ConfigError(f"optimizer.name is {c.name!r}; expected adamw or muon")
+    return optax.chain(optax.clip_by_global_norm(c.clip), optimizer) if c.clip else optimizer
+
+
+def _matrices(params: Any) -> Any:
+    """Which parameters Muon takes: kernels [..., in, out] are matrices from everything but the last axis to the last."""
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+        if not str(path[-1].key).endswith("kernel") or leaf.ndim < 2:
+            return None
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -1,0 +1,74 @@
+"""Stage 2, teacher forcing: the teacher learns to go on, chunk by chunk (arXiv 2605.15824, section 4.2).
+
+The video is cut into blocks of 3 latent frames. Each block is noised with a t of its own and denoised with the clean
+context and the clean earlier blocks in sight, all in one pass over [clean copy | noisy copy] with a block-causal mask.
+Streaming over a KV cache computes the same function. Loss and data are those of the teacher, see `sft`.
+
+Axes: b batch, f latent frames, h w grid, c channels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from chameleon_jax.config import ConfigError
+from chameleon_jax.diffusion import flow
+from chameleon_jax.models.dit import teacher_forcing_forward
+from chameleon_jax.training import sft
+from chameleon_jax.training.sft import before_export, make_eval_parts, make_parts
+from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage
+
+__all__ = ["before_export", "make_eval_parts", "make_parts", "make_stage"]
+
+
+def make_stage(config: ConfigDict) -> Stage:
+    """The teacher-forcing stage; see configs/teacher_forcing.py for the config.
+
+    Raises:
+      ConfigError: the clip is not a whole number of blocks.
+    """
+    trained, frozen = sft.networks(config)
+    conditions = sft.make_conditions(config, trained | frozen)
+    block = trained["dit"].abstract.config.block
+    frames = (config.video.frames - 1) // 4 + 1
+    used = frames - frames % block
+    if not used:
+        raise ConfigError(f"video.frames={config.video.frames} is {frames} latent frames, less than one block of {block}")
+
+    def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        dit = trained["dit"].bind(params["dit"])
+        sample = conditions(params | fixed, dit, batch)
+        z = sample.z_video[:, :used]
+        t_bf = flow.draw_timesteps(jax.random.fold_in(key, 0), z.shape[0], used, block=block, shift=config.loss.shift)
+        noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
+        z_noisy = flow.add_noise(z, noise, t_bf / 1000)
+        told = sft.told_timesteps(t_bf, config)
+        v = teacher_forcing_forward(dit, sample.z_context, z, z_noisy, told, sample.text_kv)
+        return sft.flow_loss(v, z, noise, t_bf, config.loss.shift)
+
+    def generate(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
+        """Block after block as in a stream, written with the training forward: what it makes is what a cache would."""
+        dit = trained["dit"].bind(params["dit"])
+        sample = conditions(params | fixed, dit, batch)
+        sigmas = jnp.asarray(flow.euler_sigmas(config.preview.steps, config.loss.shift))
+        noise = jax.random.normal(key, sample.z_video[:, :used].shape)
+        video = noise
+
+        for start in range(0, used, block):
+
+            def step(video: jax.Array, pair: tuple[jax.Array, jax.Array], start: int = start):
+                sigma, sigma_next = pair
+                t_bf = jnp.full(video.shape[:2], 1000 * sigma)
+                told = sft.told_timesteps(t_bf, config)
+                v = teacher_forcing_forward(dit, sample.z_context, video, video, told, sample.text_kv)
+                chunk = flow.euler_step(
+                    video[:, start : start + block], v[:, start : start + block], sigma, sigma_next
+                )
+                return video.at[:, start : start + block].set(chunk), None
+
+            video, _ = jax.lax.scan(step, video, (sigmas[:-1], sigmas[1:]))
+        return video
+
+    return Stage("teacher_forcing", trained, loss, sft.make_preview(config, frozen, generate), frozen)

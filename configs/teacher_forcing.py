@@ -1,0 +1,36 @@
+"""Stage 2, teacher forcing: from the bidirectional teacher to a block-causal model (arXiv 2605.15824).
+
+    python -m launch.train --config configs/teacher_forcing.py:runway_tiny --config.data.dir=data/latents \
+        --config.data.tokenizer=data/tokenizer.json --config.weights.vae=runs/vae/export \
+        --config.init_from=runs/teacher/export --config.workdir=runs/teacher_forcing
+
+`wan22_5b` has the paper's numbers: 7000 steps, no first moment, both captions always.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import training
+
+
+def get_config(variant: str = "runway_tiny") -> ConfigDict:
+    """Variants: `runway_tiny` (CPU, hours), `wan22_5b`, `smoke`."""
+    config = training.base("teacher_forcing", variant)
+    config.loss = {"shift": 5.0, "round_timesteps": True}
+    config.optimizer.update(b1=0.0, clip=10.0)
+    config.data.captions = "full"
+    if variant == "wan22_5b":
+        config.data.batch = 64
+        config.train.update(steps=7000, log_every=10, checkpoint_every=250)
+        config.schedule.update(name="constant", peak=1e-6, warmup=0)
+        config.ema.decay = 0.0
+    else:
+        config.loss.update(shift=3.0, round_timesteps=False)
+        config.data.update(batch=4, captions="mixed")
+        config.train.update(steps=8000, eval_every=1000, preview_every=1000)
+        config.optimizer.update(b1=0.9, clip=1.0, weight_decay=0.0)
+        config.schedule.update(name="linear", peak=3e-4)
+    if variant == "smoke":
+        config.video.frames = 21  # two blocks of three latent frames
+    return training.shorten(config) if variant == "smoke" else config

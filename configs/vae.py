@@ -1,0 +1,41 @@
+"""The VAE, trained from scratch: single pictures first, then clips.
+
+    python -m launch.train --config configs/vae.py:runway_tiny --config.data.dir=data/runway --config.workdir=runs/vae_images
+    python -m launch.train --config configs/vae.py:runway_tiny_video --config.data.dir=data/runway \
+        --config.init_from=runs/vae_images/export --config.workdir=runs/vae
+
+A network that has learnt pictures with the last tap of its causal convolutions needs a few minutes to learn motion; one
+that starts with clips needs many times as long. The released Wan2.2 VAE needs no training: `wan22_5b` is for fine-tuning.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import training
+
+
+def get_config(variant: str = "runway_tiny") -> ConfigDict:
+    """Variants: `runway_tiny`, `wan22_5b`, `smoke`; each also with `_video`, which trains on clips and pictures."""
+    size, clips = (variant[: -len("_video")], True) if variant.endswith("_video") else (variant, False)
+    config = training.base("vae", size)
+    # Batches in turn: (frames, height, width, samples). A net trained on few frames only learns its distance from the
+    # first one, hence the longest clips too, in small windows.
+    config.data.crops = ((1, 128, 80, 16),) if not clips else ((17, 48, 48, 4), (33, 32, 32, 4), (1, 128, 80, 8))
+    # Weights of the absolute error, of that of its gradients, and of the divergence from the unit normal.
+    config.loss = {"l1": 1.0, "gradient": 0.25, "kl": 1e-6}
+    config.preview.update(samples=4, frames=6)
+    config.optimizer.update(name="muon", weight_decay=0.0)
+    config.schedule.update(name="linear", peak=2e-3, decay_from=0.5)
+    config.train.update(steps=4000, eval_every=250, preview_every=250)
+    if clips:
+        config.schedule.update(peak=1e-3)
+    if size == "wan22_5b":
+        config.data.crops = ((17, 256, 256, 32), (1, 1280, 704, 32))
+        config.optimizer.name = "adamw"
+        config.schedule.update(name="constant", peak=1e-5)
+    if size == "smoke":
+        config.data.crops = ((5, 16, 16, 2), (1, 32, 32, 4)) if clips else ((1, 32, 32, 4),)
+        training.shorten(config)
+    config.name = variant
+    return config

@@ -1,0 +1,397 @@
+"""Stream a video to a file, changing garments on the way.
+
+    python -m launch.sample --reference person.png --garment first.png --garment second.png@24 \\
+        --garment third.png@48 --prompt "a person walks" --frames 81 --seed 0 --out out.mp4
+
+`path@frame` asks for a garment from that frame on; it takes effect at the first chunk that starts there or later.
+Beside the video lie `out.json` (what was asked for, what happened, how fast) and `out.png` (a contact sheet). Without
+pictures it runs on the examples that ship with the project. Ctrl-C keeps what was made so far, as a video that plays.
+
+Exit codes: 0 done, 2 an input cannot be used (nothing is written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image
+from tqdm import tqdm
+
+from chameleon_jax import __version__
+from chameleon_jax.attention.cache import CacheConfig, check_positions
+from chameleon_jax.attention.positions import PositionError
+from chameleon_jax.config import ConfigError
+from chameleon_jax.data.images import ImageError, prepare_garment, prepare_reference
+from chameleon_jax.diffusion.flow import ROWS
+from chameleon_jax.serving.pipeline import Pipeline, PipelineError, check_config, write_text
+from chameleon_jax.serving.session import Mechanisms, Session
+from launch import arguments
+from launch.arguments import UsageError
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "chameleon_jax" / "assets" / "examples"
+SHEET_FRAMES = 24  # frames on the contact sheet
+SHEET_HEIGHT = 256  # pixels of the tallest of them
+
+
+def define_flags() -> flags.FlagValues:
+    """The flags of this command, apart from those of any other."""
+    values = flags.FlagValues()
+    arguments.define(values, "configs/runway_tiny.py")
+    kw = {"flag_values": values}
+    flags.DEFINE_string("reference", None, "picture of the person (PNG, JPEG or WebP, any size)", **kw)
+    flags.DEFINE_multi_string("garment", [], "picture of a garment, or picture@frame; may be repeated", **kw)
+    flags.DEFINE_string("prompt", None, "what happens, in any language; may be empty", **kw)
+    flags.DEFINE_integer("frames", None, "length of the video; default video.frames of the config", **kw)
+    flags.DEFINE_integer("seed", None, "default that of the config", **kw)
+    flags.DEFINE_string("out", "out/sample.mp4", "video to write", **kw)
+    flags.DEFINE_string("switch", None, "full, or some of refresh,withdraw,disentangle; default as in the config", **kw)
+    flags.DEFINE_bool(
+        "drop_repeated_frame", None, "leave out the frame that repeats the pose after a full switch", **kw
+    )
+    flags.DEFINE_string("weights", None, "folder of weights, or random; default that of the config", **kw)
+    flags.DEFINE_integer("steps", None, "denoising steps; default sampler.steps of the config", **kw)
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Garment:
+    """A garment and the frame from which it is asked for."""
+
+    path: str
+    frame: int
+
+    @classmethod
+    def parse(cls, text: str) -> Garment:
+        """`path` (frame 0) or `path@frame`. An existing file whose name looks like that is taken as a file."""
+        head, at, tail = text.rpartition("@")
+        number = tail.removeprefix("-").isdigit()
+        if not at or not number or (Path(text).is_file() and not Path(head).is_file()):
+            return cls(text, 0)
+        return cls(head, int(tail))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that is asked for, checked."""
+
+    config: Any
+    weights: str
+    reference: np.ndarray  # uint8 [h, w, 3]
+    garments: tuple[tuple[Garment, np.ndarray], ...]  # by frame; the first is worn from the start
+    prompt: str
+    frames: int
+    seed: int
+    mechanisms: Mechanisms
+    out: Path
+
+
+def plan_garments(texts: Sequence[str], frames: int) -> tuple[list[Garment], list[str]]:
+    """Garments in the order of their frames, one a frame, and a remark for each that was left out.
+
+    Raises:
+      UsageError: no garment for the start, two of them, or a frame that does not exist.
+    """
+    garments = [Garment.parse(text) for text in texts]
+    for text, garment in zip(texts, garments, strict=True):
+        if not 0 <= garment.frame < frames:
+            raise UsageError(
+                f"--garment {text}: there is no frame {garment.frame}; the video has frames 0 to {frames - 1}"
+            )
+    bare = [text for text, garment in zip(texts, garments, strict=True) if garment.path == text]
+    if len(bare) > 1:
+        raise UsageError(
+            f"--garment {bare[1]}: {bare[0]} is worn from the start already; say from when, as {bare[1]}@24"
+        )
+    by_frame: dict[int, Garment] = {}
+    remarks = []
+    for garment in garments:
+        if garment.frame in by_frame:
+            remarks.append(
+                f"two garments at frame {garment.frame}: {garment.path} replaces {by_frame[garment.frame].path}"
+            )
+        by_frame[garment.frame] = garment
+    if 0 not in by_frame:
+        raise UsageError("no garment to start with; give one --garment without @frame")
+    return [by_frame[frame] for frame in sorted(by_frame)], remarks
+
+
+def chunk_starts(frames: int, asked: Sequence[int], mechanisms: Mechanisms, block: int) -> tuple[list[int], int]:
+    """First frames of the chunks of a video, given where switches are asked for, and the most chunks in one clip.
+
+    A chunk is 4 frames a latent frame; the first latent frame of a clip gives one, which a full switch can leave out.
+    """
+    starts, waiting, start, held, longest = [], sorted(asked), 0, 0, 0
+    while start < frames:
+        repeats = False
+        if waiting and waiting[0] <= start:
+            waiting = [frame for frame in waiting if frame > start]
+            if mechanisms.withdraw:
+                held, repeats = 0, mechanisms.refresh and mechanisms.disentangle and mechanisms.drop_repeated_frame
+        starts.append(start)
+        start += 4 * block - 3 * (held == 0) - repeats
+        held += 1
+        longest = max(longest, held)
+    return starts, longest
+
+
+def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, list[str]]:
+    """Check everything that can be checked before weights are loaded.
+
+    Raises:
+      UsageError, ConfigError, ImageError, PipelineError, PositionError: something cannot be used.
+    """
+    config = arguments.read_config(values.config, overrides)
+    if values.steps is not None:
+        config = with_steps(config, values.steps)
+    frames = config.video.frames if values.frames is None else values.frames
+    if frames < 1:
+        raise UsageError(f"--frames {frames}: a video has at least 1 frame")
+    seed = config.seed if values.seed is None else values.seed
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed {seed}: expected 0 to {2**32 - 1}")
+    weights = values.weights or config.weights
+    if not weights:
+        raise UsageError(f"config {config.name} comes without weights; give --weights FOLDER, or --weights random")
+    try:
+        mechanisms = Mechanisms(**config.switch)
+        if values.switch is not None:
+            mechanisms = Mechanisms.parse(values.switch, drop_repeated_frame=config.switch.drop_repeated_frame)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--switch: {error}") from None
+    if not mechanisms.refresh:
+        raise UsageError("--switch without refresh: the new garment would never be seen; add refresh")
+    if values.drop_repeated_frame is not None:
+        mechanisms = dataclasses.replace(mechanisms, drop_repeated_frame=values.drop_repeated_frame)
+
+    reference, texts, prompt = values.reference, values.garment, values.prompt
+    if reference is None and not texts:
+        reference, texts, example_prompt = examples()
+        texts = [text for text in texts if Garment.parse(text).frame < frames]
+        prompt = example_prompt if prompt is None else prompt
+    elif reference is None or not texts:
+        raise UsageError("--reference and --garment belong together: give both, or neither to run on the examples")
+    garments, remarks = plan_garments(texts, frames)
+    cache = check_config(config).cache
+    starts, longest = chunk_starts(frames, [g.frame for g in garments[1:]], mechanisms, cache.block)
+    check_positions(CacheConfig(**cache), longest - 1)
+    late = [garment for garment in garments if garment.frame > starts[-1]]
+    if late:
+        raise UsageError(
+            f"--garment {late[0].path}@{late[0].frame}: the last chunk of {frames} frames starts at frame {starts[-1]},"
+            " so it would not be seen; ask for it earlier, or for more --frames"
+        )
+    out = check_out(Path(values.out))
+    size = (config.video.height, config.video.width)
+    pictures = tuple((garment, prepare_garment(garment.path, size)) for garment in garments)
+    job = Job(
+        config, weights, prepare_reference(reference, size), pictures, prompt or "", frames, seed, mechanisms, out
+    )
+    return job, remarks
+
+
+def with_steps(config: Any, steps: int) -> Any:
+    """A copy of a config with another number of denoising steps, evenly spaced before the shift.
+
+    Raises:
+      UsageError: fewer than 1 or more than 1000.
+    """
+    if not 1 <= steps <= ROWS:
+        raise UsageError(f"--steps {steps}: expected 1 to {ROWS}")
+    config = config.copy_and_resolve_references()
+    config.sampler.steps = steps
+    config.sampler.timesteps = tuple(round(ROWS * (steps - i) / steps) for i in range(steps))
+    return config
+
+
+def examples() -> tuple[str, list[str], str]:
+    """Reference, garments and prompt that ship with the project."""
+    if not (EXAMPLES / "person.png").is_file():
+        raise UsageError(f"{EXAMPLES}: the example pictures are missing; give --reference and --garment")
+    garments = [str(EXAMPLES / "first.png"), f"{EXAMPLES / 'second.png'}@24", f"{EXAMPLES / 'third.png'}@48"]
+    return str(EXAMPLES / "person.png"), garments, (EXAMPLES / "prompt.txt").read_text(encoding="utf-8").strip()
+
+
+def check_out(out: Path) -> Path:
+    """The path of the video, if it and its companions can be written there."""
+    if out.suffix.lower() != ".mp4":
+        raise UsageError(f"--out {out}: expected a name that ends in .mp4")
+    for path in (out, out.with_suffix(".json"), out.with_suffix(".png")):
+        if path.is_dir():
+            raise UsageError(f"--out {out}: {path} is a folder")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--out {out}: {folder} is not a folder that can be written to")
+    return out
+
+
+class Interrupt:
+    """Ctrl-C as a flag: the chunk in progress is finished and written. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def stream(job: Job, session: Session) -> dict[str, Any]:
+    """Make the video and its contact sheet. Returns what is to be said about it in the JSON file."""
+    from chameleon_jax.data.video import VideoWriter
+
+    begin = time.perf_counter()
+    (_, worn), *waiting = job.garments
+    switches: list[tuple[Garment, Any]] = []
+    sheet, stride = [], max(1, -(-job.frames // SHEET_FRAMES))
+    first_frame = None
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=job.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name)
+    with Interrupt() as interrupt, VideoWriter(job.out, job.config.video.fps, session.pipeline.size) as video, bar:
+        session.start(job.reference, worn, job.prompt, job.seed)
+        while video.frames < job.frames and not interrupt.requested:
+            while waiting and waiting[0][0].frame <= session.frames:
+                garment, picture = waiting.pop(0)
+                switches.append((garment, session.switch_garment(picture)))
+            frames = session.next_chunk()[: job.frames - video.frames]
+            first_frame = first_frame or time.perf_counter() - begin
+            sheet += [frame for index, frame in enumerate(frames, video.frames) if index % stride == 0]
+            video.write(frames)
+            bar.update(len(frames))
+    seconds = time.perf_counter() - begin
+    made = video.frames
+    if not made:
+        raise KeyboardInterrupt
+    save_sheet(job, sheet)
+    denoised = sum(timing.denoise for timing in session.timings)
+    return {
+        "interrupted": made < job.frames,
+        "frames": made,
+        "frames_asked": job.frames,
+        "size": list(session.pipeline.size),
+        "fps": job.config.video.fps,
+        "seed": job.seed,
+        "prompt": job.prompt,
+        "garments": [{"path": garment.path, "frame": garment.frame} for garment, _ in job.garments],
+        "mechanisms": dataclasses.asdict(job.mechanisms),
+        "switches": [
+            {
+                "path": garment.path,
+                "asked": garment.frame,
+                "effective": switch.effective,
+                "superseded": switch.superseded,
+            }
+            for garment, switch in switches
+        ],
+        "seconds": {"stream": round(seconds, 3), "first_frame": round(first_frame, 3)},
+        "denoise_fps": round(sum(timing.frames for timing in session.timings) / denoised, 2),
+        "delivered_fps": round(made / seconds, 2),
+    }
+
+
+def save_sheet(job: Job, frames: Sequence[np.ndarray]) -> None:
+    """The contact sheet: reference and garments, then frames in rows of eight."""
+    from chameleon_jax.data.video import contact_sheet
+
+    def small(frame: np.ndarray) -> np.ndarray:
+        height, width = frame.shape[:2]
+        if height <= SHEET_HEIGHT:
+            return frame
+        return np.asarray(Image.fromarray(frame).resize((round(width * SHEET_HEIGHT / height), SHEET_HEIGHT)))
+
+    rows = [[job.reference, *(picture for _, picture in job.garments)]]
+    rows += [frames[i : i + 8] for i in range(0, len(frames), 8)]
+    path = job.out.with_suffix(".png")
+    part = path.with_name(path.name + ".part")
+    contact_sheet([[small(frame) for frame in row] for row in rows]).save(part, "PNG")
+    os.replace(part, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    names = ("jax", "jaxlib", "flax", "numpy", "pillow", "av")
+    return {"chameleon_jax": __version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command. Returns its exit code.
+
+    Raises:
+      UsageError, ConfigError, ImageError, PipelineError, WeightsError, ...: an input cannot be used.
+    """
+    values, overrides = arguments.parse(define_flags(), argv, __doc__)
+    job, remarks = read_job(values, overrides)
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    begin = time.perf_counter()
+    if job.weights == "random":
+        pipeline = Pipeline.random(job.config, job.seed)
+    else:
+        pipeline = Pipeline.from_pretrained(job.weights, job.config)
+    loaded = time.perf_counter()
+    print(f"compiling for {jax.devices()[0].device_kind} ...", file=sys.stderr)
+    pipeline.steps.compile()
+    compiled = time.perf_counter()
+    report = stream(job, pipeline.session(job.mechanisms, measure=True))
+    report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}
+    report |= {
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+        "weights": job.weights,
+        "config": job.config.to_dict(),
+    }
+    write_text(job.out.with_suffix(".json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    print(f"{job.out}: {report['frames']} frames, {report['delivered_fps']} frames/s"
+          f" (denoising alone {report['denoise_fps']}), {report['seconds']['stream']} s")  # fmt: skip
+    for switch in report["switches"]:
+        worn = "replaced before it was worn" if switch["superseded"] else f"worn from frame {switch['effective']}"
+        print(f"  {switch['path']}: asked for at frame {switch['asked']}, {worn}")
+    if report["interrupted"]:
+        print(
+            f"interrupted: {report['frames']} of {job.frames} frames were made, {job.out} holds them", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str] = tuple(sys.argv)) -> None:
+    """Run, and turn whatever is wrong with the input into one line."""
+    try:
+        sys.exit(run(argv))
+    except (UsageError, ConfigError, ImageError, PipelineError, PositionError) as error:
+        arguments.fail(error)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: a normal exit would wait for compilers that run in threads
+    except ModuleNotFoundError as error:
+        arguments.fail(f"{error.name} is not installed; python -m pip install 'chameleon-jax[video]'")
+    except ValueError as error:
+        if type(error).__module__.startswith("chameleon_jax."):  # weights, tokenizer, video: imported where used
+            arguments.fail(error)
+        raise
+
+
+if __name__ == "__main__":
+    main()

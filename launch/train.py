@@ -1,0 +1,147 @@
+"""Train one stage.
+
+    python -m launch.train --config configs/vae.py:runway_tiny --config.data.dir=data/runway --config.workdir=runs/vae
+    python -m launch.train --config configs/teacher.py:runway_tiny --config.data.dir=data/latents \
+        --config.data.tokenizer=data/tokenizer.json --config.weights.vae=runs/vae/export --config.workdir=runs/teacher
+
+The same command again goes on where the run stopped. SIGTERM saves and exits with 0. At the end the averaged weights
+are exported to <workdir>/export. In the workdir: config.json, metrics.jsonl, tensorboard/, previews/, checkpoints/.
+On TPU pods, Slurm and GKE start the same command on every host with --distributed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from chameleon_jax.checkpoints import CheckpointError, Checkpoints
+from chameleon_jax.config import ConfigError, save_config
+from chameleon_jax.data.loader import DataError
+from chameleon_jax.data.memory import InMemorySource
+from chameleon_jax.data.sources import Source, SourceError, open_sources
+from chameleon_jax.models.text import TokenizerError
+from chameleon_jax.sharding import MeshError
+from chameleon_jax.training import loop
+from chameleon_jax.training.export import export, stored_model
+from chameleon_jax.training.feed import Feed, HostBatch
+from chameleon_jax.weights import WeightsError
+from configs import runway_tiny, wan22_5b
+from launch import arguments
+
+STAGES = {"vae": "vae_stage", "teacher": "sft", "teacher_forcing": "teacher_forcing"}  # modules of chameleon_jax.training
+ERRORS = (
+    arguments.UsageError, ConfigError, CheckpointError, DataError, MeshError, SourceError, TokenizerError, WeightsError,
+    loop.TrainingDivergedError,
+)  # fmt: skip
+
+FLAGS = flags.FlagValues()
+arguments.define(FLAGS, "configs/teacher.py")
+flags.DEFINE_bool("distributed", False, "join the processes of all hosts", flag_values=FLAGS)
+flags.DEFINE_bool("export_only", False, "export the newest checkpoint and stop", flag_values=FLAGS)
+
+
+def main(argv: list[str]) -> None:
+    """Read the command line and run; every expected fault is one line on stderr and exit code 2."""
+    try:
+        parsed, overrides = arguments.parse(FLAGS, argv, __doc__)
+        if parsed.distributed:
+            jax.distributed.initialize()
+        run(arguments.read_config(parsed.config, overrides), export_only=parsed.export_only)
+    except ERRORS as error:
+        arguments.fail(error)
+
+
+def run(config: ConfigDict, *, export_only: bool = False) -> None:
+    """Train the stage that a config describes, and export its weights.
+
+    Raises:
+      Any of `ERRORS`.
+    """
+    for key, value in (("workdir", config.workdir), ("data.dir", config.data.dir)):
+        if not value:
+            raise ConfigError(f"{key} is not set; give it as --config.{key}=FOLDER")
+    if config.stage not in STAGES:
+        raise ConfigError(f"stage is {config.stage!r}; expected one of {', '.join(STAGES)}")
+    start_logging()
+    config = with_stored_sizes(config)
+    module = importlib.import_module(f"chameleon_jax.training.{STAGES[config.stage]}")
+    workdir = Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if export_only:
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            if not (newest := checkpoints.latest()):
+                raise CheckpointError(f"{workdir / 'checkpoints'}: no checkpoint to export")
+        config.train.steps, config.data.in_memory = newest, False
+    elif jax.process_index() == 0:
+        save_config(workdir / "config.json", config)
+    stage = module.make_stage(config)
+    feed = Feed(open_data(config, config.data.split), module.make_parts(config))
+    eval_batches = [] if export_only else held_out(config, module)
+    outcome = loop.train(config, stage, feed, eval_batches)
+    if outcome.reason == "signal":
+        return  # what sent the signal will not wait: the checkpoint is enough
+    folder = config.export_dir or workdir / "export"
+    config = module.before_export(config, stage, outcome.state, eval_batches)
+    tokenizer = config.data.tokenizer or None
+    export(folder, outcome.state, stage, config, streaming_config(config), tokenizer)
+    logging.getLogger("chameleon_jax").info("weights exported to %s", folder)
+
+
+def open_data(config: ConfigDict, split: str) -> Source:
+    """The split of the data folders, read into memory if the config says so."""
+    source = open_sources(config.data.dir.split(","), split)
+    if not config.data.in_memory:
+        return source
+    return InMemorySource(source, config.video.frames, (config.video.height, config.video.width), config.data.threads)
+
+
+def held_out(config: ConfigDict, module) -> list[HostBatch]:
+    """The first batches of the validation split, or of the training split where no validation split is named.
+
+    Prompts are never dropped here; clips and crops are the same in every run with the same seed.
+    """
+    source = open_sources(config.data.dir.split(","), config.data.validation or config.data.split)
+    parts = [
+        dataclasses.replace(part, loader=dataclasses.replace(part.loader, dropout=0.0, workers=0, threads=1, prefetch=1))
+        for part in module.make_eval_parts(config)
+    ]
+    feed = Feed(source, parts)
+    return [next(feed) for _ in range(max(config.train.eval_batches, 1))]
+
+
+def with_stored_sizes(config: ConfigDict) -> ConfigDict:
+    """Frozen weights know their own sizes and latent statistics: take them from the config.json beside them."""
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    for name, path in config.weights.items():
+        sizes = stored_model(path, name) if path else None
+        if sizes is not None:
+            config.model[name].update(sizes)
+    return config
+
+
+def streaming_config(config: ConfigDict) -> ConfigDict:
+    """The inference config that goes with the size of a training config."""
+    if config.name.startswith("wan22_5b"):
+        return wan22_5b.get_config()
+    return runway_tiny.get_config(config.name.removesuffix("_video"))
+
+
+def start_logging() -> None:
+    """Progress lines of this project, with the time, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("chameleon_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,167 @@
+"""The ring cache against a plain Python list of frames, on bare attention without a network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chameleon_jax.attention import cache as ring
+from chameleon_jax.attention.cache import CacheConfig, init_cache, withdraw
+from chameleon_jax.attention.positions import PositionError, apply_rope, rope
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny_dit  # noqa: E402
+
+GRID, HEADS, DIM = (2, 3), 2, 20
+LAYOUTS = [
+    {"frames": 11, "sink": 3},
+    {"frames": 11, "sink": 0},
+    {"frames": 14, "sink": 6},
+    {"frames": 5, "sink": 0},
+    {"frames": 9, "block": 2, "context": 1, "sink": 2},
+]
+
+
+def listed(config, chunk):
+    """Chunks that a list would hold while `chunk` is in flight: appended, and the oldest behind the sink dropped."""
+    held = []
+    for number in range(chunk + 1):
+        held.append(number)
+        if len(held) > config.chunks:
+            del held[config.sink_chunks]
+    return held
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slots_hold_what_a_list_holds(layout):
+    config = CacheConfig(**layout)
+    slots = {}
+    for chunk in range(30):
+        slots[int(ring.write_slot(config, chunk))] = chunk
+        held, length = listed(config, chunk), int(ring.read_length(config, chunk))
+        assert length == config.context + config.block * len(held)
+        visible = {slot: number for slot, number in slots.items() if slot < length}
+        assert sorted(visible.values()) == held and visible == slots
+        relative = np.asarray(ring.slot_frames(CacheConfig(**layout, positions="relative"), chunk))
+        assert list(relative[: config.context]) == list(range(config.context))
+        for place, number in enumerate(held):  # without gaps, oldest first
+            slot = next(s for s, n in slots.items() if n == number)
+            first = config.context + config.block * place
+            assert list(relative[slot : slot + config.block]) == list(range(first, first + config.block))
+        assert relative.max() < config.frames
+        frames = np.arange(config.block) + config.context
+        np.testing.assert_array_equal(ring.query_frames(config, chunk), frames + config.block * chunk)
+        newest = ring.query_frames(CacheConfig(**layout, positions="relative"), chunk)
+        np.testing.assert_array_equal(newest, frames + config.block * (len(held) - 1))
+
+
+class FrameList:
+    """The same memory as lists: unrotated (k, v) of the context and of each chunk."""
+
+    def __init__(self, config):
+        self.config, self.context, self.chunks, self.number = config, None, [], -1
+
+    def attend(self, q, k, v):
+        """What chunk in flight sees, its own k and v being the last entry."""
+        self.chunks[-1] = (k, v)
+        config = self.config
+        held = listed(config, self.number)
+        places = held if config.positions == "absolute" else range(len(held))
+        frames = list(range(config.context))
+        for place in places:
+            frames += [config.context + config.block * place + i for i in range(config.block)]
+        kept = [self.context, *(self.chunks[number] for number in held)]
+        keys, values = (jnp.concatenate(parts, axis=1) for parts in zip(*kept, strict=True))
+        turn = rope(np.array(frames), *GRID, DIM)
+        newest = rope(np.array(frames[-config.block :]), *GRID, DIM)
+        return tiny_dit.softmax_attention(apply_rope(q, newest), apply_rope(keys, turn), values)
+
+
+def _qkv(key, frames):
+    return jax.random.normal(key, (3, 1, frames * 6, HEADS, DIM))
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_streaming_equals_a_list_of_frames(layout, positions):
+    """Over more than three rounds of the ring, two passes a chunk, with a refresh and a withdrawal on the way."""
+    config = CacheConfig(**layout, positions=positions)
+    cache = init_cache(config, 1, 1, GRID, HEADS, DIM)
+    reference = FrameList(config)
+
+    @jax.jit
+    def prefill(cache, q, k, v):
+        out, layer = ring.prefilling(cache, DIM)(q, k, v, cache.layers[0])
+        return out, cache.with_layers((layer,))
+
+    @jax.jit
+    def step(cache, q, k, v):
+        out, layer = ring.streaming(cache, DIM)(q, k, v, cache.layers[0])
+        return out, cache.with_layers((layer,))
+
+    chunks = 3 * config.ring_chunks + config.chunks + 2
+    key = jax.random.key(0)
+    for number in range(chunks):
+        if number in (0, chunks // 2):
+            q, k, v = _qkv(jax.random.fold_in(key, 1000 + number), config.context)
+            reference.context = (k, v)
+            out, cache = prefill(cache, q, k, v)
+            turn = rope(np.arange(config.context), *GRID, DIM)
+            expected = tiny_dit.softmax_attention(apply_rope(q, turn), apply_rope(k, turn), v)
+            np.testing.assert_allclose(out, expected, atol=2e-6)
+        reference.number += 1
+        reference.chunks.append(None)
+        for again in range(2):
+            q, k, v = _qkv(jax.random.fold_in(key, 2 * number + again), config.block)
+            out, cache = step(cache, q, k, v)
+            np.testing.assert_allclose(out, reference.attend(q, k, v), atol=1e-5)
+        cache = cache.replace(chunk=cache.chunk + 1)
+        assert int(cache.length) == config.context + config.block * len(listed(config, number))
+    cache, reference.chunks, reference.number = withdraw(cache), [None], 0
+    assert int(cache.length) == config.context
+    q, k, v = _qkv(jax.random.fold_in(key, 9999), config.block)
+    np.testing.assert_allclose(step(cache, q, k, v)[0], reference.attend(q, k, v), atol=1e-5)
+
+
+def test_withdrawing_touches_no_buffer():
+    cache = init_cache(CacheConfig(), 2, 1, GRID, HEADS, DIM).replace(chunk=jnp.int32(12))
+    after = withdraw(cache)
+    assert int(cache.length) == 23 and int(after.length) == 2
+    assert all(a is b for a, b in zip(cache.k + cache.v, after.k + after.v, strict=True))
+
+
+def test_the_cache_is_a_pytree_with_a_static_layout():
+    cache = init_cache(CacheConfig(), 2, 3, GRID, HEADS, DIM, jnp.bfloat16)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(cache)[0]]
+    assert paths == [".k[0]", ".k[1]", ".v[0]", ".v[1]", ".chunk"]
+    assert cache.k[0].shape == (3, 23 * 6, HEADS, DIM) and cache.k[0].dtype == jnp.bfloat16
+    assert len({x.unsafe_buffer_pointer() for x in cache.k + cache.v}) == 4  # or they could not be donated
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": "learned"}, "expected 'absolute' or 'relative'"),
+        ({"sink": 2}, "whole chunks of 3"),
+        ({"frames": 22}, "whole chunks of 3"),
+        ({"frames": 5}, "leaves no chunk for the ring"),
+        ({"sink": -3}, "none may be negative"),
+    ],
+)
+def test_impossible_layouts_are_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**change)
+
+
+def test_absolute_positions_end():
+    config = CacheConfig()
+    ring.check_positions(config, 339)  # frames 1019 .. 1021
+    assert int(ring.query_frames(config, 339)[-1]) == 1021
+    with pytest.raises(PositionError, match="beyond the 340 that absolute positions reach"):
+        ring.check_positions(config, 340)
+    ring.check_positions(CacheConfig(positions="relative"), 10**9)

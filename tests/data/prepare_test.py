@@ -1,0 +1,107 @@
+"""The command that makes training data: what it says, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.data import images, records, sources
+from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.runway import render_triplet, split_of
+from chameleon_jax.weights import param_shapes, save_params, set_params
+from launch import prepare
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.prepare", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--out", "OUT"], "expected one command, runway or latents, got none"),
+        (["clips", "--out", "OUT"], "got clips"),
+        (["runway"], "--out, the folder to write, is missing"),
+        (["runway", "--out", "OUT", "--size", "128"], "--size=128: expected HEIGHTxWIDTH"),
+        (["runway", "--out", "OUT", "--frames", "32"], "4k + 1"),
+        (["runway", "--out", "OUT", "--seed_start", "799999", "--clips", "2"], "belong to several splits"),
+        (["latents", "--out", "OUT"], "latents needs --data and --weights"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_two(tmp_path, arguments, expected):
+    done = run(*[str(tmp_path / "out") if word == "OUT" else word for word in arguments])
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and expected in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_runway_command_renders_the_split_of_its_seeds(tmp_path):
+    out = str(tmp_path / "clips")
+    small = ["--frames", "5", "--size", "64x40", "--fps", "8"]
+    done = run("runway", "--out", out, "--clips", "2", "--seed_start", "800000", "--workers", "0", *small)
+    assert done.returncode == 0, done.stderr
+    assert "2 clips in split validation" in done.stderr and "2/2 records" in done.stderr
+    source = sources.RecordSource(out, "validation")
+    triplet = render_triplet(800_001, frames=5, size=(64, 40), fps=8)
+    sample = source.load(1, 5, (64, 40))
+    assert sample["seed"] == 800_001 and sample["fps"] == 8
+    np.testing.assert_array_equal(sample["reference"], triplet.reference)
+    np.testing.assert_array_equal(sample["garment"], triplet.garment)
+    assert np.abs(sample["video"].astype(int) - triplet.video).mean() < 3
+    assert sample["captions"]["dynamic"] == triplet.captions["dynamic"]
+
+
+def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import fake_renderer
+
+    make = records.RunwayExamples(size=(32, 16), frames=9, fps=8, render=fake_renderer.render)
+    records.prepare_runway(tmp_path / "clips", 3, make, workers=0)
+    config = "configs/runway_tiny.py:smoke"
+    vae_config = VaeConfig(**load_config(str(ROOT / config)).model.vae.to_dict())
+    vae, rng = nnx.eval_shape(lambda: Vae(vae_config, rngs=nnx.Rngs(0))), np.random.default_rng(0)
+    set_params(vae, {name: rng.normal(0, 0.2, shape) for name, shape in param_shapes(vae).items()}, jnp.float32)
+    weights = tmp_path / "vae.safetensors"
+    save_params(weights, vae)
+    out = str(tmp_path / "latents")
+    command = ["latents", "--data", str(tmp_path / "clips"), "--out", out, "--config", config, "--size", "32x16"]
+    done = run(*command, "--weights", str(weights), "--frames", "9", "--fps", "8", "--batch", "2")
+    assert done.returncode == 0, done.stderr
+    clip, latent = (sources.RecordSource(folder).load(2, 9, (32, 16)) for folder in (tmp_path / "clips", out))
+    for name, pixels in (("z_video", clip["video"]), ("z_garment", clip["garment"][None])):
+        expected = nnx.jit(Vae.encode)(vae, images.to_model(pixels[None]))[0]
+        np.testing.assert_allclose(latent[name], expected, rtol=2e-3, atol=2e-3)
+        assert np.std(expected) > 0.1
+    missing = run(*command, "--weights", str(tmp_path / "none.safetensors"))
+    assert missing.returncode == 2 and "no such file" in missing.stderr
+
+
+def test_splits_are_those_of_the_renderer():
+    for seed in (0, 799_999, 800_000, 899_999, 900_000, 10**9):
+        assert records.split_of(seed) == split_of(seed)
+
+
+def test_size():
+    assert prepare.parse_size("128x80") == (128, 80)
+    for bad in ("128", "0x80", "axb", "1x2x3", "-1x5"):
+        with pytest.raises(ConfigError):
+            prepare.parse_size(bad)
+
+
+def test_progress_line_tells_rate_and_time(capsys):
+    line = prepare.ProgressLine()
+    line(10, 10, 20)
+    line(20, 10, 20)
+    said = capsys.readouterr().err
+    assert "10/20 records" in said and "20/20 records" in said and "0.0 min left" in said

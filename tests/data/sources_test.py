@@ -1,0 +1,106 @@
+"""Sources: a plain folder of clips, broken ones included, and several sets as one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chameleon_jax.data import images, sources, video
+from chameleon_jax.data.sources import DirectorySource, JoinedSource, SourceError
+
+PROMPT = json.dumps({"en_long": ["She turns.", "A room."]})
+
+
+def write_clip(folder, name: str, size: tuple[int, int], level: int) -> dict[str, str]:
+    frames = np.full((7, *size, 3), level, np.uint8)
+    video.write_video(folder / f"{name}.mp4", frames, 16)
+    Image.fromarray(frames[0]).save(folder / f"{name}_src.png")
+    Image.fromarray(frames[0]).save(folder / f"{name}_cloth.png")
+    return {"video": f"{name}.mp4", "prompt": PROMPT, "width": str(size[1]), "height": str(size[0])}
+
+
+def write_table(folder, rows: list[dict[str, str]]) -> None:
+    with open(folder / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["video", "prompt", "width", "height"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_folder_with_a_table(tmp_path, form):
+    rows = [write_clip(tmp_path, "a", (40, 30), 90), write_clip(tmp_path, "b", (30, 40), 160)]
+    if form == "csv":
+        write_table(tmp_path, rows)
+    else:
+        (tmp_path / "table.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source = sources.open_sources(tmp_path)
+    assert source.kind == "pixels" and len(source) == 2
+    np.testing.assert_array_equal(source.sizes, [[40, 30], [30, 40]])
+    sample = source.load(1, 5, (32, 16))
+    assert sample["video"].shape == (5, 32, 16, 3) and abs(int(sample["video"].mean()) - 160) <= 2
+    np.testing.assert_array_equal(sample["reference"], np.full((32, 16, 3), 160))
+    assert sample["garment"][16, 8, 0] == 160 and sample["garment"][0, 0, 0] == 255
+    assert sample["captions"] == {"dynamic": "She turns.", "static": "A room."}
+
+
+def test_video_frames_are_prepared_like_the_reference(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (3, 20, 24, 3), np.uint8)
+    fitted = sources.fit_frames(frames, (16, 16))
+    np.testing.assert_array_equal(fitted[2], images.prepare_training_frame(frames[2], (16, 16)))
+    assert sources.fit_frames(frames, (20, 24)) is frames
+
+
+def test_bad_tables_are_refused_with_the_row(tmp_path):
+    good = {"video": "a.mp4", "prompt": PROMPT, "width": "30", "height": "40"}
+    for change, expected in [
+        ({"video": "../a.mp4"}, "row 2: video is '../a.mp4'; expected a path inside"),
+        ({"video": "/etc/a.mp4"}, "expected a path inside"),
+        ({"width": ""}, "row 2: column width is missing"),
+        ({"height": "tall"}, "row 2: invalid literal"),
+        ({"height": "0"}, "row 2: 30 x 0 pixels"),
+        ({"prompt": "{"}, "row 2: prompt is not JSON"),
+    ]:
+        write_table(tmp_path, [good, good | change])
+        with pytest.raises(SourceError) as caught:
+            DirectorySource(tmp_path)
+        assert expected in str(caught.value)
+    write_table(tmp_path, [])
+    with pytest.raises(SourceError, match="no rows"):
+        DirectorySource(tmp_path)
+    (tmp_path / "second.jsonl").write_text("")
+    with pytest.raises(SourceError, match="expected one"):
+        DirectorySource(tmp_path)
+
+
+def test_broken_files_are_value_errors(tmp_path):
+    write_table(tmp_path, [write_clip(tmp_path, "a", (40, 30), 90)])
+    source = DirectorySource(tmp_path)
+    (tmp_path / "a_cloth.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty"):
+        source.load(0, 5, (32, 16))
+    with pytest.raises(ValueError, match="7 frames; 9 are needed"):
+        source.load(0, 9, (32, 16))
+
+
+def test_joined_sources(tmp_path):
+    for name, level in (("one", 50), ("two", 200)):
+        (tmp_path / name).mkdir()
+        write_table(tmp_path / name, [write_clip(tmp_path / name, c, (32, 16), level) for c in "ab"])
+    source = sources.open_sources([tmp_path / "one", tmp_path / "two"])
+    assert isinstance(source, JoinedSource) and len(source) == len(source.sizes) == 4
+    levels = [int(pickle.loads(pickle.dumps(source)).load(i, 1, (32, 16))["reference"].mean()) for i in range(4)]
+    assert levels == [50, 50, 200, 200]
+
+
+def test_missing_folders(tmp_path):
+    with pytest.raises(SourceError, match="no such folder"):
+        sources.open_sources(tmp_path / "none")
+    with pytest.raises(SourceError, match=r"no dataset_info\.json"):
+        sources.open_sources(tmp_path)
+    with pytest.raises(SourceError, match="no folder"):
+        sources.open_sources([])

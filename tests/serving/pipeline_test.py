@@ -1,0 +1,170 @@
+"""Pipelines: folders of weights, random weights, configs that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chameleon_jax.config import load_config
+from chameleon_jax.models.text import Tokenizer, TokenizerError
+from chameleon_jax.serving import Pipeline
+from chameleon_jax.serving.pipeline import PipelineError
+from chameleon_jax.weights import WeightsError, flat_params
+
+ROOT = Path(__file__).parents[2]
+GREY = np.full((20, 20, 3), 128, np.uint8)
+
+
+def smoke(*overrides):
+    return load_config(f"{ROOT}/configs/runway_tiny.py:smoke", ["video.height=32", "video.width=16", *overrides])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights")
+    Pipeline.random(smoke(), seed=1).save(path)
+    return path
+
+
+def test_saved_and_loaded_pipeline_streams_the_same_bits(folder):
+    streams = []
+    for pipeline in (Pipeline.random(smoke(), seed=1), Pipeline.from_pretrained(folder)):
+        session = pipeline.session()
+        session.start(GREY, GREY, "naïve “prompt” 她", seed=2)
+        streams.append(session.next_chunk())
+    assert np.array_equal(*streams)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "dit.safetensors", "text.safetensors", "tokenizer.json", "vae.safetensors"
+    ]  # fmt: skip
+
+
+def test_saving_in_bfloat16_halves_the_files(folder, tmp_path):
+    pipeline = Pipeline.from_pretrained(folder)
+    pipeline.save(tmp_path, dtype=jnp.bfloat16)
+    assert (tmp_path / "dit.safetensors").stat().st_size < 0.6 * (folder / "dit.safetensors").stat().st_size
+    loaded = Pipeline.from_pretrained(tmp_path)
+    for name, value in flat_params(loaded.dit).items():
+        assert value.dtype == jnp.float32  # the config's dtype, not the file's
+        assert np.array_equal(value, flat_params(pipeline.dit)[name].astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_random_weights_depend_on_the_seed_only_and_leave_nothing_at_zero():
+    a, b, c = (flat_params(Pipeline.random(smoke(), seed=seed, text=False).dit) for seed in (0, 0, 1))
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert not any(np.array_equal(a[name], c[name]) for name in a if not name.endswith("scale"))
+    assert all(np.asarray(value).any() for value in a.values())
+
+
+def test_random_weights_in_bfloat16():
+    pipeline = Pipeline.random(smoke("dtype=bfloat16"), text=False)
+    assert {v.dtype for v in flat_params(pipeline.vae).values()} == {jnp.dtype("bfloat16")}
+    session = pipeline.session()
+    session.start(GREY, GREY, np.zeros((1, 16, 16), np.float32))
+    assert session.next_chunk().shape == (9, 32, 16, 3)
+
+
+def test_without_text_encoder_prompts_must_be_states():
+    pipeline = Pipeline.random(smoke(), text=False)
+    with pytest.raises(PipelineError, match="no text encoder"):
+        pipeline.encode_prompt("hello")
+    with pytest.raises(PipelineError, match="text=True"):
+        pipeline.save("unused")
+
+
+def test_all_mismatches_of_all_networks_in_one_error(folder):
+    config = smoke("model.vae.enc_width=8", "model.dit.layers=1", "model.text.ffn=48")
+    with pytest.raises(WeightsError) as caught:
+        Pipeline.from_pretrained(folder, config)
+    message = str(caught.value)
+    for part in (
+        "vae.safetensors",
+        "dit.safetensors",
+        "text.safetensors",
+        "unexpected blocks.1.",
+        "encoder.",
+        "model.vae.enc_width",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_differences_that_shapes_do_not_show(folder):
+    with pytest.raises(WeightsError, match=r"model\.dit\.heads is 4, the weights were made with 2"):
+        Pipeline.from_pretrained(folder, smoke("model.dit.heads=4"))
+
+
+def test_config_decides_how_to_stream(folder):
+    assert Pipeline.from_pretrained(folder, smoke("sampler.steps=1")).config.sampler.steps == 1
+
+
+@pytest.mark.parametrize("lost", ["vae.safetensors", "tokenizer.json", "config.json"])
+def test_missing_file_is_named(folder, tmp_path, lost):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / lost).unlink()
+    with pytest.raises((WeightsError, TokenizerError, PipelineError), match=lost):
+        Pipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not a readable JSON"), ("[]", "model"), ('{"model": {}}', "vae, dit, text"), ("\udcff", "JSON")],
+)
+def test_bad_config_json(folder, tmp_path, content, message):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(PipelineError, match=message):
+        Pipeline.from_pretrained(copy)
+
+
+def test_truncated_weights(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    data = (copy / "dit.safetensors").read_bytes()
+    (copy / "dit.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(WeightsError, match=r"dit\.safetensors: not a readable"):
+        Pipeline.from_pretrained(copy)
+
+
+def test_tokenizer_with_too_many_pieces(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {f"piece{i}": 1000 + i for i in range(1000)}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="the encoder knows 1024"):
+        Pipeline.from_pretrained(copy)
+
+
+def test_byte_tokenizer_survives_saving(folder):
+    prompts = ["", "she walks", "她走 🚶", "x" * 100]
+    saved = Tokenizer.from_file(folder / "tokenizer.json", 16)
+    built = Pipeline.random(smoke()).tokenizer
+    for a, b in zip(saved(prompts), built(prompts), strict=True):
+        assert np.array_equal(a, b)
+    ids, mask = built(["ab"])
+    assert mask.sum() == 3 and len(set(ids[0, :3])) == 3
+
+
+def test_no_such_folder():
+    with pytest.raises(PipelineError, match=r"nowhere: no such folder; expected one with config\.json"):
+        Pipeline.from_pretrained("nowhere")
+    with pytest.raises(PipelineError, match="not a folder"):
+        Pipeline.from_pretrained(ROOT / "setup.py")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("video.height=120", "multiples of 16"), ("video.width=0", "multiples of 16"), ("dtype=float16", "float16"),
+     ("model.text.length=8", "text_length")],
+)  # fmt: skip
+def test_config_that_cannot_work(override, message):
+    with pytest.raises(PipelineError, match=message):
+        Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke", [override]))
+
+
+def test_config_without_groups():
+    with pytest.raises(PipelineError, match="sampler"):
+        Pipeline.random({"model": {}, "dtype": "float32"})

@@ -1,0 +1,428 @@
+"""Sessions: bits, switches, mechanisms, snapshots. A random model of a few thousand parameters, 64x48 pixels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from chameleon_jax.config import load_config
+from chameleon_jax.data.images import ImageError
+from chameleon_jax.serving import Mechanisms, Pipeline, Session, SessionError, Snapshot, SnapshotError
+from chameleon_jax.serving.pipeline import PipelineError
+
+ROOT = Path(__file__).parents[2]
+OVERRIDES = ["video.height=64", "video.width=48", "sampler.steps=2"]
+ALL_BUT_DROP = Mechanisms(drop_repeated_frame=False)
+
+
+def make_pipeline(*overrides):
+    return Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke", [*OVERRIDES, *overrides]), seed=3)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_pipeline()
+
+
+def picture(seed, size=(70, 50)):
+    """Smooth random colours, so that resizing keeps most of it."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), np.uint8)
+    return np.asarray(small.repeat(size[0] // 5, 0).repeat(size[1] // 4, 1))
+
+
+PERSON, DRESS, SHIRT, COAT = (picture(seed) for seed in range(4))
+
+
+def started(pipeline, mechanisms=None, seed=0, garment=DRESS, prompt="she walks"):
+    session = Session(pipeline, mechanisms)
+    session.start(PERSON, garment, prompt, seed)
+    return session
+
+
+def chunks(session, count):
+    return [session.next_chunk() for _ in range(count)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def switch_now(session, garment):
+    """What next_chunk does before it makes a chunk."""
+    session.switch_garment(garment)
+    pending, session._pending = session._pending, {}
+    session._apply(session._state, {kind: content for kind, (_, content) in pending.items()})
+
+
+def cache_arrays(session):
+    return [np.array(x) for x in (*session._state.cache.k, *session._state.cache.v)]
+
+
+def context_slots(session):
+    """Keys of the two condition frames, per layer."""
+    tokens = session._state.cache.k[0].shape[1] // session.pipeline.config.cache.frames
+    return [np.array(k[:, : 2 * tokens]) for k in session._state.cache.k]
+
+
+def test_chunks_are_uint8_frames_of_9_then_12(pipeline):
+    frames = chunks(started(pipeline), 4)
+    assert [len(x) for x in frames] == [9, 12, 12, 12]
+    assert all(x.dtype == np.uint8 and x.shape[1:] == (64, 48, 3) for x in frames)
+    assert frames[1].std() > 1
+
+
+def test_iteration_is_next_chunk(pipeline):
+    stream = iter(started(pipeline))
+    assert same([next(stream), next(stream)], chunks(started(pipeline), 2))
+
+
+def test_same_seed_and_switches_same_bits_and_everything_matters(pipeline):
+    def run(seed=0, garment=DRESS, prompt="she walks", other=SHIRT, at=2):
+        session = started(pipeline, seed=seed, garment=garment, prompt=prompt)
+        frames = chunks(session, at)
+        session.switch_garment(other)
+        return frames + chunks(session, 5 - at)
+
+    first = run()
+    assert same(first, run())
+    for other in (run(seed=1), run(garment=COAT), run(prompt="he turns")):
+        assert not np.array_equal(first[0], other[0])
+    assert same(first[:2], run(other=COAT)[:2])
+    assert not np.array_equal(first[2], run(other=COAT)[2])
+    assert not np.array_equal(first[2], run(at=3)[2])
+
+
+def test_noise_differs_from_chunk_to_chunk(pipeline):
+    """With the history gone and nothing changed, only the noise can tell two first chunks apart."""
+    session = started(pipeline, Mechanisms(disentangle=False))
+    first = session.next_chunk()
+    session.switch_garment(DRESS)
+    assert not np.array_equal(first, session.next_chunk())
+
+
+def test_last_switch_wins_and_is_recorded(pipeline):
+    a, b = started(pipeline), started(pipeline)
+    chunks(a, 2), chunks(b, 2)
+    lost = a.switch_garment(COAT)
+    a.switch_prompt("he jumps")
+    won = a.switch_garment(SHIRT)
+    b.switch_prompt("he jumps")
+    b.switch_garment(SHIRT)
+    assert same(chunks(a, 2), chunks(b, 2))
+    assert (lost.asked, lost.effective, lost.superseded) == (21, None, True)
+    assert (won.asked, won.effective, won.superseded) == (21, 21, False)
+    assert [s.kind for s in a.switches] == ["garment", "prompt", "garment"]
+
+
+def test_switch_from_another_thread_takes_effect_at_the_next_chunk(pipeline, monkeypatch):
+    session = started(pipeline)
+    session.next_chunk()
+    asked = []
+
+    def chunk_while_someone_clicks(*args, original=pipeline.steps.chunk):
+        if not asked:
+            thread = threading.Thread(target=lambda: asked.append(session.switch_garment(SHIRT)))
+            thread.start()
+            thread.join(timeout=30)  # does not wait for the chunk in progress
+            assert asked
+        return original(*args)
+
+    monkeypatch.setattr(pipeline.steps, "chunk", chunk_while_someone_clicks)
+    undisturbed = started(pipeline)
+    monkeypatch.undo()
+    chunks(undisturbed, 1)
+    monkeypatch.setattr(pipeline.steps, "chunk", chunk_while_someone_clicks)
+    during = session.next_chunk()
+    monkeypatch.undo()
+    assert asked[0].effective is None
+    assert np.array_equal(during, undisturbed.next_chunk())
+    assert len(session.next_chunk()) == 8
+    assert (asked[0].asked, asked[0].effective) == (9, 21)
+
+
+def test_many_threads_switching_leave_a_consistent_record(pipeline):
+    session = started(pipeline)
+    stop = threading.Event()
+
+    def storm(garment):
+        while not stop.is_set():
+            session.switch_garment(garment)
+
+    threads = [threading.Thread(target=storm, args=(g,)) for g in (SHIRT, COAT)]
+    [t.start() for t in threads]
+    frames = chunks(session, 4)
+    stop.set()
+    [t.join() for t in threads]
+    effective = [s for s in session.switches if s.effective is not None]
+    assert sum(map(len, frames)) == session.frames
+    assert len({s.effective for s in effective}) == len(effective) <= 4
+    assert all(s.superseded or s.effective is not None for s in session.switches[:-1])
+    assert not any(s.superseded and s.effective is not None for s in session.switches)
+
+
+def test_full_switch_starts_a_new_clip_and_drops_the_repeated_frame(pipeline):
+    session, keeps = started(pipeline), started(pipeline, ALL_BUT_DROP)
+    for s in (session, keeps):
+        chunks(s, 3)
+        assert s.length == 11
+        s.switch_garment(SHIRT)
+    dropped, kept = session.next_chunk(), keeps.next_chunk()
+    assert (len(dropped), len(kept)) == (8, 9)
+    assert np.array_equal(dropped, kept[1:])
+    assert session.length == 5  # two condition frames and the new sink
+    assert len(session.next_chunk()) == 12
+
+
+def test_refresh_alone_keeps_history_and_decoder(pipeline):
+    session, undisturbed = started(pipeline, Mechanisms.parse("refresh")), started(pipeline)
+    chunks(session, 2), chunks(undisturbed, 2)
+    before, slots = cache_arrays(session), context_slots(session)
+    switch_now(session, SHIRT)
+    after = cache_arrays(session)
+    tokens = before[0].shape[1] // 23
+    assert all(np.array_equal(x[:, 2 * tokens :], y[:, 2 * tokens :]) for x, y in zip(before, after, strict=True))
+    assert all(not np.array_equal(x, y) for x, y in zip(slots, context_slots(session), strict=True))
+    assert session.length == 8 and session._state.decoder is not None
+    frames = session.next_chunk()
+    assert len(frames) == 12 and session.length == 11
+    assert not np.array_equal(frames, undisturbed.next_chunk())
+
+
+def test_withdraw_alone_forgets_history_and_keeps_the_conditions(pipeline):
+    session = started(pipeline, Mechanisms.parse("withdraw"))
+    chunks(session, 2)
+    slots = context_slots(session)
+    switch_now(session, SHIRT)
+    assert session.length == 2 and session._state.decoder is None
+    assert all(np.array_equal(x, y) for x, y in zip(slots, context_slots(session), strict=True))
+    assert len(session.next_chunk()) == 9
+
+
+def test_disentangle_encodes_the_last_frame_shown_as_one_image(pipeline):
+    session, without = started(pipeline), started(pipeline, Mechanisms.parse("refresh,withdraw"))
+    last = chunks(session, 2)[-1][-1]
+    chunks(without, 2)
+    old = np.array(session._state.z_reference)
+    for s in (session, without):
+        switch_now(s, SHIRT)
+    assert np.array_equal(session._state.z_reference, pipeline.steps.encode_image(last))
+    assert not np.array_equal(session._state.z_reference, old)
+    assert np.array_equal(without._state.z_reference, old)
+    assert session._state.z_reference.shape[1] == 1
+
+
+def test_withdraw_forgets_everything_but_the_conditions(pipeline):
+    """Two histories, then the same conditions and the same noise: the same chunk."""
+    a, b = (started(pipeline, Mechanisms(disentangle=False), garment=g) for g in (DRESS, COAT))
+    chunks(a, 2), chunks(b, 2)
+    a.switch_garment(SHIRT), b.switch_garment(SHIRT)
+    assert same(chunks(a, 2), chunks(b, 2))
+
+
+def test_reference_given_by_the_user_is_the_reference(pipeline):
+    session = started(pipeline)
+    chunks(session, 2)
+    session.switch_garment(SHIRT)
+    session.switch_reference(COAT)
+    frames = session.next_chunk()
+    fresh = started(pipeline, ALL_BUT_DROP)
+    assert len(frames) == 9  # it does not repeat the last pose, so nothing is dropped
+    fresh.start(COAT, SHIRT, "she walks", seed=0)
+    assert np.array_equal(fresh._state.z_reference, session._state.z_reference)
+
+
+def test_prompt_switch_changes_the_text_only(pipeline):
+    session, undisturbed = started(pipeline), started(pipeline)
+    chunks(session, 2), chunks(undisturbed, 2)
+    before = cache_arrays(session)
+    session.switch_prompt("he jumps")
+    pending = {"prompt": session._pending["prompt"][1]}
+    session._apply(session._state, pending)
+    assert same(before, cache_arrays(session)) and session.length == 8
+    frames = session.next_chunk()
+    assert len(frames) == 12 and not np.array_equal(frames, undisturbed.next_chunk())
+
+
+def test_prompts_of_every_kind(pipeline):
+    session = started(pipeline, prompt="")
+    states = np.array(pipeline.encode_prompt("她在走路 🚶 " * 100))
+    session.switch_prompt("Она идёт")
+    session.next_chunk()
+    session.switch_prompt(states)
+    session.next_chunk()
+    with pytest.raises(PipelineError, match=r"expected \(1, 16, 16\)"):
+        session.switch_prompt(states[:, :3])
+    session.next_chunk()
+
+
+def test_switch_before_the_first_chunk_equals_starting_with_it(pipeline):
+    session = started(pipeline)
+    session.switch_garment(SHIRT)
+    assert same(chunks(session, 2), chunks(started(pipeline, garment=SHIRT), 2))
+
+
+def test_long_stream_keeps_its_cache_and_compiles_once():
+    pipeline = make_pipeline("video.height=16", "video.width=16")
+    session = started(pipeline)
+    chunks(session, 9)
+    assert session.length == 23
+    session.switch_garment(SHIRT)
+    chunks(session, 9)
+    session.switch_prompt("he jumps")
+    chunks(session, 2)
+    sizes = {name: function._cache_size() for name, (_, function) in pipeline.steps._jitted.items()}
+    assert sizes == dict.fromkeys(sizes, 1)
+
+
+def test_compiling_ahead_gives_the_same_bits(pipeline):
+    ahead = make_pipeline()
+    seconds = ahead.steps.compile()
+    assert set(seconds) == {"encode_text", "text_kv", "encode_image", "refresh", "chunk", "decode_first", "decode_next"}
+    assert same(chunks(started(ahead), 2), chunks(started(pipeline), 2))
+
+
+def test_sessions_of_one_pipeline_do_not_disturb_each_other(pipeline):
+    alone = chunks(started(pipeline, seed=5), 3)
+    a, b = started(pipeline, seed=5), started(pipeline, seed=6, garment=COAT)
+    mixed = []
+    for _ in range(3):
+        mixed.append(a.next_chunk())
+        b.next_chunk()
+    assert same(alone, mixed)
+
+
+def test_bad_picture_is_refused_and_the_stream_goes_on(pipeline, tmp_path):
+    session, undisturbed = started(pipeline), started(pipeline)
+    chunks(session, 1), chunks(undisturbed, 1)
+    (tmp_path / "empty.png").touch()
+    for bad in (tmp_path / "none.png", tmp_path / "empty.png", b"", np.zeros((3, 3), np.float32)):
+        with pytest.raises(ImageError):
+            session.switch_garment(bad)
+        with pytest.raises(ImageError):
+            session.switch_reference(bad)
+    assert session.switches == []
+    assert np.array_equal(session.next_chunk(), undisturbed.next_chunk())
+
+
+def test_not_started(pipeline):
+    session = Session(pipeline)
+    for call in (session.next_chunk, session.snapshot, lambda: session.switch_garment(SHIRT), lambda: session.frames):
+        with pytest.raises(SessionError, match="start"):
+            call()
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="seed"):
+            session.start(PERSON, DRESS, "", seed)
+
+
+def test_failed_chunk_ends_the_stream_and_a_new_start_works(pipeline, monkeypatch):
+    session = started(pipeline)
+    session.next_chunk()
+    monkeypatch.setattr(pipeline.steps, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.next_chunk()
+    monkeypatch.undo()
+    with pytest.raises(SessionError):
+        session.next_chunk()
+    session.start(PERSON, DRESS, "she walks", 0)
+    assert same(chunks(session, 2), chunks(started(pipeline), 2))
+
+
+def test_snapshot_and_restore_give_the_same_bits(pipeline, tmp_path):
+    session = started(pipeline)
+    chunks(session, 2)
+    session.switch_garment(SHIRT)
+    chunks(session, 2)
+    session.switch_garment(COAT)  # still waiting when the snapshot is taken
+    session.switch_prompt("he jumps")
+    value = session.snapshot()
+    value.save(tmp_path / "session.safetensors")
+    rest = chunks(session, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["session.safetensors"]
+    for snapshot in (value, Snapshot.load(tmp_path / "session.safetensors")):
+        other = Session(pipeline, Mechanisms.parse("refresh"))  # the snapshot's mechanisms replace these
+        other.restore(snapshot)
+        assert same(rest, chunks(other, 3))
+        assert other.switches == session.switches and other.frames == session.frames
+    session.restore(value)  # and back in time in the same session
+    assert same(rest, chunks(session, 3))
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_snapshot_at_the_very_start(pipeline, before):
+    session = started(pipeline)
+    chunks(session, before)
+    other = Session(pipeline)
+    other.restore(session.snapshot())
+    assert same(chunks(session, 2), chunks(other, 2))
+
+
+CONTINUE = """
+import sys, jax, numpy as np
+jax.config.update("jax_default_matmul_precision", "highest")
+from chameleon_jax.config import load_config
+from chameleon_jax.serving import Pipeline, Session, Snapshot
+config, snapshot, out, *overrides = sys.argv[1:]
+session = Session(Pipeline.random(load_config(config, overrides), seed=3))
+session.restore(Snapshot.load(snapshot))
+np.savez(out, *[session.next_chunk() for _ in range(2)])
+"""
+
+
+def test_snapshot_continues_in_a_new_process(pipeline, tmp_path):
+    session = started(pipeline)
+    chunks(session, 2)
+    session.switch_garment(SHIRT)
+    session.snapshot().save(tmp_path / "s.safetensors")
+    rest = chunks(session, 2)
+    command = [sys.executable, "-c", CONTINUE, f"{ROOT}/configs/runway_tiny.py:smoke", tmp_path / "s.safetensors",
+               tmp_path / "frames.npz", *OVERRIDES]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": jax.default_backend()}
+    subprocess.run(list(map(str, command)), check=True, cwd=tmp_path, env=environment)
+    with np.load(tmp_path / "frames.npz") as file:
+        assert same(rest, [file[name] for name in file.files])
+
+
+def test_snapshot_of_another_config_is_refused(pipeline):
+    snapshot = started(pipeline).snapshot()
+    other = Session(make_pipeline("sampler.steps=3"))
+    with pytest.raises(SnapshotError, match=r"sampler\.steps"):
+        other.restore(snapshot)
+
+
+def test_damaged_snapshots_are_refused(pipeline, tmp_path):
+    session = started(pipeline)
+    good = tmp_path / "good.safetensors"
+    session.snapshot().save(good)
+    data = good.read_bytes()
+    for name, content in {"cut": data[: len(data) // 2], "empty": b"", "text": b"hello, this is not it"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SnapshotError, match=name):
+            Snapshot.load(tmp_path / name)
+    with pytest.raises(SnapshotError, match="no such file"):
+        Snapshot.load(tmp_path / "absent")
+    value = Snapshot.load(good)
+    del value.arrays["cache.k.0"]
+    with pytest.raises(SnapshotError, match=r"cache\.k\.0"):
+        session.restore(value)
+
+
+def test_measure_keeps_one_timing_a_chunk(pipeline):
+    session = pipeline.session(measure=True)
+    session.start(PERSON, DRESS)
+    chunks(session, 3)
+    assert [t.frames for t in session.timings] == [9, 12, 12]
+    assert all(t.denoise > 0 and t.decode > 0 for t in session.timings)
+
+
+def test_mechanisms_from_text():
+    assert Mechanisms.parse("full") == Mechanisms()
+    assert Mechanisms.parse("refresh, withdraw") == Mechanisms(disentangle=False)
+    with pytest.raises(ValueError, match="'refrsh'"):
+        Mechanisms.parse("refrsh")

@@ -1,0 +1,115 @@
+"""Where parameters lie, and that it changes no result."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from chameleon_jax import sharding
+
+ROOT = Path(__file__).parents[1]
+
+
+class FakeMesh:
+    """Only the sizes: rules need no devices."""
+
+    shape = {"data": 1, "fsdp": 4, "seq": 1, "tensor": 2}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("blocks.0.self_attn.q.kernel", (64, 128), P("fsdp", "tensor")),
+        ("blocks.0.self_attn.o.kernel", (128, 64), P("tensor", "fsdp")),
+        ("blocks.0.self_attn.q.kernel", (64, 129), P("fsdp", None)),  # not divisible: whole
+        ("blocks.self_attn.q.kernel", (30, 64, 128), P(None, "fsdp", "tensor")),  # stacked layers
+        ("blocks.0.cross_attn.v.bias", (8192,), P("tensor")),
+        ("encoder.conv.kernel", (3, 3, 3, 64, 128), P(None, None, None, None, "fsdp")),
+        ("encoder.conv.kernel", (3, 3, 3, 128, 63), P(None, None, None, "fsdp", None)),
+        ("patch.kernel", (81, 63), P()),  # nothing divides
+        ("blocks.0.norm.scale", (64,), P()),  # small
+    ],
+)
+def test_rules(path, shape, expected):
+    assert sharding.spec_of(path, shape, FakeMesh()) == expected
+
+
+def test_one_device_is_a_mesh_too():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "seq": 1, "tensor": 1}, jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}
+
+
+def test_wrong_meshes_are_refused():
+    one = jax.devices()[:1]
+    with pytest.raises(sharding.MeshError, match="does not fit 1 devices"):
+        sharding.make_mesh({"data": 2, "fsdp": 1, "seq": 1, "tensor": 1}, one)
+    with pytest.raises(sharding.MeshError, match="at most one -1"):
+        sharding.make_mesh({"data": -1, "fsdp": -1, "seq": 1, "tensor": 1}, one)
+    with pytest.raises(sharding.MeshError, match="expected data, fsdp, seq, tensor"):
+        sharding.make_mesh({"data": 1}, one)
+
+
+FOUR_DEVICES = """
+import jax, numpy as np, pytest, sys
+sys.path.insert(0, "tests/training")
+import toy
+from chameleon_jax import sharding
+from chameleon_jax.training import optim
+from chameleon_jax.training.state import make_step, new_state, purpose_key
+
+assert len(jax.devices()) == 4
+jax.config.update("jax_default_matmul_precision", "highest")
+sharding.MIN_SIZE = 0
+stage = toy.stage()
+config = toy.config("", 8)
+optimizer = optim.make_optimizer(config.optimizer, lambda step: 1e-2)
+step = make_step(stage, optimizer, seed=0, ema_decay=0.9)
+create = lambda params: new_state(params, optimizer, 0.9)
+
+def run(sizes, count):
+    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+    state = create({"toy": stage.trained["toy"].init(purpose_key(0, "init"))})
+    placement = sharding.param_shardings(state, mesh, min_size=0)
+    state = jax.device_put(state, placement)
+    jitted = jax.jit(step, out_shardings=(placement, sharding.replicated(mesh)), donate_argnums=0)
+    feed = toy.ToyFeed()
+    for _ in range(4):
+        state, metrics = jitted(state, {}, sharding.put_batch(next(feed), mesh))
+    return state
+
+whole = run({"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}, 1)
+for sizes in ({"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "seq": 1, "tensor": 1}):
+    split = run(sizes, 4)
+    kernel = split.params["toy"]["layers.0.kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (16, 64 // sizes["fsdp"]), kernel.sharding
+    moment = split.opt_state[1][0].nu["toy"]["layers.0.kernel"]
+    assert moment.sharding.shard_shape(moment.shape) == (16, 64 // sizes["fsdp"]), moment.sharding
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+with pytest.raises(sharding.MeshError, match="does not divide"):
+    sharding.put_batch({"x": np.zeros((6, 2))}, sharding.make_mesh({"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}))
+print("equal")
+"""
+
+
+def test_four_devices_compute_what_one_does():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES], cwd=ROOT, env=env | {"PYTHONPATH": "."}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "equal"
+
+
+def test_batches_are_split_over_data_and_fsdp():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "seq": 1, "tensor": 1}, jax.devices()[:1])
+    placed = sharding.put_batch({"x": np.arange(6).reshape(3, 2)}, mesh)["x"]
+    assert placed.sharding.spec == sharding.BATCH
+    np.testing.assert_array_equal(placed, np.arange(6).reshape(3, 2))
