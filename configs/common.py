@@ -41,9 +41,9 @@ def runway_tiny() -> ConfigDict:
             "temporal_down": (True, True), "latent_mean": (0.0,) * 16, "latent_std": (1.0,) * 16,
         },
         "dit": {
-            "in_channels": 16, "width": 256, "ffn": 1024, "heads": 4, "layers": 6, "text_width": 128, "text_length": 64,
+            "in_channels": 16, "width": 256, "ffn": 1024, "heads": 4, "layers": 6, "text_width": 128, "text_length": 96,
         },
-        "text": {"vocab": 1024, "width": 128, "heads": 2, "head_dim": 64, "ffn": 256, "layers": 2, "length": 64},
+        "text": {"vocab": 1024, "width": 128, "heads": 2, "head_dim": 64, "ffn": 256, "layers": 2, "length": 96},
     })  # fmt: skip
 
 

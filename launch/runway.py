@@ -3,8 +3,8 @@
     python -m launch.runway sheet --seeds 1,2,3 --out sheet.png
     python -m launch.runway bench --clips 8 --workers 2
 
-A row of the sheet: reference, garment, six frames; then the reference's garment and the same frames in it. `bench` prints
-one line, and the same as JSON.
+A row of the sheet: reference, garment, six frames; then the reference's garment and the same frames in it. `bench`
+prints one line, and the same as JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 def sheet() -> None:
     """Draw one row per seed."""
-    if not all(seed.strip().isdigit() for seed in FLAGS.seeds):
+    if not FLAGS.seeds or not all(seed.strip().isdigit() for seed in FLAGS.seeds):
         fail(f"--seeds={','.join(FLAGS.seeds)}: expected whole numbers such as 1,2,3")
     rows = [sheet_row(int(seed), FLAGS.frames, (FLAGS.height, FLAGS.width), FLAGS.fps) for seed in FLAGS.seeds]
     picture = Image.fromarray(np.concatenate(rows))

@@ -282,7 +282,7 @@ def stream(job: Job, session: Session) -> dict[str, Any]:
     made = video.frames
     if not made:
         raise KeyboardInterrupt
-    save_sheet(job, sheet)
+    save_sheet(job, sheet, stride)
     denoised = sum(timing.denoise for timing in session.timings)
     return {
         "interrupted": made < job.frames,
@@ -309,8 +309,8 @@ def stream(job: Job, session: Session) -> dict[str, Any]:
     }
 
 
-def save_sheet(job: Job, frames: Sequence[np.ndarray]) -> None:
-    """The contact sheet: reference and garments, then frames in rows of eight."""
+def save_sheet(job: Job, frames: Sequence[np.ndarray], stride: int) -> None:
+    """The contact sheet: reference and garments, then every `stride`-th frame in rows of eight."""
     from chameleon_jax.data.video import contact_sheet
 
     def small(frame: np.ndarray) -> np.ndarray:
@@ -320,10 +320,13 @@ def save_sheet(job: Job, frames: Sequence[np.ndarray]) -> None:
         return np.asarray(Image.fromarray(frame).resize((round(width * SHEET_HEIGHT / height), SHEET_HEIGHT)))
 
     rows = [[job.reference, *(picture for _, picture in job.garments)]]
-    rows += [frames[i : i + 8] for i in range(0, len(frames), 8)]
+    labels = ["person, garments asked for at " + ", ".join(str(garment.frame) for garment, _ in job.garments)]
+    for i in range(0, len(frames), 8):
+        rows.append(frames[i : i + 8])
+        labels.append(f"frames {i * stride} to {(i + len(rows[-1]) - 1) * stride}")
     path = job.out.with_suffix(".png")
     part = path.with_name(path.name + ".part")
-    contact_sheet([[small(frame) for frame in row] for row in rows]).save(part, "PNG")
+    contact_sheet([[small(frame) for frame in row] for row in rows], labels).save(part, "PNG")
     os.replace(part, path)
 
 

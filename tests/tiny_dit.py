@@ -43,8 +43,9 @@ def latents(seed: int, frames: int, batch: int = 1) -> jax.Array:
 
 @functools.cache
 def prompt(batch: int = 1, length: int = 12, words: int = 7) -> jax.Array:
-    """Text states, zero after the words."""
-    states = jax.random.normal(jax.random.key(99), (batch, length, CONFIG.text_width))
+    """The same text states for every sample, zero after the words."""
+    states = jax.random.normal(jax.random.key(99), (1, length, CONFIG.text_width))
+    states = jnp.repeat(states, batch, axis=0)
     return states * (jnp.arange(length) < words)[None, :, None]
 
 

@@ -1,4 +1,4 @@
-"""Backgrounds: a floor plane and a back wall, ray-cast and drawn by rule, so that parallax is right for every camera."""
+"""Backgrounds: a floor plane and a back wall, ray-cast and drawn by rule, so parallax is right for every camera."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def _floor(colour, place, x, z, distance, f):
     if place.kind == _ROOM:
         row = math.floor(x / 0.16)
         grain = noise(9 * x, 1.2 * z + 7.3 * row, 3)
-        plank = int(math.floor(z / 1.4 + 3 * lattice(int(row), 1, 9)))
+        plank = math.floor(z / 1.4 + 3 * lattice(int(row), 1, 9))
         value = 0.82 + 0.22 * lattice(int(row), plank, 5) + 0.12 * (grain - 0.5)
         value *= 0.75 + 0.25 * band(x / 0.16, 0.97, f / 0.16)
     elif place.kind == _STREET:
-        i, j = int(math.floor(x / 0.6)), int(math.floor(z / 0.6 + 0.3))
+        i, j = math.floor(x / 0.6), math.floor(z / 0.6 + 0.3)
         joint = band(x / 0.6, 0.965, f / 0.6) * band(z / 0.6 + 0.3, 0.965, f / 0.6)
         value = (0.88 + 0.14 * lattice(i, j, 5)) * (0.8 + 0.2 * joint) * (0.95 + 0.1 * noise(11 * x, 11 * z, 8))
     else:
@@ -128,7 +128,18 @@ def _floor_shadow(x, y, z, shadow_map, matrix_34):
 
 @kernel
 def shade_backdrop(
-    triangle, focal, centre_x, centre_y, rotation_33, eye_3, backdrop, floor_shadow, feet, shadow_map, shadow_34, out_hw3
+    triangle,
+    focal,
+    centre_x,
+    centre_y,
+    rotation_33,
+    eye_3,
+    backdrop,
+    floor_shadow,
+    feet,
+    shadow_map,
+    shadow_34,
+    out_hw3,
 ):
     """Shade every sub-sample without a fragment.
 

@@ -14,6 +14,7 @@ _WOOD = {"oak": "an oak floor", "walnut": "a dark wooden floor", "pine": "a ligh
          "cherry": "a reddish wooden floor", "bleached": "a pale wooden floor"}  # fmt: skip
 _FRAMING = {"full": "The whole body is in view.", "knee": "The person is seen from the knees up.",
             "thigh": "The person is seen from the thighs up."}  # fmt: skip
+_NEARS = ("walk", "walk_turn", "approach")  # comes closer, so that a framing holds for the end
 _CAMERA = {
     "static": "The camera stands still.",
     "dolly": "The camera moves slowly {dolly}.",
@@ -33,7 +34,7 @@ _GESTURE = {  # infinitive and participle with {their} for the possessive
     "pockets": ("puts both hands to {their} pockets", "takes both hands from {their} pockets"),
     "front": ("reaches forward with one arm", "lowers the arm that reached forward"),
 }
-_HEAD = {"tilt": "tilts {their} head", "nod": "nods", "look": "looks to the {side}", "glance_down": "glances down"}
+_HEAD = {"tilt": "tilts {their} head", "nod": "nods", "look": "looks to {their} {side}", "glance_down": "glances down"}
 
 
 def _words(person: PersonSpec) -> dict[str, str]:
@@ -97,12 +98,22 @@ def _clothes(outfit: Mapping[str, GarmentSpec], person: PersonSpec, long: bool) 
 
 
 def static_caption(
-    person: PersonSpec, scene: SceneSpec, outfit: Mapping[str, GarmentSpec], camera: CameraSpec, long: bool = True
+    person: PersonSpec,
+    scene: SceneSpec,
+    outfit: Mapping[str, GarmentSpec],
+    action: MotionSpec,
+    camera: CameraSpec,
+    long: bool = True,
 ) -> str:
     """Person, place and clothes."""
     text = f"{_person(person, long)} is {_place(scene, long)}, wearing {_clothes(outfit, person, long)}."
     text = text[0].upper() + text[1:]
-    return f"{text} {_FRAMING[camera.framing]}" if long else text
+    if not long:
+        return text
+    framing = _FRAMING[camera.framing]
+    if action.locomotion in _NEARS and camera.framing != "full":
+        framing = f"In the end {framing[0].lower()}{framing[1:]}"
+    return f"{text} {framing}"
 
 
 def dynamic_caption(person: PersonSpec, action: MotionSpec, camera: CameraSpec, long: bool = True) -> str:
@@ -134,6 +145,9 @@ def captions(
       `static` and `dynamic` (the long forms), and the pairs `en_long` and `en_short`, each (what happens, what it looks
       like).
     """
-    static, dynamic = static_caption(person, scene, outfit, camera), dynamic_caption(person, action, camera)
-    short = (dynamic_caption(person, action, camera, long=False), static_caption(person, scene, outfit, camera, long=False))
+    static = static_caption(person, scene, outfit, action, camera)
+    dynamic = dynamic_caption(person, action, camera)
+    short_static = static_caption(person, scene, outfit, action, camera, long=False)
+    short_dynamic = dynamic_caption(person, action, camera, long=False)
+    short = (short_dynamic, short_static)
     return {"static": static, "dynamic": dynamic, "en_long": (dynamic, static), "en_short": short}

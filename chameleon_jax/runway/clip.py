@@ -224,13 +224,13 @@ def render_clip(
       samples: sub-samples per pixel and axis.
       only: render these frames of the clip; None is all of them.
     """
-    return _Stage(spec).clip(spec, range(spec.frames) if only is None else only, shadows, ground_truth, samples)
+    return Stage(spec).clip(spec, range(spec.frames) if only is None else only, shadows, ground_truth, samples)
 
 
 def render_triplet(seed: int, frames: int = 81, size: tuple[int, int] = (128, 80), fps: float = 16) -> Triplet:
     """Render the triplet of a seed: a clip, its person in another garment, its garment alone."""
     spec = sample_spec(seed, frames=frames, size=size, fps=fps)
-    stage = _Stage(spec)
+    stage = Stage(spec)
     video = stage.clip(spec, range(spec.frames), shadows=True, ground_truth=False, samples=VIDEO_SAMPLES)
     return Triplet(
         video=video.frames,
@@ -241,17 +241,19 @@ def render_triplet(seed: int, frames: int = 81, size: tuple[int, int] = (128, 80
     )
 
 
-class _Stage:
+class Stage:
     """What a clip and its counterparts in other garments share: the person, the motion, the cameras, the setting."""
 
     def __init__(self, spec: ClipSpec):
         self.figure = Figure(spec.person)
         self.motion = motion.animate(spec.motion, self.figure.person, spec.frames, spec.fps)
         self.swing = renderer.cloth_swing(self.motion)
-        self.cameras = scene.make_cameras(spec.camera, spec.motion, self.figure.person, self.motion, spec.size)
+        person, hair = self.figure.person, spec.person.hair.thickness
+        self.cameras = scene.make_cameras(spec.camera, spec.motion, person, hair, self.motion, spec.size)
         self.light, self.backdrop = scene.make_light(spec.scene), scene.make_backdrop(spec.scene)
 
     def clip(self, spec: ClipSpec, frames: Sequence[int], shadows: bool, ground_truth: bool, samples: int) -> Clip:
+        """Render some frames; see `render_clip`. `spec` may differ from the stage's own in its garments."""
         model = self.figure.dress(spec.outfit, spec.styling)
         artist = renderer.Renderer(model, spec.size, samples)
         setting = renderer.Setting(self.light, self.backdrop, shadows)
@@ -275,6 +277,7 @@ class _Stage:
         )
 
     def reference(self, spec: ClipSpec) -> np.ndarray:
+        """The first frame in the reference garment, uint8 [h, w, 3]."""
         other = spec.with_garment(spec.reference_garment)
         return self.clip(other, range(1), shadows=True, ground_truth=False, samples=PICTURE_SAMPLES).frames[0]
 

@@ -94,7 +94,15 @@ def sample_person(rng: np.random.Generator) -> PersonSpec:
     if look["age"] > 0.55 and rng.random() < 0.6:
         hair = str(rng.choice(["grey", "white"]))
     if feminine:
-        shares = {"bob": 0.24, "long": 0.32, "bun": 0.12, "ponytail": 0.16, "side": 0.04, "curly_bob": 0.08, "afro": 0.04}
+        shares = {
+            "bob": 0.24,
+            "long": 0.32,
+            "bun": 0.12,
+            "ponytail": 0.16,
+            "side": 0.04,
+            "curly_bob": 0.08,
+            "afro": 0.04,
+        }
         fringe = float(rng.choice([0, 0, 9, 18]))
     else:
         shares = {"short": 0.50, "side": 0.25, "buzz": 0.15, "afro": 0.07, "bun": 0.03}
@@ -216,7 +224,9 @@ class Model:
             last = first + sum(counts[mesh_number : mesh_number + len(layer)])
             self.layers.append((layer[0].part, first, last))
             cover = [
-                _cover(figure.fit, layer, mesh)[pick.vertices] if number < mesh_number else np.full(len(pick.vertices), _NONE)
+                _cover(figure.fit, layer, mesh)[pick.vertices]
+                if number < mesh_number
+                else np.full(len(pick.vertices), _NONE)
                 for number, (mesh, pick) in enumerate(zip(meshes, picked, strict=True))
             ]
             self.covers.append(np.concatenate(cover).astype(np.float32))
@@ -244,7 +254,7 @@ class Model:
 
 
 class _Pick:
-    """The part of a mesh that is needed: triangles not cut away, their neighbours for normals, and the vertices of both."""
+    """What is needed of a mesh: triangles not cut away, their neighbours for normals, and the vertices of both."""
 
     def __init__(self, mesh: ClothMesh):
         kept = (mesh.keep[mesh.triangles] >= 0).any(1)
@@ -332,7 +342,7 @@ def _inside_underlayer(fit: Fit) -> np.ndarray:
     arms = data.body_share("upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*")
     top = fit.shoulder - 0.085 * fit.size - y
     bottom = y - (fit.crotch - 0.075 * fit.size)
-    return np.minimum(np.minimum(top, bottom), 0.25 * (0.35 - arms))
+    return np.minimum(np.minimum(top, bottom), 0.25 * (0.22 - arms))
 
 
 def _body(fit: Fit) -> ClothMesh:

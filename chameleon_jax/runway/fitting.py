@@ -234,7 +234,7 @@ class Fit:
         return np.maximum(grid, self.torso_radius + min(ease, 0.004)).astype(np.float32)
 
     def _measure_arcs(self) -> np.ndarray:
-        """Distance along the torso's surface from the nearer of the front and back centre lines, [HEIGHTS, half + 1]."""
+        """Distance along the torso from the nearer of the front and back centre lines, [HEIGHTS, half + 1]."""
         step = 2 * np.pi / ANGLES
         slope = (np.roll(self.torso_radius, -1, 1) - np.roll(self.torso_radius, 1, 1)) / (2 * step)
         length = np.sqrt(self.torso_radius**2 + slope**2) * step
@@ -246,7 +246,7 @@ class Fit:
         return np.minimum(arcs, arcs[:, -1:] - arcs).astype(np.float32)
 
     def arc(self, angle: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Horizontal pattern coordinate of the torso: signed arc length from the centre lines, planar at the shoulders."""
+        """Horizontal pattern coordinate: signed arc length from the centre lines, planar at the shoulders."""
         half = ANGLES // 2
         column = np.clip(np.abs(angle) / np.pi * half, 0, half - 1e-3)
         left = column.astype(int)

@@ -1,7 +1,7 @@
 """What a garment is: a plain record that can be drawn, named, compared and stored as JSON.
 
-About 10^5 garments can be told apart by colours, pattern and type alone. One in twenty combinations of type, pattern and
-main colour is held out: validation clips may contain it, training clips never do.
+About 10^5 garments can be told apart by colours, pattern and type alone. One in twenty combinations of type, pattern
+and main colour is held out: validation clips may contain it, training clips never do.
 """
 
 from __future__ import annotations

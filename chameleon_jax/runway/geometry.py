@@ -138,7 +138,7 @@ def wrinkle(points_v3, normals_v3, depth_v, starts, neighbours, rest_e, out_v3):
 
 @kernel
 def project(points_v3, camera_34, scale, out_v3):
-    """Pinhole projection to (x, y, 1 / depth) with pixel coordinates times `scale`; 1 / depth is -1 behind the camera."""
+    """Pinhole projection to (x, y, 1 / depth), pixels times `scale`; 1 / depth is -1 behind the camera."""
     for v in range(points_v3.shape[0]):
         x, y, z = points_v3[v, 0], points_v3[v, 1], points_v3[v, 2]
         depth = camera_34[2, 0] * x + camera_34[2, 1] * y + camera_34[2, 2] * z + camera_34[2, 3]

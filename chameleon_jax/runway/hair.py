@@ -67,6 +67,11 @@ class HairSpec:
     length: float
     seed: int
 
+    @property
+    def thickness(self) -> float:
+        """How far the hair stands out from the head of a person of 1.72 m, in metres."""
+        return STYLES[self.style].thickness * self.volume
+
 
 def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
     """Build the hair on a head."""
@@ -86,11 +91,13 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
     around = np.degrees(np.abs(theta))
     parting = rng.choice([-1, 1]) * rng.uniform(0, 5)
     limit = np.interp(around, *zip(*style.hairline, strict=True))
-    limit = limit + parting * np.sin(theta) * np.exp(-((around / 50) ** 2)) + spec.fringe * np.exp(-((around / 34) ** 2))
+    limit = (
+        limit + parting * np.sin(theta) * np.exp(-((around / 50) ** 2)) + spec.fringe * np.exp(-((around / 34) ** 2))
+    )
     jagged = (0.3 if spec.style == "buzz" else 1.0) * (0.8 * np.sin(13 * theta + 1) + 0.5 * np.sin(29 * theta + 2))
     inside = np.radians(limit + jagged - np.degrees(psi)) * radius
 
-    thickness = style.thickness * size * spec.volume
+    thickness = spec.thickness * size
     taper = smoothstep(0, 0.035 * size, inside)
     if spec.style in ("short", "side"):
         taper = taper * (0.35 + 0.65 * smoothstep(100, 62, np.degrees(psi)))
@@ -107,7 +114,7 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
 
 @dataclasses.dataclass
 class _Grid:
-    """A grid of points [r, c, 3] with metres inside the hairline, share of the head's motion, and strand coordinates."""
+    """A grid of points [r, c, 3]: metres inside the hairline, share of the head's motion, strand coordinates."""
 
     points: np.ndarray
     inside: np.ndarray
@@ -170,7 +177,9 @@ def _add_curtain(
     length = (spec.length if spec.style == "long" else style.curtain) * size
     cut = int(np.argmin(np.abs(np.degrees(polar) - _CURTAIN_FROM)))
     from_face = np.interp(np.degrees(np.abs(azimuth)), [0, 52, 60, 180], [-1, -1, 0.02, 0.05])
-    rows = [_Grid(*(np.asarray(part)[: cut + 1] for part in (dome.points, dome.inside, dome.head_share, dome.u, dome.v)))]
+    rows = [
+        _Grid(*(np.asarray(part)[: cut + 1] for part in (dome.points, dome.inside, dome.head_share, dome.u, dome.v)))
+    ]
     rows[0].inside = np.minimum(rows[0].inside, 0.3)
     for number in range(1, _CURTAIN_ROWS + 1):
         t = number / _CURTAIN_ROWS

@@ -1,4 +1,4 @@
-"""What surfaces look like: records that the shading kernels read, one per part of a picture. Colours in linear light."""
+"""What surfaces look like: records that the shading kernels read, one per part. Colours in linear light."""
 
 from __future__ import annotations
 

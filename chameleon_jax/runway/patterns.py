@@ -37,7 +37,7 @@ def lattice(i, j, seed):
 @kernel
 def noise(x, y, seed):
     """Value noise in [0, 1] with unit cells."""
-    i, j = int(math.floor(x)), int(math.floor(y))
+    i, j = math.floor(x), math.floor(y)
     fx, fy = x - i, y - j
     fx, fy = fx * fx * (3 - 2 * fx), fy * fy * (3 - 2 * fy)
     low = lattice(i, j, seed) * (1 - fx) + lattice(i + 1, j, seed) * fx
@@ -78,14 +78,16 @@ def dots(x, y, duty, f):
 def flowers(x, y, f, seed):
     """Five petals and a centre on a jittered grid: (petals, centres)."""
     petals = centres = 0.0
-    i0, j0 = int(math.floor(x)), int(math.floor(y))
+    i0, j0 = math.floor(x), math.floor(y)
     for i in range(i0 - 1, i0 + 2):
         for j in range(j0 - 1, j0 + 2):
             dx = x - (i + 0.5 + 0.5 * (lattice(i, j, seed) - 0.5))
             dy = y - (j + 0.5 + 0.5 * (lattice(i, j, seed + 7) - 0.5))
             size = 0.26 + 0.12 * lattice(i, j, seed + 3)
-            angle = math.atan2(dy, dx) + 2 * math.pi * lattice(i, j, seed + 5)
             distance = math.sqrt(dx * dx + dy * dy)
+            if distance > size + 0.6 * f + 0.02:  # beyond the petals: spares most of the trigonometry
+                continue
+            angle = math.atan2(dy, dx) + 2 * math.pi * lattice(i, j, seed + 5)
             edge = size * (0.72 + 0.28 * math.cos(5 * angle))
             petals = max(petals, step(edge + 0.6 * f + 0.02, edge - 0.6 * f - 0.02, distance))
             centres = max(centres, step(0.09 + 0.6 * f, 0.09 - 0.6 * f - 0.001, distance))

@@ -65,12 +65,12 @@ def rasterise(screen_v3, triangles_m3, first, last, keep_v, inverse_depth, trian
         x0, y0 = screen_v3[i0, 0], screen_v3[i0, 1]
         x1, y1 = screen_v3[i1, 0], screen_v3[i1, 1]
         x2, y2 = screen_v3[i2, 0], screen_v3[i2, 1]
-        left = max(0, int(math.ceil(min(x0, x1, x2) - 0.5)))
-        right = min(width - 1, int(math.floor(max(x0, x1, x2) - 0.5)))
+        left = max(0, math.ceil(min(x0, x1, x2) - 0.5))
+        right = min(width - 1, math.floor(max(x0, x1, x2) - 0.5))
         if left > right:
             continue
-        top = max(0, int(math.ceil(min(y0, y1, y2) - 0.5)))
-        bottom = min(height - 1, int(math.floor(max(y0, y1, y2) - 0.5)))
+        top = max(0, math.ceil(min(y0, y1, y2) - 0.5))
+        bottom = min(height - 1, math.floor(max(y0, y1, y2) - 0.5))
         if top > bottom:
             continue
         area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
@@ -108,8 +108,8 @@ def lay_over(
     """Put a layer of clothing over what is drawn already.
 
     Where the layer has a fragment it wins if it is nearer, or if the fragment in front of it belongs to something that
-    this garment covers (`cover_v` > 0): skin that a pose pushed through the cloth. What is covered gives way to the cloth
-    only, never to what is behind it, so outside the garment's own fragments the picture does not depend on it.
+    this garment covers (`cover_v` > 0): skin that a pose pushed through the cloth. What is covered gives way to the
+    cloth only, never to what is behind it, so outside the garment's own fragments the picture does not depend on it.
 
     Args:
       triangles_m3: corner indices.

@@ -84,6 +84,16 @@ class Renderer:
             else (looks.record(looks.SKIN), looks.record(looks.HAIR), looks.record(looks.SHOES))
         )
 
+    @property
+    def points(self) -> np.ndarray:
+        """The posed vertices of the model, float32 [v, 3]; the next `pose` overwrites them."""
+        return self._wrinkled
+
+    @property
+    def samples_drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the last frame, per sub-sample: number of the part, and triangle of the model (-1 for the background)."""
+        return self._part, self._drawn.triangle
+
     def pose(self, pose: body.Pose, swing: np.ndarray) -> np.ndarray:
         """Move all vertices into a posture; returns the joints [36, 3].
 
@@ -101,7 +111,13 @@ class Renderer:
         geometry.sway(self._points, model.sway, joints[0], *(float(s) for s in swing))
         geometry.vertex_normals(self._points, model.normal_triangles, self._normals)
         geometry.wrinkle(
-            self._points, self._normals, model.wrinkle, model.starts, model.neighbours, model.rest_lengths, self._wrinkled
+            self._points,
+            self._normals,
+            model.wrinkle,
+            model.starts,
+            model.neighbours,
+            model.rest_lengths,
+            self._wrinkled,
         )
         geometry.vertex_normals(self._wrinkled, model.normal_triangles, self._normals)
         return joints
@@ -168,7 +184,7 @@ class Renderer:
 
 
 def light_matrix(direction: np.ndarray, centre: np.ndarray, span: float) -> np.ndarray:
-    """Parallel projection along the light: columns and rows of the shadow map, and depth, larger nearer to the light."""
+    """Parallel projection along the light: column and row of the shadow map, and depth, larger nearer to it."""
     across = np.cross([0, 1.0, 0], direction)
     across /= np.linalg.norm(across)
     up = np.cross(direction, across)
@@ -210,8 +226,8 @@ def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 
     model = _mean_figure().dress({garment.slot: garment}, Styling())
     renderer = Renderer(model, size, samples)
     joints = renderer.pose(body.resting_pose(foot_gap=0.13, arms_out=0.38), np.zeros(3))
-    points = renderer._wrinkled[np.unique(model.triangles)]
-    points = points[model.keep[np.unique(model.triangles)] >= 0]
+    seen = np.unique(model.triangles)
+    points = renderer.points[seen[model.keep[seen] >= 0]]
     low, high = points.min(0), points.max(0)
     height, width = size
     extent = high - low

@@ -16,6 +16,7 @@ PLACES = ("studio", "room", "street", "park")
 FRAMINGS = {"full": (-0.09, 1.83), "knee": (0.44, 1.82), "thigh": (0.70, 1.82)}  # lowest and highest point in sight
 MOVES = ("static", "dolly", "pan", "orbit", "handheld")
 DISTANCE = 3.6
+_USUAL_HAIR = 0.03  # thickness that the framings have room for
 _ROOM_FOR_ARMS = {"up": 0.98, "wave": 1.02, "hips": 0.98, "open": 1.05, "hair": 0.95, "hip": 0.95, "side": 1.34,
                   "front": 0.95, "chest": 0.90}  # fmt: skip
 _STONES = {"sandstone": (178, 150, 128), "brick": (164, 110, 88), "concrete": (190, 184, 176),
@@ -161,7 +162,12 @@ def make_backdrop(spec: SceneSpec) -> np.ndarray:
         place["accent"], place["soft"] = colours.linear(accent), 0.012
         place["glow_x"], place["glow"] = rng.uniform(-1.2, 1.2), rng.uniform(0, 0.12)
         window = (side * rng.uniform(0.7, 1.1), 1.55, rng.uniform(0.35, 0.5), rng.uniform(0.55, 0.75))
-        picture = (-side * rng.uniform(0.6, 1.0), rng.uniform(1.45, 1.75), rng.uniform(0.2, 0.35), rng.uniform(0.22, 0.4))
+        picture = (
+            -side * rng.uniform(0.6, 1.0),
+            rng.uniform(1.45, 1.75),
+            rng.uniform(0.2, 0.35),
+            rng.uniform(0.22, 0.4),
+        )
         place["window"] = window if rng.random() < 0.7 else 0
         place["picture"] = picture if rng.random() < 0.8 else 0
     elif spec.place == "street":
@@ -183,7 +189,7 @@ def blank_backdrop() -> np.ndarray:
 
 
 def make_cameras(
-    spec: CameraSpec, action: MotionSpec, person: Person, motion: Motion, size: tuple[int, int]
+    spec: CameraSpec, action: MotionSpec, person: Person, hair: float, motion: Motion, size: tuple[int, int]
 ) -> list[Camera]:
     """The camera of every frame.
 
@@ -191,6 +197,7 @@ def make_cameras(
       spec: framing and movement.
       action: leaves room for the arms of its gesture.
       person: sets the scale.
+      hair: how far the hair stands out from the head, for a person of 1.72 m.
       motion: the path is followed; clothes are not known here.
       size: height and width in pixels.
     """
@@ -198,6 +205,7 @@ def make_cameras(
     unit = person.size
     x, z, _ = motion.path.T
     low, high = (edge * unit for edge in FRAMINGS[spec.framing])
+    high += max(0.0, hair - _USUAL_HAIR) * unit
     span, middle = high - low, 0.5 * (low + high)
     room = _ROOM_FOR_ARMS.get(action.gesture, 0.84) * unit
     if span * width / height < room:
@@ -215,8 +223,8 @@ def make_cameras(
     for frame, u in enumerate(share):
         target = np.array([beside[frame], middle, along[frame]])
         eye = target + np.array([0.12 * a[0], 0.12 * a[1], distance])
-        if spec.move == "dolly":
-            eye[2] -= 0.35 * unit * a[2] * u
+        if spec.move == "dolly":  # from further away, so that the framing holds where it is closest
+            eye[2] += 0.35 * unit * (abs(a[2]) - a[2] * u)
         elif spec.move == "pan":
             eye[0] += 0.30 * a[2] * u
             target[0] += 0.10 * a[2] * u

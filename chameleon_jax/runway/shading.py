@@ -93,7 +93,7 @@ def _paint_eye(colour, a, look, f):
 
 @kernel
 def _paint_hair(colour, a, look, f):
-    """Strands as noise stretched along the hair, slightly lighter tips. Returns the strand's brightness for its shine."""
+    """Strands as noise stretched along the hair, slightly lighter tips. Returns the strand's shine."""
     coarse, fine = noise(230 * a[U], 14 * a[V], 11), noise(620 * a[U], 22 * a[V], 12)
     contrast = 1 / (1 + 220 * f)
     value = 1 + (0.55 * (coarse - 0.5) + 0.45 * (fine - 0.5)) * contrast + 0.15 * step(0.05, 0.25, a[V])
@@ -136,7 +136,9 @@ def _paint_details(colour, look, atlas, u, v, f):
             fx, fy = column - i, row - j
             i1, j1 = min(i + 1, edge - 1), min(j + 1, edge - 1)
             tile = atlas[look.print]
-            ink = (tile[j, i] * (1 - fx) + tile[j, i1] * fx) * (1 - fy) + (tile[j1, i] * (1 - fx) + tile[j1, i1] * fx) * fy
+            ink = (tile[j, i] * (1 - fx) + tile[j, i1] * fx) * (1 - fy) + (
+                tile[j1, i] * (1 - fx) + tile[j1, i1] * fx
+            ) * fy
             _mix(colour, look.print_colour, ink)
     if look.buttoned > 0 and look.button_low < v < look.button_high:
         _scale(colour, 1 - 0.35 * step(0.0022 + 0.5 * f, 0.0, abs(abs(u) - look.placket)) * min(1.0, 0.004 / f))
@@ -217,11 +219,12 @@ def _shadow_at(x, y, z, facing, shadow_map, matrix_34):
     i, j = int(u), int(v)
     fu, fv = u - i, v - j
     blocked = 0.0
-    for b in range(-1, 2):
-        for a in range(-1, 2):
-            upper = (shadow_map[j + b, i + a] > depth) * (1 - fu) + (shadow_map[j + b, i + a + 1] > depth) * fu
-            lower = (shadow_map[j + b + 1, i + a] > depth) * (1 - fu) + (shadow_map[j + b + 1, i + a + 1] > depth) * fu
-            blocked += upper * (1 - fv) + lower * fv
+    for b in range(-1, 3):  # a 3 x 3 box of bilinear look-ups is 4 x 4 look-ups with these weights
+        down = (1 - fv) if b == -1 else (fv if b == 2 else 1.0)
+        for a in range(-1, 3):
+            across = (1 - fu) if a == -1 else (fu if a == 2 else 1.0)
+            if shadow_map[j + b, i + a] > depth:
+                blocked += across * down
     return blocked / 9
 
 

@@ -39,7 +39,7 @@ _COLLARED_NECK = (0.052, 0.0, 0.064)
 _EVERYWHERE = 9.0  # a height no garment reaches
 
 
-def make_garment(fit: Fit, garment: GarmentSpec, styling: Styling = Styling()) -> tuple[list[ClothMesh], np.ndarray]:
+def make_garment(fit: Fit, garment: GarmentSpec, styling: Styling) -> tuple[list[ClothMesh], np.ndarray]:
     """Cut a garment for a person.
 
     Args:
@@ -168,7 +168,8 @@ def _top(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Genera
     if outer:
         change["extra"] = 0.020
     else:
-        change |= {"over_bottom": not styling.tucked, "tucked": styling.tucked, "extra": 0.0 if styling.tucked else 0.004}
+        change |= {"over_bottom": not styling.tucked, "tucked": styling.tucked}
+        change["extra"] = 0.0 if styling.tucked else 0.004
         if styling.tucked:
             change["hem"] = fit.waist - 0.10 * size
         if styling.layered:  # slim, to go under an outer garment

@@ -1,8 +1,8 @@
 """Garments as meshes, cut and draped on a person in the rest pose.
 
 Nothing is remeshed: every vertex knows its signed distance to the neckline, the hem and the cuff or waistband, and the
-rasteriser drops what lies outside. The same distances draw collars, cuffs, seams and stitching. A garment's shape depends
-on the person, on itself and on how the outfit is worn (`Styling`), never on another garment.
+rasteriser drops what lies outside. The same distances draw collars, cuffs, seams and stitching. A garment's shape
+depends on the person, on itself and on how the outfit is worn (`Styling`), never on another garment.
 
 Legend: v vertices of the template. Metres in the rest pose.
 """
@@ -369,5 +369,5 @@ def _neckline(fit: Fit, cut: TopCut) -> np.ndarray:
 
 
 def _armhole(fit: Fit) -> np.ndarray:
-    """Metres inside a sleeveless armhole, [v]."""
-    return 0.13 * (0.38 - fit.arm_share)
+    """Metres inside a sleeveless armhole, [v]; smoothed, because skin weights change in steps."""
+    return template("tights").smooth(0.13 * (0.32 - fit.arm_share), 4, 0.5)

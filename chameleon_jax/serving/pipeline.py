@@ -40,7 +40,7 @@ HOW_TO_COMPUTE = (
     "remat",
     "scan_layers",
     "attention",
-)  # keys of model configs that say nothing about the weights
+)  # model keys that leave the weights alone
 MADE_ON_HOST = 2**20  # random tensors of at most so many numbers are drawn by NumPy
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ROOT = Path(__file__).parents[2]  # config files name folders of weights from here

@@ -80,7 +80,7 @@ def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[H
     frozen = {name: _load(net, config.weights[name], name, mesh) for name, net in stage.frozen.items()}
 
     def create(params: ParamTree) -> TrainState:
-        return new_state(params, optimizer, config.ema.decay)
+        return new_state(stage.start(params), optimizer, config.ema.decay)
 
     shapes = jax.eval_shape(create, {name: net.shapes for name, net in stage.trained.items()})
     placement = sharding.param_shardings(shapes, mesh)
@@ -275,8 +275,10 @@ def _start(network: Network, name: str, config: ConfigDict, mesh: Mesh, index: i
     """Parameters of a trained network before the first step: from `init_from`, else random."""
     if config.init_from:
         return _load(network, config.init_from, name, mesh)
-    placement = sharding.param_shardings(network.shapes, mesh)
-    return jax.jit(network.init, out_shardings=placement)(purpose_key(config.seed, "init", index))
+    # Layer by layer on the host: one program that makes hundreds of tensors takes minutes to compile.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = network.init(purpose_key(config.seed, "init", index))
+    return jax.device_put(params, sharding.param_shardings(params, mesh))
 
 
 def _load(network: Network, folder: str, name: str, mesh: Mesh) -> dict[str, jax.Array]:

@@ -47,7 +47,8 @@ class Stage:
     """What one stage of training is; the loop does the rest.
 
     `loss` and `preview` take (params, frozen, batch, key), where `frozen` holds the parameters of networks that are
-    only used. `loss` is pure and gives (float32 scalar, {name: scalar}); `preview` gives a picture uint8 [h, w, 3].
+    only used. `loss` is pure and gives (float32 scalar, {name: scalar}); `preview` gives a picture uint8 [h, w, 3];
+    `start` is pure.
     """
 
     name: str  # checkpoints carry it: those of another stage are refused
@@ -55,6 +56,7 @@ class Stage:
     loss: Callable[[ParamTree, ParamTree, Batch, jax.Array], tuple[jax.Array, Metrics]]
     preview: Callable[[ParamTree, ParamTree, Batch, jax.Array], np.ndarray]
     frozen: Mapping[str, Network] = dataclasses.field(default_factory=dict)
+    start: Callable[[ParamTree], ParamTree] = lambda params: params  # changes the parameters before the very first step
 
 
 def purpose_key(seed: int, purpose: str, index: int | jax.Array = 0) -> jax.Array:

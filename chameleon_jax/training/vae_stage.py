@@ -1,7 +1,11 @@
-"""The VAE's stage: single pictures first, then clips, with the losses of `vae`.
+"""The VAE, trained from scratch: single pictures first, then clips.
+
+    loss = l1 * mean |y - x|  +  gradient * mean |grad y - grad x|  +  kl * KL(posterior, unit normal)
 
 A batch holds windows of clips, `video` uint8 [b, t, h, w, 3]; single pictures are clips of one frame, half of them
-frames, a quarter persons, a quarter garments.
+frames, a quarter persons, a quarter garments. A picture meets only the last tap of the causal convolutions. The other
+taps start at zero and the layers that halve and double time at "mean of two" and "twice the same" (`inflate`), so that
+nothing has to be unlearnt when clips come.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -20,9 +24,8 @@ from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.training.feed import HostBatch, Part, crop
 from chameleon_jax.training.metrics import picture_grid
-from chameleon_jax.training.networks import build_network
+from chameleon_jax.training.networks import Params, build_network
 from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage, TrainState
-from chameleon_jax.training.vae import vae_loss
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,14 @@ def make_stage(config: ConfigDict) -> Stage:
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del fixed
-        return vae_loss(network.bind(params["vae"]), to_model(batch["video"]), key, **config.loss)
+        x = to_model(batch["video"])
+        vae = network.bind(params["vae"])
+        mean, logvar = vae.encode_moments(x)
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        # `decode` takes scaled latents.
+        scale = jnp.array(vae.config.latent_mean), jnp.array(vae.config.latent_std)
+        y = vae.decode((z - scale[0]) / scale[1], clamp=False)
+        return vae_loss(x, y, mean, logvar, config.loss)
 
     @jax.jit
     def repeat(params: ParamTree, batch: Batch) -> jax.Array:
@@ -48,7 +58,49 @@ def make_stage(config: ConfigDict) -> Stage:
         shown = np.linspace(0, true.shape[1] - 1, min(config.preview.frames, true.shape[1])).round().astype(int)
         return picture_grid([list(clip[index][shown]) for index in range(len(made)) for clip in (true, made)])
 
-    return Stage("vae", {"vae": network}, loss, preview)
+    def start(params: ParamTree) -> ParamTree:
+        return {"vae": inflate(params["vae"])} if config.loss.inflate else params
+
+    return Stage("vae", {"vae": network}, loss, preview, start=start)
+
+
+def vae_loss(
+    x: jax.Array, y: jax.Array, mean: jax.Array, logvar: jax.Array, weights: ConfigDict
+) -> tuple[jax.Array, Metrics]:
+    """Loss of a batch.
+
+    Args:
+      x, y: true and decoded pixels [b, t, h, w, 3], y not clamped.
+      mean, logvar: moments of the posterior [b, f, h, w, c], not scaled.
+      weights: `l1`, `gradient`, `kl`.
+
+    Returns:
+      The loss, and its parts with `psnr` in dB of the whole batch (pixels clamped, peak 2).
+    """
+    error = y - x
+    parts = {
+        "l1": jnp.abs(error).mean(),
+        "gradient": jnp.abs(jnp.diff(error, axis=2)).mean() + jnp.abs(jnp.diff(error, axis=3)).mean(),
+        "kl": 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean(),
+    }
+    psnr = -10 * jnp.log10(jnp.square(jnp.clip(y, -1, 1) - x).mean() / 4)
+    return sum(weights[name] * value for name, value in parts.items()), parts | {"psnr": psnr}
+
+
+def inflate(params: Params) -> Params:
+    """A network that treats every frame like a picture, and time like pairs of equal frames; see the module's docstring."""
+
+    def change(name: str, kernel: jax.Array) -> jax.Array:
+        if kernel.ndim != 5 or kernel.shape[0] != 3:
+            return kernel
+        if not name.endswith("time_conv.kernel"):
+            return kernel.at[:2].set(0)
+        inputs, outputs = kernel.shape[-2:]
+        same = jnp.tile(jnp.eye(inputs, dtype=kernel.dtype), outputs // inputs)
+        taps = (0, 0.5, 0.5) if inputs == outputs else (0, 0, 1)  # halves time: mean of a pair; doubles it: both the same
+        return jnp.stack([tap * same for tap in taps])[:, None, None]
+
+    return {name: change(name, kernel) for name, kernel in params.items()}
 
 
 def make_parts(config: ConfigDict) -> list[Part]:
@@ -57,10 +109,9 @@ def make_parts(config: ConfigDict) -> list[Part]:
 
 
 def make_eval_parts(config: ConfigDict) -> list[Part]:
-    """Held out: whole pictures, or whole clips if clips are trained."""
+    """Held out: `data.batch` whole pictures, or whole clips if clips are trained."""
     frames = config.video.frames if any(entry[0] > 1 for entry in config.data.crops) else 1
-    samples = 2 if frames > 1 else 16
-    return [_part(config, frames, config.video.height, config.video.width, samples, random_start=False)]
+    return [_part(config, frames, config.video.height, config.video.width, config.data.batch, random_start=False)]
 
 
 def before_export(config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]) -> ConfigDict:
@@ -93,7 +144,11 @@ def _part(
         if frames == 1:
             video = video.copy()
             video[1::4, 0], video[3::4, 0] = raw["reference"][1::4], raw["garment"][3::4]
-        return {"video": crop(video, (height, width), rng)}
+        video = crop(video, (height, width), rng)
+        if random_start:  # in training: half of them mirrored
+            mirrored = rng.random(len(video)) < 0.5
+            video = np.where(mirrored[:, None, None, None, None], video[:, :, :, ::-1], video)
+        return {"video": video}
 
     data = config.data
     loader = LoaderConfig(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +9,7 @@ import pytest
 
 from chameleon_jax.attention import cache as ring
 from chameleon_jax.attention.cache import CacheConfig, init_cache, withdraw
-from chameleon_jax.attention.positions import PositionError, apply_rope, rope
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny_dit  # noqa: E402
+from chameleon_jax.attention.positions import PositionError, rope_table
 
 GRID, HEADS, DIM = (2, 3), 2, 20
 LAYOUTS = [
@@ -40,24 +34,49 @@ def listed(config, chunk):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slots_hold_what_a_list_holds(layout):
     config = CacheConfig(**layout)
+    moving = CacheConfig(**layout, positions="relative")
     slots = {}
+    every = jnp.arange(30)
+    writes, lengths, frames, newest, ages = (
+        np.asarray(jax.vmap(function)(every))
+        for function in (
+            lambda n: ring.write_slot(config, n),
+            lambda n: ring.read_length(config, n),
+            lambda n: ring.query_frames(config, n),
+            lambda n: ring.query_frames(moving, n),
+            lambda n: ring.slot_frames(moving, n),
+        )
+    )
     for chunk in range(30):
-        slots[int(ring.write_slot(config, chunk))] = chunk
-        held, length = listed(config, chunk), int(ring.read_length(config, chunk))
+        slots[int(writes[chunk])] = chunk
+        held, length, relative = listed(config, chunk), lengths[chunk], ages[chunk]
         assert length == config.context + config.block * len(held)
         visible = {slot: number for slot, number in slots.items() if slot < length}
         assert sorted(visible.values()) == held and visible == slots
-        relative = np.asarray(ring.slot_frames(CacheConfig(**layout, positions="relative"), chunk))
         assert list(relative[: config.context]) == list(range(config.context))
         for place, number in enumerate(held):  # without gaps, oldest first
             slot = next(s for s, n in slots.items() if n == number)
             first = config.context + config.block * place
             assert list(relative[slot : slot + config.block]) == list(range(first, first + config.block))
         assert relative.max() < config.frames
-        frames = np.arange(config.block) + config.context
-        np.testing.assert_array_equal(ring.query_frames(config, chunk), frames + config.block * chunk)
-        newest = ring.query_frames(CacheConfig(**layout, positions="relative"), chunk)
-        np.testing.assert_array_equal(newest, frames + config.block * (len(held) - 1))
+        first = np.arange(config.block) + config.context
+        np.testing.assert_array_equal(frames[chunk], first + config.block * chunk)
+        np.testing.assert_array_equal(newest[chunk], first + config.block * (len(held) - 1))
+
+
+def rotated(x_blnd, frames):
+    """The rotation as a product of complex numbers."""
+    time, row, column = rope_table(DIM)
+    angle = np.array([np.concatenate([time[f], row[i], column[j]])
+                      for f in frames for i in range(GRID[0]) for j in range(GRID[1])])  # fmt: skip
+    z = (x_blnd[..., 0::2] + 1j * x_blnd[..., 1::2]) * np.exp(1j * angle)[None, :, None]
+    return np.stack([z.real, z.imag], axis=-1).reshape(x_blnd.shape)
+
+
+def attended(q, k, v):
+    logits = np.einsum("blnd,bsnd->bnls", q, k) / np.sqrt(DIM)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.einsum("bnls,bsnd->blnd", weights / weights.sum(axis=-1, keepdims=True), v)
 
 
 class FrameList:
@@ -76,14 +95,12 @@ class FrameList:
         for place in places:
             frames += [config.context + config.block * place + i for i in range(config.block)]
         kept = [self.context, *(self.chunks[number] for number in held)]
-        keys, values = (jnp.concatenate(parts, axis=1) for parts in zip(*kept, strict=True))
-        turn = rope(np.array(frames), *GRID, DIM)
-        newest = rope(np.array(frames[-config.block :]), *GRID, DIM)
-        return tiny_dit.softmax_attention(apply_rope(q, newest), apply_rope(keys, turn), values)
+        keys, values = (np.concatenate(parts, axis=1) for parts in zip(*kept, strict=True))
+        return attended(rotated(q, frames[-config.block :]), rotated(keys, frames), values)
 
 
-def _qkv(key, frames):
-    return jax.random.normal(key, (3, 1, frames * 6, HEADS, DIM))
+def _qkv(rng, frames):
+    return rng.standard_normal((3, 1, frames * 6, HEADS, DIM)).astype(np.float32)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
@@ -105,26 +122,26 @@ def test_streaming_equals_a_list_of_frames(layout, positions):
         return out, cache.with_layers((layer,))
 
     chunks = 3 * config.ring_chunks + config.chunks + 2
-    key = jax.random.key(0)
+    rng = np.random.default_rng(0)
     for number in range(chunks):
         if number in (0, chunks // 2):
-            q, k, v = _qkv(jax.random.fold_in(key, 1000 + number), config.context)
+            q, k, v = _qkv(rng, config.context)
             reference.context = (k, v)
             out, cache = prefill(cache, q, k, v)
-            turn = rope(np.arange(config.context), *GRID, DIM)
-            expected = tiny_dit.softmax_attention(apply_rope(q, turn), apply_rope(k, turn), v)
+            frames = range(config.context)
+            expected = attended(rotated(q, frames), rotated(k, frames), v)
             np.testing.assert_allclose(out, expected, atol=2e-6)
         reference.number += 1
         reference.chunks.append(None)
-        for again in range(2):
-            q, k, v = _qkv(jax.random.fold_in(key, 2 * number + again), config.block)
+        for _ in range(2):
+            q, k, v = _qkv(rng, config.block)
             out, cache = step(cache, q, k, v)
             np.testing.assert_allclose(out, reference.attend(q, k, v), atol=1e-5)
         cache = cache.replace(chunk=cache.chunk + 1)
         assert int(cache.length) == config.context + config.block * len(listed(config, number))
     cache, reference.chunks, reference.number = withdraw(cache), [None], 0
     assert int(cache.length) == config.context
-    q, k, v = _qkv(jax.random.fold_in(key, 9999), config.block)
+    q, k, v = _qkv(rng, config.block)
     np.testing.assert_allclose(step(cache, q, k, v)[0], reference.attend(q, k, v), atol=1e-5)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from flax import nnx
 
 from chameleon_jax.config import ConfigError, load_config
@@ -38,10 +39,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["latents", "--out", "OUT"], "latents needs --data and --weights"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_code_two(tmp_path, arguments, expected):
-    done = run(*[str(tmp_path / "out") if word == "OUT" else word for word in arguments])
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line]
+def test_wrong_use_is_one_line_and_exit_code_two(tmp_path, capsys, arguments, expected):
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        prepare.main(prepare.FLAGS(["prepare", *words]))
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and expected in lines[0]
     assert not (tmp_path / "out").exists()
 

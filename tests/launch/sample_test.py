@@ -136,7 +136,7 @@ BAD = {
     ),
     "cache that is no whole number of chunks": (["--config.cache.frames=24"], "whole chunks of 3"),
     "unknown sampler": (["--config.sampler.name=ddim"], "'ddim' is not one of"),
-    "networks that do not fit together": (["--config.model.vae.z_dim=5"], "expected z_dim = 5"),
+    "networks that do not fit together": (["--config.model.vae.z_dim=5"], "latent_mean"),
     "seed out of range": (["--seed=-1"], "expected 0 to 4294967295"),
     "unknown mechanism": (["--switch=refrsh"], "'refrsh'"),
     "switch without refresh": (["--switch=withdraw"], "add refresh"),

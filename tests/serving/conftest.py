@@ -1,4 +1,4 @@
-"""These tests build many pipelines of the same shapes: they share what was compiled, also with the processes they start."""
+"""These tests build many pipelines of the same shapes: compiled programs are shared, also with child processes."""
 
 from __future__ import annotations
 

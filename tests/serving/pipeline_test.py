@@ -60,6 +60,7 @@ def test_random_weights_depend_on_the_seed_only_and_leave_nothing_at_zero():
     assert all(np.asarray(value).any() for value in a.values())
 
 
+@pytest.mark.slow  # convolutions in bfloat16 take a CPU long to compile
 def test_random_weights_in_bfloat16():
     pipeline = Pipeline.random(smoke("dtype=bfloat16"), text=False)
     assert {v.dtype for v in flat_params(pipeline.vae).values()} == {jnp.dtype("bfloat16")}
@@ -158,7 +159,8 @@ def test_no_such_folder():
 @pytest.mark.parametrize(
     ("override", "message"),
     [("video.height=120", "multiples of 16"), ("video.width=0", "multiples of 16"), ("dtype=float16", "float16"),
-     ("model.text.length=8", "text_length")],
+     ("model.text.length=8", "text_length"), ("sampler.name=few_step", "change both"),
+     ("model.dit.heads=3", "multiple of heads"), ("cache.sink=2", "whole chunks")],
 )  # fmt: skip
 def test_config_that_cannot_work(override, message):
     with pytest.raises(PipelineError, match=message):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError
 from chameleon_jax.serving import Mechanisms, Pipeline, Session, SessionError, Snapshot, SnapshotError
@@ -319,6 +320,18 @@ def test_not_started(pipeline):
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match="seed"):
             session.start(PERSON, DRESS, "", seed)
+
+
+def test_absolute_positions_end_and_a_switch_starts_them_again():
+    pipeline = make_pipeline("video.height=16", "video.width=16", "cache.positions=absolute")
+    session = started(pipeline)
+    session.next_chunk()
+    session._state.held = 340  # as if so many chunks had been made
+    for _ in range(2):
+        with pytest.raises(PositionError, match="relative"):
+            session.next_chunk()
+    session.switch_garment(SHIRT)
+    assert len(session.next_chunk()) == 8
 
 
 def test_failed_chunk_ends_the_stream_and_a_new_start_works(pipeline, monkeypatch):

@@ -1,0 +1,66 @@
+"""Sources in memory answer like the source on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from chameleon_jax.data import records, sources
+from chameleon_jax.data.memory import InMemorySource
+
+SIZE = (32, 16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tests.data import fake_renderer
+
+    folder = tmp_path_factory.mktemp("clips")
+    examples = records.RunwayExamples(size=SIZE, frames=9, render=fake_renderer.render)
+    records.prepare_runway(folder, 6, examples, workers=0)
+    return folder
+
+
+@pytest.mark.parametrize(("frames", "start"), [(9, 0.0), (5, 0.0), (5, 0.7), (1, 0.999)])
+def test_answers_like_the_source(folder, frames, start):
+    source = sources.open_sources(folder)
+    memory = InMemorySource(source, 9, SIZE)
+    assert (memory.kind, len(memory)) == (source.kind, len(source))
+    np.testing.assert_array_equal(memory.sizes, source.sizes)
+    for index in (0, 5):
+        expected, found = source.load(index, frames, SIZE, start), memory.load(index, frames, SIZE, start)
+        assert expected.keys() == found.keys()
+        for name in ("video", "reference", "garment"):
+            np.testing.assert_array_equal(expected[name], found[name])
+        assert expected["captions"] == found["captions"]
+
+
+def test_asking_for_what_was_not_kept_is_an_error(folder):
+    memory = InMemorySource(sources.open_sources(folder), 5, SIZE)
+    with pytest.raises(sources.SourceError, match=r"5 frames of \(32, 16\) are in memory, 9 frames"):
+        memory.load(0, 9, SIZE)
+    with pytest.raises(sources.SourceError, match="were asked"):
+        memory.load(0, 5, (64, 32))
+
+
+class HalfBroken:
+    """Latents; record 1 cannot be read."""
+
+    kind = "latents"
+    sizes = np.array([[32, 16]] * 2)
+
+    def __len__(self):
+        return 2
+
+    def load(self, index, frames, size, start=0.0):
+        if index == 1:
+            raise sources.SourceError("record 1 is damaged")
+        z = np.arange(3, dtype=np.float16).reshape(3, 1, 1, 1)
+        return {"z_video": z, "z_reference": z[:1], "z_garment": z[:1], "captions": {}, "fps": 16.0, "seed": 0}
+
+
+def test_broken_records_raise_when_they_are_loaded_and_latents_are_cut():
+    memory = InMemorySource(HalfBroken(), 9, SIZE)
+    assert memory.load(0, 5, SIZE)["z_video"].shape == (2, 1, 1, 1)
+    with pytest.raises(sources.SourceError, match="record 1 is damaged"):
+        memory.load(1, 5, SIZE)

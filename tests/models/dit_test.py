@@ -1,0 +1,259 @@
+"""The transformer: parity with diffusers, causality, slices against a dense mask, ways to compute it, full size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from einops import rearrange
+from flax import nnx
+
+from chameleon_jax.attention.masks import teacher_forcing_table
+from chameleon_jax.models.dit import DiT, DiTConfig, bidirectional_forward, teacher_forcing_forward, timestep_embedding
+from chameleon_jax.weights import flat_params, param_count, param_shapes, set_params
+from converters.dit import from_diffusers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny_dit
+from tiny_dit import CONFIG, TOKENS, latents, prompt
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """diffusers' transformer with random weights, in the shape of ours, and ours with the same weights."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=20, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=96, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                x.copy_(1 + 0.2 * torch.randn_like(x))
+            elif x.ndim > 1 and "table" not in name:
+                x.copy_(torch.randn_like(x) * x[0].numel() ** -0.5)
+            else:
+                x.copy_(0.3 * torch.randn_like(x))
+    tensors = {name: x.numpy() for name, x in model.state_dict().items()}
+    dit = DiT(CONFIG, rngs=nnx.Rngs(0))
+    set_params(dit, from_diffusers(tensors, CONFIG))
+    return model, dit
+
+
+def _torch_forward(model, x, t_bf, text):
+    """diffusers takes a timestep per token; here every token of a frame has that of the frame."""
+    timestep = t_bf.repeat_interleave(TOKENS, dim=1)
+    out = model(rearrange(x, "b f h w c -> b c f h w"), timestep, text, return_dict=False)[0]
+    return rearrange(out, "b c f h w -> b f h w c")
+
+
+# Timesteps of two samples of seven frames: two context frames at 0, then all alike, and all different.
+TIMES = np.array([[0, 0, 625, 625, 625, 625, 625], [0, 0, 1000, 937, 500, 33, 1]], np.float32)
+
+
+TEXTS = jnp.concatenate([prompt(), prompt(words=3)[..., ::-1]])
+
+
+def test_parity_with_diffusers(reference):
+    model, dit = reference
+    x, text = latents(0, 7, batch=2), TEXTS
+    with torch.no_grad():
+        expected = _torch_forward(model, *(torch.tensor(np.asarray(y)) for y in (x, TIMES, text))).numpy()
+    got = bidirectional_forward(dit, x[:, :2], x[:, 2:], jnp.asarray(TIMES[:, 2:]), dit.text_kv(text))
+    assert 0.5 < expected.std() < 2
+    np.testing.assert_allclose(got, expected[:, 2:], atol=1e-4)
+
+
+def test_parity_of_gradients_with_diffusers(reference):
+    model, dit = reference
+    x, text, weight = latents(0, 7, batch=2), TEXTS, latents(1, 7, batch=2)
+    inputs = [torch.tensor(np.asarray(y)).requires_grad_() for y in (x, text)]
+    out = _torch_forward(model, inputs[0], torch.tensor(TIMES), inputs[1])
+    (out * torch.tensor(np.asarray(weight)))[:, 2:].sum().backward()
+
+    def loss(x, text):
+        v = bidirectional_forward(dit, x[:, :2], x[:, 2:], jnp.asarray(TIMES[:, 2:]), dit.text_kv(text))
+        return (v * weight[:, 2:]).sum()
+
+    for ours, theirs in zip(jax.jit(jax.grad(loss, argnums=(0, 1)))(x, text), inputs, strict=True):
+        assert theirs.grad.abs().mean() > 0.05
+        np.testing.assert_allclose(ours, theirs.grad.numpy(), atol=1e-4)
+
+
+def test_without_context_it_is_plain_text_to_video(reference):
+    model, dit = reference
+    x, text, t = latents(3, 3), prompt(), np.full((1, 3), 800.0, np.float32)
+    with torch.no_grad():
+        expected = _torch_forward(model, *(torch.tensor(np.asarray(y)) for y in (x, t, text))).numpy()
+    got = bidirectional_forward(dit, None, x, jnp.asarray(t), dit.text_kv(text))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_timestep_embedding_by_hand():
+    got = np.asarray(timestep_embedding(jnp.array([[0.0, 1000.0]]), 256))
+    assert (got[0, 0, :128] == 1).all() and (got[0, 0, 128:] == 0).all()
+    angle = 1000 * 10000 ** (-np.arange(128) / 128)
+    np.testing.assert_allclose(got[0, 1], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-4)
+
+
+CONTEXT, CLEAN, NOISY = latents(0, 2), latents(1, 9), latents(2, 9)
+BLOCK_TIMES = jnp.repeat(jnp.array([[900.0, 400.0, 37.0]]), 3, axis=1)
+
+
+def dense_teacher_forcing(dit, context, clean, noisy, t_bf, text_kv):
+    """The layout as published, both copies with their context, under one dense mask."""
+    x = jnp.concatenate([context, clean, context, noisy], axis=1)
+    t = jnp.concatenate([jnp.zeros((1, 13)), t_bf], axis=1)
+    attend = tiny_dit.dense([*range(11), *range(11)], teacher_forcing_table(2, 11, 3))
+    return dit(x, t, text_kv, attend)[0][:, 13:]
+
+
+def test_slices_equal_the_dense_mask_forward_and_gradient():
+    dit = tiny_dit.tiny_dit()
+    graph, params = nnx.split(dit)
+    text = prompt()
+
+    def run(function):
+        def loss(params, context, clean, noisy, text):
+            dit = nnx.merge(graph, params)
+            v = function(dit, context, clean, noisy, BLOCK_TIMES, dit.text_kv(text))
+            return jnp.sin(v).sum(), v
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(params, CONTEXT, CLEAN, NOISY, text)
+
+    (gradients, v), (expected_gradients, expected) = run(teacher_forcing_forward), run(dense_teacher_forcing)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(v, expected, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert jnp.abs(theirs).max() > 1e-3
+        np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_causality_by_gradient():
+    """A noisy block listens to the clean blocks before it and to itself, and to nothing else."""
+    dit = tiny_dit.tiny_dit()
+    text_kv = dit.text_kv(prompt())
+
+    def blocks(clean, noisy):
+        v = teacher_forcing_forward(dit, CONTEXT, clean, noisy, BLOCK_TIMES, text_kv)
+        return jnp.square(v).reshape(3, -1).sum(axis=1)
+
+    for gradient, listens in zip(
+        jax.jit(jax.jacrev(blocks, argnums=(0, 1)))(CLEAN, NOISY),
+        (np.tri(3, k=-1, dtype=bool), np.eye(3, dtype=bool)),
+        strict=True,
+    ):
+        size = jnp.abs(gradient.reshape(3, 3, -1)).max(axis=-1)  # [block of v, block of the input]
+        assert (size[listens] > 1e-3).all()
+        assert (size[~listens] == 0).all()
+
+
+def test_bidirectional_listens_to_everything():
+    dit = tiny_dit.tiny_dit()
+
+    def last_frame(x):
+        v = bidirectional_forward(dit, x[:, :2], x[:, 2:], jnp.full((1, 3), 500.0), dit.text_kv(prompt()))
+        return jnp.square(v[:, -1]).sum()
+
+    gradient = jnp.abs(jax.jit(jax.grad(last_frame))(latents(0, 5))).max(axis=(0, 2, 3, 4))
+    assert (gradient > 1e-3).all()
+
+
+@pytest.mark.parametrize("forward", ["bidirectional", "teacher_forcing"])
+def test_scan_and_remat_change_nothing(forward):
+    """Neither the output nor any gradient; the parameters are the same ones, stored per layer."""
+    states = nnx.split(tiny_dit.tiny_dit())[1]
+    results = {}
+    for way in ({}, {"remat": True}, {"scan_layers": True}, {"remat": True, "scan_layers": True}):
+        graph, other = nnx.split(tiny_dit.tiny_dit(**way))
+        assert jax.tree.structure(other) == jax.tree.structure(states)
+
+        def loss(params, text, graph=graph):
+            dit = nnx.merge(graph, params)
+            kv = dit.text_kv(text)
+            if forward == "bidirectional":
+                v = bidirectional_forward(dit, CONTEXT, NOISY[:, :3], BLOCK_TIMES[:, :3], kv)
+            else:
+                v = teacher_forcing_forward(dit, CONTEXT, CLEAN[:, :6], NOISY[:, :6], BLOCK_TIMES[:, :6], kv)
+            return jnp.square(v).sum(), v
+
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(states, prompt())
+        # the ways really differ: a loop for scan, a barrier against reuse for remat
+        assert ("stablehlo.while" in lowered.as_text()) == ("scan_layers" in way)
+        assert ("optimization_barrier" in lowered.as_text()) == ("remat" in way)
+        results[str(way)] = jax.tree.leaves(lowered.compile()(states, prompt()))
+    plain = results.pop("{}")
+    for leaves in results.values():
+        for ours, expected in zip(leaves, plain, strict=True):
+            np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_is_close_to_float32():
+    full, half = tiny_dit.tiny_dit(), tiny_dit.tiny_dit(dtype=jnp.bfloat16)
+    assert {x.dtype for x in flat_params(half).values()} == {jnp.dtype(jnp.bfloat16)}
+    v, expected = (
+        teacher_forcing_forward(dit, CONTEXT, CLEAN, NOISY, BLOCK_TIMES, dit.text_kv(prompt())) for dit in (half, full)
+    )
+    assert v.dtype == jnp.bfloat16
+    error = jnp.abs(v.astype(jnp.float32) - expected)
+    assert error.mean() < 0.03 * expected.std() and error.max() < 0.3 * expected.std()
+
+
+def test_an_untrained_network_says_zero():
+    dit = DiT(CONFIG, rngs=nnx.Rngs(0))
+    v = bidirectional_forward(dit, CONTEXT, NOISY, BLOCK_TIMES, dit.text_kv(prompt()))
+    assert v.shape == NOISY.shape and (v == 0).all()
+
+
+def test_jit_through_split_and_merge():
+    dit = tiny_dit.tiny_dit()
+    graph, state = nnx.split(dit)
+
+    @jax.jit
+    def forward(state, x, t):
+        dit = nnx.merge(graph, state)
+        return bidirectional_forward(dit, CONTEXT, x, t, dit.text_kv(prompt()))
+
+    got = forward(state, NOISY, BLOCK_TIMES)
+    np.testing.assert_allclose(
+        got, bidirectional_forward(dit, CONTEXT, NOISY, BLOCK_TIMES, dit.text_kv(prompt())), atol=1e-5
+    )
+
+
+def test_the_published_size_is_built_abstractly():
+    dit = nnx.eval_shape(lambda: DiT(DiTConfig.wan22_ti2v_5b(), rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    assert param_count(dit) == 4_999_787_712 and len(param_shapes(dit)) == 825
+    assert {x.dtype for x in flat_params(dit).values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch": (2, 2, 2)}, "every latent frame has its own t"),
+        ({"heads": 7}, "60 is not a multiple of heads 7"),
+        ({"heads": 4}, "cannot be rotated in pairs"),
+        ({"freq_width": 33}, "freq_width 33 is odd"),
+    ],
+)
+def test_impossible_sizes_are_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig(**(CONFIG.__dict__ | change))
+
+
+def test_misshaped_inputs_are_an_error():
+    dit = tiny_dit.tiny_dit()
+    kv = dit.text_kv(prompt())
+    with pytest.raises(ValueError, match=r"expected one per frame, \(1, 11\)"):
+        bidirectional_forward(dit, CONTEXT, NOISY, BLOCK_TIMES[:, :5], kv)
+    with pytest.raises(ValueError, match="expected 4 channels"):
+        bidirectional_forward(dit, None, NOISY[..., :3], BLOCK_TIMES, kv)
+    with pytest.raises(ValueError, match="patches of 2x2 divide"):
+        bidirectional_forward(dit, None, NOISY[:, :, :3], BLOCK_TIMES, kv)
+    with pytest.raises(ValueError, match="multiple of 3"):
+        teacher_forcing_forward(dit, CONTEXT, CLEAN[:, :8], NOISY[:, :8], BLOCK_TIMES[:, :8], kv)

@@ -1,0 +1,325 @@
+"""The VAE: streams against whole clips, causality, forms of the convolution, the first-frame rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from chameleon_jax.models.vae import (
+    Build,
+    ChannelNorm,
+    Vae,
+    VaeConfig,
+    average_shortcut,
+    choose_conv,
+    conv_frames,
+    copy_shortcut,
+    patchify,
+    unpatchify,
+)
+from chameleon_jax.weights import param_count, param_shapes
+
+TINY = VaeConfig(
+    z_dim=3, enc_width=4, dec_width=4, width_mult=(1, 2, 2), enc_blocks=1, dec_blocks=1, temporal_down=(True, True),
+    latent_mean=(0.1, -0.2, 0.3), latent_std=(0.5, 0.7, 0.6),
+)  # fmt: skip
+WAN_LIKE = dataclasses.replace(TINY, width_mult=(1, 2, 2, 2), temporal_down=(False, True, True))
+ROUNDING = 1e-5  # largest difference, on outputs of unit scale, between two orders of the same float32 sums
+
+
+def _vae(config: VaeConfig = TINY, **kw) -> Vae:
+    """A random VAE in which every parameter matters: biases, gains and the attention's projection are not neutral."""
+    vae = Vae(config, rngs=nnx.Rngs(0), **kw)
+    graph, params = nnx.split(vae)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        x + 0.2 * jax.random.normal(k, x.shape, x.dtype) if x.ndim == 1 or not x.any() else x
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+
+@functools.cache
+def _programs(config: VaeConfig):
+    """Parameters, and jitted functions that take them first."""
+    graph, params = nnx.split(_vae(config))
+
+    def method(name):
+        return lambda params, *args, **kw: getattr(nnx.merge(graph, params), name)(*args, **kw)
+
+    jitted = {name: jax.jit(method(name)) for name in ("encode", "decode", "encode_moments")}
+    jitted |= {name: jax.jit(method(name), static_argnames="first") for name in ("encode_chunk", "decode_chunk")}
+    return params, jitted
+
+
+def _pixels(config=TINY, t=17, b=2):
+    unit = config.spatial_factor
+    return jax.random.uniform(jax.random.key(2), (b, t, 2 * unit, 3 * unit, 3), minval=-1)
+
+
+def _latents(config=TINY, f=5, b=2):
+    return jax.random.normal(jax.random.key(3), (b, f, 2, 3, config.z_dim))
+
+
+SPLITS = [cut for n in range(5) for cut in itertools.combinations(range(1, 5), n)]
+
+
+def test_full_size_has_the_published_number_of_parameters():
+    vae = nnx.eval_shape(lambda: Vae(VaeConfig.wan22(), rngs=nnx.Rngs(0)))
+    assert param_count(vae) == 704_688_668
+    assert len(param_shapes(vae)) == 196
+    assert (vae.config.spatial_factor, vae.config.temporal_factor) == (16, 4)
+
+
+@pytest.mark.parametrize("config", [TINY, WAN_LIKE], ids=["three stages", "four stages"])
+def test_every_split_of_a_stream_gives_the_whole_clip(config):
+    """All 16 ways to cut 5 latent frames; also the states end equal, and keep the shapes they started with."""
+    params, run = _programs(config)
+    x, z = _pixels(config), _latents(config)
+    encoded, decoded = run["encode"](params, x), run["decode"](params, z)
+    assert encoded.shape == (2, 5, 2, 3, 3) and decoded.shape == x.shape
+    assert encoded.std() > 0.2 and decoded.std() > 0.2 and (jnp.abs(decoded) == 1).mean() < 0.5
+    vae = _vae(config)
+    starts = vae.init_encode_state(2, *x.shape[2:4]), vae.init_decode_state(2, 2, 3)
+    ends = []
+    for cut in SPLITS:
+        edges = list(itertools.pairwise([0, *cut, 5]))
+        latents, pixels, (state_e, state_d) = [], [], starts
+        for i, (start, stop) in enumerate(edges):
+            frames = x[:, max(0, 4 * start - 3) : 4 * stop - 3]
+            y, state_e = run["encode_chunk"](params, frames, state_e, first=i == 0)
+            latents.append(y)
+            y, state_d = run["decode_chunk"](params, z[:, start:stop], state_d, first=i == 0)
+            pixels.append(y)
+        np.testing.assert_allclose(jnp.concatenate(latents, 1), encoded, rtol=0, atol=ROUNDING, err_msg=str(cut))
+        np.testing.assert_allclose(jnp.concatenate(pixels, 1), decoded, rtol=0, atol=ROUNDING, err_msg=str(cut))
+        for start, end in zip(starts, (state_e, state_d), strict=True):
+            assert jax.tree.structure(start) == jax.tree.structure(end)
+            assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(lambda a: (a.shape, a.dtype), end)
+        ends.append((state_e, state_d))
+    for other in ends[1:]:
+        for a, b in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # hidden activations, not of unit scale
+
+
+def test_a_picture_is_a_stream_of_one_frame():
+    """Pictures leave out the taps that meet the empty past, which changes nothing."""
+    params, run = _programs(TINY)
+    x, z = _pixels(t=1), _latents(f=1)
+    by_stream, _ = run["encode_chunk"](params, x, None, first=True)
+    np.testing.assert_allclose(run["encode"](params, x), by_stream, rtol=0, atol=ROUNDING)
+    by_stream, _ = run["decode_chunk"](params, z, None, first=True)
+    assert by_stream.shape == (2, 1, 16, 24, 3)
+    np.testing.assert_allclose(run["decode"](params, z), by_stream, rtol=0, atol=ROUNDING)
+    clip = run["encode"](params, _pixels())
+    np.testing.assert_allclose(run["encode"](params, _pixels()[:, :1]), clip[:, :1], rtol=0, atol=ROUNDING)
+
+
+def test_a_chunk_is_traced_once_however_long_the_stream():
+    graph, params = nnx.split(_vae())
+    traces = []
+
+    @jax.jit
+    def step(params, z, state):
+        traces.append(1)
+        return nnx.merge(graph, params).decode_chunk(z, state, first=False)
+
+    state = nnx.merge(graph, params).init_decode_state(2, 2, 3)
+    for _ in range(4):
+        _, state = step(params, _latents(f=1), state)
+    assert len(traces) == 1
+
+
+def test_latents_see_no_later_pixels():
+    """By gradient: latent frame i depends on pixel frame 0, on its own four frames up to 4i, and on none later."""
+    params, run = _programs(TINY)
+    x = _pixels(t=13, b=1)
+    direction = jax.random.normal(jax.random.key(4), (3,))
+    for i in range(4):
+        grad = jax.grad(lambda x, i=i: (run["encode"](params, x)[:, i] @ direction).sum())(x)
+        size = np.asarray(jnp.abs(grad).max(axis=(0, 2, 3, 4)))
+        assert (size[4 * i + 1 :] == 0).all(), (i, size)
+        assert (size[max(0, 4 * i - 3) : 4 * i + 1] > 0).all(), (i, size)
+        assert size[0] > 0, (i, size)  # the past reaches far
+
+
+def test_pixels_see_no_later_latents():
+    params, run = _programs(TINY)
+    z = 0.3 * _latents(f=4, b=1)
+    direction = jax.random.normal(jax.random.key(4), (3,))
+    for j in range(13):
+        grad = jax.grad(lambda z, j=j: (run["decode"](params, z)[:, j] @ direction).sum())(z)
+        size = np.asarray(jnp.abs(grad).max(axis=(0, 2, 3, 4)))
+        own = (j + 3) // 4
+        assert (size[own + 1 :] == 0).all(), (j, size)
+        assert (size[: own + 1] > 0).all(), (j, size)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (1, 1), (1, 2), (3, 2)])
+def test_both_forms_of_the_convolution_agree_with_their_gradients(size, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 5, 4, 6))
+    kernel = jax.random.normal(jax.random.key(1), (3, size, size, 6, 8)) / (18 * size**2) ** 0.5
+    weight = jax.random.normal(jax.random.key(2), (2, (7 - 3) // stride + 1, 5, 4, 8))
+
+    def loss(x, kernel, form):
+        y = conv_frames(x, kernel, stride, form)
+        return (y * weight).sum(), y
+
+    grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, y3), (dx3, dk3) = grads(x, kernel, "conv3d")
+    (_, y2), (dx2, dk2) = grads(x, kernel, "stacked")
+    np.testing.assert_allclose(y2, y3, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(dx2, dx3, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(dk2, dk3, rtol=0, atol=1e-4)  # sums over 200 positions
+
+
+def test_both_forms_give_the_same_vae():
+    z = _latents(f=2, b=1)
+    x = _pixels(t=5, b=1)
+    outputs, grads = [], []
+    for form in ("conv3d", "stacked"):
+        graph, params = nnx.split(_vae(dataclasses.replace(TINY, conv=form)))
+
+        def both(params, graph=graph):
+            vae = nnx.merge(graph, params)
+            encoded, decoded = vae.encode(x), vae.decode(z, clamp=False)
+            return (encoded**2).mean() + (decoded**2).mean(), (encoded, decoded)
+
+        (_, out), grad = jax.jit(jax.value_and_grad(both, has_aux=True))(params)
+        outputs.append(out)
+        grads.append(grad)
+    for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING)
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        assert jnp.abs(a).max() > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_form_follows_the_backend_unless_it_is_named(monkeypatch):
+    for backend, form in (("cpu", "stacked"), ("gpu", "conv3d"), ("tpu", "conv3d")):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert choose_conv() == form
+        assert choose_conv("stacked") == "stacked" and choose_conv("conv3d") == "conv3d"
+
+
+def test_bfloat16_computes_the_same_less_exactly():
+    """Parameters and computation in bfloat16, results in float32, states in bfloat16; streams still fit together."""
+    exact_params, exact = _programs(TINY)
+    vae = _vae()
+    graph = nnx.graphdef(Vae(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    vae = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.split(vae)[1]))
+    x, z = _pixels(t=9), _latents(f=3)
+    encoded, decoded = vae.encode(x), vae.decode(z)
+    assert encoded.dtype == decoded.dtype == jnp.float32
+    np.testing.assert_allclose(encoded, exact["encode"](exact_params, x), rtol=0, atol=0.1)
+    np.testing.assert_allclose(decoded, exact["decode"](exact_params, z), rtol=0, atol=0.1)
+    head, state = vae.decode_chunk(z[:, :2], None, first=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
+    tail, _ = vae.decode_chunk(z[:, 2:], state, first=False)
+    np.testing.assert_allclose(jnp.concatenate([head, tail], 1), decoded, rtol=0, atol=0.05)
+
+
+def test_latents_are_scaled_by_the_statistics_of_the_config():
+    vae = _vae()
+    x, z = _pixels(t=5), _latents(f=2)
+    mean, std = np.array(TINY.latent_mean, np.float32), np.array(TINY.latent_std, np.float32)
+    moments, logvar = vae.encode_moments(x)
+    assert moments.shape == logvar.shape == (2, 2, 2, 3, 3)
+    np.testing.assert_allclose(vae.encode(x), (moments - mean) / std, rtol=0, atol=1e-6)
+    plain = Vae(dataclasses.replace(TINY, latent_mean=(), latent_std=()), rngs=nnx.Rngs(0))
+    nnx.update(plain, nnx.state(vae))
+    np.testing.assert_allclose(vae.decode(z), plain.decode(z * std + mean), rtol=0, atol=ROUNDING)
+
+
+def test_pixels_are_clamped_only_if_asked():
+    vae, z = _vae(), 3 * _latents(f=2)
+    free = vae.decode(z, clamp=False)
+    assert jnp.abs(free).max() > 1.2
+    np.testing.assert_array_equal(vae.decode(z), jnp.clip(free, -1, 1))
+    chunk, _ = vae.decode_chunk(z, None, first=True)
+    assert jnp.abs(chunk).max() == 1
+
+
+def test_training_starts_with_little_noise():
+    vae = Vae(TINY, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(vae.quant.bias.get_value(), [0, 0, 0, -5, -5, -5])
+
+
+def test_patches_go_colour_then_column_then_row():
+    x = jnp.arange(2 * 2 * 3).reshape(1, 1, 2, 2, 3)  # [row, column, colour] holds 6 row + 3 column + colour
+    assert patchify(x, 2)[0, 0, 0, 0].tolist() == [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11]
+    pixels = _pixels(t=2)
+    np.testing.assert_array_equal(unpatchify(patchify(pixels, 2), 2), pixels)
+
+
+def test_average_shortcut_by_hand():
+    """Twice the width: channel 2c is the mean of the earlier frame, 2c + 1 of the later one. A first frame is later."""
+    x = jnp.array([1.0, 2, 3, 4, 10, 20, 30, 40, 100, 200, 300, 400]).reshape(1, 3, 2, 2, 1)
+    first = average_shortcut(x, 2, factor_t=2, factor_s=2, first=True)
+    assert first.reshape(2, 2).tolist() == [[0, 2.5], [25, 250]]
+    later = average_shortcut(x[:, 1:], 2, factor_t=2, factor_s=2, first=False)
+    assert later.reshape(1, 2).tolist() == [[25, 250]]
+    assert average_shortcut(x[:, 1:], 1, factor_t=2, factor_s=2, first=False).item() == 137.5
+    np.testing.assert_array_equal(average_shortcut(x, 1, 1, 1, first=True), x)
+    np.testing.assert_array_equal(average_shortcut(x, 2, 1, 1, first=True), jnp.repeat(x, 2, axis=-1))
+
+
+def test_copy_shortcut_by_hand():
+    """Half the width, space only: the upper row is channel 2k, the lower one 2k + 1; with time, frames before rows."""
+    x = jnp.array([1.0, 2]).reshape(1, 1, 1, 1, 2)
+    assert copy_shortcut(x, 1, factor_t=1, factor_s=2, first=True).reshape(2, 2).tolist() == [[1, 1], [2, 2]]
+    y = copy_shortcut(x, 1, factor_t=2, factor_s=2, first=False)
+    assert y.reshape(2, 4).tolist() == [[1] * 4, [2] * 4]
+    assert copy_shortcut(x, 1, factor_t=2, factor_s=2, first=True).reshape(1, 4).tolist() == [[2] * 4]
+
+
+def test_norm_by_hand_and_at_zero():
+    norm = ChannelNorm(4, build=Build(nnx.Rngs(0), jnp.float32, jnp.float32, "auto"))
+    norm.scale.set_value(jnp.array([1.0, 2, 1, 1]))
+    x = jnp.array([3.0, 4, 0, 0]).reshape(1, 1, 1, 1, 4)
+    np.testing.assert_allclose(norm(x).reshape(4), [1.2, 3.2, 0, 0], rtol=0, atol=1e-6)
+    assert (norm(0 * x) == 0).all()
+    assert jnp.isfinite(jax.grad(lambda x: norm(x).sum())(0 * x)).all()
+
+
+def test_what_does_not_fit_is_refused():
+    vae = _vae()
+    with pytest.raises(ValueError, match=r"6 frames; expected 4k \+ 1: leave out the last 1"):
+        vae.encode(jnp.zeros((1, 6, 8, 8, 3)))
+    with pytest.raises(ValueError, match="5 frames; expected 4k: leave out the last 1"):
+        vae.encode_chunk(jnp.zeros((1, 5, 8, 8, 3)), vae.init_encode_state(1, 8, 8), first=False)
+    with pytest.raises(ValueError, match="12x8 pixels; expected multiples of 8"):
+        vae.encode(jnp.zeros((1, 1, 12, 8, 3)))
+    with pytest.raises(ValueError, match=r"expected \[b, t, h, w, 3\]"):
+        vae.encode(jnp.zeros((1, 1, 8, 8, 4)))
+    with pytest.raises(ValueError, match=r"expected \[b, f, h, w, 3\]"):
+        vae.decode(jnp.zeros((1, 1, 2, 2, 4)))
+    with pytest.raises(ValueError, match="state is None"):
+        vae.decode_chunk(jnp.zeros((1, 1, 2, 2, 3)), None, first=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temporal_down": (True,)}, "temporal_down has 1 entries for 3 stages"),
+        ({"latent_mean": (0.0,)}, "latent_mean has 1 entries, expected z_dim=3"),
+        ({"latent_std": (1.0, 0.0, 1.0)}, "latent_std has the entry 0.0; expected positive"),
+        ({"conv": "fft"}, "conv is 'fft'; expected one of auto, conv3d, stacked"),
+    ],
+)
+def test_configs_that_cannot_be_built_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_lists_from_files_are_as_good_as_tuples():
+    listed = VaeConfig(**{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(TINY).items()})
+    assert listed == TINY and hash(listed) == hash(TINY)

@@ -1,0 +1,49 @@
+"""The contact sheet and the benchmark, as typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "launch.runway", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_sheet(tmp_path):
+    out = tmp_path / "made" / "sheet.png"
+    small = ["--height", "32", "--width", "20", "--frames", "5", "--enlarge", "1"]
+    done = command("sheet", "--seeds", "1,2", "--out", str(out), *small)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as picture:
+        assert picture.size == ((2 + 6 + 1 + 6) * (20 + 2), 2 * (32 + 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one command, sheet or bench, got none"),
+        (["sheet", "--seeds", "one"], "--seeds=one: expected whole numbers"),
+        (["sheet", "--seeds", ""], "expected whole numbers"),
+    ],
+)
+def test_bad_requests_get_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_bench_prints_a_line_and_json():
+    done = command("bench", "--clips", "1", "--workers", "1", "--frames", "2", "--height", "32", "--width", "20")
+    assert done.returncode == 0, done.stderr
+    line, text = done.stdout.strip().splitlines()
+    result = json.loads(text)
+    assert result["triplets_per_hour"] > 0 and str(result["triplets_per_hour"]) in line

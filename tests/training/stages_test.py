@@ -1,0 +1,149 @@
+"""The real stages at smoke size: they start, learn something, show it, export it, and go on."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.data import records, tokenizer
+from chameleon_jax.diffusion import flow
+from chameleon_jax.training import sft, vae_stage
+from chameleon_jax.training.export import stored_model
+from chameleon_jax.training.networks import build_network
+from launch import train
+
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Clips of a moving square with both splits, and a tokenizer."""
+    from tests.data import fake_renderer
+
+    folder = tmp_path_factory.mktemp("data")
+    examples = records.RunwayExamples(size=SIZE, frames=21, render=fake_renderer.render)
+    for start, clips in ((0, 8), (800_000, 4)):
+        records.prepare_runway(folder / "clips", clips, examples, seed_start=start, workers=0)
+    texts = [f"A person in garment {i}. Walks {i} steps." for i in range(20)]
+    tokenizer.train_pieces(texts, 300).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def settings(data, stage: str, workdir, *overrides: str):
+    common = [f"data.dir={data / 'clips'}", f"data.tokenizer={data / 'tokenizer.json'}", f"workdir={workdir}"]
+    return load_config(f"configs/{stage}", [*common, *overrides])
+
+
+@pytest.fixture(scope="module")
+def vae_export(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("vae")
+    train.run(settings(data, "vae.py:smoke", workdir))
+    return workdir / "export"
+
+
+@pytest.mark.slow
+def test_vae_pictures_then_clips(data, vae_export, tmp_path):
+    assert {path.name for path in vae_export.iterdir()} >= {"vae.safetensors", "config.json"}
+    train.run(settings(data, "vae.py:smoke_video", tmp_path, f"init_from={vae_export}"))
+    preview = np.asarray(Image.open(tmp_path / "previews" / "step_0000004.png"))
+    assert preview.ndim == 3 and preview.std() > 0
+    sizes = stored_model(tmp_path / "export", "vae")
+    assert np.ptp(sizes["latent_std"]) > 0 and min(sizes["latent_std"]) > 0
+
+
+@pytest.mark.slow
+def test_exported_latents_are_normal(data, vae_export):
+    """The statistics in the exported config bring the latents to mean 0, deviation 1."""
+    config = settings(data, "vae.py:smoke", vae_export, f"weights.vae={vae_export}", "data.in_memory=false")
+    config = train.with_stored_sizes(config)
+    network = build_network("vae", config, frozen=True)
+    params = network.load(vae_export / "vae.safetensors")
+    batch = train.held_out(config, vae_stage)[0]
+    z = np.asarray(network.bind(params).encode(batch["video"].astype(np.float32) / 127.5 - 1))
+    np.testing.assert_allclose(z.mean((0, 1, 2, 3)), 0, atol=1e-2)
+    np.testing.assert_allclose(z.std((0, 1, 2, 3)), 1, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
+    overrides = [f"weights.vae={vae_export}", "video.frames=21"]
+    train.run(settings(data, "teacher.py:smoke", tmp_path / "teacher", *overrides))
+    lines = [json.loads(line) for line in (tmp_path / "teacher" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["eval/loss"]) for line in lines if "eval/loss" in line)
+    export = tmp_path / "teacher" / "export"
+    assert {path.name for path in export.iterdir()} == {
+        "config.json", "dit.safetensors", "text.safetensors", "tokenizer.json", "vae.safetensors",
+    }  # fmt: skip
+    assert json.loads((export / "config.json").read_text())["model"]["vae"] == json.loads(
+        (vae_export / "config.json").read_text()
+    )["model"]["vae"]
+    workdir = tmp_path / "forcing"
+    train.run(settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}"))
+    assert (workdir / "export" / "dit.safetensors").is_file()
+    assert (workdir / "previews" / "step_0000004.png").is_file()
+
+
+def test_flow_loss_weights_each_frame():
+    shape = (2, 3, 4, 4, 2)
+    x0, noise, v = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
+    t_bf = jnp.array([[1000.0, 500.0, 4.98], [500.0, 500.0, 500.0]])
+    loss, metrics = sft.flow_loss(v, x0, noise, t_bf, 5.0)
+    error = np.square(np.asarray(v) - (np.asarray(noise) - np.asarray(x0))).mean((2, 3, 4))
+    weights = np.asarray(flow.training_weight_of(t_bf, 5.0))
+    assert weights[0, 0] == 0 and weights[0, 1] > 2
+    np.testing.assert_allclose(loss, (weights * error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["mse"], error.mean(), rtol=1e-5)
+
+
+def test_missing_inputs_are_named(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"workdir is not set; give it as --config\.workdir"):
+        train.run(load_config("configs/teacher.py:smoke"))
+    with pytest.raises(ConfigError, match="weights.vae is not set: previews"):
+        train.run(settings(data, "teacher.py:smoke", tmp_path))
+    with pytest.raises(ConfigError, match="weights.text is not set, and train.text is false"):
+        train.run(settings(data, "teacher.py:smoke", tmp_path, "train.preview_every=0", "train.text=false"))
+
+
+@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_forcing"])
+@pytest.mark.parametrize("size", ["runway_tiny", "wan22_5b", "smoke"])
+def test_every_config_describes_a_run(file, size):
+    config = load_config(f"configs/{file}.py:{size}", ["workdir=x", "data.dir=y", "weights.vae=z", "weights.text=z"])
+    assert config.stage in train.STAGES
+    assert train.streaming_config(config).model is not None
+    for name in ("vae", "dit", "text"):
+        assert build_network(name, config).shapes
+
+
+def test_vae_loss_by_hand():
+    x, y = jnp.zeros((1, 1, 2, 2, 3)), jnp.zeros((1, 1, 2, 2, 3)).at[0, 0, 0, 0, 0].set(1.2)
+    mean, logvar = jnp.full((1, 1, 1, 1, 2), 2.0), jnp.zeros((1, 1, 1, 1, 2))
+    loss, parts = vae_stage.vae_loss(x, y, mean, logvar, ConfigDict({"l1": 1.0, "gradient": 0.5, "kl": 0.1}))
+    np.testing.assert_allclose(parts["l1"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(parts["gradient"], 0.4, rtol=1e-6)  # one of six differences, down and across
+    np.testing.assert_allclose(parts["kl"], 2.0, rtol=1e-6)
+    np.testing.assert_allclose(loss, 0.5, rtol=1e-6)
+    np.testing.assert_allclose(parts["psnr"], -10 * np.log10((1 / 12) / 4), rtol=1e-5)  # clamped at 1
+
+
+def test_inflated_network_treats_frames_as_pictures():
+    """Behind the first latent frame, every latent frame of a clip depends on its own frames only."""
+    config = load_config("configs/vae.py:smoke")
+    network = build_network("vae", config)
+    params = vae_stage.inflate(network.init(jax.random.key(0)))
+    vae = network.bind(params)
+    x = jax.random.uniform(jax.random.key(1), (1, 9, 16, 16, 3), minval=-1)
+    z = vae.encode(x)
+    changed = vae.encode(x.at[:, 1:5].set(0.5))
+    np.testing.assert_array_equal(z[:, (0, 2)], changed[:, (0, 2)])
+    assert np.abs(np.asarray(z[:, 1] - changed[:, 1])).max() > 1e-3
+    np.testing.assert_allclose(vae.encode(x[:, :1])[:, 0], z[:, 0], atol=1e-5)  # the first one is that of the picture
+    y, other = vae.decode(z), vae.decode(z.at[:, 1].set(0))
+    np.testing.assert_array_equal(y[:, (0, 5, 6, 7, 8)], other[:, (0, 5, 6, 7, 8)])
