@@ -2,7 +2,7 @@
 #   make demo   set up, stream a video of two garment changes, say where it is
 #   make test   set up and run every test
 PYTHON ?= python3
-TORCH ?= torch==2.13.0   # only the parity tests need it
+TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
@@ -33,7 +33,7 @@ $(VENV)/.demo: setup.py | $(BIN)/python
 	$(PIP) install -e ".[video]"
 	touch $@
 
-# torch first and by its exact version, so that a CPU build that is already at hand is taken
+# Only the parity tests need torch. First, and by its exact version, so that a CPU build at hand is taken.
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -e ".[video,runway,train,parity,dev]"

@@ -9,6 +9,7 @@ prints one line, and the same as JSON.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -78,13 +79,15 @@ def sheet_row(seed: int, frames: int, size: tuple[int, int], fps: float) -> np.n
 
 def bench() -> None:
     """Render triplets in several processes; the first one of each compiles and is not counted."""
-    context = multiprocessing.get_context("spawn")
-    jobs = [(worker * 1000, FLAGS.clips, FLAGS.frames, (FLAGS.height, FLAGS.width), FLAGS.fps)
-            for worker in range(FLAGS.workers)]  # fmt: skip
-    with context.Pool(FLAGS.workers) as pool:
-        pool.map(render_some, [(first, 1, *rest) for first, _, *rest in jobs], chunksize=1)
+    jobs = [
+        (worker * 1000, FLAGS.clips, FLAGS.frames, (FLAGS.height, FLAGS.width), FLAGS.fps)
+        for worker in range(FLAGS.workers)
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(FLAGS.workers, mp_context=spawn) as pool:
+        list(pool.map(render_some, [(first, 1, *rest) for first, _, *rest in jobs]))
         start = time.monotonic()
-        cpu = pool.map(render_some, jobs, chunksize=1)
+        cpu = list(pool.map(render_some, jobs))
         seconds = time.monotonic() - start
     count = FLAGS.clips * FLAGS.workers
     result = {

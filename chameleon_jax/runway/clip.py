@@ -117,7 +117,8 @@ class Clip:
     Attributes:
       frames: uint8 [t, h, w, 3].
       parts: uint8 [t, h, w], numbers in `parts.NAMES`: what most of a pixel shows.
-      touched: uint16 [t, h, w], bit p set where part p has at least one sub-sample in the pixel.
+      touched: uint16 [t, h, w], bit p set where part p has at least one sub-sample in the pixel; for a garment also
+        where another garment lies over it.
       depth: float32 [t, h, w], metres along the view axis, infinite for the background.
       joints: [t, j, 3], metres; names in `asset.load().bones`.
       joints_2d: [t, j, 2], x and y in pixels, centres at .5.

@@ -107,7 +107,7 @@ class Fit:
     Attributes:
       person, size: who, and the unit of length (1 for 1.72 m).
       tights, skirt: rest positions of the two templates, [v, 3].
-      neck, waist, hip, knee, ankle, chest, shoulder, crotch: heights.
+      neck, waist, knee, ankle, chest, shoulder, crotch: heights.
       arm_share: how much a vertex of the tights belongs to the arms, [v] in [0, 1].
       arm_along, arm_angle, arm_axis: distance along the arm from the shoulder (-1 on the far side), angle about it, and
         the nearest point of its axis.
@@ -126,7 +126,6 @@ class Fit:
 
         self.neck = float(joint("neck01")[1])
         self.waist = float(0.5 * (joint("spine04")[1] + joint("spine03")[1]))
-        self.hip = float(joint("upperleg01.L")[1])
         self.knee = float(joint("lowerleg01.L")[1])
         self.ankle = float(joint("foot.L")[1])
         self.chest = float(joint("spine01")[1])

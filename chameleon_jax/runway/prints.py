@@ -74,7 +74,7 @@ def _character(draw: ImageDraw.ImageDraw, s: float, text: str) -> None:
 
 _SHAPES = {
     "star": _star, "heart": _heart, "circle": _circle, "ring": _ring, "triangle": _triangle, "diamond": _diamond,
-    "lightning bolt": _lightning, "cross": _cross, "bars": _bars, "moon": _moon,
+    "lightning bolt": _lightning, "cross": _cross, "triple bar": _bars, "moon": _moon,
 }  # fmt: skip
 _CHARACTERS = {f"letter {c}" if c.isalpha() else f"number {c}": c for c in "ARKBNMXZ0379"}
 NAMES = (*_SHAPES, *_CHARACTERS)

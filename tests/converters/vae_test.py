@@ -88,12 +88,13 @@ def test_parity_with_diffusers(name):
     set_params(net, vae.from_diffusers(_tensors(reference), config))
     graph, params = nnx.split(net)
 
-    @jax.jit
     def encode(params, x):
         net = nnx.merge(graph, params)
         return *net.encode_moments(x), net.encode(x)
 
-    decode = jax.jit(lambda params, z: nnx.merge(graph, params).decode(z))
+    quick = {"xla_backend_optimization_level": 0}  # four shapes to compile, each used once
+    encode = jax.jit(encode, compiler_options=quick)
+    decode = jax.jit(lambda params, z: nnx.merge(graph, params).decode(z), compiler_options=quick)
     m, s = np.array(config.latent_mean, np.float32), np.array(config.latent_std, np.float32)
     h, w = config.spatial_factor * 3, config.spatial_factor * 2
     rng = np.random.default_rng(0)

@@ -99,5 +99,6 @@ def test_cost_per_chunk_does_not_grow_with_the_stream(tmp_path):
     )
     results = json.loads(out.read_text())["results"]
     assert results["chunks"] == 500
-    assert results["time_ratio"] < 1.05
+    # Other work on the machine disturbs the clock; a chunk that costs more would show in both.
+    assert min(results["time_ratio"], results["processor_time_ratio"]) < 1.05
     assert results["memory_ratio"] < 1.01
