@@ -83,8 +83,8 @@ class Checkpoints:
         about = self.about(step)
         if about["stage"] != stage:
             raise CheckpointError(
-                f"{self.folder} holds checkpoints of the stage {about['stage']!r}, this run is {stage!r}; choose another "
-                "workdir, and name the earlier stage's exported weights in init_from"
+                f"{self.folder} holds checkpoints of the stage {about['stage']!r}, this run is {stage!r}; choose "
+                "another workdir, and name the earlier stage's exported weights in init_from"
             )
         wanted = _named(like)
         stored = {name: tuple(leaf.shape) for name, leaf in self._manager.item_metadata(step)["state"].items()}

@@ -82,7 +82,9 @@ def _child(node: ml_collections.ConfigDict, name: str, path: list[str], root: ml
         return node[name]
     known = list(flatten(root))
     asked = ".".join(path)
-    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.3) or difflib.get_close_matches(name, list(node), n=1, cutoff=0.0)
+    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.3) or difflib.get_close_matches(
+        name, list(node), n=1, cutoff=0.0
+    )
     raise ConfigError(f"unknown config key {asked!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
 
 

@@ -35,7 +35,9 @@ def param_count(module: nnx.Module) -> int:
     return sum(int(np.prod(shape)) for shape in param_shapes(module).values())
 
 
-def set_params(module: nnx.Module, tensors: Mapping[str, np.ndarray | jax.Array], dtype: jnp.dtype | None = None) -> None:
+def set_params(
+    module: nnx.Module, tensors: Mapping[str, np.ndarray | jax.Array], dtype: jnp.dtype | None = None
+) -> None:
     """Put `tensors` in the place of the module's parameters.
 
     Args:
@@ -48,13 +50,17 @@ def set_params(module: nnx.Module, tensors: Mapping[str, np.ndarray | jax.Array]
     """
     state = nnx.state(module, nnx.Param)
     flat = {".".join(str(part) for part in path): leaf for path, leaf in nnx.to_flat_state(state)}
-    check_fit({name: tuple(leaf.get_value().shape) for name, leaf in flat.items()}, {k: v.shape for k, v in tensors.items()})
+    check_fit(
+        {name: tuple(leaf.get_value().shape) for name, leaf in flat.items()}, {k: v.shape for k, v in tensors.items()}
+    )
     for name, leaf in flat.items():
         leaf.set_value(jnp.asarray(tensors[name], dtype=dtype or leaf.get_value().dtype))
     nnx.update(module, state)
 
 
-def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str = "weights") -> None:
+def check_fit(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str = "weights"
+) -> None:
     """Raise WeightsError with every missing, unexpected and mis-shaped tensor, if there is one."""
     faults = []
     for name, shape in expected.items():
@@ -77,7 +83,10 @@ def save_params(path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | 
       dtype: cast to this dtype when given, e.g. jnp.bfloat16.
     """
     path = Path(path)
-    tensors = {k: np.ascontiguousarray(np.asarray(v if dtype is None else v.astype(dtype))) for k, v in flat_params(module).items()}
+    tensors = {
+        k: np.ascontiguousarray(np.asarray(v if dtype is None else v.astype(dtype)))
+        for k, v in flat_params(module).items()
+    }
     part = path.with_name(path.name + ".part")
     save_file(tensors, part)
     os.replace(part, path)

@@ -19,6 +19,17 @@ WAN22_LATENT_STD = (
 )  # fmt: skip
 
 
+# Those of the embedded VAE, measured on 43 training clips; they belong to assets/runway_tiny/vae.safetensors.
+RUNWAY_LATENT_MEAN = (
+    -0.93862, -1.54050, -1.13356, -2.43073, -1.69939, -0.98758, -0.59276, 1.90061,
+    -3.84770, 0.77818, -3.89976, 0.11808, -0.78736, -0.89510, 0.97004, 3.69406,
+)  # fmt: skip
+RUNWAY_LATENT_STD = (
+    2.76558, 2.92298, 4.29490, 2.48007, 2.95140, 3.35283, 2.72078, 5.59556,
+    2.82350, 2.56513, 3.63234, 2.96736, 6.29081, 2.34034, 4.29024, 5.17371,
+)  # fmt: skip
+
+
 def wan22_5b() -> ConfigDict:
     """Wan2.2-TI2V-5B: the paper's backbone, its VAE and its text encoder. 1280x704, 24 frames/s."""
     return ConfigDict({
@@ -38,7 +49,7 @@ def runway_tiny() -> ConfigDict:
     return ConfigDict({
         "vae": {
             "z_dim": 16, "enc_width": 24, "dec_width": 24, "width_mult": (1, 2, 4), "enc_blocks": 1, "dec_blocks": 2,
-            "temporal_down": (True, True), "latent_mean": (0.0,) * 16, "latent_std": (1.0,) * 16,
+            "temporal_down": (True, True), "latent_mean": RUNWAY_LATENT_MEAN, "latent_std": RUNWAY_LATENT_STD,
         },
         "dit": {
             "in_channels": 16, "width": 256, "ffn": 1024, "heads": 4, "layers": 6, "text_width": 128, "text_length": 96,

@@ -23,9 +23,8 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
     # first one, hence the longest clips too, in small windows.
     config.data.crops = ((1, 64, 48, 8),) if not clips else ((17, 48, 48, 4), (33, 32, 32, 4), (1, 64, 48, 8))
     config.data.batch = 2 if clips else 16  # of the held-out batches
-    # Weights of the absolute error, of that of its gradients, and of the divergence from the unit normal. inflate: start
-    # as a network of pictures; false to go on with weights that have seen clips.
-    config.loss = {"l1": 1.0, "gradient": 0.25, "kl": 1e-5, "inflate": size != "wan22_5b"}
+    # Weights, see training/vae.py. inflate: start as a network of pictures; false to go on with weights that have seen clips.
+    config.loss = {"l1": 1.0, "gradient": 0.25, "laplacian": 0.0, "kl": 1e-5, "inflate": size != "wan22_5b"}
     config.preview.update(samples=4, frames=6)
     config.optimizer.update(name="muon", b2=0.99, weight_decay=0.0)
     config.schedule.update(name="linear", peak=2e-3, decay_from=0.5)

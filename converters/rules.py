@@ -4,9 +4,9 @@ A rule pairs a source name with a target name. `{i}`, `{j}`, ... stand for integ
 
     Rule("blocks.{i}.self_attn.q.weight", "blocks.{i}.self_attn.q.kernel", LINEAR)
 
-`convert` takes tensors in the source layout and returns them in the target layout; `invert` turns the table round. Every fault in
-a checkpoint (missing, unexpected, matched twice, wrong shape) is reported at once, with the nearest known name, before anything
-is returned.
+`convert` takes tensors in the source layout and returns them in the target layout; `invert` turns the table round. Every
+fault in a checkpoint (missing, unexpected, matched twice, wrong shape) is reported at once, with the nearest known name,
+before anything is returned.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m launch.prepare runway --out data/runway --clips 4000 --frames 33 --size 128x80 --workers 2
     python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000        # the validation split
-    python -m launch.prepare latents --data data/runway --weights vae.safetensors --out data/latents
+    python -m launch.prepare latents --data data/runway --weights runs/vae/export --out data/latents
 
 `runway` renders triplets (needs the extra `runway`), `latents` encodes a set with the VAE of a config. Both can be
 interrupted at any time; the same command again continues. Seeds below 800,000 are the train split, below 900,000 the
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from absl import app, flags
 
@@ -32,7 +33,9 @@ flags.DEFINE_integer("shard_size", 40, "records a shard: what a killed run may l
 flags.DEFINE_multi_string("data", [], "latents: folder of a rendered set, or of clips with a table; may be repeated")
 flags.DEFINE_multi_string("split", ["train"], "latents: splits to encode; may be repeated")
 flags.DEFINE_string("config", "configs/runway_tiny.py", "latents: config that describes the VAE")
-flags.DEFINE_string("weights", None, "latents: .safetensors file of the VAE")
+flags.DEFINE_string(
+    "weights", None, "latents: .safetensors file of the VAE, or the folder that holds vae.safetensors and config.json"
+)
 flags.DEFINE_integer("batch", 4, "latents: clips encoded together", lower_bound=1)
 
 
@@ -66,29 +69,34 @@ def latents(size: tuple[int, int]) -> None:
     """Encode splits of a set."""
     if not FLAGS.data or not FLAGS.weights:
         raise ConfigError("latents needs --data and --weights")
-    encode = load_encoder(FLAGS.config, FLAGS.weights)
+    weights = Path(FLAGS.weights)
+    weights = weights / "vae.safetensors" if weights.is_dir() else weights
+    encode = load_encoder(FLAGS.config, weights)
     for split in FLAGS.split:
         source = sources.open_sources(FLAGS.data, split)
-        vae = sources.file_hash(FLAGS.weights)
+        vae = sources.file_hash(weights)
         examples = records.LatentExamples(source, encode, size, FLAGS.frames, FLAGS.batch, FLAGS.fps, weights=vae)
         count = records.write_latents(FLAGS.out, split, examples, progress=ProgressLine())
         print(f"\n{FLAGS.out}: {count} clips in split {split}", file=sys.stderr)
 
 
-def load_encoder(config_path: str, weights_path: str):
-    """The VAE's encoder: uint8 pixels [b, t, h, w, 3] to scaled latents [b, f, h', w', c]."""
+def load_encoder(config_path: str, weights: Path):
+    """The VAE's encoder: uint8 pixels [b, t, h, w, 3] to normalised latents [b, f, h', w', c].
+
+    A config.json beside the weights says their sizes and the mean and deviation of their latents; without one the
+    config file does.
+    """
     import jax
     from flax import nnx
 
     from chameleon_jax.data.images import to_model
     from chameleon_jax.models.vae import Vae, VaeConfig
+    from chameleon_jax.training.export import stored_model
     from chameleon_jax.weights import load_params
 
-    config = VaeConfig(**load_config(config_path).model.vae.to_dict())
-    vae = nnx.eval_shape(
-        lambda: Vae(config, rngs=nnx.Rngs(0))
-    )  # drawing weights to throw them away takes half a minute
-    load_params(weights_path, vae)
+    config = VaeConfig(**(stored_model(weights, "vae") or load_config(config_path).model.vae.to_dict()))
+    vae = nnx.eval_shape(lambda: Vae(config, rngs=nnx.Rngs(0)))  # drawing weights to throw them away takes a while
+    load_params(weights, vae)
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(to_model(pixels)))
     return lambda pixels: encode(state, pixels)

@@ -35,7 +35,11 @@ from chameleon_jax.weights import WeightsError
 from configs import runway_tiny, wan22_5b
 from launch import arguments
 
-STAGES = {"vae": "vae_stage", "teacher": "sft", "teacher_forcing": "teacher_forcing"}  # modules of chameleon_jax.training
+STAGES = {
+    "vae": "vae_stage",
+    "teacher": "sft",
+    "teacher_forcing": "teacher_forcing",
+}  # modules of chameleon_jax.training
 ERRORS = (
     arguments.UsageError, ConfigError, CheckpointError, DataError, MeshError, SourceError, TokenizerError, WeightsError,
     loop.TrainingDivergedError,
@@ -109,7 +113,9 @@ def held_out(config: ConfigDict, module) -> list[HostBatch]:
     """
     source = open_sources(config.data.dir.split(","), config.data.validation or config.data.split)
     parts = [
-        dataclasses.replace(part, loader=dataclasses.replace(part.loader, dropout=0.0, workers=0, threads=1, prefetch=1))
+        dataclasses.replace(
+            part, loader=dataclasses.replace(part.loader, dropout=0.0, workers=0, threads=1, prefetch=1)
+        )
         for part in module.make_eval_parts(config)
     ]
     feed = Feed(source, parts)

@@ -126,8 +126,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
     """Splash attention has no scale, wants heads in front, whole tiles and heads of whole lanes."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     length, keys, heads, head_dim = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
     block_l = min(SPLASH_QUERIES, _round_up(length, LANES))
@@ -138,20 +137,30 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int
         more = ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, -head_dim % LANES))
         return jnp.pad(x, more).transpose(0, 2, 1, 3)
 
-    sizes = splash.BlockSizes(
-        block_q=block_l, block_kv=block_s, block_kv_compute=block_s, block_q_dkv=block_l, block_kv_dkv=block_s,
-        block_kv_dkv_compute=block_s, block_q_dq=block_l, block_kv_dq=block_s,
-    )  # fmt: skip
-    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((padded_l, padded_s))] * heads)
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+    kernel = _splash_kernel(heads, padded_l, padded_s, block_l, block_s)
     segments = None
     if padded_s != keys or kv_length is not None:  # keys that do not count belong to another segment than the queries
         valid = jnp.arange(padded_s) < (keys if kv_length is None else kv_length)
-        segments = splash.SegmentIds(jnp.ones(padded_l, jnp.int32), valid.astype(jnp.int32))
+        segments = SegmentIds(jnp.ones(padded_l, jnp.int32), valid.astype(jnp.int32))
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
     inputs = lay_out(scaled, padded_l), lay_out(k, padded_s), lay_out(v, padded_s)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(*inputs)
     return out.transpose(0, 2, 1, 3)[:, :length, :, :head_dim].astype(q.dtype)
+
+
+@functools.cache
+def _splash_kernel(heads: int, queries: int, keys: int, block_l: int, block_s: int) -> Callable[..., jax.Array]:
+    """The kernel for one shape. It holds tables about the mask, made now even while a function is traced."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+    sizes = splash.BlockSizes(
+        block_q=block_l, block_kv=block_s, block_kv_compute=block_s, block_q_dkv=block_l, block_kv_dkv=block_s,
+        block_kv_dkv_compute=block_s, block_q_dq=block_l, block_kv_dq=block_s,
+    )  # fmt: skip
+    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, keys))] * heads)
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -18,6 +18,7 @@ the position in a group of frames, p and q are row and column in a patch; in ker
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -391,12 +392,14 @@ class EncoderStage(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, down: bool, temporal: bool, *, build: Build):
         widths = (inputs, *[outputs] * blocks)
-        self.blocks = nnx.List([ResidualBlock(i, o, build=build) for i, o in zip(widths, widths[1:], strict=False)])
+        self.blocks = nnx.List([ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)])
         self.down = Down(outputs, temporal, build=build) if down else None
         self.outputs, self.factor_t, self.factor_s = outputs, 2 if temporal else 1, 2 if down else 1
         members = inputs * self.factor_t * self.factor_s**2
         if members % outputs and outputs % members:
-            raise ValueError(f"an encoder stage from {inputs} to {outputs} channels cannot average {members} values evenly")
+            raise ValueError(
+                f"an encoder stage from {inputs} to {outputs} channels cannot average {members} values evenly"
+            )
 
     def init_state(self, b: int, h: int, w: int) -> State:
         state: dict[str, State] = {"blocks": [block.init_state(b, h, w) for block in self.blocks]}
@@ -414,7 +417,7 @@ class DecoderStage(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, up: bool, temporal: bool, *, build: Build):
         widths = (inputs, *[outputs] * blocks)
-        self.blocks = nnx.List([ResidualBlock(i, o, build=build) for i, o in zip(widths, widths[1:], strict=False)])
+        self.blocks = nnx.List([ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)])
         self.up = Up(outputs, temporal, build=build) if up else None
         self.outputs, self.factor_t = outputs, 2 if temporal else 1
         if up and outputs * self.factor_t * 4 % inputs:
@@ -650,11 +653,15 @@ def _of(state: State, *keys: str | int) -> State:
 
 def _needed(state: State) -> State:
     if state is None:
-        raise ValueError("state is None in a chunk that does not start the stream; hand in what the chunk before returned")
+        raise ValueError(
+            "state is None in a chunk that does not start the stream; hand in what the chunk before returned"
+        )
     return state
 
 
-def _run_blocks(blocks: Sequence[ResidualBlock], x_bthwc: jax.Array, state: State) -> tuple[jax.Array, dict[str, State]]:
+def _run_blocks(
+    blocks: Sequence[ResidualBlock], x_bthwc: jax.Array, state: State
+) -> tuple[jax.Array, dict[str, State]]:
     states = []
     for i, block in enumerate(blocks):
         x_bthwc, block_state = block(x_bthwc, _of(state, "blocks", i))

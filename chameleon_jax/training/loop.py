@@ -275,9 +275,7 @@ def _start(network: Network, name: str, config: ConfigDict, mesh: Mesh, index: i
     """Parameters of a trained network before the first step: from `init_from`, else random."""
     if config.init_from:
         return _load(network, config.init_from, name, mesh)
-    # Layer by layer on the host: one program that makes hundreds of tensors takes minutes to compile.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        params = network.init(purpose_key(config.seed, "init", index))
+    params = network.init(purpose_key(config.seed, "init", index))
     return jax.device_put(params, sharding.param_shardings(params, mesh))
 
 

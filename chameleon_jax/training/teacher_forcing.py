@@ -35,7 +35,9 @@ def make_stage(config: ConfigDict) -> Stage:
     frames = (config.video.frames - 1) // 4 + 1
     used = frames - frames % block
     if not used:
-        raise ConfigError(f"video.frames={config.video.frames} is {frames} latent frames, less than one block of {block}")
+        raise ConfigError(
+            f"video.frames={config.video.frames} is {frames} latent frames, less than one block of {block}"
+        )
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         dit = trained["dit"].bind(params["dit"])
@@ -63,9 +65,7 @@ def make_stage(config: ConfigDict) -> Stage:
                 t_bf = jnp.full(video.shape[:2], 1000 * sigma)
                 told = sft.told_timesteps(t_bf, config)
                 v = teacher_forcing_forward(dit, sample.z_context, video, video, told, sample.text_kv)
-                chunk = flow.euler_step(
-                    video[:, start : start + block], v[:, start : start + block], sigma, sigma_next
-                )
+                chunk = flow.euler_step(video[:, start : start + block], v[:, start : start + block], sigma, sigma_next)
                 return video.at[:, start : start + block].set(chunk), None
 
             video, _ = jax.lax.scan(step, video, (sigmas[:-1], sigmas[1:]))

@@ -1,30 +1,28 @@
-"""The VAE, trained from scratch: single pictures first, then clips.
-
-    loss = l1 * mean |y - x|  +  gradient * mean |grad y - grad x|  +  kl * KL(posterior, unit normal)
+"""The VAE's stage: single pictures first, then clips, with the loss of `vae`.
 
 A batch holds windows of clips, `video` uint8 [b, t, h, w, 3]; single pictures are clips of one frame, half of them
-frames, a quarter persons, a quarter garments. A picture meets only the last tap of the causal convolutions. The other
-taps start at zero and the layers that halve and double time at "mean of two" and "twice the same" (`inflate`), so that
-nothing has to be unlearnt when clips come.
+frames, a quarter persons, a quarter garments.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
+from chameleon_jax.training import vae as losses
 from chameleon_jax.training.feed import HostBatch, Part, crop
 from chameleon_jax.training.metrics import picture_grid
-from chameleon_jax.training.networks import Params, build_network
+from chameleon_jax.training.networks import build_network
 from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage, TrainState
 
 log = logging.getLogger(__name__)
@@ -33,17 +31,13 @@ log = logging.getLogger(__name__)
 def make_stage(config: ConfigDict) -> Stage:
     """The VAE stage; see configs/vae.py for the config."""
     network = build_network("vae", config)
+    weights = losses.LossWeights(
+        **{field.name: config.loss[field.name] for field in dataclasses.fields(losses.LossWeights)}
+    )
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del fixed
-        x = to_model(batch["video"])
-        vae = network.bind(params["vae"])
-        mean, logvar = vae.encode_moments(x)
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        # `decode` takes scaled latents.
-        scale = jnp.array(vae.config.latent_mean), jnp.array(vae.config.latent_std)
-        y = vae.decode((z - scale[0]) / scale[1], clamp=False)
-        return vae_loss(x, y, mean, logvar, config.loss)
+        return losses.loss(network.bind(params["vae"]), to_model(batch["video"]), key, weights)
 
     @jax.jit
     def repeat(params: ParamTree, batch: Batch) -> jax.Array:
@@ -59,48 +53,9 @@ def make_stage(config: ConfigDict) -> Stage:
         return picture_grid([list(clip[index][shown]) for index in range(len(made)) for clip in (true, made)])
 
     def start(params: ParamTree) -> ParamTree:
-        return {"vae": inflate(params["vae"])} if config.loss.inflate else params
+        return {"vae": losses.inflate(params["vae"])} if config.loss.inflate else params
 
     return Stage("vae", {"vae": network}, loss, preview, start=start)
-
-
-def vae_loss(
-    x: jax.Array, y: jax.Array, mean: jax.Array, logvar: jax.Array, weights: ConfigDict
-) -> tuple[jax.Array, Metrics]:
-    """Loss of a batch.
-
-    Args:
-      x, y: true and decoded pixels [b, t, h, w, 3], y not clamped.
-      mean, logvar: moments of the posterior [b, f, h, w, c], not scaled.
-      weights: `l1`, `gradient`, `kl`.
-
-    Returns:
-      The loss, and its parts with `psnr` in dB of the whole batch (pixels clamped, peak 2).
-    """
-    error = y - x
-    parts = {
-        "l1": jnp.abs(error).mean(),
-        "gradient": jnp.abs(jnp.diff(error, axis=2)).mean() + jnp.abs(jnp.diff(error, axis=3)).mean(),
-        "kl": 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean(),
-    }
-    psnr = -10 * jnp.log10(jnp.square(jnp.clip(y, -1, 1) - x).mean() / 4)
-    return sum(weights[name] * value for name, value in parts.items()), parts | {"psnr": psnr}
-
-
-def inflate(params: Params) -> Params:
-    """A network that treats every frame like a picture, and time like pairs of equal frames; see the module's docstring."""
-
-    def change(name: str, kernel: jax.Array) -> jax.Array:
-        if kernel.ndim != 5 or kernel.shape[0] != 3:
-            return kernel
-        if not name.endswith("time_conv.kernel"):
-            return kernel.at[:2].set(0)
-        inputs, outputs = kernel.shape[-2:]
-        same = jnp.tile(jnp.eye(inputs, dtype=kernel.dtype), outputs // inputs)
-        taps = (0, 0.5, 0.5) if inputs == outputs else (0, 0, 1)  # halves time: mean of a pair; doubles it: both the same
-        return jnp.stack([tap * same for tap in taps])[:, None, None]
-
-    return {name: change(name, kernel) for name, kernel in params.items()}
 
 
 def make_parts(config: ConfigDict) -> list[Part]:
@@ -115,30 +70,27 @@ def make_eval_parts(config: ConfigDict) -> list[Part]:
 
 
 def before_export(config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]) -> ConfigDict:
-    """Put mean and standard deviation of the latents into the config, so that those of the exported VAE are normal.
+    """Put mean and standard deviation of the latents, over the held-out batches, into the config of the exported VAE.
 
-    Measured over the held-out batches, per channel. The network already scales by what the config says; the two are
-    composed.
+    Raises:
+      ConfigError: a latent channel is constant.
     """
     if not eval_batches:
         return config
-    network = stage.trained["vae"]
-    encode = jax.jit(lambda params, x: network.bind(params).encode(to_model(x)))
-    latents = [np.asarray(encode(state.inference_params["vae"], jnp.asarray(batch["video"]))) for batch in eval_batches]
-    z = np.concatenate([z.reshape(-1, z.shape[-1]) for z in latents]).astype(np.float64)
-    old_mean, old_std = (np.array(config.model.vae[name]) for name in ("latent_mean", "latent_std"))
-    mean, std = z.mean(0) * old_std + old_mean, z.std(0) * old_std
+    vae = stage.trained["vae"].bind(state.inference_params["vae"])
+    mean, std = losses.latent_statistics(vae, (to_model(batch["video"]) for batch in eval_batches))
+    try:
+        measured = losses.with_statistics(vae.config, mean, std)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     config = config.copy_and_resolve_references()
     config.unlock()
-    config.model.vae.latent_mean = tuple(round(float(value), 5) for value in mean)
-    config.model.vae.latent_std = tuple(round(float(value), 5) for value in std)
-    log.info("latent mean %s, std %s", config.model.vae.latent_mean, config.model.vae.latent_std)
+    config.model.vae.update(latent_mean=measured.latent_mean, latent_std=measured.latent_std)
+    log.info("latent mean %s, std %s", measured.latent_mean, measured.latent_std)
     return config
 
 
-def _part(
-    config: ConfigDict, frames: int, height: int, width: int, samples: int, *, random_start: bool = True
-) -> Part:
+def _part(config: ConfigDict, frames: int, height: int, width: int, samples: int, *, random_start: bool = True) -> Part:
     def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
         video = raw["video"]
         if frames == 1:

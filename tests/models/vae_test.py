@@ -162,8 +162,7 @@ def _influence(function, x: jax.Array, outputs: int) -> np.ndarray:
 
 def test_latents_see_no_later_pixels():
     """By gradient: latent frame i depends on pixel frame 0, on its own four frames up to 4i, and on none later."""
-    params, run = _programs()
-    size = _influence(lambda x: run["encode"](params, x), _pixels(t=13, b=1), outputs=4)
+    size = _influence(_vae().encode, _pixels(t=13, b=1), outputs=4)
     for i in range(4):
         assert (size[i, 4 * i + 1 :] == 0).all()
         assert (size[i, max(0, 4 * i - 3) : 4 * i + 1] > 0).all()
@@ -171,8 +170,8 @@ def test_latents_see_no_later_pixels():
 
 
 def test_pixels_see_no_later_latents():
-    params, run = _programs()
-    size = _influence(lambda z: run["decode"](params, z, clamp=False), _latents(f=4, b=1), outputs=13)
+    vae = _vae()
+    size = _influence(lambda z: vae.decode(z, clamp=False), _latents(f=4, b=1), outputs=13)
     for j in range(13):
         own = (j + 3) // 4
         assert (size[j, own + 1 :] == 0).all()

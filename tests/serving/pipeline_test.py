@@ -170,3 +170,16 @@ def test_config_that_cannot_work(override, message):
 def test_config_without_groups():
     with pytest.raises(PipelineError, match="sampler"):
         Pipeline.random({"model": {}, "dtype": "float32"})
+
+
+@pytest.mark.slow
+def test_full_size_is_described_without_weights():
+    """1280x704, 5B: 23 frames of 880 tokens, K and V of 30 layers in bfloat16 are 7.46 GB."""
+    steps = Pipeline.abstract(load_config(f"{ROOT}/configs/wan22_5b.py")).steps
+    arguments = steps.abstract_arguments()
+    cache, _, seed, number = arguments["chunk"]
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v)) == 2 * 30 * 23 * 880 * 3072 * 2
+    assert (seed.shape, number.shape) == ((), ())
+    assert arguments["decode_first"][0].shape == (1, 3, 80, 44, 48)
+    assert arguments["encode_image"][0].shape == (1280, 704, 3)
+    assert "while" in steps.lower("chunk").as_text()  # the four denoising steps are one loop

@@ -1,6 +1,6 @@
 """A stage that trains in milliseconds: a two-layer network learns to repeat its input. Also run as a program by tests.
 
-    python tests/training/toy.py WORKDIR STEPS [key=value ...]
+python tests/training/toy.py WORKDIR STEPS [key=value ...]
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class ToyFeed:
     While batch `kill` is made, the process gets a signal, once the checkpoint `after` (if any) is complete.
     """
 
-    def __init__(self, poison: int = -1, kill: int = -1, signal_number: int = signal.SIGKILL, after: Path | None = None):
+    def __init__(
+        self, poison: int = -1, kill: int = -1, signal_number: int = signal.SIGKILL, after: Path | None = None
+    ):
         self.count, self.poison = 0, poison
         self.kill, self.signal, self.after = kill, signal_number, after
 
