@@ -1,4 +1,4 @@
-"""Packaging. The core runs inference anywhere JAX runs; everything heavier is an extra, and torch is in the parity extra only."""
+"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras, and torch is in the parity extra only."""
 
 import re
 from pathlib import Path
