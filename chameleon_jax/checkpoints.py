@@ -23,14 +23,21 @@ class Checkpoints:
     Args:
       folder: created if needed.
       keep: how many of the latest to keep.
+      read_only: leave the folder as it is, for another process may be writing there.
+
+    Raises:
+      CheckpointError: `read_only`, and there is no such folder.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+    def __init__(self, folder: str | os.PathLike, keep: int = 2, *, read_only: bool = False):
         self.folder = Path(folder).absolute()
+        if read_only and not self.folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder of checkpoints")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=True,
-            cleanup_tmp_directories=jax.process_count() == 1,  # what a killed run left behind
+            max_to_keep=None if read_only else keep,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only and jax.process_count() == 1,  # what a killed run left behind
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)

@@ -58,9 +58,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = [int(sizes[axis]) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or known < 1 or min(shape) < -1:
-        raise MeshError(
-            f"mesh sizes {dict(zip(AXES, shape, strict=True))}; expected positive numbers and at most one -1"
-        )
+        found = dict(zip(AXES, shape, strict=True))
+        raise MeshError(f"mesh sizes {found}; expected positive numbers and at most one -1")
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) != len(devices):

@@ -19,7 +19,7 @@ def base(stage: str, variant: str) -> ConfigDict:
         "stage": stage,
         "name": variant,
         "model": common.MODELS[variant](),
-        "dtype": "bfloat16" if variant == "wan22_5b" else "float32",  # of the computation; trained parameters are float32
+        "dtype": "bfloat16" if variant == "wan22_5b" else "float32",  # of the computation; trained weights are float32
         "video": VIDEO[variant],
         "seed": 0,
         "workdir": "",  # checkpoints, metrics and previews; a folder with a checkpoint is gone on from
@@ -31,7 +31,7 @@ def base(stage: str, variant: str) -> ConfigDict:
         "data": {
             "dir": "",  # one folder, or several separated by commas
             "split": "train",
-            "validation": "validation",  # split for the held-out loss and the previews; empty: the first training batches
+            "validation": "validation",  # split for held-out loss and previews; empty: the first training batches
             "in_memory": variant != "wan22_5b",  # read everything once: 4000 tiny clips are 4 GB
             "batch": 8,  # clips a step over all processes
             "captions": "mixed",
@@ -50,7 +50,7 @@ def base(stage: str, variant: str) -> ConfigDict:
             "preview_every": 500,
             "checkpoint_every": 500,
             "keep": 2,
-            "remat": variant == "wan22_5b",  # forget activations within each block: a third more work, a tenth of the memory
+            "remat": variant == "wan22_5b",  # recompute blocks in the backward pass: a third more work, a tenth of memory
             "scan_layers": False,
             "text": variant != "wan22_5b",  # train the text encoder too
         },
@@ -58,7 +58,9 @@ def base(stage: str, variant: str) -> ConfigDict:
             "name": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0, "momentum": 0.95,
         },
         # halve_at: "halved"; decay_from and final: "linear" and "cosine". See training/optim.py.
-        "schedule": {"name": "constant", "peak": 1e-3, "warmup": 100, "halve_at": 1100, "decay_from": 0.7, "final": 0.05},
+        "schedule": {
+            "name": "constant", "peak": 1e-3, "warmup": 100, "halve_at": 1100, "decay_from": 0.7, "final": 0.05,
+        },
         "ema": {"decay": 0.995, "start": 0},
         "loss": {},
         "preview": {"samples": 3, "frames": 6, "steps": 8},

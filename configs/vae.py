@@ -1,11 +1,12 @@
 """The VAE, trained from scratch: single pictures first, then clips.
 
-    python -m launch.train --config configs/vae.py:runway_tiny --config.data.dir=data/runway --config.workdir=runs/vae_images
+    python -m launch.train --config configs/vae.py:runway_tiny --config.data.dir=data/runway \
+        --config.workdir=runs/vae_images
     python -m launch.train --config configs/vae.py:runway_tiny_video --config.data.dir=data/runway \
         --config.init_from=runs/vae_images/export --config.workdir=runs/vae
 
 A network that has learnt pictures with the last tap of its causal convolutions needs a few minutes to learn motion; one
-that starts with clips needs many times as long. The released Wan2.2 VAE needs no training: `wan22_5b` is for fine-tuning.
+that starts with clips needs many times as long. The released Wan2.2 VAE is ready to use: `wan22_5b` is to fine-tune it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
     # first one, hence the longest clips too, in small windows.
     config.data.crops = ((1, 64, 48, 8),) if not clips else ((17, 48, 48, 4), (33, 32, 32, 4), (1, 64, 48, 8))
     config.data.batch = 2 if clips else 16  # of the held-out batches
-    # Weights, see training/vae.py. inflate: start as a network of pictures; false to go on with weights that have seen clips.
+    # Weights, see training/vae.py. inflate: start as a network of pictures; false to go on with weights that know clips.
     config.loss = {"l1": 1.0, "gradient": 0.25, "laplacian": 0.0, "kl": 1e-5, "inflate": size != "wan22_5b"}
     config.preview.update(samples=4, frames=6)
     config.optimizer.update(name="muon", b2=0.99, weight_decay=0.0)

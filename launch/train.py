@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from chameleon_jax.checkpoints import CheckpointError, Checkpoints
+from chameleon_jax.checkpoints import CheckpointError
 from chameleon_jax.config import ConfigError, save_config
 from chameleon_jax.data.loader import DataError
 from chameleon_jax.data.memory import InMemorySource
@@ -35,11 +35,7 @@ from chameleon_jax.weights import WeightsError
 from configs import runway_tiny, wan22_5b
 from launch import arguments
 
-STAGES = {
-    "vae": "vae_stage",
-    "teacher": "sft",
-    "teacher_forcing": "teacher_forcing",
-}  # modules of chameleon_jax.training
+STAGES = {"vae": "vae_stage", "teacher": "sft", "teacher_forcing": "teacher_forcing"}  # and their modules
 ERRORS = (
     arguments.UsageError, ConfigError, CheckpointError, DataError, MeshError, SourceError, TokenizerError, WeightsError,
     loop.TrainingDivergedError,
@@ -48,7 +44,7 @@ ERRORS = (
 FLAGS = flags.FlagValues()
 arguments.define(FLAGS, "configs/teacher.py")
 flags.DEFINE_bool("distributed", False, "join the processes of all hosts", flag_values=FLAGS)
-flags.DEFINE_bool("export_only", False, "export the newest checkpoint and stop", flag_values=FLAGS)
+flags.DEFINE_bool("export_only", False, "export the newest checkpoint, also of a run that goes on", flag_values=FLAGS)
 
 
 def main(argv: list[str]) -> None:
@@ -77,24 +73,23 @@ def run(config: ConfigDict, *, export_only: bool = False) -> None:
     config = with_stored_sizes(config)
     module = importlib.import_module(f"chameleon_jax.training.{STAGES[config.stage]}")
     workdir = Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if export_only:
-        with Checkpoints(workdir / "checkpoints") as checkpoints:
-            if not (newest := checkpoints.latest()):
-                raise CheckpointError(f"{workdir / 'checkpoints'}: no checkpoint to export")
-        config.train.steps, config.data.in_memory = newest, False
-    elif jax.process_index() == 0:
-        save_config(workdir / "config.json", config)
     stage = module.make_stage(config)
-    feed = Feed(open_data(config, config.data.split), module.make_parts(config))
-    eval_batches = [] if export_only else held_out(config, module)
-    outcome = loop.train(config, stage, feed, eval_batches)
-    if outcome.reason == "signal":
-        return  # what sent the signal will not wait: the checkpoint is enough
+    eval_batches = held_out(config, module)
+    if export_only:
+        state = loop.load_state(config, stage)
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            save_config(workdir / "config.json", config)
+        feed = Feed(open_data(config, config.data.split), module.make_parts(config))
+        outcome = loop.train(config, stage, feed, eval_batches)
+        if outcome.reason == "signal":
+            return  # what sent the signal will not wait: the checkpoint is enough
+        state = outcome.state
     folder = config.export_dir or workdir / "export"
-    config = module.before_export(config, stage, outcome.state, eval_batches)
+    config = module.before_export(config, stage, state, eval_batches)
     tokenizer = config.data.tokenizer or None
-    export(folder, outcome.state, stage, config, streaming_config(config), tokenizer)
+    export(folder, state, stage, config, streaming_config(config), tokenizer)
     logging.getLogger("chameleon_jax").info("weights exported to %s", folder)
 
 
@@ -112,10 +107,9 @@ def held_out(config: ConfigDict, module) -> list[HostBatch]:
     Prompts are never dropped here; clips and crops are the same in every run with the same seed.
     """
     source = open_sources(config.data.dir.split(","), config.data.validation or config.data.split)
+    plain = {"dropout": 0.0, "workers": 0, "threads": 1, "prefetch": 1}
     parts = [
-        dataclasses.replace(
-            part, loader=dataclasses.replace(part.loader, dropout=0.0, workers=0, threads=1, prefetch=1)
-        )
+        dataclasses.replace(part, loader=dataclasses.replace(part.loader, **plain))
         for part in module.make_eval_parts(config)
     ]
     feed = Feed(source, parts)

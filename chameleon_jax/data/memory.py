@@ -45,9 +45,8 @@ class InMemorySource:
           SourceError: the record was broken, or another size or more frames are asked for than were kept.
         """
         if tuple(size) != self.size or frames > self.frames:
-            raise SourceError(
-                f"{self.frames} frames of {self.size} are in memory, {frames} of {tuple(size)} were asked"
-            )
+            asked = f"{frames} of {tuple(size)} were asked"
+            raise SourceError(f"{self.frames} frames of {self.size} are in memory, {asked}")
         record = self._records[index]
         if isinstance(record, ValueError):
             raise record

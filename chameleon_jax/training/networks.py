@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from chameleon_jax.weights import WeightsError, check_fit, flat_params, load_params
+from chameleon_jax.weights import WeightsError, flat_params, load_params
 
 Params = dict[str, jax.Array]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -61,12 +61,6 @@ class Network:
         module = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
         load_params(path, module, dtype)
         return flat_params(module)
-
-    def check(self, params: Mapping[str, jax.Array], what: str) -> None:
-        """Raise WeightsError if `params` are not those of this network."""
-        check_fit(
-            {k: tuple(v.shape) for k, v in self.shapes.items()}, {k: tuple(v.shape) for k, v in params.items()}, what
-        )
 
 
 def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Network:

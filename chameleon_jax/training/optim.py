@@ -103,7 +103,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
 
 
 def _matrices(params: Any) -> Any:
-    """Which parameters Muon takes: kernels [..., in, out] are matrices from everything but the last axis to the last."""
+    """Which parameters Muon takes: kernels [..., in, out], as matrices from all axes but the last to the last."""
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
         if not str(path[-1].key).endswith("kernel") or leaf.ndim < 2:

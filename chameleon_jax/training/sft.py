@@ -188,7 +188,7 @@ def make_preview(
     frozen: dict[str, Network],
     generate: Callable[[ParamTree, ParamTree, Batch, jax.Array], jax.Array],
 ) -> Callable[[ParamTree, ParamTree, Batch, jax.Array], np.ndarray]:
-    """A preview: per sample the reference and the garment, then frames of the true clip above frames of the generated one."""
+    """A preview: per sample the reference, the garment, and frames of the true clip above those of the generated one."""
     generate = jax.jit(generate)
 
     def decode(fixed: ParamTree, z: jax.Array) -> jax.Array:

@@ -35,9 +35,8 @@ def make_stage(config: ConfigDict) -> Stage:
     frames = (config.video.frames - 1) // 4 + 1
     used = frames - frames % block
     if not used:
-        raise ConfigError(
-            f"video.frames={config.video.frames} is {frames} latent frames, less than one block of {block}"
-        )
+        have = f"video.frames={config.video.frames} is {frames} latent frames"
+        raise ConfigError(f"{have}, less than one block of {block}")
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         dit = trained["dit"].bind(params["dit"])

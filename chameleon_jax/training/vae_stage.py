@@ -31,9 +31,8 @@ log = logging.getLogger(__name__)
 def make_stage(config: ConfigDict) -> Stage:
     """The VAE stage; see configs/vae.py for the config."""
     network = build_network("vae", config)
-    weights = losses.LossWeights(
-        **{field.name: config.loss[field.name] for field in dataclasses.fields(losses.LossWeights)}
-    )
+    names = [field.name for field in dataclasses.fields(losses.LossWeights)]
+    weights = losses.LossWeights(**{name: config.loss[name] for name in names})
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del fixed

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -77,24 +79,44 @@ def test_restores_onto_four_devices(tmp_path, unbroken):
         np.testing.assert_allclose(value, saved_params(tmp_path)[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def run_two(workdir: Path, *arguments: str) -> list[str]:
+    """Two processes of one run; what each says at the end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda rank: run_program(workdir, *arguments, f"rank={rank}", f"port={port}"), range(2)))
+    assert [done.returncode for done in both] == [0, 0], both[0].stderr[-3000:] + both[1].stderr[-3000:]
+    return [done.stdout.strip().splitlines()[-1] for done in both]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path, unbroken):
+    assert run_two(tmp_path, "3", "mesh.fsdp=2") == ["3 finished"] * 2
+    assert run_two(tmp_path, "6", "mesh.fsdp=2") == ["6 finished"] * 2
+    for name, value in saved_params(unbroken).items():
+        np.testing.assert_allclose(value, saved_params(tmp_path)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]  # only one of them writes
+
+
 def config(workdir, steps, *overrides):
     return toy.config(workdir, steps, [*overrides, "mesh.fsdp=1"])
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
     loop.train(config(tmp_path, 2), toy.stage(), toy.ToyFeed())
-    with pytest.raises(CheckpointError, match="of the stage 'toy', this run is 'other'.*init_from"):
+    with pytest.raises(CheckpointError, match=r"of the stage 'toy', this run is 'other'.*init_from"):
         loop.train(config(tmp_path, 4), toy.stage("other"), toy.ToyFeed())
 
 
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
     loop.train(config(tmp_path, 2), toy.stage(), toy.ToyFeed())
-    with pytest.raises(CheckpointError, match="another model or optimiser: unexpected opt_state.*mu"):
+    with pytest.raises(CheckpointError, match=r"another model or optimiser: unexpected opt_state.*mu"):
         loop.train(config(tmp_path, 4, "optimizer.b1=0.0"), toy.stage(), toy.ToyFeed())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
-    with pytest.raises(loop.TrainingDivergedError, match="step 5: .*loss.*not finite"):
+    with pytest.raises(loop.TrainingDivergedError, match=r"step 5: .*loss.*not finite"):
         loop.train(config(tmp_path, 6, "train.checkpoint_every=1"), toy.stage(), toy.ToyFeed(poison=4))
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert saved == [3, 4]
@@ -128,6 +150,17 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     assert again.step == 3 and again.reason == "finished"
     for a, b in zip(jax.tree.leaves(first.state), jax.tree.leaves(again.state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_state_can_be_read_without_touching_the_run(tmp_path):
+    outcome = loop.train(config(tmp_path, 3), toy.stage(), toy.ToyFeed())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    state = loop.load_state(config(tmp_path, 100), toy.stage())
+    for a, b in zip(jax.tree.leaves(outcome.state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    with pytest.raises(CheckpointError, match="no such folder of checkpoints"):
+        loop.load_state(config(tmp_path / "none", 1), toy.stage())
 
 
 def test_starts_from_exported_weights_and_refuses_others(tmp_path):

@@ -106,9 +106,9 @@ def test_flow_loss_weights_each_frame():
 def test_missing_inputs_are_named(data, tmp_path):
     with pytest.raises(ConfigError, match=r"workdir is not set; give it as --config\.workdir"):
         train.run(load_config("configs/teacher.py:smoke"))
-    with pytest.raises(ConfigError, match="weights.vae is not set: previews"):
+    with pytest.raises(ConfigError, match=r"weights\.vae is not set: previews"):
         train.run(settings(data, "teacher.py:smoke", tmp_path))
-    with pytest.raises(ConfigError, match="weights.text is not set, and train\.text is false"):
+    with pytest.raises(ConfigError, match=r"weights\.text is not set, and train\.text is false"):
         train.run(settings(data, "teacher.py:smoke", tmp_path, "train.preview_every=0", "train.text=false"))
 
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.config import override
 from chameleon_jax.training import loop
+from chameleon_jax.training.export import on_host
 from chameleon_jax.training.networks import Network
 from chameleon_jax.training.state import Stage
 
@@ -67,10 +68,11 @@ class ToyFeed:
             while self.after is not None and not self.after.is_dir() and time.monotonic() < deadline:
                 time.sleep(0.02)
             os.kill(os.getpid(), self.signal)
-        rng = np.random.default_rng(self.count)
+        x = np.random.default_rng(self.count).normal(size=(8, 16)).astype(np.float32)
         scale = np.full(8, np.nan if self.count == self.poison else 1.0, np.float32)
         self.count += 1
-        return {"x": rng.normal(size=(8, 16)).astype(np.float32), "scale": scale}
+        mine = np.split(np.arange(8), jax.process_count())[jax.process_index()]
+        return {"x": x[mine], "scale": scale[mine]}
 
     def get_state(self):
         return {"count": self.count}
@@ -106,19 +108,21 @@ def main() -> None:
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
     jax.config.update("jax_default_matmul_precision", "highest")
-    kill = [int(item[5:]) for item in rest if item.startswith("kill=")]
-    term = [int(item[5:]) for item in rest if item.startswith("term=")]
-    if term:
-        feed = ToyFeed(kill=term[0], signal_number=signal.SIGTERM)
-    elif kill:
-        feed = ToyFeed(kill=kill[0], after=Path(workdir, "checkpoints", "3"))
-    else:
-        feed = ToyFeed()
-    overrides = [item for item in rest if not item.startswith(("kill=", "term="))]
+    given = dict(item.split("=") for item in rest)
+    own = {name: int(given.pop(name)) for name in ("kill", "term", "rank", "port") if name in given}
+    if "rank" in own:
+        jax.distributed.initialize(f"localhost:{own['port']}", num_processes=2, process_id=own["rank"])
+    feed = ToyFeed()
+    if "term" in own:
+        feed = ToyFeed(kill=own["term"], signal_number=signal.SIGTERM)
+    elif "kill" in own:
+        feed = ToyFeed(kill=own["kill"], after=Path(workdir, "checkpoints", "3"))
+    overrides = [f"{key}={value}" for key, value in given.items()]
     outcome = loop.train(config(workdir, int(steps), overrides), stage(), feed)
-    flat = {name: np.asarray(value) for name, value in outcome.state.params["toy"].items()}
-    flat |= {f"ema.{name}": np.asarray(value) for name, value in outcome.state.ema["toy"].items()}
-    np.savez(os.path.join(workdir, "params.npz"), **flat)
+    flat = dict(on_host(outcome.state.params["toy"]))
+    flat |= {f"ema.{name}": value for name, value in on_host(outcome.state.ema["toy"]).items()}
+    if jax.process_index() == 0:
+        np.savez(os.path.join(workdir, "params.npz"), **flat)
     print(outcome.step, outcome.reason)
 
 
