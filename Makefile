@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q
 .PHONY: demo test test-fast lint format clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m launch.sample --out out/demo.mp4
+	JAX_PLATFORMS=cpu $(BIN)/python -m launch.sample --out out/demo.mp4
 
 test: $(VENV)/.test lint
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
@@ -34,9 +34,10 @@ $(VENV)/.demo: setup.py | $(BIN)/python
 	touch $@
 
 # Only the parity tests need torch. First, and by its exact version, so that a CPU build at hand is taken.
+# The TPU extra brings the compiler that shows, without a TPU, that the 5B step fits one.
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e ".[video,runway,train,parity,dev]"
+	$(PIP) install -e ".[video,runway,train,tpu,parity,dev]"
 	touch $@
 
 clean:

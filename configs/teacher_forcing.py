@@ -17,7 +17,8 @@ from configs import training
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
     """Variants: `runway_tiny` (CPU, hours), `wan22_5b`, `smoke`."""
     config = training.base("teacher_forcing", variant)
-    config.loss = {"shift": 5.0, "round_timesteps": True}
+    # history_noise: the most noise on the earlier blocks, see training/teacher_forcing.py.
+    config.loss = {"shift": 5.0, "round_timesteps": True, "history_noise": 0.0}
     config.optimizer.update(b1=0.0, clip=10.0)
     config.data.captions = "full"
     if variant == "wan22_5b":
@@ -26,7 +27,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
         config.schedule.update(name="constant", peak=1e-6, warmup=0)
         config.ema.decay = 0.0
     else:
-        config.loss.update(shift=3.0, round_timesteps=False)
+        config.loss.update(shift=3.0, round_timesteps=False, history_noise=0.3)
         config.data.update(batch=4, captions="mixed")
         config.train.update(steps=8000, eval_every=1000, preview_every=1000)
         config.optimizer.update(b1=0.9, clip=1.0, weight_decay=0.0)

@@ -154,6 +154,8 @@ if __name__ == "__main__":
     # Before JAX is imported: this machine's own platform does not matter, and no metadata server is asked for one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     sys.path.insert(0, str(Path(__file__).parent.parent))
     sys.exit(main())

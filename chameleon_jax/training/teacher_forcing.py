@@ -4,6 +4,11 @@ The video is cut into blocks of 3 latent frames. Each block is noised with a t o
 context and the clean earlier blocks in sight, all in one pass over [clean copy | noisy copy] with a block-causal mask.
 Streaming over a KV cache computes the same function. Loss and data are those of the teacher, see `sft`.
 
+While it streams, the model goes on from its own frames, which are not as clean as the data's. `loss.history_noise` > 0
+adds a little noise, not told to the network, to the earlier blocks, a random amount per clip, so that small faults in
+them are not carried on and multiplied (as in GameNGen, arXiv 2408.14837). The paper has none: its distillation, on the
+model's own streams, does this work.
+
 Axes: b batch, f latent frames, h w grid, c channels.
 """
 
@@ -46,7 +51,8 @@ def make_stage(config: ConfigDict) -> Stage:
         noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         told = sft.told_timesteps(t_bf, config)
-        v = teacher_forcing_forward(dit, sample.z_context, z, z_noisy, told, sample.text_kv)
+        history = disturbed(z, config.loss.history_noise, jax.random.fold_in(key, 2))
+        v = teacher_forcing_forward(dit, sample.z_context, history, z_noisy, told, sample.text_kv)
         return sft.flow_loss(v, z, noise, t_bf, config.loss.shift)
 
     def generate(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
@@ -71,3 +77,12 @@ def make_stage(config: ConfigDict) -> Stage:
         return video
 
     return Stage("teacher_forcing", trained, loss, sft.make_preview(config, frozen, generate), frozen)
+
+
+def disturbed(z: jax.Array, most: float, key: jax.Array) -> jax.Array:
+    """Clean latents [b, f, h, w, c] with noise of a level drawn per clip from U(0, `most`); unchanged if `most` is 0."""
+    if not most:
+        return z
+    level_key, noise_key = jax.random.split(key)
+    level = jax.random.uniform(level_key, (z.shape[0], 1), maxval=most)
+    return flow.add_noise(z, jax.random.normal(noise_key, z.shape), level)

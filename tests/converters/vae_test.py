@@ -106,7 +106,7 @@ def test_parity_with_diffusers(name):
             pixels = _from_torch(reference.decode(_to_torch(raw)).sample)
         mean, logvar, z = encode(params, x)
         expected = _from_torch(posterior.mean)
-        assert 0.3 < expected.std() < 3 and pixels.std() > 0.3
+        assert 0.3 < expected.std() < 3 and pixels.std() > 0.2
         assert (np.abs(pixels) == 1).mean() < 0.5  # most pixels are not hidden by the clamp
         np.testing.assert_allclose(mean, expected, rtol=0, atol=1e-4)
         np.testing.assert_allclose(logvar, _from_torch(posterior.logvar), rtol=0, atol=1e-4)

@@ -223,8 +223,9 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(pictures, tmp_path):
     argv = [sys.executable, "-m", "launch.sample", *command(pictures, tmp_path / "out.mp4")[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     try:
         assert "compiling" in process.stderr.readline()
         process.send_signal(signal.SIGINT)

@@ -19,7 +19,7 @@ from chameleon_jax.serving import Mechanisms, Pipeline, Session, SessionError, S
 from chameleon_jax.serving.pipeline import PipelineError
 
 ROOT = Path(__file__).parents[2]
-OVERRIDES = ["video.height=64", "video.width=48", "sampler.steps=2"]
+OVERRIDES = ["video.height=64", "video.width=48", "sampler.steps=2", "cache.frames=23", "cache.sink=3"]
 ALL_BUT_DROP = Mechanisms(drop_repeated_frame=False)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, tokenizer
 from chameleon_jax.diffusion import flow
-from chameleon_jax.training import sft, vae_stage
+from chameleon_jax.training import sft, teacher_forcing, vae_stage
 from chameleon_jax.training.export import stored_model
 from chameleon_jax.training.networks import build_network
 from launch import train
@@ -89,6 +89,16 @@ def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
     train.run(settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}"))
     assert (workdir / "export" / "dit.safetensors").is_file()
     assert (workdir / "previews" / "step_0000004.png").is_file()
+
+
+def test_history_noise_is_of_one_level_per_clip_and_off_by_default():
+    z = jax.random.normal(jax.random.key(0), (3, 6, 8, 8, 4))
+    assert teacher_forcing.disturbed(z, 0.0, jax.random.key(1)) is z
+    change = np.asarray(teacher_forcing.disturbed(z, 0.3, jax.random.key(1)) - z)
+    # x - x0 = level (noise - x0), of deviation level sqrt(2)
+    levels = change.std((2, 3, 4)) / 2**0.5
+    assert (levels < 0.33).all() and np.ptp(levels.mean(1)) > 0.02
+    np.testing.assert_allclose(levels, np.broadcast_to(levels.mean(1, keepdims=True), levels.shape), rtol=0.15)
 
 
 def test_flow_loss_weights_each_frame():
