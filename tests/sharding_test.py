@@ -57,12 +57,11 @@ def test_wrong_meshes_are_refused():
 
 
 FOUR_DEVICES = """
-import jax, numpy as np, pytest, sys
-sys.path.insert(0, "tests/training")
-import toy
+import jax, numpy as np, pytest
 from chameleon_jax import sharding
 from chameleon_jax.training import optim
 from chameleon_jax.training.state import make_step, new_state, purpose_key
+from tests.training import toy
 
 assert len(jax.devices()) == 4
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,7 @@ from chameleon_jax.models.dit import DiTConfig
 from chameleon_jax.weights import flat_params
 from converters import dit
 from converters.rules import ConversionError, invert, rename
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny_dit
+from tests import tiny_dit
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 TABLES = {"official": (dit.OFFICIAL_RULES, dit.from_official), "diffusers": (dit.DIFFUSERS_RULES, dit.from_diffusers)}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +17,8 @@ from chameleon_jax.attention.positions import apply_rope, rope
 from chameleon_jax.diffusion import flow, rollout
 from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.models.dit import teacher_forcing_forward
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny_dit
-from tiny_dit import LATENT, latents, prompt
+from tests import tiny_dit
+from tests.tiny_dit import LATENT, latents, prompt
 
 LAYOUTS = {
     "short": CacheConfig(frames=11),  # context, a chunk of sink, two of ring

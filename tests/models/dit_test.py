@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +15,8 @@ from chameleon_jax.attention.masks import teacher_forcing_table
 from chameleon_jax.models.dit import DiT, DiTConfig, bidirectional_forward, teacher_forcing_forward, timestep_embedding
 from chameleon_jax.weights import flat_params, param_count, param_shapes, set_params
 from converters.dit import from_diffusers
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny_dit
-from tiny_dit import CONFIG, TOKENS, latents, prompt
+from tests import tiny_dit
+from tests.tiny_dit import CONFIG, TOKENS, latents, prompt
 
 
 @pytest.fixture(scope="module")

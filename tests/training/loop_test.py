@@ -18,10 +18,9 @@ import pytest
 from chameleon_jax.checkpoints import CheckpointError
 from chameleon_jax.training import loop
 from chameleon_jax.weights import WeightsError, save_params
+from tests.training import toy
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import toy  # noqa: E402
 
 
 def run_program(workdir: Path, *arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
