@@ -82,13 +82,25 @@ def save_params(path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | 
       module: the module.
       dtype: cast to this dtype when given, e.g. jnp.bfloat16.
     """
+    write_tensors(path, {k: v if dtype is None else v.astype(dtype) for k, v in flat_params(module).items()})
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, jax.Array | np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; it appears complete or not at all.
+
+    Args:
+      path: a `.safetensors` file.
+      tensors: arrays by name.
+      metadata: for the header.
+    """
     path = Path(path)
-    tensors = {
-        k: np.ascontiguousarray(np.asarray(v if dtype is None else v.astype(dtype)))
-        for k, v in flat_params(module).items()
-    }
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part)
+    part.touch()
+    mode = part.stat().st_mode  # what a new file gets here; safetensors would let nobody but the owner read it
+    save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, part, metadata)
+    part.chmod(mode)
     os.replace(part, path)
 
 

@@ -57,4 +57,13 @@ def smoke() -> ConfigDict:
     })  # fmt: skip
 
 
+# Layouts of the streaming cache, see attention/cache.py; what teacher forcing remembers too. The paper's 2 + 3 + 18
+# frames hold the whole of its clips. The small model is trained on three blocks and remembers one: in the third it has
+# forgotten the first, as in all the rest of a stream.
+CACHES = {
+    "wan22_5b": {"frames": 23, "context": 2, "block": 3, "sink": 3, "positions": "absolute"},
+    "runway_tiny": {"frames": 8, "context": 2, "block": 3, "sink": 0, "positions": "relative"},
+    "smoke": {"frames": 8, "context": 2, "block": 3, "sink": 0, "positions": "relative"},
+}
+
 MODELS = {"wan22_5b": wan22_5b, "runway_tiny": runway_tiny, "smoke": smoke}

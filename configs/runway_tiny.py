@@ -18,7 +18,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
         "weights": "chameleon_jax/assets/runway_tiny" if variant == "runway_tiny" else "random",
         "dtype": "float32",  # bfloat16 products are slower than float32 ones on a CPU
         "video": {"height": 128, "width": 80, "fps": 16, "frames": 81},
-        "cache": {"frames": 8, "context": 2, "block": 3, "sink": 0, "positions": "relative"},
+        "cache": common.CACHES[variant],
         # Not distilled: plain Euler steps along the flow instead of the paper's four re-noised ones.
         "sampler": {"name": "euler", "steps": 8, "shift": 3.0, "timesteps": (1000, 750, 500, 250)},
         "switch": {"refresh": True, "withdraw": True, "disentangle": True, "drop_repeated_frame": True},

@@ -21,6 +21,7 @@ def base(stage: str, variant: str) -> ConfigDict:
         "model": common.MODELS[variant](),
         "dtype": "bfloat16" if variant == "wan22_5b" else "float32",  # of the computation; trained weights are float32
         "video": VIDEO[variant],
+        "cache": common.CACHES[variant],  # of the stream to train for
         "seed": 0,
         "workdir": "",  # checkpoints, metrics and previews; a folder with a checkpoint is gone on from
         "init_from": "",  # folder with <network>.safetensors to start the trained networks from
@@ -34,6 +35,7 @@ def base(stage: str, variant: str) -> ConfigDict:
             "validation": "validation",  # split for held-out loss and previews; empty: the first training batches
             "in_memory": variant != "wan22_5b",  # read everything once: 4000 tiny clips are 4 GB
             "batch": 8,  # clips a step over all processes
+            "lengths": (),  # batches of several kinds in turn: (frames, clips), ...; empty: (video.frames, batch)
             "captions": "mixed",
             "dropout": 0.1,  # share of empty prompts
             "tokenizer": "",  # tokenizer.json

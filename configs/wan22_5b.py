@@ -18,7 +18,7 @@ def get_config(variant: str = "wan22_5b") -> ConfigDict:
         "weights": "",  # the authors have released none: a folder written by the converters, or `random` for benchmarks
         "dtype": "bfloat16",
         "video": {"height": 1280, "width": 704, "fps": 24, "frames": 81},
-        "cache": {"frames": 23, "context": 2, "block": 3, "sink": 3, "positions": "absolute"},
+        "cache": common.CACHES[variant],
         "sampler": {"name": "few_step", "steps": 4, "shift": 5.0, "timesteps": (1000, 750, 500, 250)},
         "switch": {"refresh": True, "withdraw": True, "disentangle": True, "drop_repeated_frame": True},
         "seed": 0,

@@ -30,6 +30,10 @@ class SourceError(ValueError):
     """A set of triplets, or one of them, cannot be read. The message is one line."""
 
 
+class NoSplitError(SourceError):
+    """The folder is in order, but has no such split."""
+
+
 class Source(Protocol):
     """What the loader needs of a set of triplets."""
 
@@ -62,7 +66,7 @@ class RecordSource:
             raise SourceError(f"{folder}: there is no dataset_info.json in it")
         info = tfds.builder_from_directory(self.folder).info
         if split not in info.splits:
-            raise SourceError(f"{folder}: no split {split!r}, there are {sorted(info.splits)}")
+            raise NoSplitError(f"{folder}: no split {split!r}, there are {sorted(info.splits)}")
         meta = dict(info.metadata or {})
         missing = {"kind", "height", "width", "frames", "fps"} - set(meta)
         if missing:
@@ -178,17 +182,28 @@ class JoinedSource:
 
 
 def open_sources(folders: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train") -> Source:
-    """Open one or several folders: records where there is a dataset_info.json, else clips with a table."""
+    """Open one or several folders: records where there is a dataset_info.json, else clips with a table.
+
+    The split of several folders is what those have that have it: one that was made for training only adds nothing to
+    the validation split.
+
+    Raises:
+      SourceError: a folder is missing or unreadable, or none has the split.
+    """
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     parts: list[Source] = []
+    without: list[NoSplitError] = []
     for folder in folders:
         path = Path(folder)
         if not path.exists():
             raise SourceError(f"{folder}: no such folder")
         tables = path.is_file() or any(p.suffix in (".csv", ".jsonl") for p in path.iterdir())
-        parts.append(DirectorySource(path) if tables else RecordSource(path, split))
+        try:
+            parts.append(DirectorySource(path) if tables else RecordSource(path, split))
+        except NoSplitError as error:
+            without.append(error)
     if not parts:
-        raise SourceError("no folder of data was given")
+        raise without[0] if without else SourceError("no folder of data was given")
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.attention.core import Attend, attention, bidirectional
 from chameleon_jax.attention.masks import teacher_forcing
 from chameleon_jax.attention.positions import axis_dims, rope
@@ -368,7 +369,14 @@ def bidirectional_forward(
 
 
 def teacher_forcing_forward(
-    dit: DiT, z_context: jax.Array, z_clean: jax.Array, z_noisy: jax.Array, t_bf: jax.Array, text_kv: TextKV
+    dit: DiT,
+    z_context: jax.Array,
+    z_clean: jax.Array,
+    z_noisy: jax.Array,
+    t_bf: jax.Array,
+    text_kv: TextKV,
+    *,
+    cache: CacheConfig | None = None,
 ) -> jax.Array:
     """Velocity of every noisy block given the clean blocks before it, all blocks at once: what streaming computes.
 
@@ -380,24 +388,22 @@ def teacher_forcing_forward(
       z_noisy: the same frames noisy.
       t_bf: timesteps of the noisy frames, equal within a block.
       text_kv: from `dit.text_kv`.
+      cache: layout of the cache to stream with; a block sees the earlier ones that it would hold. None: all of them.
 
     Returns:
       v of the noisy frames, [b, f, h, w, c].
 
     Raises:
-      ValueError: if the video is not a whole number of blocks.
+      ValueError: if the video is not a whole number of blocks, or the cache is not for this transformer.
     """
     config, context = dit.config, z_context.shape[1]
     video = z_noisy.shape[1]
     kept = video - config.block  # see masks.kept_frames
     x = jnp.concatenate([z.astype(z_noisy.dtype) for z in (z_context, z_clean[:, :kept], z_noisy)], axis=1)
     t = jnp.pad(t_bf, ((0, 0), (context + kept, 0)))
-    grid = token_grid(config, x)
-    frames = np.concatenate([np.arange(context + kept), context + np.arange(video)])
     attend = teacher_forcing(
-        rope(frames, *grid, config.head_dim), context, context + video, config.block, grid[0] * grid[1],
-        backend=config.attention,
-    )  # fmt: skip
+        context, context + video, config.block, token_grid(config, x), config.head_dim, cache, backend=config.attention
+    )
     return dit(x, t, text_kv, attend, decoded=slice(context + kept, None))[0]
 
 

@@ -28,7 +28,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +36,7 @@ import numpy as np
 from chameleon_jax import __version__
 from chameleon_jax.attention.cache import check_positions, withdraw
 from chameleon_jax.data.images import prepare_garment, prepare_reference
+from chameleon_jax.weights import write_tensors
 
 SNAPSHOT_VERSION = 1
 NOT_RUNNING = "no stream is running: call start() or restore() first (a chunk that failed ends the stream)"
@@ -393,14 +393,7 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, the JSON in its header; it appears complete or not at all."""
-        from safetensors.numpy import save_file
-
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        save_file(
-            {k: np.asarray(v, order="C") for k, v in self.arrays.items()}, part, {"session": json.dumps(self.meta)}
-        )
-        os.replace(part, path)
+        write_tensors(path, self.arrays, {"session": json.dumps(self.meta)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Snapshot:

@@ -35,7 +35,7 @@ def export(
       state: of the run.
       stage: of the run.
       config: of the run; `export_dtype` is that of the trained networks' weights.
-      streaming: config of inference at this size; its `model` and `video` sizes are taken from `config`.
+      streaming: config of inference at this size; its `model`, `cache` and `video` sizes are taken from `config`.
       tokenizer: tokenizer.json to copy.
 
     Raises:
@@ -62,6 +62,7 @@ def export(
     described = streaming.copy_and_resolve_references()
     described.unlock()
     described.model = config.model
+    described.cache = config.cache
     for key in ("height", "width", "fps"):
         described.video[key] = config.video[key]
     _replace(folder / "config.json", (json.dumps(described.to_dict(), indent=2) + "\n").encode())

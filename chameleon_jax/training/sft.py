@@ -145,11 +145,26 @@ def latents(nets: dict[str, Network], params: ParamTree, batch: Batch) -> tuple[
 
 
 def make_parts(config: ConfigDict) -> list[Part]:
-    """How batches are made: one kind, whole clips with tokenised prompts.
+    """How batches are made: clips with tokenised prompts, one kind for each entry (frames, clips) of `data.lengths`.
+
+    Without entries there is one kind, `data.batch` clips of `video.frames` frames.
 
     Raises:
-      ConfigError, TokenizerError: no usable tokenizer.
+      ConfigError, TokenizerError: no usable tokenizer, or a length that is longer than `video.frames`.
     """
+    lengths = config.data.lengths or ((config.video.frames, config.data.batch),)
+    too_long = [frames for frames, _ in lengths if frames > config.video.frames]
+    if too_long:
+        raise ConfigError(f"data.lengths has clips of {too_long} frames; video.frames allows {config.video.frames}")
+    return [_part(config, frames, clips) for frames, clips in lengths]
+
+
+def make_eval_parts(config: ConfigDict) -> list[Part]:
+    """Held out: `data.batch` clips of `video.frames` frames."""
+    return [_part(config, config.video.frames, config.data.batch)]
+
+
+def _part(config: ConfigDict, frames: int, clips: int) -> Part:
     path = config.data.tokenizer
     if not path:
         raise ConfigError("data.tokenizer is not set; give the tokenizer.json of the text encoder")
@@ -165,16 +180,11 @@ def make_parts(config: ConfigDict) -> list[Part]:
 
     data = config.data
     loader = LoaderConfig(
-        batch=data.batch, frames=config.video.frames, buckets=((config.video.height, config.video.width),),
+        batch=clips, frames=frames, buckets=((config.video.height, config.video.width),),
         captions=data.captions, dropout=data.dropout, seed=config.seed, threads=data.threads, prefetch=data.prefetch,
         workers=data.workers,
     )  # fmt: skip
-    return [Part(loader, transform)]
-
-
-def make_eval_parts(config: ConfigDict) -> list[Part]:
-    """Held-out batches are made like training batches."""
-    return make_parts(config)
+    return Part(loader, transform)
 
 
 def before_export(config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]) -> ConfigDict:

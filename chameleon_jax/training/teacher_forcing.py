@@ -1,24 +1,29 @@
 """Stage 2, teacher forcing: the teacher learns to go on, chunk by chunk (arXiv 2605.15824, section 4.2).
 
 The video is cut into blocks of 3 latent frames. Each block is noised with a t of its own and denoised with the clean
-context and the clean earlier blocks in sight, all in one pass over [clean copy | noisy copy] with a block-causal mask.
-Streaming over a KV cache computes the same function. Loss and data are those of the teacher, see `sft`.
+context and the clean earlier blocks in sight, as far as the cache of the stream would hold them (`config.cache`), all
+in one pass over [clean copy | noisy copy] with a block-causal mask. Streaming over that cache computes the same
+function. Loss and data are those of the teacher, see `sft`.
 
-While it streams, the model goes on from its own frames, which are not as clean as the data's. `loss.history_noise` > 0
-adds a little noise, not told to the network, to the earlier blocks, a random amount per clip, so that small faults in
-them are not carried on and multiplied (as in GameNGen, arXiv 2408.14837). The paper has none: its distillation, on the
-model's own streams, does this work.
+While it streams, the model goes on from its own frames, which are not as clean as the data's: the earlier blocks are
+its own, and after a garment switch the reference is, too. `loss.history_noise` > 0 adds a little noise, not told to the
+network, to both, a random amount per clip, so that small faults in them are not carried on and multiplied (as in
+GameNGen, arXiv 2408.14837). The paper has none: its distillation, on the model's own streams, does this work.
 
 Axes: b batch, f latent frames, h w grid, c channels.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.config import ConfigError
+from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.diffusion import flow
 from chameleon_jax.models.dit import teacher_forcing_forward
 from chameleon_jax.training import sft
@@ -29,30 +34,34 @@ __all__ = ["before_export", "make_eval_parts", "make_parts", "make_stage"]
 
 
 def make_stage(config: ConfigDict) -> Stage:
-    """The teacher-forcing stage; see configs/teacher_forcing.py for the config.
+    """The teacher-forcing stage; see configs/teacher_forcing.py for the config. Of a clip the whole blocks are used.
 
     Raises:
-      ConfigError: the clip is not a whole number of blocks.
+      ConfigError: clips are shorter than a block, or the cache is not one for this transformer.
     """
     trained, frozen = sft.networks(config)
     conditions = sft.make_conditions(config, trained | frozen)
+    forward = functools.partial(teacher_forcing_forward, cache=CacheConfig(**config.cache))
     block = trained["dit"].abstract.config.block
-    frames = (config.video.frames - 1) // 4 + 1
-    used = frames - frames % block
-    if not used:
-        have = f"video.frames={config.video.frames} is {frames} latent frames"
-        raise ConfigError(f"{have}, less than one block of {block}")
+    for frames in [config.video.frames, *(frames for frames, _ in config.data.lengths)]:
+        if latent_frames(frames) < block:
+            raise ConfigError(f"clips of {frames} frames are {latent_frames(frames)} latent ones, a block is {block}")
+
+    def whole_blocks(z: jax.Array) -> jax.Array:
+        return z[:, : z.shape[1] // block * block]
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         dit = trained["dit"].bind(params["dit"])
         sample = conditions(params | fixed, dit, batch)
-        z = sample.z_video[:, :used]
-        t_bf = flow.draw_timesteps(jax.random.fold_in(key, 0), z.shape[0], used, block=block, shift=config.loss.shift)
+        z = whole_blocks(sample.z_video)
+        t_bf = flow.draw_timesteps(jax.random.fold_in(key, 0), *z.shape[:2], block=block, shift=config.loss.shift)
         noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         told = sft.told_timesteps(t_bf, config)
         history = disturbed(z, config.loss.history_noise, jax.random.fold_in(key, 2))
-        v = teacher_forcing_forward(dit, sample.z_context, history, z_noisy, told, sample.text_kv)
+        reference = disturbed(sample.z_context[:, :1], config.loss.history_noise, jax.random.fold_in(key, 3))
+        z_context = jnp.concatenate([reference, sample.z_context[:, 1:]], axis=1)
+        v = forward(dit, z_context, history, z_noisy, told, sample.text_kv)
         return sft.flow_loss(v, z, noise, t_bf, config.loss.shift)
 
     def generate(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
@@ -60,16 +69,15 @@ def make_stage(config: ConfigDict) -> Stage:
         dit = trained["dit"].bind(params["dit"])
         sample = conditions(params | fixed, dit, batch)
         sigmas = jnp.asarray(flow.euler_sigmas(config.preview.steps, config.loss.shift))
-        noise = jax.random.normal(key, sample.z_video[:, :used].shape)
-        video = noise
+        video = jax.random.normal(key, whole_blocks(sample.z_video).shape)
 
-        for start in range(0, used, block):
+        for start in range(0, video.shape[1], block):
 
             def step(video: jax.Array, pair: tuple[jax.Array, jax.Array], start: int = start):
                 sigma, sigma_next = pair
                 t_bf = jnp.full(video.shape[:2], 1000 * sigma)
                 told = sft.told_timesteps(t_bf, config)
-                v = teacher_forcing_forward(dit, sample.z_context, video, video, told, sample.text_kv)
+                v = forward(dit, sample.z_context, video, video, told, sample.text_kv)
                 chunk = flow.euler_step(video[:, start : start + block], v[:, start : start + block], sigma, sigma_next)
                 return video.at[:, start : start + block].set(chunk), None
 

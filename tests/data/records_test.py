@@ -140,6 +140,18 @@ def test_broken_scenes_are_left_out_and_counted(tmp_path, renderer):
         assert records.prepare_runway(many, 8, mended, workers=workers, shard_size=4) == ("train", 8)
 
 
+def test_a_split_of_several_folders_is_what_those_have_that_have_it(tmp_path, renderer):
+    make = examples(renderer.render)
+    for folder, first in (("both", 0), ("both", 800_000), ("more", 50)):
+        records.prepare_runway(tmp_path / folder, 3, make, seed_start=first, workers=0)
+    folders = [tmp_path / "both", tmp_path / "more"]
+    train, validation = (sources.open_sources(folders, split) for split in ("train", "validation"))
+    assert [train.load(i, 1, SIZE)["seed"] for i in range(6)] == [0, 1, 2, 50, 51, 52]
+    assert len(validation) == 3 and validation.load(0, 1, SIZE)["seed"] == 800_000
+    with pytest.raises(sources.SourceError, match="no split 'test', there are"):
+        sources.open_sources(folders, "test")
+
+
 def test_a_dead_worker_is_an_error(tmp_path, renderer):
     with pytest.raises(RecordError, match="exit code 7"):
         records.prepare_runway(tmp_path, 8, examples(renderer.deadly), workers=2, shard_size=2)

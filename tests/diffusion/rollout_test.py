@@ -66,19 +66,22 @@ def copy(cache):
     return jax.tree.map(jnp.copy, cache)
 
 
-TIMES = np.repeat(np.array([[900.0, 400.0, 37.0]], np.float32), 3, axis=1)
-
-
-@pytest.mark.parametrize("layout", ["short", "relative"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_streaming_equals_teacher_forcing(layout):
-    """Block by block over the cache, and all blocks at once; until the ring forgets, for both kinds of positions."""
-    stream = shared(layout)
-    clean, noisy = latents(1, 9), latents(2, 9)
-    expected = teacher_forcing_forward(stream.dit, latents(0, 2), clean, noisy, jnp.asarray(TIMES), stream.text_kv)
+    """Block by block over the cache, and all blocks at once: also when the ring has forgotten."""
+    stream, config = shared(layout), LAYOUTS[layout]
+    clean, noisy = latents(1, 18), latents(2, 18)
+    times = np.repeat(np.array([[900.0, 400.0, 37.0, 999.0, 500.0, 200.0]], np.float32), 3, axis=1)
+    everything, expected = (
+        teacher_forcing_forward(stream.dit, latents(0, 2), clean, noisy, times, stream.text_kv, cache=cache)
+        for cache in (None, config)
+    )
+    np.testing.assert_allclose(expected[:, :9], everything[:, :9], atol=1e-5)  # nothing is forgotten yet
+    assert jnp.abs(expected[:, 9:] - everything[:, 9:]).max() > 0.01
     cache = stream.started()
-    for start in (0, 3, 6):
+    for start in range(0, 18, 3):
         block = slice(start, start + 3)
-        v, cache = stream.forward(cache, noisy[:, block], TIMES[:, block])
+        v, cache = stream.forward(cache, noisy[:, block], times[:, block])
         np.testing.assert_allclose(v, expected[:, block], atol=1e-5)
         cache = stream.commit(cache, clean[:, block])
     assert expected.std() > 0.5

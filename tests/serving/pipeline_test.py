@@ -43,6 +43,11 @@ def test_saved_and_loaded_pipeline_streams_the_same_bits(folder):
     ]  # fmt: skip
 
 
+def test_weights_are_as_readable_as_any_new_file(folder, tmp_path):
+    (tmp_path / "plain").touch()
+    assert {p.stat().st_mode for p in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_saving_in_bfloat16_halves_the_files(folder, tmp_path):
     pipeline = Pipeline.from_pretrained(folder)
     pipeline.save(tmp_path, dtype=jnp.bfloat16)

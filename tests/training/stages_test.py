@@ -15,6 +15,7 @@ from chameleon_jax.data import records, tokenizer
 from chameleon_jax.diffusion import flow
 from chameleon_jax.training import sft, teacher_forcing, vae_stage
 from chameleon_jax.training.export import stored_model
+from chameleon_jax.training.feed import Feed
 from chameleon_jax.training.networks import build_network
 from launch import train
 
@@ -89,6 +90,19 @@ def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
     train.run(settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}"))
     assert (workdir / "export" / "dit.safetensors").is_file()
     assert (workdir / "previews" / "step_0000004.png").is_file()
+
+
+def test_batches_of_several_lengths_come_in_turn(data, tmp_path):
+    config = settings(data, "teacher_forcing.py:smoke", tmp_path)
+    feed = Feed(train.open_data(config, "train"), sft.make_parts(config))
+    assert [next(feed)["video"].shape[:2] for _ in range(4)] == [(2, 21), (4, 9)] * 2
+    assert next(Feed(train.open_data(config, "train"), sft.make_eval_parts(config)))["video"].shape[:2] == (2, 21)
+    config.data.lengths = ((25, 2),)
+    with pytest.raises(ConfigError, match=r"clips of \[25\] frames; video\.frames allows 21"):
+        sft.make_parts(config)
+    config.data.lengths, config.train.preview_every = ((5, 2),), 0
+    with pytest.raises(ConfigError, match="5 frames are 2 latent ones, a block is 3"):
+        teacher_forcing.make_stage(config)
 
 
 def test_history_noise_is_of_one_level_per_clip_and_off_by_default():
