@@ -57,9 +57,9 @@ def smoke() -> ConfigDict:
     })  # fmt: skip
 
 
-# Layouts of the streaming cache, see attention/cache.py; what teacher forcing remembers too. The paper's 2 + 3 + 18
-# frames hold the whole of its clips. The small model is trained on three blocks and remembers one: in the third it has
-# forgotten the first, as in all the rest of a stream.
+# Layouts of the streaming cache, see attention/cache.py; teacher forcing remembers what they hold. The paper's 23 frames
+# have room for the whole of its clips. The small model remembers one chunk of three in training, so that the third has
+# forgotten the first, as all later ones of a stream have forgotten theirs.
 CACHES = {
     "wan22_5b": {"frames": 23, "context": 2, "block": 3, "sink": 3, "positions": "absolute"},
     "runway_tiny": {"frames": 8, "context": 2, "block": 3, "sink": 0, "positions": "relative"},

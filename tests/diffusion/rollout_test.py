@@ -25,6 +25,7 @@ LAYOUTS = {
     "no sink": CacheConfig(frames=11, sink=0),
     "relative": CacheConfig(frames=11, positions="relative"),
     "relative, no sink": CacheConfig(frames=11, sink=0, positions="relative"),
+    "relative, ring of three": CacheConfig(frames=14, positions="relative"),
 }
 EULER, FEW = make_sampler("euler", steps=2), make_sampler("few_step", timesteps=(1000, 500))
 
@@ -76,8 +77,9 @@ def test_streaming_equals_teacher_forcing(layout):
         teacher_forcing_forward(stream.dit, latents(0, 2), clean, noisy, times, stream.text_kv, cache=cache)
         for cache in (None, config)
     )
-    np.testing.assert_allclose(expected[:, :9], everything[:, :9], atol=1e-5)  # nothing is forgotten yet
-    assert jnp.abs(expected[:, 9:] - everything[:, 9:]).max() > 0.01
+    room = config.frames - config.context
+    np.testing.assert_allclose(expected[:, :room], everything[:, :room], atol=1e-5)  # nothing is forgotten yet
+    assert jnp.abs(expected[:, room:] - everything[:, room:]).max() > 0.01
     cache = stream.started()
     for start in range(0, 18, 3):
         block = slice(start, start + 3)
@@ -138,7 +140,7 @@ def test_a_full_ring_equals_lists(layout):
         np.testing.assert_allclose(v, expected, atol=2e-5)
         held.append((number, listed(clean, 0 * t, past, frames, frames[-3:])[1]))
         cache = stream.commit(cache, clean)
-    assert int(cache.length) == 11 and int(cache.chunk) == number + 1 > 3 * config.ring_chunks
+    assert int(cache.length) == config.frames and int(cache.chunk) == number + 1 > 3 * config.ring_chunks
 
 
 def test_a_withdrawn_cache_is_a_fresh_one():
