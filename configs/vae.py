@@ -5,6 +5,12 @@
     python -m launch.train --config configs/vae.py:runway_tiny_video --config.data.dir=data/runway \
         --config.init_from=runs/vae_images/export --config.workdir=runs/vae
 
+    python -m launch.train --config configs/vae.py:runway_tiny_video --config.data.dir=data/runway \
+        --config.init_from=runs/vae/export --config.workdir=runs/decoder --config.loss.inflate=false \
+        --config.loss.encoder=false --config.loss.l2=5
+
+The last one polishes the decoder alone: latents, and what was trained on them, stay valid.
+
 A network that has learnt pictures with the last tap of its causal convolutions needs a few minutes to learn motion; one
 that starts with clips needs many times as long. The released Wan2.2 VAE is ready to use: `wan22_5b` is to fine-tune it.
 """
@@ -25,7 +31,9 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
     config.data.crops = ((1, 64, 48, 8),) if not clips else ((17, 48, 48, 4), (33, 32, 32, 4), (1, 64, 48, 8))
     config.data.batch = 2 if clips else 16  # of the held-out batches
     # Weights, see training/vae.py. inflate: start as a network of pictures; false to go on with weights that know clips.
-    config.loss = {"l1": 1.0, "gradient": 0.25, "laplacian": 0.0, "kl": 1e-5, "inflate": size != "wan22_5b"}
+    # encoder: false to train the decoder alone.
+    config.loss = {"l1": 1.0, "l2": 0.0, "gradient": 0.25, "laplacian": 0.0, "kl": 1e-5}
+    config.loss.update({"inflate": size != "wan22_5b", "encoder": True})
     config.preview.update(samples=4, frames=6)
     config.optimizer.update(name="muon", b2=0.99, weight_decay=0.0)
     config.schedule.update(name="linear", peak=2e-3, decay_from=0.5)

@@ -29,13 +29,14 @@ class LossWeights:
     """Weights of the parts of the loss; each part is a mean, so that none depends on the size of the batch."""
 
     l1: float = 1.0  # absolute error of the pixels
+    l2: float = 0.0  # squared error of the pixels: what PSNR counts
     gradient: float = 0.25  # absolute error of the differences of neighbouring pixels: edges
     laplacian: float = 0.0  # absolute error of the bands of a Laplacian pyramid: contrast at every scale
     kl: float = 1e-6  # divergence of the posterior from the unit normal
 
 
 def loss(
-    vae: Vae, batch_bthwc: jax.Array, key: jax.Array, weights: LossWeights
+    vae: Vae, batch_bthwc: jax.Array, key: jax.Array, weights: LossWeights, *, encoder: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a variational auto-encoder (arXiv 1312.6114) on one batch, with one draw from the posterior.
 
@@ -44,19 +45,22 @@ def loss(
       batch_bthwc: float pixels in [-1, 1]; t = 1 for pictures, else `temporal_factor` k + 1.
       key: of the draw.
       weights: of the parts.
+      encoder: False trains the decoder alone, on the posterior's means: what was trained on the latents stays valid.
 
     Returns:
       The weighted sum, and its parts before weighting with `psnr`, in dB, of all pixels of the batch after clamping.
     """
     mean, logvar = vae.encode_moments(batch_bthwc)
-    y = decode_unscaled(vae, sample_posterior(mean, logvar, key))
+    z = sample_posterior(mean, logvar, key) if encoder else jax.lax.stop_gradient(mean)
+    y = decode_unscaled(vae, z)
     x = batch_bthwc.astype(jnp.float32)
     error = y - x
     parts = {
         "l1": jnp.abs(error).mean(),
+        "l2": jnp.square(error).mean(),
         "gradient": gradient_error(error),
         "laplacian": laplacian_error(error),
-        "kl": kl_to_normal(mean, logvar),
+        "kl": kl_to_normal(mean, logvar) if encoder else jnp.zeros(()),
     }
     total = sum(getattr(weights, name) * part for name, part in parts.items())
     return total, parts | {"psnr": psnr(jnp.clip(y, -1, 1) - x)}

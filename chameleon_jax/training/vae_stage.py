@@ -36,7 +36,8 @@ def make_stage(config: ConfigDict) -> Stage:
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del fixed
-        return losses.loss(network.bind(params["vae"]), to_model(batch["video"]), key, weights)
+        vae, x = network.bind(params["vae"]), to_model(batch["video"])
+        return losses.loss(vae, x, key, weights, encoder=config.loss.encoder)
 
     @jax.jit
     def repeat(params: ParamTree, batch: Batch) -> jax.Array:

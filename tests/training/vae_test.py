@@ -61,11 +61,12 @@ def test_parts_of_the_loss_by_hand():
 
 def test_sum_of_the_parts():
     vae, x = _vae(), _clip(t=5)
-    weights = training.LossWeights(l1=1.0, gradient=0.5, laplacian=0.25, kl=0.1)
+    weights = training.LossWeights(l1=1.0, l2=2.0, gradient=0.5, laplacian=0.25, kl=0.1)
     total, parts = jax.jit(lambda x: training.loss(vae, x, jax.random.key(0), weights))(x)
-    expected = parts["l1"] + 0.5 * parts["gradient"] + 0.25 * parts["laplacian"] + 0.1 * parts["kl"]
+    pixels, bands = parts["l1"] + 2 * parts["l2"], 0.5 * parts["gradient"] + 0.25 * parts["laplacian"]
+    expected = pixels + bands + 0.1 * parts["kl"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
-    assert set(parts) == {"l1", "gradient", "laplacian", "kl", "psnr"}
+    assert set(parts) == {"l1", "l2", "gradient", "laplacian", "kl", "psnr"}
     # The same through the public path: scaling by the statistics cancels out.
     mean, logvar = _run(vae.encode_moments, x)
     z = mean + jnp.exp(logvar / 2) * jax.random.normal(jax.random.key(0), mean.shape)
@@ -73,6 +74,18 @@ def test_sum_of_the_parts():
     np.testing.assert_allclose(
         parts["l1"], jnp.abs(_run(lambda z: vae.decode(z, clamp=False), scaled) - x).mean(), rtol=1e-5
     )
+
+
+def test_the_decoder_alone_leaves_the_encoder_as_it_is():
+    vae, x = _vae(SMALL), _clip(SMALL, t=5)
+    graph, params = nnx.split(vae)
+
+    def loss(params):
+        return training.loss(nnx.merge(graph, params), x, jax.random.key(0), training.LossWeights(), encoder=False)[0]
+
+    gradient = flat_params(nnx.merge(graph, jax.jit(jax.grad(loss))(params)))
+    moved = {name.split(".")[0] for name, value in gradient.items() if np.asarray(value).any()}
+    assert moved == {"post_quant", "decoder"} and {name.split(".")[0] for name in gradient} > moved
 
 
 def test_a_few_steps_lower_the_loss_and_reach_every_parameter():
