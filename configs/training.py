@@ -33,6 +33,7 @@ def base(stage: str, variant: str) -> ConfigDict:
             "dir": "",  # one folder, or several separated by commas
             "split": "train",
             "validation": "validation",  # split for held-out loss and previews; empty: the first training batches
+            "match": "",  # regular expression: only clips with a caption that matches
             "in_memory": variant != "wan22_5b",  # read everything once: 4000 tiny clips are 4 GB
             "batch": 8,  # clips a step over all processes
             "lengths": (),  # batches of several kinds in turn: (frames, clips), ...; empty: (video.frames, batch)

@@ -363,7 +363,7 @@ def run(argv: Sequence[str]) -> int:
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
         "weights": job.weights,
-        "config": job.config.to_dict(),
+        "config": pipeline.config.to_dict(),
     }
     write_text(job.out.with_suffix(".json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"{job.out}: {report['frames']} frames, {report['delivered_fps']} frames/s"

@@ -25,7 +25,7 @@ from chameleon_jax.checkpoints import CheckpointError
 from chameleon_jax.config import ConfigError, save_config
 from chameleon_jax.data.loader import DataError
 from chameleon_jax.data.memory import InMemorySource
-from chameleon_jax.data.sources import Source, SourceError, open_sources
+from chameleon_jax.data.sources import MatchingSource, Source, SourceError, open_sources
 from chameleon_jax.models.text import TokenizerError
 from chameleon_jax.sharding import MeshError
 from chameleon_jax.training import loop
@@ -94,11 +94,17 @@ def run(config: ConfigDict, *, export_only: bool = False) -> None:
 
 
 def open_data(config: ConfigDict, split: str) -> Source:
-    """The split of the data folders, read into memory if the config says so."""
-    source = open_sources(config.data.dir.split(","), split)
+    """What is chosen of a split of the data folders, read into memory if the config says so."""
+    source = open_chosen(config, split)
     if not config.data.in_memory:
         return source
     return InMemorySource(source, config.video.frames, (config.video.height, config.video.width), config.data.threads)
+
+
+def open_chosen(config: ConfigDict, split: str) -> Source:
+    """The split of the data folders, or those of its clips whose captions match `data.match`."""
+    source = open_sources(config.data.dir.split(","), split)
+    return MatchingSource(source, config.data.match) if config.data.match else source
 
 
 def held_out(config: ConfigDict, module) -> list[HostBatch]:
@@ -106,7 +112,7 @@ def held_out(config: ConfigDict, module) -> list[HostBatch]:
 
     Prompts are never dropped here; clips and crops are the same in every run with the same seed.
     """
-    source = open_sources(config.data.dir.split(","), config.data.validation or config.data.split)
+    source = open_chosen(config, config.data.validation or config.data.split)
     plain = {"dropout": 0.0, "workers": 0, "threads": 1, "prefetch": 1}
     parts = [
         dataclasses.replace(part, loader=dataclasses.replace(part.loader, **plain))

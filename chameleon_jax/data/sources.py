@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -179,6 +180,44 @@ class JoinedSource:
         """See the module's docstring."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part].load(index - int(self._starts[part]), frames, size, start)
+
+
+class MatchingSource:
+    """Those triplets of a source whose captions match a pattern; a broken one stays, for the loader to count.
+
+    Args:
+      source: read once now, a frame of each triplet.
+      pattern: regular expression, looked for in every caption.
+
+    Raises:
+      SourceError: not a regular expression, or nothing matches.
+    """
+
+    def __init__(self, source: Source, pattern: str):
+        try:
+            self._pattern = re.compile(pattern)
+        except re.error as error:
+            raise SourceError(f"{pattern!r} is not a regular expression: {error}") from None
+        self.source, self.kind = source, source.kind
+        self._chosen = np.array([index for index in range(len(source)) if self._matches(index)], int)
+        if not self._chosen.size:
+            raise SourceError(f"no caption of {len(source)} triplets matches {pattern!r}")
+        self.sizes = source.sizes[self._chosen]
+
+    def _matches(self, index: int) -> bool:
+        try:
+            found = self.source.load(index, 1, tuple(self.source.sizes[index]))["captions"]
+        except ValueError:
+            return True
+        texts = [text for value in found.values() for text in ([value] if isinstance(value, str) else value)]
+        return any(self._pattern.search(text) for text in texts)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def load(self, index: int, frames: int, size: tuple[int, int], start: float = 0.0) -> dict[str, Any]:
+        """See the module's docstring."""
+        return self.source.load(int(self._chosen[index]), frames, size, start)
 
 
 def open_sources(folders: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train") -> Source:

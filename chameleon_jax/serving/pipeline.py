@@ -40,7 +40,11 @@ HOW_TO_COMPUTE = (
     "remat",
     "scan_layers",
     "attention",
-)  # model keys that leave the weights alone
+)
+MEASURED = (
+    "latent_mean",
+    "latent_std",
+)  # of the VAE, at the end of its training  # model keys that leave the weights alone
 MADE_ON_HOST = 2**20  # random tensors of at most so many numbers are drawn by NumPy
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ROOT = Path(__file__).parents[2]  # config files name folders of weights from here
@@ -78,7 +82,7 @@ class Pipeline:
         Args:
           folder: a path; one that does not exist here is looked for beside the package too.
           config: how to build and stream; default the folder's own `config.json`. Where both are there, they must
-            describe the same networks.
+            describe the same networks; what was measured on the weights, `MEASURED`, is taken from the folder.
 
         Raises:
           PipelineError: no such folder, a file missing, an unreadable `config.json`.
@@ -93,7 +97,10 @@ class Pipeline:
         if stored is None and config is None:
             raise PipelineError(f"{folder}: no config.json; expected one beside the weights")
         config = check_config(stored if config is None else config)
-        faults = [] if stored is None else _model_differences(config, stored)
+        faults = []
+        if stored is not None:
+            faults = _model_differences(config, stored)
+            config.model.vae.update({key: tuple(stored["model"]["vae"][key]) for key in MEASURED})
         builders, modules = _builders(config), {}
         for name in NETWORKS:
             modules[name] = nnx.eval_shape(builders[name])
@@ -302,7 +309,7 @@ def dit_config(config: ConfigDict) -> DiTConfig:
 
 
 def _model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
-    """One line if `config.model` is not what the weights were made with. Shapes cannot show all of it: heads, means."""
+    """One line if `config.model` is not what the weights were made with. Shapes cannot show all of it, as heads."""
     stored = check_config({**config.to_dict(), "model": stored["model"]})
     kinds = {"vae": VaeConfig, "dit": DiTConfig}
     lines = []
@@ -310,7 +317,7 @@ def _model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[st
         ours, theirs = ({**group} for group in (config.model[name], stored.model[name]))
         if name in kinds:
             ours, theirs = (dataclasses.asdict(kinds[name](**group)) for group in (ours, theirs))
-        for key in sorted((ours.keys() | theirs.keys()) - set(HOW_TO_COMPUTE)):
+        for key in sorted((ours.keys() | theirs.keys()) - {*HOW_TO_COMPUTE, *MEASURED}):
             if ours.get(key) != theirs.get(key):
                 lines.append(f"model.{name}.{key} is {ours.get(key)}, the weights were made with {theirs.get(key)}")
     return ["; ".join(lines)] if lines else []

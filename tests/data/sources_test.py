@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from chameleon_jax.data import images, sources, video
-from chameleon_jax.data.sources import DirectorySource, JoinedSource, SourceError
+from chameleon_jax.data.sources import DirectorySource, JoinedSource, MatchingSource, SourceError
 
 PROMPT = json.dumps({"en_long": ["She turns.", "A room."]})
 
@@ -95,6 +95,22 @@ def test_joined_sources(tmp_path):
     assert isinstance(source, JoinedSource) and len(source) == len(source.sizes) == 4
     levels = [int(pickle.loads(pickle.dumps(source)).load(i, 1, (32, 16))["reference"].mean()) for i in range(4)]
     assert levels == [50, 50, 200, 200]
+
+
+def test_sources_chosen_by_caption(tmp_path):
+    rows = [write_clip(tmp_path, name, (32, 16), level) for name, level in (("a", 50), ("b", 100), ("c", 200))]
+    rows[1]["prompt"] = rows[1]["prompt"].replace("She turns.", "She stands still.")
+    write_table(tmp_path, rows)
+    source = sources.open_sources(tmp_path)
+    turning = MatchingSource(source, "turns|jumps")
+    assert len(turning) == len(turning.sizes) == 2
+    assert [int(turning.load(i, 1, (32, 16))["reference"].mean()) for i in range(2)] == [50, 200]
+    with pytest.raises(SourceError, match="no caption of 3 triplets matches 'flies'"):
+        MatchingSource(source, "flies")
+    with pytest.raises(SourceError, match="not a regular expression"):
+        MatchingSource(source, "(")
+    (tmp_path / rows[0]["video"]).write_bytes(b"")  # broken: left for the loader to see
+    assert len(MatchingSource(source, "still")) == 2
 
 
 def test_missing_folders(tmp_path):

@@ -104,6 +104,16 @@ def test_differences_that_shapes_do_not_show(folder):
         Pipeline.from_pretrained(folder, smoke("model.dit.heads=4"))
 
 
+def test_latent_statistics_are_those_of_the_weights(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    stored = json.loads((copy / "config.json").read_text())
+    stored["model"]["vae"].update(latent_mean=[0.5] * 4, latent_std=[2.0] * 4)
+    (copy / "config.json").write_text(json.dumps(stored))
+    pipeline = Pipeline.from_pretrained(copy, smoke())
+    assert pipeline.vae.config.latent_mean == pipeline.config.model.vae.latent_mean == (0.5,) * 4
+    assert pipeline.vae.config.latent_std == pipeline.config.model.vae.latent_std == (2.0,) * 4
+
+
 def test_config_decides_how_to_stream(folder):
     assert Pipeline.from_pretrained(folder, smoke("sampler.steps=1")).config.sampler.steps == 1
 
