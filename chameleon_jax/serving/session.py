@@ -36,7 +36,6 @@ import numpy as np
 from chameleon_jax import __version__
 from chameleon_jax.attention.cache import check_positions, withdraw
 from chameleon_jax.data.images import prepare_garment, prepare_reference
-from chameleon_jax.weights import write_tensors
 
 SNAPSHOT_VERSION = 1
 NOT_RUNNING = "no stream is running: call start() or restore() first (a chunk that failed ends the stream)"
@@ -393,6 +392,8 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, the JSON in its header; it appears complete or not at all."""
+        from chameleon_jax.weights import write_tensors  # a stream alone does without safetensors
+
         write_tensors(path, self.arrays, {"session": json.dumps(self.meta)})
 
     @classmethod
