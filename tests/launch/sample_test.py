@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
 
 def test_ctrl_c_before_the_first_frame_leaves_nothing(pictures, tmp_path):
     argv = [sys.executable, "-m", "launch.sample", *command(pictures, tmp_path / "out.mp4")[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
         argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
