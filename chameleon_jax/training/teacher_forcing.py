@@ -41,8 +41,16 @@ def make_stage(config: ConfigDict) -> Stage:
     """
     trained, frozen = sft.networks(config)
     conditions = sft.make_conditions(config, trained | frozen)
-    forward = functools.partial(teacher_forcing_forward, cache=CacheConfig(**config.cache))
-    block = trained["dit"].abstract.config.block
+    sizes = trained["dit"].abstract.config
+    block = sizes.block
+    try:
+        cache = CacheConfig(**config.cache)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if (cache.context, cache.block) != (sizes.context, block):
+        have = f"cache.context={cache.context}, cache.block={cache.block}"
+        raise ConfigError(f"{have}; the transformer has {sizes.context} and {block}")
+    forward = functools.partial(teacher_forcing_forward, cache=cache)
     for frames in [config.video.frames, *(frames for frames, _ in config.data.lengths)]:
         if latent_frames(frames) < block:
             raise ConfigError(f"clips of {frames} frames are {latent_frames(frames)} latent ones, a block is {block}")
