@@ -17,8 +17,9 @@ from configs import training
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
     """Variants: `runway_tiny` (CPU, hours), `wan22_5b`, `smoke`."""
     config = training.base("teacher_forcing", variant)
-    # history_noise: the most noise on the earlier blocks, see training/teacher_forcing.py.
-    config.loss = {"shift": 5.0, "round_timesteps": True, "history_noise": 0.0}
+    # history_noise, reference_noise: the most noise on the earlier blocks and on the reference, see
+    # training/teacher_forcing.py.
+    config.loss = {"shift": 5.0, "round_timesteps": True, "history_noise": 0.0, "reference_noise": 0.0}
     config.optimizer.update(b1=0.0, clip=10.0)
     config.data.captions = "full"
     if variant == "wan22_5b":
@@ -32,8 +33,9 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
         # starts for the same work.
         config.data.update(batch=4, captions="mixed", lengths=((33, 4), (9, 12)))
         config.train.update(steps=8000, eval_every=1000, preview_every=1000)
-        config.optimizer.update(b1=0.9, clip=1.0, weight_decay=0.0)
-        config.schedule.update(name="linear", peak=3e-4)
+        # Muon takes a third more time a step than Adam here, and learns as much in half the steps or fewer.
+        config.optimizer.update(name="muon", b1=0.9, clip=1.0, weight_decay=0.0)
+        config.schedule.update(name="linear", peak=1e-3)
     if variant == "smoke":
         config.video.frames = 21  # two blocks of three latent frames
         config.data.lengths = ((21, 2), (9, 4))

@@ -6,9 +6,11 @@ in one pass over [clean copy | noisy copy] with a block-causal mask. Streaming o
 function. Loss and data are those of the teacher, see `sft`.
 
 While it streams, the model goes on from its own frames, which are not as clean as the data's: the earlier blocks are
-its own, and after a garment switch the reference is, too. `loss.history_noise` > 0 adds a little noise, not told to the
-network, to both, a random amount per clip, so that small faults in them are not carried on and multiplied (as in
-GameNGen, arXiv 2408.14837). The paper has none: its distillation, on the model's own streams, does this work.
+its own, and after a garment switch with `disentangle` the reference is, too. `loss.history_noise` and
+`loss.reference_noise` > 0 add a little noise, not told to the network, a random amount per clip, so that small faults in
+them are not carried on and multiplied (as in GameNGen, arXiv 2408.14837). Noise on the reference has a price: what the
+noise hides, the network does not learn to copy. The paper has none: its distillation, on the model's own streams, does
+this work.
 
 Axes: b batch, f latent frames, h w grid, c channels.
 """
@@ -67,7 +69,7 @@ def make_stage(config: ConfigDict) -> Stage:
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         told = sft.told_timesteps(t_bf, config)
         history = disturbed(z, config.loss.history_noise, jax.random.fold_in(key, 2))
-        reference = disturbed(sample.z_context[:, :1], config.loss.history_noise, jax.random.fold_in(key, 3))
+        reference = disturbed(sample.z_context[:, :1], config.loss.reference_noise, jax.random.fold_in(key, 3))
         z_context = jnp.concatenate([reference, sample.z_context[:, 1:]], axis=1)
         v = forward(dit, z_context, history, z_noisy, told, sample.text_kv)
         return sft.flow_loss(v, z, noise, t_bf, config.loss.shift)

@@ -119,6 +119,33 @@ def test_history_noise_is_of_one_level_per_clip_and_off_by_default():
     np.testing.assert_allclose(levels, np.broadcast_to(levels.mean(1, keepdims=True), levels.shape), rtol=0.15)
 
 
+def test_each_noise_disturbs_its_own_frames(data):
+    """A clip of one block has no history, but a reference; the second of two blocks has both."""
+    z = jax.random.normal(jax.random.key(0), (2, 8, 4, 4, 4))
+    ids, mask = np.ones((2, 16), np.int32), np.ones((2, 16), bool)
+    names, params = {"history_noise", "reference_noise"}, None
+
+    def loss(frames, **noise):
+        nonlocal params
+        config = settings(data, "teacher_forcing.py:smoke", "unused", "train.preview_every=0")
+        config.loss.update({name: noise.get(name, 0.0) for name in names})
+        stage = teacher_forcing.make_stage(config)
+        if params is None:  # the head is born zero, and would say the same of everything
+            params = {name: network.init(jax.random.key(1)) for name, network in stage.trained.items()}
+            params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+        batch = {
+            "z_reference": z[:, :1],
+            "z_garment": z[:, 1:2],
+            "z_video": z[:, 2 : 2 + frames],
+            "ids": ids,
+            "mask": mask,
+        }
+        return float(stage.loss(params, {}, batch, jax.random.key(3))[0])
+
+    assert loss(3, history_noise=0.3) == loss(3) != loss(3, reference_noise=0.3)
+    assert len({loss(6), loss(6, history_noise=0.3), loss(6, reference_noise=0.3)}) == 3
+
+
 def test_flow_loss_weights_each_frame():
     shape = (2, 3, 4, 4, 2)
     x0, noise, v = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
