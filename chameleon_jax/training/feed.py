@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from chameleon_jax.config import ConfigError
 from chameleon_jax.data.loader import Loader, LoaderConfig, keyed_rng
 from chameleon_jax.data.sources import Source
 
@@ -69,7 +70,17 @@ class Feed(Iterator):
         return {"count": self._count, "parts": [batches.get_state() for batches in self._batches]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state of a feed with the same source and parts."""
+        """Go on from a state of a feed with the same source and parts.
+
+        Raises:
+          ConfigError: the state is of another number of parts.
+        """
+        have, want = len(state["parts"]), len(self._batches)
+        if have != want:
+            raise ConfigError(
+                f"the run to go on from drew {have} kind(s) of batches in turn, this config describes {want}; restore"
+                " the config, or start another run from its export (another workdir, init_from)"
+            )
         self._count = state["count"]
         for batches, part in zip(self._batches, state["parts"], strict=True):
             batches.set_state(part)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from chameleon_jax.config import ConfigError
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.training.feed import Feed, Part, crop
 
@@ -52,6 +53,13 @@ def test_goes_on_to_the_bit(taken):
     again.set_state(json.loads(json.dumps(first.get_state())))
     for _ in range(4):
         np.testing.assert_array_equal(next(first)["video"], next(again)["video"])
+
+
+def test_does_not_go_on_with_other_kinds():
+    state = feed().get_state()
+    state["parts"].pop()
+    with pytest.raises(ConfigError, match=r"drew 1 kind\(s\) of batches in turn, this config describes 2"):
+        feed().set_state(state)
 
 
 def test_crops_are_windows_and_differ_between_samples():
