@@ -51,7 +51,7 @@ def make_stage(config: ConfigDict) -> Stage:
         raise ConfigError(str(error)) from None
     if (cache.context, cache.block) != (sizes.context, block):
         have = f"cache.context={cache.context}, cache.block={cache.block}"
-        raise ConfigError(f"{have}; the transformer has {sizes.context} and {block}")
+        raise ConfigError(f"{have}; the transformer has {sizes.context} and {block}: set the cache to these")
     forward = functools.partial(teacher_forcing_forward, cache=cache)
     for frames in [config.video.frames, *(frames for frames, _ in config.data.lengths)]:
         if latent_frames(frames) < block:
