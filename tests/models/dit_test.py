@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,6 +206,17 @@ def test_an_untrained_network_says_zero():
     dit = DiT(CONFIG, rngs=nnx.Rngs(0))
     v = bidirectional_forward(dit, CONTEXT, NOISY, BLOCK_TIMES, dit.text_kv(prompt()))
     assert v.shape == NOISY.shape and (v == 0).all()
+
+
+@pytest.mark.parametrize("width", [60, 240, 960])
+def test_an_untrained_network_hears_the_prompt_at_any_width(width):
+    """What `text_embedding` makes of unit states: as published, 4096 channels of deviation 0.02 and then 3072, at 3072."""
+    config = dataclasses.replace(CONFIG, width=width, text_width=width, layers=1)
+    dit = DiT(config, rngs=nnx.Rngs(0))
+    states = jax.random.normal(jax.random.key(1), (200, width))
+    hidden = 0.02 * 4096**0.5 * jax.random.normal(jax.random.key(2), (100_000,))
+    published = 0.02 * 3072**0.5 * float(jnp.square(jax.nn.gelu(hidden)).mean() ** 0.5)
+    assert float(dit.text_embedding(states).std()) == pytest.approx(published, rel=0.35)
 
 
 def test_jit_through_split_and_merge():
