@@ -30,7 +30,7 @@ def runway_tiny() -> ConfigDict:
             # until they are measured, at the end of training; from then on those in the config.json of the weights count
         },
         "dit": {
-            "patch": (1, 2, 2), "in_channels": 16, "width": 256, "ffn": 1024, "heads": 4, "layers": 6,
+            "patch": (1, 1, 1), "in_channels": 16, "width": 256, "ffn": 1024, "heads": 4, "layers": 6,
             "text_width": 128, "text_length": 96,
         },
         "text": {"vocab": 1024, "width": 128, "heads": 2, "head_dim": 64, "ffn": 256, "layers": 2, "length": 96},

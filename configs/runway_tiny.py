@@ -20,7 +20,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
         "video": {"height": 128, "width": 80, "fps": 16, "frames": 81},
         "cache": common.CACHES[variant],
         # Not distilled: plain Euler steps along the flow instead of the paper's four re-noised ones.
-        "sampler": {"name": "euler", "steps": 8, "shift": 3.0, "timesteps": (1000, 750, 500, 250)},
+        "sampler": {"name": "euler", "steps": 4, "shift": 3.0, "timesteps": (1000, 750, 500, 250)},
         # The embedded model's frames are still too soft to be the next reference: it starts again from the picture.
         "switch": {
             "refresh": True, "withdraw": True, "disentangle": variant != "runway_tiny", "drop_repeated_frame": True,

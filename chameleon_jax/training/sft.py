@@ -5,8 +5,10 @@ frames share one t; the network learns v = noise - x0 on them:
 
     loss = mean over b, f of  w(t) * mean over h, w, c of (v_pred - v)^2
 
-with w the schedule's training weight. The reference shows another garment than the video, or the model would learn to
-copy it. 10 % of the prompts are empty, for classifier-free guidance.
+with w the training weight of the released schedule (`loss.weights` "bell") or 1 ("none"). The bell leaves out t = 1000,
+where the first step of a sampler decides what goes where: pretrained weights know that step, new ones have to learn it.
+The reference shows another garment than the video, or the model would learn to copy it. 10 % of the prompts are empty,
+for classifier-free guidance.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query tokens.
 """
@@ -14,6 +16,7 @@ Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query to
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +50,7 @@ def make_stage(config: ConfigDict) -> Stage:
     """The teacher stage; see configs/teacher.py for the config."""
     trained, frozen = networks(config)
     conditions = make_conditions(config, trained | frozen)
+    weights_of = loss_weights(config)
 
     def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         dit = trained["dit"].bind(params["dit"])
@@ -56,7 +60,7 @@ def make_stage(config: ConfigDict) -> Stage:
         noise = jax.random.normal(jax.random.fold_in(key, 1), sample.z_video.shape)
         z_t = flow.add_noise(sample.z_video, noise, t_bf / 1000)
         v = bidirectional_forward(dit, sample.z_context, z_t, told_timesteps(t_bf, config), sample.text_kv)
-        return flow_loss(v, sample.z_video, noise, t_bf, config.loss.shift)
+        return flow_loss(v, sample.z_video, noise, weights_of(t_bf))
 
     def generate(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
         dit = trained["dit"].bind(params["dit"])
@@ -72,22 +76,32 @@ def make_stage(config: ConfigDict) -> Stage:
     return Stage("teacher", trained, loss, make_preview(config, frozen, generate), frozen)
 
 
-def flow_loss(
-    v_pred: jax.Array, x0: jax.Array, noise: jax.Array, t_bf: jax.Array, shift: float
-) -> tuple[jax.Array, Metrics]:
+def loss_weights(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """Weights of the loss by timestep, as `loss.weights` says: "bell" or "none".
+
+    Raises:
+      ConfigError: another name.
+    """
+    if config.loss.weights == "bell":
+        return functools.partial(flow.training_weight_of, shift=config.loss.shift)
+    if config.loss.weights == "none":
+        return jnp.ones_like
+    raise ConfigError(f"loss.weights is {config.loss.weights!r}; expected bell or none")
+
+
+def flow_loss(v_pred: jax.Array, x0: jax.Array, noise: jax.Array, w_bf: jax.Array) -> tuple[jax.Array, Metrics]:
     """Weighted flow-matching loss of the video frames in float32.
 
     Args:
       v_pred, x0, noise: [b, f, h, w, c].
-      t_bf: timesteps of the frames.
-      shift: of the schedule whose weights are used.
+      w_bf: weights of the frames.
 
     Returns:
       The loss, and `mse`, the same without weights.
     """
     error = jnp.square(v_pred.astype(jnp.float32) - flow.velocity(x0, noise).astype(jnp.float32))
     error_bf = error.mean(axis=(2, 3, 4))
-    return (flow.training_weight_of(t_bf, shift) * error_bf).mean(), {"mse": error_bf.mean()}
+    return (w_bf * error_bf).mean(), {"mse": error_bf.mean()}
 
 
 def told_timesteps(t_bf: jax.Array, config: ConfigDict) -> jax.Array:

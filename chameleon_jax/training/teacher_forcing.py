@@ -43,6 +43,7 @@ def make_stage(config: ConfigDict) -> Stage:
     """
     trained, frozen = sft.networks(config)
     conditions = sft.make_conditions(config, trained | frozen)
+    weights_of = sft.loss_weights(config)
     sizes = trained["dit"].abstract.config
     block = sizes.block
     try:
@@ -72,7 +73,7 @@ def make_stage(config: ConfigDict) -> Stage:
         reference = disturbed(sample.z_context[:, :1], config.loss.reference_noise, jax.random.fold_in(key, 3))
         z_context = jnp.concatenate([reference, sample.z_context[:, 1:]], axis=1)
         v = forward(dit, z_context, history, z_noisy, told, sample.text_kv)
-        return sft.flow_loss(v, z, noise, t_bf, config.loss.shift)
+        return sft.flow_loss(v, z, noise, weights_of(t_bf))
 
     def generate(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
         """Block after block as in a stream, written with the training forward: what it makes is what a cache would."""

@@ -150,12 +150,18 @@ def test_flow_loss_weights_each_frame():
     shape = (2, 3, 4, 4, 2)
     x0, noise, v = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
     t_bf = jnp.array([[1000.0, 500.0, 4.98], [500.0, 500.0, 500.0]])
-    loss, metrics = sft.flow_loss(v, x0, noise, t_bf, 5.0)
+    config = load_config("configs/teacher.py:wan22_5b")
+    loss, metrics = sft.flow_loss(v, x0, noise, sft.loss_weights(config)(t_bf))
     error = np.square(np.asarray(v) - (np.asarray(noise) - np.asarray(x0))).mean((2, 3, 4))
     weights = np.asarray(flow.training_weight_of(t_bf, 5.0))
     assert weights[0, 0] == 0 and weights[0, 1] > 2
     np.testing.assert_allclose(loss, (weights * error).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["mse"], error.mean(), rtol=1e-5)
+    config.loss.weights = "none"
+    np.testing.assert_array_equal(sft.loss_weights(config)(t_bf), np.ones((2, 3)))
+    config.loss.weights = "bel"
+    with pytest.raises(ConfigError, match=r"loss\.weights is 'bel'; expected bell or none"):
+        sft.loss_weights(config)
 
 
 def test_missing_inputs_are_named(data, tmp_path):
