@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -38,6 +40,8 @@ DESCRIPTION = {
     "runway_latents": "Triplets for garment video as latents of a video VAE.",
 }
 MAX_BROKEN = 0.01  # share of examples that may fail before a run stops
+RAREST = 5000  # seeds tried before a choice of clips is taken for a mistake
+SLOTS = ("top", "bottom", "dress", "outer")  # where the renderer's garments are worn
 SPLIT_STARTS = {"train": 0, "validation": 800_000, "test": 900_000}  # first seed of each split
 
 Examples = Callable[[Sequence[int]], Iterable[tuple[int, dict[str, Any] | None]]]  # None: that one failed
@@ -89,6 +93,8 @@ class RunwayExamples:
       frames: pixel frames a clip, 4k + 1.
       fps: frames per second.
       crf: quality of the stored clip; 12 keeps 41 dB on 128 x 80 pixels.
+      match: regular expression; only clips in whose captions, dynamic and then static, it is found. Empty: all.
+      slot: only clips whose garment is worn there: top, bottom, dress or outer. Empty: all.
       render: called as render(seed, frames, size, fps); None is `chameleon_jax.runway.render_triplet`.
     """
 
@@ -96,11 +102,49 @@ class RunwayExamples:
     frames: int = 33
     fps: float = 16
     crf: int = 12
+    match: str = ""
+    slot: str = ""
     render: Callable[..., Any] | None = None
 
     def __post_init__(self):
         if self.frames < 1 or self.frames % 4 != 1:
             raise RecordError(f"{self.frames} frames; the VAE takes 4k + 1: 1, 5, 9, ..., 33, ..., 81")
+        if self.slot not in ("", *SLOTS):
+            raise RecordError(f"slot {self.slot!r}; expected one of {', '.join(SLOTS)}")
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise RecordError(f"{self.match!r} is not a regular expression: {error}") from None
+
+    def seeds(self, start: int, count: int) -> Sequence[int]:
+        """The first `count` seeds from `start` on whose clips are wanted; nothing is rendered to know.
+
+        Raises:
+          RecordError: the split of `start` ends before there are so many, or nothing matches for a long while.
+        """
+        seeds = range(start, start + count)
+        if self.match or self.slot:
+            seeds = []
+            for seed in itertools.count(start):
+                if len(seeds) == count or split_of(seed) != split_of(start):
+                    break
+                if self.wants(seed):
+                    seeds.append(seed)
+                if not seeds and seed - start == RAREST:
+                    raise RecordError(
+                        f"no clip of seeds {start} to {seed} matches {self.match!r} with slot {self.slot!r}"
+                    )
+        if len(seeds) < count or split_of(seeds[-1]) != split_of(start):
+            raise RecordError(f"{count} clips from seed {start} on belong to several splits: {SPLIT_STARTS}")
+        return seeds
+
+    def wants(self, seed: int) -> bool:
+        """Whether the clip of a seed is one of those that `match` and `slot` ask for."""
+        from chameleon_jax.runway import sample_spec
+
+        spec = sample_spec(seed, frames=self.frames, size=self.size, fps=self.fps)
+        found = re.search(self.match, " ".join(spec.captions()[name] for name in ("dynamic", "static")))
+        return bool(found) and self.slot in ("", spec.slot)
 
     def __call__(self, seeds: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | None]]:
         render = self.render or _renderer()
@@ -136,7 +180,8 @@ class RunwayExamples:
 
     def recipe(self) -> dict[str, Any]:
         """What decides the content of a shard besides its seeds."""
-        return self.metadata() | {"crf": self.crf}
+        chosen = {name: text for name, text in (("match", self.match), ("slot", self.slot)) if text}
+        return self.metadata() | {"crf": self.crf} | chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +386,7 @@ def prepare_runway(
     shard_size: int = 40,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> tuple[str, int]:
-    """Render clips into the split that their seeds belong to; see `write_records`.
+    """Render clips into the split that their seeds belong to; see `RunwayExamples.seeds` and `write_records`.
 
     Returns:
       Name of the split, and its number of records.
@@ -350,11 +395,8 @@ def prepare_runway(
       RecordError: the seeds belong to several splits.
     """
     split = split_of(seed_start)
-    if split_of(seed_start + clips - 1) != split:
-        raise RecordError(f"seeds {seed_start} to {seed_start + clips - 1} belong to several splits: {SPLIT_STARTS}")
-    keys = range(seed_start, seed_start + clips)
     count = write_records(
-        out, split, keys, examples, clip_features(),
+        out, split, examples.seeds(seed_start, clips), examples, clip_features(),
         name="runway_garment", shard_size=shard_size, workers=workers, progress=progress,
     )  # fmt: skip
     return split, count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from chameleon_jax import runway
 from chameleon_jax.data import images, records, sources, video
 from chameleon_jax.data.records import RecordError, RunwayExamples
 
@@ -67,6 +69,38 @@ def test_splits_follow_the_seeds(tmp_path, renderer):
     assert tfds.builder_from_directory(tmp_path).as_data_source("validation")[1]["seed"] == 800_001
     with pytest.raises(RecordError, match="several splits"):
         records.prepare_runway(tmp_path, 2, make, seed_start=799_999, workers=0)
+
+
+def test_clips_are_chosen_by_caption_and_slot_before_they_are_rendered(tmp_path, renderer, monkeypatch):
+    make = dataclasses.replace(examples(renderer.render), match="sways gently.*camera stands still", slot="top")
+    assert records.prepare_runway(tmp_path, 3, make, seed_start=50, workers=0) == ("train", 3)
+    seeds = [record["seed"] for record in tfds.builder_from_directory(tmp_path).as_data_source("train")]
+    wanted = []
+    for seed in range(50, max(seeds) + 1):
+        spec = runway.sample_spec(seed, frames=9, size=SIZE, fps=8)
+        moves = spec.captions()["dynamic"]
+        if spec.slot == "top" and "sways gently" in moves and "camera stands still" in moves:
+            wanted.append(seed)
+    assert seeds == wanted
+    with pytest.raises(RecordError, match=r"recipe|made otherwise|other"):
+        records.prepare_runway(tmp_path, 3, examples(renderer.render), seed_start=50, workers=0)
+    with pytest.raises(RecordError, match="several splits"):
+        make.seeds(799_995, 3)
+    monkeypatch.setattr(records, "RAREST", 20)
+    with pytest.raises(RecordError, match="no clip of seeds 0 to 20 matches 'unicorn'"):
+        dataclasses.replace(make, match="unicorn").seeds(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"), [({"match": "("}, "regular expression"), ({"slot": "hat"}, "top, bottom, dress, outer")]
+)
+def test_impossible_choices_are_refused(chosen, message):
+    with pytest.raises(RecordError, match=message):
+        RunwayExamples(**chosen)
+
+
+def test_the_slots_are_those_of_the_renderer():
+    assert records.SLOTS == runway.garments.SLOTS
 
 
 def test_same_command_continues_and_another_is_refused(tmp_path, renderer):
