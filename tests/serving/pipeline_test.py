@@ -174,12 +174,12 @@ def test_no_such_folder():
 @pytest.mark.parametrize(
     ("override", "message"),
     [("video.height=120", "multiples of 16"), ("video.width=0", "multiples of 16"), ("dtype=float16", "float16"),
-     ("model.text.length=8", "text_length"), ("sampler.name=few_step", "change both"),
+     ("model.text.length=8", "text_length"), ("sampler.name=few_step sampler.steps=8", "change both"),
      ("model.dit.heads=3", "multiple of heads"), ("cache.sink=2", "whole chunks")],
 )  # fmt: skip
 def test_config_that_cannot_work(override, message):
     with pytest.raises(PipelineError, match=message):
-        Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke", [override]))
+        Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke", override.split()))
 
 
 def test_config_without_groups():
