@@ -5,8 +5,8 @@
     python -m launch.prepare latents --data data/runway --weights runs/vae/export --out data/latents
 
 `runway` renders triplets (needs the extra `runway`), `latents` encodes a set with the VAE of a config. Both can be
-interrupted at any time; the same command again continues. `--match 'sways gently|waves' --slot top` renders only what a small
-model is meant to learn; `--clips` counts what is rendered. Seeds below 800,000 are the train split, below 900,000 the
+interrupted at any time; the same command again continues. `--match 'sways gently|waves' --slot top` renders only
+such clips; `--clips` counts what is rendered. Seeds below 800,000 are the train split, below 900,000 the
 validation split.
 """
 
@@ -29,7 +29,7 @@ flags.DEFINE_integer("frames", 33, "pixel frames a clip, 4k + 1", lower_bound=1)
 flags.DEFINE_string("size", "128x80", "HEIGHTxWIDTH in pixels")
 flags.DEFINE_float("fps", 16, "frames per second", lower_bound=1)
 flags.DEFINE_integer("seed_start", 0, "runway: seed of the first clip", lower_bound=0)
-flags.DEFINE_string("match", "", "runway: regular expression; only clips in whose captions it is found")
+flags.DEFINE_string("match", "", "runway: regular expression; only clips with a caption in which it is found")
 flags.DEFINE_string("slot", "", "runway: only clips whose garment is a top, bottom, dress or outer one")
 flags.DEFINE_integer("workers", 2, "runway: rendering processes; 0 renders in this one", lower_bound=0)
 flags.DEFINE_integer("shard_size", 40, "records a shard: what a killed run may lose", lower_bound=1)
@@ -61,6 +61,8 @@ def main(argv: list[str]) -> None:
 def runway(size: tuple[int, int]) -> None:
     """Render one split."""
     examples = records.RunwayExamples(size=size, frames=FLAGS.frames, fps=FLAGS.fps, match=FLAGS.match, slot=FLAGS.slot)
+    if FLAGS.match or FLAGS.slot:
+        print(f"choosing {FLAGS.clips} clips ...", file=sys.stderr)
     split, count = records.prepare_runway(
         FLAGS.out, FLAGS.clips, examples,
         seed_start=FLAGS.seed_start, workers=FLAGS.workers, shard_size=FLAGS.shard_size, progress=ProgressLine(),

@@ -8,7 +8,8 @@ teacher forcing and distillation see both.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,21 @@ def choose(captions: Mapping[str, str], mode: str, rng: np.random.Generator, dro
     share = {"mixed": DYNAMIC_ONLY, "full": 0.0, "dynamic": 1.0}[mode]
     prompt = mix(captions["static"], captions["dynamic"], rng, share)
     return "" if rng.random() < dropout else prompt
+
+
+def compile_match(pattern: str) -> re.Pattern[str]:
+    """A regular expression that chooses clips by their captions, for `mentions`.
+
+    Raises:
+      CaptionError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise CaptionError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def mentions(captions: Mapping[str, str | Sequence[str]], pattern: re.Pattern[str]) -> bool:
+    """Whether the pattern is found in one of the captions; a caption may be several texts."""
+    texts = [text for value in captions.values() for text in ([value] if isinstance(value, str) else value)]
+    return any(pattern.search(text) for text in texts)

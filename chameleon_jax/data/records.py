@@ -20,7 +20,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import tempfile
 import threading
@@ -32,7 +31,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from chameleon_jax.data import images, video
+from chameleon_jax.data import captions, images, video
 
 VERSION = "1.0.0"
 DESCRIPTION = {
@@ -41,7 +40,6 @@ DESCRIPTION = {
 }
 MAX_BROKEN = 0.01  # share of examples that may fail before a run stops
 RAREST = 5000  # seeds tried before a choice of clips is taken for a mistake
-SLOTS = ("top", "bottom", "dress", "outer")  # where the renderer's garments are worn
 SPLIT_STARTS = {"train": 0, "validation": 800_000, "test": 900_000}  # first seed of each split
 
 Examples = Callable[[Sequence[int]], Iterable[tuple[int, dict[str, Any] | None]]]  # None: that one failed
@@ -93,7 +91,7 @@ class RunwayExamples:
       frames: pixel frames a clip, 4k + 1.
       fps: frames per second.
       crf: quality of the stored clip; 12 keeps 41 dB on 128 x 80 pixels.
-      match: regular expression; only clips in whose captions, dynamic and then static, it is found. Empty: all.
+      match: regular expression; only clips with a caption in which it is found. Empty: all.
       slot: only clips whose garment is worn there: top, bottom, dress or outer. Empty: all.
       render: called as render(seed, frames, size, fps); None is `chameleon_jax.runway.render_triplet`.
     """
@@ -109,12 +107,15 @@ class RunwayExamples:
     def __post_init__(self):
         if self.frames < 1 or self.frames % 4 != 1:
             raise RecordError(f"{self.frames} frames; the VAE takes 4k + 1: 1, 5, 9, ..., 33, ..., 81")
-        if self.slot not in ("", *SLOTS):
-            raise RecordError(f"slot {self.slot!r}; expected one of {', '.join(SLOTS)}")
         try:
-            re.compile(self.match)
-        except re.error as error:
-            raise RecordError(f"{self.match!r} is not a regular expression: {error}") from None
+            captions.compile_match(self.match)
+        except captions.CaptionError as error:
+            raise RecordError(str(error)) from None
+        if self.slot:
+            from chameleon_jax.runway.garments import SLOTS
+
+            if self.slot not in SLOTS:
+                raise RecordError(f"slot {self.slot!r}; expected one of {', '.join(SLOTS)}")
 
     def seeds(self, start: int, count: int) -> Sequence[int]:
         """The first `count` seeds from `start` on whose clips are wanted; nothing is rendered to know.
@@ -143,8 +144,8 @@ class RunwayExamples:
         from chameleon_jax.runway import sample_spec
 
         spec = sample_spec(seed, frames=self.frames, size=self.size, fps=self.fps)
-        found = re.search(self.match, " ".join(spec.captions()[name] for name in ("dynamic", "static")))
-        return bool(found) and self.slot in ("", spec.slot)
+        chosen = captions.mentions(spec.captions(), captions.compile_match(self.match))
+        return chosen and self.slot in ("", spec.slot)
 
     def __call__(self, seeds: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | None]]:
         render = self.render or _renderer()

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -195,9 +194,9 @@ class MatchingSource:
 
     def __init__(self, source: Source, pattern: str):
         try:
-            self._pattern = re.compile(pattern)
-        except re.error as error:
-            raise SourceError(f"{pattern!r} is not a regular expression: {error}") from None
+            self._pattern = captions.compile_match(pattern)
+        except captions.CaptionError as error:
+            raise SourceError(str(error)) from None
         self.source, self.kind = source, source.kind
         self._chosen = np.array([index for index in range(len(source)) if self._matches(index)], int)
         if not self._chosen.size:
@@ -209,8 +208,7 @@ class MatchingSource:
             found = self.source.load(index, 1, tuple(self.source.sizes[index]))["captions"]
         except ValueError:
             return True
-        texts = [text for value in found.values() for text in ([value] if isinstance(value, str) else value)]
-        return any(self._pattern.search(text) for text in texts)
+        return captions.mentions(found, self._pattern)
 
     def __len__(self) -> int:
         return len(self._chosen)

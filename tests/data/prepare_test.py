@@ -36,6 +36,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["runway", "--out", "OUT", "--size", "128"], "--size=128: expected HEIGHTxWIDTH"),
         (["runway", "--out", "OUT", "--frames", "32"], "4k + 1"),
         (["runway", "--out", "OUT", "--seed_start", "799999", "--clips", "2"], "belong to several splits"),
+        (["runway", "--out", "OUT", "--match", "("], "'(' is not a regular expression"),
+        (["runway", "--out", "OUT", "--slot", "hat"], "slot 'hat'; expected one of top, bottom, dress, outer"),
         (["latents", "--out", "OUT"], "latents needs --data and --weights"),
     ],
 )
