@@ -29,8 +29,8 @@ CORE = [
 EXTRAS = {
     "cuda13": ["jax[cuda13]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
-    "video": ["av>=14.0"],
-    "runway": ["numba>=0.62", "av>=14.0"],
+    "video": ["av>=14.0,<20"],
+    "runway": ["numba>=0.62", "av>=14.0,<20"],
     # importlib-resources: tensorflow-datasets 4.9.10 imports it without asking for it
     "train": ["array-record>=0.8", "importlib-resources>=6.0", "tensorboardX>=2.6.4"],
     "parity": ["torch>=2.6", "diffusers>=0.42,<0.43", "transformers>=5,<6", "sentencepiece>=0.2"],

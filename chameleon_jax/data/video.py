@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw
 
 MAX_PIXELS = 50_000_000  # of one frame, as for pictures
 MAX_DECODED = 8 * 2**30  # bytes of one decoded clip: 81 frames of 1280 x 704 are 0.2 GiB
+# Titles and the like that are not UTF-8 must not make a clip unreadable. PyAV sees to that itself from 19 on.
+LENIENT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class VideoError(ValueError):
@@ -164,7 +166,7 @@ def read_video(source: str | os.PathLike | bytes, frames: int | None = None) -> 
     decoded = []
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else name
-        with av.open(file, metadata_errors="ignore") as container:
+        with av.open(file, **LENIENT) as container:
             if not container.streams.video:
                 raise VideoError(f"{name}: there is no video in it")
             stream = container.streams.video[0]

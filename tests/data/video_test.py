@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import av
 import numpy as np
 import pytest
@@ -116,6 +118,19 @@ def test_bad_videos_are_refused(tmp_path):
     assert len(video.read_video(data, frames=5)) == 5
 
 
+def test_a_title_that_is_not_utf8_does_not_matter():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        container.metadata["title"] = "Tuer"
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height = 48, 64
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(clip()[0], format="rgb24")))
+        container.mux(stream.encode(None))
+    data = buffer.getvalue()
+    assert data.count(b"Tuer") == 1
+    assert video.read_video(data.replace(b"Tuer", "Türe".encode("latin-1"))).shape == (1, 64, 48, 3)
+
+
 def test_damaged_videos_never_raise_anything_else():
     rng, data, refused = np.random.default_rng(0), video.encode_video(clip(), 16), 0
     for _ in range(300):
@@ -132,8 +147,6 @@ def test_damaged_videos_never_raise_anything_else():
 
 
 def audio_only() -> bytes:
-    import io
-
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=16000)
