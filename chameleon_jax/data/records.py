@@ -393,7 +393,7 @@ def prepare_runway(
       Name of the split, and its number of records.
 
     Raises:
-      RecordError: the seeds belong to several splits.
+      RecordError: the seeds belong to several splits, or no clip is as asked for.
     """
     split = split_of(seed_start)
     count = write_records(
