@@ -5,18 +5,15 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh, NamedSharding
 
-
-class WeightsError(ValueError):
-    """A weights file is unreadable or does not fit the module. The message lists every mismatch."""
+from chameleon_jax.sharding import spec_of
+from chameleon_jax.tensor_files import LazyTensor, WeightsError, open_tensors, write_tensors
 
 
 def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
@@ -82,54 +79,40 @@ def save_params(path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | 
       module: the module.
       dtype: cast to this dtype when given, e.g. jnp.bfloat16.
     """
-    write_tensors(path, {k: v if dtype is None else v.astype(dtype) for k, v in flat_params(module).items()})
+    write_tensors(path, flat_params(module), dtype=dtype)
 
 
-def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, jax.Array | np.ndarray], metadata: dict[str, str] | None = None
+def load_params(
+    path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
 ) -> None:
-    """Write a safetensors file; it appears complete or not at all.
-
-    Args:
-      path: a `.safetensors` file.
-      tensors: arrays by name.
-      metadata: for the header.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.touch()
-    mode = part.stat().st_mode  # what a new file gets here; safetensors would let nobody but the owner read it
-    save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, part, metadata)
-    part.chmod(mode)
-    os.replace(part, path)
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read every tensor of a safetensors file (bfloat16 included).
-
-    Raises:
-      WeightsError: if the file is missing, truncated or not a safetensors file.
-    """
-    try:
-        with safe_open(path, framework="flax") as file:
-            return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file; expected a .safetensors file") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def load_params(path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | None = None) -> None:
-    """Fill the parameters of `module` from `path`.
+    """Fill the parameters of `module` from `path`, one at a time: the host never holds more than one of them.
 
     Args:
       path: a `.safetensors` file written by `save_params` or by the converters.
       module: built or abstract module; changed in place.
       dtype: dtype of the parameters afterwards; None keeps each parameter's own.
+      mesh: place every parameter on its shards, by the rules of `sharding`; each process reads its own parts only. None:
+        on the default device.
 
     Raises:
       WeightsError: if the file is unreadable or does not fit; all mismatches are listed.
     """
-    tensors = read_tensors(path)
+    tensors = open_tensors(path)
     check_fit(param_shapes(module), {k: v.shape for k, v in tensors.items()}, what=str(path))
-    set_params(module, tensors, dtype)
+    odd = [f"{name} is {v.dtype.name}" for name, v in tensors.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
+    if odd:
+        raise WeightsError(f"{path}: expected floating-point weights: {'; '.join(odd)}")
+    state = nnx.state(module, nnx.Param)
+    for parts, leaf in nnx.to_flat_state(state):
+        name = ".".join(str(part) for part in parts)
+        leaf.set_value(_place(name, tensors[name], dtype or leaf.get_value().dtype, mesh))
+    nnx.update(module, state)
+
+
+def _place(name: str, tensor: LazyTensor, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
+    """A tensor on the device or devices where it belongs."""
+    stored = tensor.array()
+    if mesh is None:
+        return jnp.array(stored, dtype)  # a copy: what stays on a CPU must not hang on the file
+    sharding = NamedSharding(mesh, spec_of(name, tensor.shape, mesh))
+    return jax.make_array_from_callback(tensor.shape, sharding, lambda part: np.array(stored[part], dtype))

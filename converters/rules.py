@@ -4,9 +4,9 @@ A rule pairs a source name with a target name. `{i}`, `{j}`, ... stand for integ
 
     Rule("blocks.{i}.self_attn.q.weight", "blocks.{i}.self_attn.q.kernel", LINEAR)
 
-`convert` takes tensors in the source layout and returns them in the target layout; `invert` turns the table round. Every
-fault in a checkpoint (missing, unexpected, matched twice, wrong shape) is reported at once, with the nearest known name,
-before anything is returned.
+`plan` works out a conversion from names and shapes, before any tensor is read; `convert` does it to arrays in memory;
+`invert` turns the table round. Every fault in a checkpoint (missing, unexpected, matched twice, wrong shape, no number) is
+reported at once, in the words of the file, with the nearest known name.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
+
+LISTED = 200  # faults written out in full; a checkpoint of another model has thousands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +45,19 @@ def flatten(name: str, ndim: int) -> Transform:
     return Transform(name, lambda x: x.reshape(-1), lambda x: x.reshape(-1, *([1] * (ndim - 1))))
 
 
+def pointwise(ndim: int) -> Transform:
+    """Kernel [out, in, 1, ...] of `ndim` axes to [in, out]."""
+    ones = (1,) * (ndim - 2)
+    return Transform(
+        "[out, in, 1, ...] -> [in, out]", lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(*x.T.shape, *ones)
+    )
+
+
 IDENTITY = Transform("as is", lambda x: x, lambda x: x)
 LINEAR = permute("[out, in] -> [in, out]", 1, 0)
 CONV2D = permute("[out, in, h, w] -> [h, w, in, out]", 2, 3, 1, 0)
 CONV3D = permute("[out, in, t, h, w] -> [t, h, w, in, out]", 2, 3, 4, 1, 0)
+POINT2D, POINT3D = pointwise(4), pointwise(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,44 +119,109 @@ def rename(names: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[str, tuple
     return mapping, faults
 
 
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """The way of one tensor: the name it has, the name it gets, and the change of axes in between."""
+
+    source: str
+    target: str
+    transform: Transform
+
+
+def plan(
+    tensors: Mapping[str, Any],
+    rules: Iterable[Rule],
+    expected: Mapping[str, tuple[int, ...]],
+    ignore: Iterable[str] = (),
+) -> list[Move]:
+    """Work out a conversion from names, shapes and dtypes alone; no tensor is read.
+
+    Args:
+      tensors: by their name in the source layout; anything with `shape` and `dtype`.
+      rules: the table.
+      expected: shape of every tensor of the target, by name.
+      ignore: patterns of source names that carry nothing (buffers) and may be there or not.
+
+    Returns:
+      One move for every name in `expected`, in that order.
+
+    Raises:
+      ConversionError: if anything is missing, unexpected, matched twice, of another shape, or no floating-point tensor;
+        all of it is listed, each with the nearest known name.
+    """
+    rules = list(rules)
+    skip = [_compile(pattern) for pattern in ignore]
+    names = [name for name in tensors if not any(pattern.fullmatch(name) for pattern in skip)]
+    # What the source would be called and shaped if it were right: faults are told in the words of the file.
+    wanted = {target: (name, transform) for target, (name, transform) in rename(expected, invert(rules))[0].items()}
+    mapping, faults = rename(names, rules)
+    moves: dict[str, Move] = {}
+    for name, (target, transform) in mapping.items():
+        if target not in expected:
+            faults.append(f"unexpected: {name}")
+            continue
+        if target in moves:
+            faults.append(f"matched twice: {target} by {moves[target].source} and by {name}")
+        moves[target] = Move(name, target, transform)
+        shape, right = tuple(tensors[name].shape), _source_shape(wanted, target, expected)
+        if _shape(transform, shape) != tuple(expected[target]):
+            hint = ": it is transposed" if shape != right and shape[::-1] == right else ""
+            faults.append(f"wrong shape: {name} is {shape}, expected {right}{hint}")
+        if not np.issubdtype(np.dtype(tensors[name].dtype), np.floating) and not _is_small_float(tensors[name].dtype):
+            faults.append(f"wrong dtype: {name} is {tensors[name].dtype}, expected float32, bfloat16 or float16")
+    missing = [wanted[target][0] if target in wanted else target for target in expected if target not in moves]
+    faults += [f"missing: {name}" for name in missing]
+    if faults:
+        known, there = [name for name, _ in wanted.values()], set(names)
+        lines = [
+            line + _nearest(line.split()[1], known) if line.startswith("unexpected")
+            else line + _nearest(line.split()[1], there) if line.startswith("missing")
+            else line
+            for line in sorted(faults)[:LISTED]
+        ]  # fmt: skip
+        more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+        raise ConversionError(f"the checkpoint does not fit ({len(faults)} faults):\n  " + "\n  ".join(lines) + more)
+    return [moves[target] for target in expected]
+
+
 def convert(
     tensors: Mapping[str, np.ndarray],
     rules: Iterable[Rule],
     expected: Mapping[str, tuple[int, ...]],
     ignore: Iterable[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Bring `tensors` from the source layout into the target layout.
-
-    Args:
-      tensors: arrays by their name in the source layout.
-      rules: the table.
-      expected: shape of every tensor of the target, by name.
-      ignore: patterns of source names that carry nothing (buffers) and may be there or not.
+    """Bring arrays from the source layout into the target layout; see `plan`.
 
     Returns:
       One array for every name in `expected`, in that order, in the dtype it came with.
 
     Raises:
-      ConversionError: if anything is missing, unexpected, matched twice or has another shape; all of it is listed.
+      ConversionError: as `plan`.
     """
-    skip = [_compile(pattern) for pattern in ignore]
-    names = [name for name in tensors if not any(pattern.fullmatch(name) for pattern in skip)]
-    mapping, faults = rename(names, rules)
-    out: dict[str, np.ndarray] = {}
-    for name, (target, transform) in mapping.items():
-        if target not in expected:
-            faults.append(f"unexpected: {name} -> {target}{_nearest(target, expected)}")
-        elif target in out:
-            faults.append(f"matched twice: {target}, the second time by {name}")
-        else:
-            array = transform.forward(tensors[name])
-            if array.shape != tuple(expected[target]):
-                faults.append(
-                    f"wrong shape: {name} {tuple(tensors[name].shape)} -> {target} {array.shape},"
-                    f" expected {tuple(expected[target])}"
-                )
-            out[target] = array
-    faults += [f"missing: {name}{_nearest(name, names)}" for name in expected if name not in out]
-    if faults:
-        raise ConversionError(f"the checkpoint does not fit ({len(faults)} faults):\n  " + "\n  ".join(sorted(faults)))
-    return {name: out[name] for name in expected}
+    return {
+        move.target: move.transform.forward(tensors[move.source]) for move in plan(tensors, rules, expected, ignore)
+    }
+
+
+def shapes_in(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes after the table, for those names that it knows."""
+    mapping, _ = rename(shapes, rules)
+    return {target: _shape(transform, shapes[name]) for name, (target, transform) in mapping.items()}
+
+
+def _shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape after a transform, tried on an array that takes no memory; the shape itself where it does not apply."""
+    try:
+        return transform.forward(np.broadcast_to(np.int8(0), shape)).shape
+    except ValueError:
+        return tuple(shape)
+
+
+def _source_shape(
+    wanted: Mapping[str, tuple[str, Transform]], target: str, expected: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    return _shape(wanted[target][1], tuple(expected[target])) if target in wanted else tuple(expected[target])
+
+
+def _is_small_float(dtype: Any) -> bool:
+    return np.dtype(dtype).name == "bfloat16"

@@ -7,11 +7,13 @@ everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.text import TextConfig, TextEncoder
+from chameleon_jax.tensor_files import same_numbers
 from chameleon_jax.weights import param_shapes
 from converters.rules import LINEAR, ConversionError, Rule, convert, invert
 
@@ -47,6 +49,7 @@ HF_RULES = [
 ]
 
 HF_TIED = "encoder.embed_tokens.weight"
+HF_OTHER = ("decoder.", "lm_head.")  # of the whole UMT5
 
 
 def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
@@ -72,11 +75,28 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: TextConfig) -> dict[str, 
     Raises:
       ConversionError: if names or shapes do not fit, or if the two copies of the token table differ.
     """
-    encoder = {name: x for name, x in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
-    tied = encoder.pop(HF_TIED, None)
-    if tied is not None and not np.array_equal(tied, encoder.setdefault("shared.weight", tied)):
+    encoder = {name: x for name, x in tensors.items() if not name.startswith(HF_OTHER)}
+    return convert(untied(encoder), HF_RULES, expected_shapes(config))
+
+
+def untied(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The token table under its first name only.
+
+    Args:
+      tensors: arrays, or lazy tensors, in the layout of Hugging Face.
+
+    Raises:
+      ConversionError: it is there under both names, with different numbers.
+    """
+    tensors = dict(tensors)
+    tied = tensors.pop(HF_TIED, None)
+    if tied is not None and not same_numbers(*map(_array, (tied, tensors.setdefault("shared.weight", tied)))):
         raise ConversionError(f"shared.weight and {HF_TIED} differ; expected one tied token table")
-    return convert(encoder, HF_RULES, expected_shapes(config))
+    return tensors
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return tensor if isinstance(tensor, np.ndarray) else tensor.array()
 
 
 def to_layout(params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]):

@@ -13,18 +13,8 @@ from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.weights import param_shapes
-from converters.rules import CONV2D, CONV3D, IDENTITY, Rule, Transform, convert, flatten, invert
+from converters.rules import CONV2D, CONV3D, IDENTITY, POINT2D, POINT3D, Rule, Transform, convert, flatten, invert
 
-
-def pointwise(ndim: int) -> Transform:
-    """Kernel [out, in, 1, ...] of `ndim` axes to [in, out]."""
-    ones = (1,) * (ndim - 2)
-    return Transform(
-        "[out, in, 1, ...] -> [in, out]", lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(*x.T.shape, *ones)
-    )
-
-
-POINT2D, POINT3D = pointwise(4), pointwise(5)
 GAIN2D, GAIN3D = flatten("[c, 1, 1] -> [c]", 3), flatten("[c, 1, 1, 1] -> [c]", 4)
 
 
@@ -64,11 +54,12 @@ def _attention(source: str, target: str) -> list[Rule]:
     ]
 
 
-def official_rules(config: VaeConfig) -> list[Rule]:
-    """The original layout."""
+def official_rules(config: VaeConfig | None) -> list[Rule]:
+    """The original layout. Without a config a table that names everything, but cannot be inverted."""
     names = ("residual.0", "residual.2", "residual.3", "residual.6", "shortcut")
     rules = [*_layer("conv1", "quant", POINT3D), *_layer("conv2", "post_quant", POINT3D)]
-    for side, way, blocks in (("encoder", "down", config.enc_blocks), ("decoder", "up", config.dec_blocks)):
+    numbers = ("{k}", "{k}") if config is None else (config.enc_blocks, config.dec_blocks)
+    for side, way, blocks in zip(("encoder", "decoder"), ("down", "up"), numbers, strict=True):
         stage = f"{side}.{way}samples.{{i}}.{way}samples"
         rules += [
             *_layer(f"{side}.conv1", f"{side}.conv_in", CONV3D),
@@ -83,7 +74,7 @@ def official_rules(config: VaeConfig) -> list[Rule]:
     return rules
 
 
-def diffusers_rules(config: VaeConfig) -> list[Rule]:
+def diffusers_rules(config: VaeConfig | None) -> list[Rule]:
     """The layout of diffusers' AutoencoderKLWan with `is_residual`; the same for every size."""
     del config
     names = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut")

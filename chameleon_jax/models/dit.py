@@ -333,21 +333,25 @@ class DiT(nnx.Module):
         self, x: jax.Array, e0: jax.Array, text_kv: TextKV, attend: Attend, cache: tuple[Any, ...] | None
     ) -> tuple[jax.Array, tuple[Any, ...] | None]:
         """All blocks, as a loop of the compiler (scan) or of Python; without a cache possibly recomputed (remat)."""
-        split = [nnx.split(block) for block in self.blocks]
-        graph, states = split[0][0], [state for _, state in split]
+        graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
-        def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
-            return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
+        def function(graph: nnx.GraphDef):
+            def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
+                return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
 
-        if cache is None and self.config.remat:
-            apply = jax.checkpoint(apply)
+            return jax.checkpoint(apply) if cache is None and self.config.remat else apply
+
+        applies = {graph: function(graph) for graph in graphs}  # one, unless layers were changed, see lora.attach
         if cache is None and self.config.scan_layers:
+            if len(applies) > 1:
+                raise ValueError("scan_layers needs blocks of one form; merge the LoRA, or leave scan_layers off")
+            (apply,) = applies.values()
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(states, text_kv, strict=True))
             x, _ = jax.lax.scan(lambda x, layer: (apply(layer[0], x, layer[1], None)[0], None), x, stacked)
             return x, None
         layers = []
-        for index, (state, kv) in enumerate(zip(states, text_kv, strict=True)):
-            x, layer = apply(state, x, kv, None if cache is None else cache[index])
+        for index, (graph, state, kv) in enumerate(zip(graphs, states, text_kv, strict=True)):
+            x, layer = applies[graph](state, x, kv, None if cache is None else cache[index])
             layers.append(layer)
         return x, None if cache is None else tuple(layers)
 

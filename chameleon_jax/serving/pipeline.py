@@ -25,34 +25,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.serving.pretrained import PipelineError, find_weights
 from chameleon_jax.serving.steps import Steps
 
 GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
 NETWORKS = ("vae", "dit", "text")
-HOW_TO_COMPUTE = (
-    "conv",
-    "remat",
-    "scan_layers",
-    "attention",
-)
-MEASURED = (
-    "latent_mean",
-    "latent_std",
-)  # of the VAE, at the end of its training  # model keys that leave the weights alone
+HOW_TO_COMPUTE = ("conv", "remat", "scan_layers", "attention")  # model keys that leave the weights alone
+MEASURED = ("latent_mean", "latent_std")  # of the VAE, at the end of its training
 MADE_ON_HOST = 2**20  # random tensors of at most so many numbers are drawn by NumPy
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-ROOT = Path(__file__).parents[2]  # config files name folders of weights from here
 DEFAULT_FOLDER = Path(__file__).parents[1] / "assets" / "runway_tiny"
-
-
-class PipelineError(ValueError):
-    """A pipeline cannot be built. The message is one line."""
 
 
 class Pipeline:
@@ -75,37 +64,48 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike = DEFAULT_FOLDER, config: Mapping[str, Any] | None = None
+        cls,
+        name: str | os.PathLike = DEFAULT_FOLDER,
+        config: Mapping[str, Any] | None = None,
+        *,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
     ) -> Pipeline:
-        """Load a folder written by `save` or by the converters.
+        """Load weights: a folder written by `save` or by the converters, or a public checkpoint.
+
+        Parameters are read one by one, each straight to where it belongs. A public checkpoint (Wan2.2-TI2V-5B as released
+        or its diffusers copy) is converted at the first time, see `serving/pretrained.py`.
 
         Args:
-          folder: a path; one that does not exist here is looked for beside the package too.
+          name: a folder; one that does not exist here is looked for beside the package too. Or the name of a repository
+            of the Hugging Face Hub, "owner/repository".
           config: how to build and stream; default the folder's own `config.json`. Where both are there, they must
             describe the same networks; what was measured on the weights, `MEASURED`, is taken from the folder.
+          mesh: devices to split the parameters over, by the rules of `sharding`; default all on one device.
+          dtype: "float32" or "bfloat16", of weights and computation; default that of the config.
 
         Raises:
-          PipelineError: no such folder, a file missing, an unreadable `config.json`.
+          PipelineError: no such folder, a file missing, an unreadable `config.json`, a checkpoint that does not fit.
           WeightsError: weights that do not fit; the mismatches of all networks are listed in one error.
           TokenizerError: an unusable `tokenizer.json`.
         """
         from chameleon_jax.models.text import Tokenizer, TokenizerError
         from chameleon_jax.weights import WeightsError, load_params
 
-        folder = find_folder(folder)
+        folder = find_weights(name)
         stored = _read_config(folder / "config.json")
         if stored is None and config is None:
             raise PipelineError(f"{folder}: no config.json; expected one beside the weights")
-        config = check_config(stored if config is None else config)
+        config = check_config(_with_dtype(stored if config is None else config, dtype))
         faults = []
         if stored is not None:
             faults = _model_differences(config, stored)
             config.model.vae.update({key: tuple(stored["model"]["vae"][key]) for key in MEASURED})
         builders, modules = _builders(config), {}
-        for name in NETWORKS:
-            modules[name] = nnx.eval_shape(builders[name])
+        for network in NETWORKS:
+            modules[network] = nnx.eval_shape(builders[network])
             try:
-                load_params(folder / f"{name}.safetensors", modules[name], DTYPES[config.dtype])
+                load_params(folder / f"{network}.safetensors", modules[network], DTYPES[config.dtype], mesh)
             except WeightsError as error:
                 faults.append(str(error))
         if faults:
@@ -229,19 +229,9 @@ def check_config(config: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def find_folder(folder: str | os.PathLike) -> Path:
-    """The folder of weights: as given, or beside the package, where the embedded weights are.
-
-    Raises:
-      PipelineError: it is in neither place.
-    """
-    for candidate in (Path(folder), ROOT / folder):
-        if candidate.is_dir():
-            return candidate
-    if Path(folder).exists():
-        raise PipelineError(f"{folder}: not a folder; expected one with config.json and *.safetensors")
-    files = ", ".join(f"{name}.safetensors" for name in NETWORKS)
-    raise PipelineError(f"{folder}: no such folder; expected one with config.json, {files} and tokenizer.json")
+def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return plain if dtype is None else plain | {"dtype": dtype}
 
 
 def byte_tokenizer(length: int) -> Any:
@@ -311,12 +301,12 @@ def dit_config(config: ConfigDict) -> DiTConfig:
 def _model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
     """One line if `config.model` is not what the weights were made with. Shapes cannot show all of it, as heads."""
     stored = check_config({**config.to_dict(), "model": stored["model"]})
-    kinds = {"vae": VaeConfig, "dit": DiTConfig}
+    from chameleon_jax.models.text import TextConfig
+
+    kinds = {"vae": VaeConfig, "dit": DiTConfig, "text": TextConfig}
     lines = []
     for name in NETWORKS:
-        ours, theirs = ({**group} for group in (config.model[name], stored.model[name]))
-        if name in kinds:
-            ours, theirs = (dataclasses.asdict(kinds[name](**group)) for group in (ours, theirs))
+        ours, theirs = (dataclasses.asdict(kinds[name](**group)) for group in (config.model[name], stored.model[name]))
         for key in sorted((ours.keys() | theirs.keys()) - {*HOW_TO_COMPUTE, *MEASURED}):
             if ours.get(key) != theirs.get(key):
                 lines.append(f"model.{name}.{key} is {ours.get(key)}, the weights were made with {theirs.get(key)}")

@@ -392,7 +392,7 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, the JSON in its header; it appears complete or not at all."""
-        from chameleon_jax.weights import write_tensors  # a stream alone does without safetensors
+        from chameleon_jax.tensor_files import write_tensors  # a stream alone does without safetensors
 
         write_tensors(path, self.arrays, {"session": json.dumps(self.meta)})
 
@@ -403,16 +403,12 @@ class Snapshot:
         Raises:
           SnapshotError: missing, truncated, or not a snapshot of this version.
         """
-        from safetensors import SafetensorError, safe_open
+        from chameleon_jax.tensor_files import WeightsError, read_metadata, read_tensors
 
         try:
-            with safe_open(path, framework="flax") as file:
-                meta = json.loads((file.metadata() or {}).get("session", "null"))
-                arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except FileNotFoundError:
-            raise SnapshotError(f"{path}: no such file") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise SnapshotError(f"{path}: not a readable snapshot ({error})") from None
+            meta, arrays = json.loads(read_metadata(path).get("session", "null")), read_tensors(path)
+        except (WeightsError, json.JSONDecodeError) as error:
+            raise SnapshotError(f"not a readable snapshot: {error}") from None
         if not isinstance(meta, dict) or meta.get("version") != SNAPSHOT_VERSION:
             raise SnapshotError(f"{path}: not a session snapshot of version {SNAPSHOT_VERSION}")
         return cls(arrays, meta)

@@ -59,9 +59,9 @@ def test_every_fault_is_listed():
     with pytest.raises(ConversionError, match="4 faults") as error:
         dit.from_official(theirs, config)
     for line in (
-        "wrong shape: blocks.0.ffn.0.weight",
-        "missing: head.proj.bias",
-        "img_emb.proj.0.weight",
-        "blocks.2.mod",
+        "wrong shape: blocks.0.ffn.0.weight is (60, 96), expected (96, 60): it is transposed",
+        "missing: head.head.bias (nearest: ",
+        "unexpected: img_emb.proj.0.weight",
+        "unexpected: blocks.2.modulation (nearest: blocks.1.modulation)",
     ):
         assert line in str(error.value)

@@ -94,7 +94,7 @@ def test_a_decoder_is_left_out_and_faults_are_listed():
     tensors["encoder.block.0.layer.0.SelfAttention.q.bias"] = np.ones(24)
     with pytest.raises(ConversionError) as error:
         text.from_hf(tensors, TINY)
-    assert "missing: norm.scale" in str(error.value)
+    assert "missing: encoder.final_layer_norm.weight" in str(error.value)
     assert "unexpected: encoder.block.0.layer.0.SelfAttention.q.bias" in str(error.value)
 
 

@@ -163,6 +163,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_every_fault():
     with pytest.raises(ConversionError) as error:
         vae.from_diffusers(tensors, dataclasses.replace(config, dec_width=16))
     message = str(error.value)
-    assert "unexpected: encoder.conv_im.weight" in message
-    assert "missing: encoder.conv_in.kernel" in message
-    assert "wrong shape: decoder.conv_in.weight (48, 4, 3, 3, 3)" in message
+    assert "unexpected: encoder.conv_im.weight (nearest: encoder.conv_in.weight)" in message
+    assert "missing: encoder.conv_in.weight (nearest: encoder.conv_im.weight)" in message
+    assert "wrong shape: decoder.conv_in.weight is (48, 4, 3, 3, 3), expected (64, 4, 3, 3, 3)" in message

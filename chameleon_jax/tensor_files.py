@@ -1,0 +1,313 @@
+"""Tensors in safetensors files: read one by one from where they lie, written one by one, never all at once in memory.
+
+A 10 GB file is opened in milliseconds and costs no memory until a tensor is asked for. A file appears under its name when
+it is complete, or not at all.
+
+    tensors = open_tensors("dit.safetensors")         or an index of shards, ....safetensors.index.json
+    tensors["head.proj.bias"].shape, tensors["head.proj.bias"].array()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+PIECE = 2**28  # bytes of a tensor in memory at a time
+INDEX_SUFFIX = ".safetensors.index.json"
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class WeightsError(ValueError):
+    """A weights file is unreadable or does not fit the module. The message lists every mismatch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file.
+
+    Attributes:
+      path: the file.
+      offset: bytes before its first element.
+      shape: as stored.
+      dtype: as stored.
+      strides: in bytes, or None for C order.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def array(self) -> np.ndarray:
+        """A read-only view of the file; pages are read as they are touched and given back with the array."""
+        if self.nbytes == 0:
+            return np.zeros(self.shape, self.dtype)
+        strides = self.strides or _c_strides(self.shape, self.dtype.itemsize)
+        extent = self.dtype.itemsize + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True))
+        raw = np.memmap(self.path, np.uint8, "r", self.offset, (extent,))
+        return np.ndarray(self.shape, self.dtype, raw, 0, strides)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """A tensor in memory with the face of a `LazyTensor`."""
+
+    value: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.value.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.nbytes
+
+    def array(self) -> np.ndarray:
+        return self.value
+
+
+def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, or of the shards that an index names. Reads headers only.
+
+    Raises:
+      WeightsError: a file is missing (of shards, all that are missing are named), truncated, or not what it says.
+    """
+    path = Path(path)
+    return _open_index(path) if path.name.endswith(".json") else _open_file(path)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The free text in the header of a safetensors file.
+
+    Raises:
+      WeightsError: as `open_tensors`.
+    """
+    return {str(k): str(v) for k, v in _read_header(Path(path))[0].get("__metadata__", {}).items()}
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file, in memory.
+
+    Raises:
+      WeightsError: as `open_tensors`.
+    """
+    return {name: np.array(tensor.array()) for name, tensor in open_tensors(path).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor about to be written: what the header must know, and how to get the numbers when its turn comes.
+
+    Attributes:
+      name: in the file.
+      shape, dtype: in the file.
+      load: gives an array of that shape, in any order in memory and any dtype, cast as it is written. Called once for
+        every piece: a view of a file, mapped anew, gives the pages of the piece before back.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The tensor in C order and its dtype, in pieces of about PIECE bytes along its first axis.
+
+        Raises:
+          ValueError: what is loaded does not have the shape that was announced.
+        """
+        rows = self.shape[0] if self.shape else 1
+        step = max(1, PIECE * rows // max(1, self.nbytes))
+        for start in range(0, rows, step):
+            value = self.load()
+            if value.shape != self.shape:
+                raise ValueError(f"{self.name}: got the shape {value.shape}, announced {self.shape}")
+            piece = value[start : start + step] if self.shape else value
+            same = piece.dtype == self.dtype
+            yield np.ascontiguousarray(as_bits(piece)).view(self.dtype) if same else piece.astype(self.dtype, order="C")
+
+
+def write_tensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: Any = None,
+) -> None:
+    """Write arrays to a safetensors file; it appears complete or not at all.
+
+    Args:
+      path: a `.safetensors` file.
+      tensors: arrays by name, of NumPy or on a device; fetched one at a time.
+      metadata: for the header.
+      dtype: cast all of them to this one when given.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    entries = []
+    for name, value in tensors.items():
+        entries.append(
+            Entry(name, tuple(value.shape), np.dtype(dtype or value.dtype), lambda value=value: np.asarray(value))
+        )
+    write_entries(part, entries, metadata)
+    os.replace(part, path)
+
+
+def write_entries(
+    path: str | os.PathLike,
+    entries: Iterable[Entry],
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write a safetensors file tensor by tensor, in place: the caller renames it when all is well.
+
+    Args:
+      path: overwritten.
+      entries: what to write; loaded one at a time.
+      metadata: for the header.
+      on_bytes: told how many bytes were written after each piece.
+
+    Raises:
+      OSError: the disk is full, or the file cannot be written.
+    """
+    # Wide types first: every tensor then starts at a multiple of its item size.
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for entry in ordered:
+        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape),
+                              "data_offsets": [start, start + entry.nbytes]}  # fmt: skip
+        start += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for entry in ordered:
+            for piece in entry.pieces():
+                file.write(raw(piece))
+                on_bytes(piece.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def raw(piece: np.ndarray) -> memoryview:
+    """The bytes of an array in C order."""
+    return memoryview(piece.reshape(-1).view(np.uint8))
+
+
+def as_bits(value: np.ndarray) -> np.ndarray:
+    """The same memory as plain integers: NumPy moves them several times as fast as the types it does not know itself."""
+    return value if value.dtype.isbuiltin == 1 else value.view(f"u{value.dtype.itemsize}")
+
+
+def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
+    """Are two arrays the same, bit for bit? Compared in pieces, so that no third array of their size is made."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.ndim == 0 or a.size == 0:
+        return a.tobytes() == b.tobytes()
+    bits, rows = f"u{a.dtype.itemsize}", max(1, PIECE * len(a) // a.nbytes)
+    return all(np.array_equal(a[i : i + rows].view(bits), b[i : i + rows].view(bits)) for i in range(0, len(a), rows))
+
+
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    header, start = _read_header(path)
+    tensors = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        if about["dtype"] not in DTYPES:
+            raise WeightsError(f"{path}: {name} is of type {about['dtype']}; expected one of {', '.join(DTYPES)}")
+        tensors[name] = LazyTensor(
+            path, start + about["data_offsets"][0], tuple(about["shape"]), DTYPES[about["dtype"]]
+        )
+    return tensors
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, checked by the library (sizes, overlaps, length of the file), and where the data start."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; expected a .safetensors file")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(length)), 8 + length
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _open_index(path: Path) -> dict[str, LazyTensor]:
+    try:
+        place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(place.values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{path}: not an index of shards, which has a weight_map ({error!r})") from None
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise WeightsError(f"{path}: names files outside its folder: {', '.join(outside)}")
+    missing = [name for name in files if not (path.parent / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{path}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}; put them beside the index"
+        )
+    shards = {name: _open_file(path.parent / name) for name in files}
+    faults = [f"{name} is not in {file}" for name, file in place.items() if name not in shards[file]]
+    faults += [
+        f"{name} of {file} is not in the index" for file, shard in shards.items() for name in shard if name not in place
+    ]
+    if faults:
+        raise WeightsError(f"{path}: index and shards disagree: {'; '.join(faults[:5])}" + _more(faults, 5))
+    return {name: shards[file][name] for name, file in place.items()}
+
+
+def _more(faults: list[str], shown: int) -> str:
+    return f" and {len(faults) - shown} more" if len(faults) > shown else ""
+
+
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides = []
+    for n in reversed(shape):
+        strides.append(itemsize)
+        itemsize *= n
+    return tuple(reversed(strides))

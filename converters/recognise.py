@@ -1,0 +1,356 @@
+"""What is in a file or a folder: which network, in which layout, of what size, and on what evidence.
+
+Names decide. In a checkpoint of a training run the same names stand behind a prefix ("generator.model."), and wrappers
+leave theirs in between ("_fsdp_wrapped_module."); both are taken off. Nothing but headers is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chameleon_jax.tensor_files import INDEX_SUFFIX, LazyTensor, WeightsError, open_tensors
+from converters import lora
+from converters.networks import NETWORKS, STRANGERS, Layout, Network, our_shapes
+from converters.pickles import SUFFIXES, open_pickle
+from converters.rules import Rule, rename
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+PREFERRED = ("generator_ema", "generator")  # parts of a training checkpoint, the one to use first
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
+MATCH = 0.5  # share of the names that a table must know
+OURS = "jax"
+
+
+class RecognitionError(ValueError):
+    """A checkpoint is unknown, ambiguous or of another model. The message says what was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A network in a checkpoint.
+
+    Attributes:
+      network: which one.
+      layout: "jax" (ours), "official", "diffusers".
+      tensors: by their names in that layout.
+      config: the network's sizes.
+      path: file or index it came from.
+      prefix: what stood before every name, e.g. "generator.model.".
+      evidence: why it was taken for that, in words.
+    """
+
+    network: Network
+    layout: str
+    tensors: Mapping[str, Any]
+    config: Any
+    path: Path
+    prefix: str
+    evidence: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def describe(self) -> str:
+        """One line for people."""
+        kinds = sorted({tensor.dtype.name for tensor in self.tensors.values()})
+        size = self.nbytes / 1e9
+        return (
+            f"{self.path}: {self.network.title}, {self.layout} layout ({self.evidence});"
+            f" {self.network.sentence(self.config)}; {', '.join(kinds)}, {size:.2f} GB"
+        )
+
+
+def recognise(paths: Sequence[Path], part: str | None = None) -> list[Part | lora.LoraPart]:
+    """Every network in the given files and folders.
+
+    Args:
+      paths: files or folders.
+      part: which part of a training checkpoint to take: "generator", "generator_ema", "critic", ...
+
+    Raises:
+      RecognitionError: nothing known in a file that was named or in a folder; a network twice; a foreign model.
+      WeightsError: an unreadable file, a missing shard.
+    """
+    found: list[Part | lora.LoraPart] = []
+    for path in paths:
+        if not path.exists():
+            raise RecognitionError(f"{path}: no such file or folder")
+        if path.is_dir():
+            found += _in_folder(path, part)
+        else:
+            found += _in_file(path, part)
+    for name in {item.network.name for item in found}:
+        same = [item for item in found if item.network.name == name]
+        if len(same) > 1:
+            raise RecognitionError(
+                f"ambiguous: {len(same)} candidates for the {same[0].network.title}: "
+                + "; ".join(item.describe() for item in same)
+                + ". Name the one file that you mean"
+            )
+    return found
+
+
+def layout_of(network: Network, name: str) -> Layout:
+    """A layout by name, ours included.
+
+    Raises:
+      RecognitionError: the network is not published in that layout.
+    """
+    if name == OURS:
+        return _our_layout(network.name)
+    if name not in network.layouts:
+        known = ", ".join([OURS, *network.layouts])
+        raise RecognitionError(f"the {network.title} has no layout {name!r}; it is known in {known}")
+    return network.layouts[name]
+
+
+@functools.cache
+def _our_layout(name: str) -> Layout:
+    """Names as they are: the targets of any other table."""
+    network = NETWORKS[name]
+
+    def rules(config: Any) -> list[Rule]:
+        table = {rule.target for layout in network.layouts.values() for rule in layout.rules(config)}
+        return [Rule(target, target) for target in sorted(table)]
+
+    return Layout(rules, f"{name}.safetensors")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder and the folders in it: indices in place of their shards.
+
+    Raises:
+      WeightsError: shards without an index of which some are missing.
+    """
+    files = sorted(
+        path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )  # fmt: skip
+    indices = [path for path in files if path.name.endswith(INDEX_SUFFIX)]
+    sharded: set[Path] = set()
+    for index in indices:
+        stem = index.name.removesuffix(INDEX_SUFFIX)
+        sharded |= {path for path in files if path.parent == index.parent and _shard_stem(path) == stem}
+    orphans: dict[tuple[Path, str], list[Path]] = {}
+    for path in files:
+        if path not in sharded and (stem := _shard_stem(path)) is not None:
+            orphans.setdefault((path.parent, stem), []).append(path)
+    if orphans:
+        raise WeightsError("; ".join(_orphan_fault(*key, shards) for key, shards in orphans.items()))
+    single = [path for path in files if path.suffix in (".safetensors", *SUFFIXES) and path not in sharded]
+    return sorted(indices + single)
+
+
+def _shard_stem(path: Path) -> str | None:
+    match = SHARD.fullmatch(path.name)
+    return match.group(1) if match else None
+
+
+def _orphan_fault(folder: Path, stem: str, shards: list[Path]) -> str:
+    total = int(SHARD.fullmatch(shards[0].name).group(3))
+    there = {int(SHARD.fullmatch(path.name).group(2)) for path in shards}
+    lacking = [f"{stem}-{i:05d}-of-{total:05d}" for i in range(1, total + 1) if i not in there]
+    index = f"{stem}{INDEX_SUFFIX}"
+    return f"{folder}: shards of {stem} without their index {index}" + (
+        f", and {len(lacking)} of {total} are missing: {', '.join(lacking)}" if lacking else "; download it, too"
+    )
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The config.json beside a checkpoint, {} without one.
+
+    Raises:
+      RecognitionError: it is no JSON object.
+    """
+    file = path.parent / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecognitionError(f"{file}: not a readable JSON file ({error})") from None
+    if not isinstance(about, dict):
+        raise RecognitionError(f"{file}: expected a JSON object, found {type(about).__name__}")
+    return about
+
+
+def _in_folder(folder: Path, part: str | None) -> list[Part | lora.LoraPart]:
+    files = checkpoint_files(folder)
+    if not files:
+        raise RecognitionError(f"{folder}: no checkpoint in it; expected .safetensors or {', '.join(SUFFIXES)} files")
+    found, unknown = [], []
+    for path in files:
+        try:
+            found += _in_file(path, part)
+        except UnknownError as error:  # scheduler.bin and the like lie beside the weights
+            unknown.append(error)
+    if not found:
+        raise RecognitionError("; ".join(str(error) for error in unknown))
+    return found
+
+
+class UnknownError(RecognitionError):
+    """No table knows the names in a file."""
+
+
+def _open(path: Path) -> Mapping[str, LazyTensor]:
+    if path.name.endswith(INDEX_SUFFIX) or path.suffix == ".safetensors":
+        match = SHARD.fullmatch(path.name)
+        if match:
+            raise WeightsError(
+                f"{path}: one shard of {int(match.group(3))}; give its folder, or the index {match.group(1)}{INDEX_SUFFIX}"
+            )
+        return open_tensors(path)
+    if path.suffix in SUFFIXES:
+        return open_pickle(path)
+    raise WeightsError(f"{path}: expected a folder, .safetensors, {INDEX_SUFFIX} or {', '.join(SUFFIXES)}")
+
+
+def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
+    """The networks in one checkpoint.
+
+    Raises:
+      UnknownError, RecognitionError, WeightsError: see `recognise`.
+    """
+    tensors = _open(path)
+    clean = {_without_wrappers(name): name for name in tensors}
+    if len(clean) < len(tensors):
+        raise RecognitionError(f"{path}: two tensors have the same name once the wrappers' names are taken off")
+    if lora.looks_like_lora(clean):
+        return [lora.recognise(path, {name: tensors[raw] for name, raw in clean.items()})]
+    _refuse_strangers(path, clean)
+    parts = [
+        _best(path, prefix, {name[len(prefix) :]: tensors[clean[name]] for name in names})
+        for prefix, names in _groups(clean).items()
+    ]
+    found = [item for item in parts if isinstance(item, Part)]
+    if not found:
+        scores = sorted((item for item in parts if not isinstance(item, Part)), reverse=True)
+        near = "; ".join(text for _, text in scores[:3]) or "no table knows any of its names"
+        some = ", ".join(list(tensors)[:3])
+        raise UnknownError(
+            f"{path}: not a checkpoint that is known here ({near}). It holds {len(tensors)} tensors: {some}, ..."
+        )
+    return _choose(path, found, wanted)
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def _refuse_strangers(path: Path, names: Iterable[str]) -> None:
+    for pattern, what in STRANGERS:
+        compiled = re.compile(pattern)
+        hit = next((name for name in names if compiled.search(name)), None)
+        if hit:
+            raise RecognitionError(f"{path}: this is {what} (it has {hit})")
+
+
+@functools.cache
+def _anchors() -> list[frozenset[str]]:
+    """For each layout of each network the names without numbers, which every checkpoint of it has."""
+    layouts = [
+        layout for network in NETWORKS.values() for layout in (*network.layouts.values(), _our_layout(network.name))
+    ]
+    return [frozenset(r.source for r in layout.rules(None) if "{" not in r.source) for layout in layouts]
+
+
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by the prefix behind which a table would know them: {"generator.model.": [...], "critic.model.": [...]}.
+
+    A prefix counts if most of the anchors of one layout stand behind it; names behind none are left out, unless there is
+    no prefix at all.
+    """
+    names, hits = list(names), Counter()
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            rest, prefix = ".".join(parts[i:]), "".join(f"{part}." for part in parts[:i])
+            hits.update((number, prefix) for number, anchors in enumerate(_anchors()) if rest in anchors)
+    prefixes = {prefix for (number, prefix), count in hits.items() if count > MATCH * len(_anchors()[number])}
+    ordered = sorted(prefixes or {""}, key=lambda prefix: (-len(prefix), prefix))
+    groups: dict[str, list[str]] = {prefix: [] for prefix in ordered}
+    for name in names:
+        prefix = next((prefix for prefix in ordered if name.startswith(prefix)), None)
+        if prefix is not None:
+            groups[prefix].append(name)
+    return groups
+
+
+def _best(path: Path, prefix: str, tensors: Mapping[str, Any]) -> Part | tuple[float, str]:
+    """The network and layout that know most of the names; if that is too few, how near the nearest came."""
+    scores = []
+    for network in NETWORKS.values():
+        for name, layout in ((OURS, _our_layout(network.name)), *network.layouts.items()):
+            own = [key for key in tensors if not key.startswith(layout.drop)] if layout.drop else list(tensors)
+            known, _ = rename(own, layout.rules(None))
+            if known:
+                scores.append((len(known) / len(own), len(known), network, name, own))
+    if not scores:
+        return 0.0, f"none of {len(tensors)} names{f' behind {prefix}' if prefix else ''} is known"
+    scores.sort(key=lambda score: score[:2], reverse=True)
+    share, known, network, name, own = scores[0]
+    if share < MATCH:
+        return share, f"{network.title}, {name} layout, knows {known} of {len(own)} names"
+    rivals = [score for score in scores[1:] if score[:2] == (share, known)]
+    if rivals:
+        listed = "; ".join(f"{score[2].title}, {score[3]} layout" for score in [scores[0], *rivals])
+        raise RecognitionError(f"{path}: ambiguous, {known} of {len(own)} names fit each of: {listed}")
+    layout, about = layout_of(network, name), read_about(path)
+    kept = {key: tensors[key] for key in own}
+    shapes = our_shapes(layout, {key: tuple(tensor.shape) for key, tensor in kept.items()})
+    config = _config(path, network, name, shapes, about)
+    stranger = network.stranger(config)
+    if stranger:
+        raise RecognitionError(f"{path}: this is {stranger}")
+    evidence = f"{known} of {len(own)} names" + (f", behind {prefix!r}" if prefix else "")
+    return Part(network, name, layout.prepare(kept, config), config, path, prefix, evidence)
+
+
+def _config(path: Path, network: Network, layout: str, shapes: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
+    """Sizes of the network: from our own config.json if it is one, else from the shapes."""
+    model = about.get("model")
+    stored = model.get(network.name) if layout == OURS and isinstance(model, dict) else None
+    try:
+        if stored is not None:
+            return network.config(**stored)
+        return network.sizes(shapes, about if model is None else {})
+    except (TypeError, ValueError) as error:
+        where = path if stored is None else f"{path.parent / 'config.json'}: model.{network.name}"
+        raise RecognitionError(f"{where}: {error}") from None
+
+
+def _choose(path: Path, found: list[Part], wanted: str | None) -> list[Part]:
+    """One part for each network: the one asked for, or what a user of the checkpoint would run."""
+    chosen = []
+    for name in {item.network.name: None for item in found}:
+        same = [item for item in found if item.network.name == name]
+        labels = {item.prefix.split(".")[0]: item for item in same}
+        if wanted is not None and any(labels):
+            if wanted not in labels:
+                raise RecognitionError(f"{path}: no part {wanted!r}; it has {', '.join(sorted(labels))}")
+            chosen.append(labels[wanted])
+            continue
+        if len(same) == 1:
+            chosen += same
+            continue
+        preferred = [labels[label] for label in PREFERRED if label in labels]
+        if not preferred:
+            copies = ", ".join(map(repr, sorted(labels)))
+            raise RecognitionError(
+                f"{path}: ambiguous, {len(same)} copies of the {same[0].network.title}: {copies}; choose one with --part"
+            )
+        others = ", ".join(label for label in labels if labels[label] is not preferred[0])
+        note = f"{preferred[0].evidence}; the checkpoint has {others} too, see --part"
+        chosen.append(dataclasses.replace(preferred[0], evidence=note))
+    return chosen

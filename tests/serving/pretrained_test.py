@@ -1,0 +1,188 @@
+"""`Pipeline.from_pretrained`: our folders, public layouts, the Hub's cache, one device and several."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from chameleon_jax.serving import Pipeline, pretrained
+from chameleon_jax.serving.pipeline import PipelineError, byte_tokenizer
+from chameleon_jax.weights import WeightsError, flat_params
+from converters import __main__ as command
+from converters import convert
+from tests import tiny_wan
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory) -> dict[str, Path]:
+    """The same tiny Wan2.2 in every layout."""
+    root = tmp_path_factory.mktemp("public")
+    tiny_wan.pipeline().save_pretrained(root / "diffusers")
+    for layout in ("jax", "official"):
+        command.run([str(root / "diffusers"), "--to", layout, "--out", str(root / layout)])
+    return {name: root / name for name in ("jax", "official", "diffusers")}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("CHAMELEON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def params(pipeline: Pipeline) -> dict[str, np.ndarray]:
+    networks = {name: getattr(pipeline, name) for name in ("vae", "dit", "text")}
+    return {f"{n}.{k}": np.asarray(x) for n, network in networks.items() for k, x in flat_params(network).items()}
+
+
+def test_every_layout_gives_the_same_pipeline(public):
+    expected = params(Pipeline.from_pretrained(public["jax"]))
+    assert len(expected) == 203
+    for layout in ("official", "diffusers"):
+        pipeline = Pipeline.from_pretrained(public[layout])
+        got = params(pipeline)
+        assert got.keys() == expected.keys()
+        assert all(np.array_equal(got[name], x) for name, x in expected.items())
+        np.testing.assert_array_equal(pipeline.tokenizer(["a dog"])[0], byte_tokenizer(512)(["a dog"])[0])
+
+
+def test_a_public_layout_is_converted_once_and_again_when_a_file_changes(public, cache, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(public["diffusers"], folder)
+    written = []
+    write = convert.write
+    monkeypatch.setattr(convert, "write", lambda plan, out, *args: (written.append(out), write(plan, out, *args)))
+    Pipeline.from_pretrained(folder)
+    Pipeline.from_pretrained(folder)
+    assert len(written) == 1 and [path.name for path in cache.iterdir()] == [written[0].name]
+    config = json.loads((folder / "vae/config.json").read_text())
+    config["latents_mean"][0] = 0.25
+    (folder / "vae/config.json").write_text(json.dumps(config))
+    assert Pipeline.from_pretrained(folder).config.model.vae.latent_mean[0] == 0.25
+    assert len(written) == 2
+
+
+def test_the_dtype_may_be_chosen(public):
+    pipeline = Pipeline.from_pretrained(public["jax"], dtype="bfloat16")
+    assert {x.dtype for x in flat_params(pipeline.dit).values()} == {jax.numpy.dtype("bfloat16")}
+    assert pipeline.config.dtype == "bfloat16" and pipeline.steps.dtype == jax.numpy.bfloat16
+    with pytest.raises(PipelineError, match="float16"):
+        Pipeline.from_pretrained(public["jax"], dtype="float16")
+
+
+def test_what_the_hub_fetched_before_is_found_without_a_network(public, tmp_path, monkeypatch):
+    """The layout of the Hub's own cache, as `hf download` leaves it."""
+    import huggingface_hub.constants
+
+    hub = tmp_path / "hub/models--somebody--tiny"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs/main").write_text("0123456789abcdef0123456789abcdef01234567")
+    shutil.copytree(public["diffusers"], hub / "snapshots/0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    got, expected = params(Pipeline.from_pretrained("somebody/tiny")), params(Pipeline.from_pretrained(public["jax"]))
+    assert all(np.array_equal(got[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        (
+            "Wan-AI/Wan2.2-TI2V-5B",
+            ("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"),
+        ),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", ("transformer/", "text_encoder/", "tokenizer/tokenizer.json")),
+        ("somebody/else", ("config.json", "dit.safetensors", "vae.safetensors", "text.safetensors")),
+    ],
+)
+def test_without_a_network_a_hub_name_says_which_files_to_put_where(name, files, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PipelineError) as error:
+        Pipeline.from_pretrained(name)
+    message = str(error.value)
+    assert f"hf download {name} --local-dir DIR" in message and "\n" not in message
+    assert all(file in message for file in files)
+
+
+def test_a_part_of_a_pipeline_says_what_is_missing(public, tmp_path):
+    shutil.copytree(public["diffusers"], tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/text_encoder")
+    with pytest.raises(PipelineError, match="no text among its checkpoints; a pipeline needs all three"):
+        Pipeline.from_pretrained(tmp_path / "part")
+    shutil.copytree(public["diffusers"], tmp_path / "mute")
+    shutil.rmtree(tmp_path / "mute/tokenizer")
+    with pytest.raises(PipelineError, match=r"no tokenizer\.json beside .*google/umt5-xxl"):
+        Pipeline.from_pretrained(tmp_path / "mute")
+
+
+def test_no_room_for_the_conversion_is_one_line(public, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(PipelineError, match="no room for the conversion: .* needs"):
+        Pipeline.from_pretrained(public["diffusers"])
+
+
+FOUR_DEVICES = """
+import json, sys
+import jax, numpy as np
+from chameleon_jax.serving import Pipeline
+from chameleon_jax import sharding
+from chameleon_jax.weights import flat_params
+
+sharding.MIN_SIZE = 0
+jax.config.update("jax_default_matmul_precision", "highest")
+folder = sys.argv[1]
+mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "seq": 1, "tensor": 2})
+config = json.load(open(folder + "/config.json")) | {"video": {"height": 16, "width": 16, "frames": 9, "fps": 24}}
+split, whole = Pipeline.from_pretrained(folder, config, mesh=mesh), Pipeline.from_pretrained(folder, config)
+for name, x in flat_params(split.dit).items():
+    assert x.sharding.spec == sharding.spec_of(name, x.shape, mesh), name
+assert flat_params(split.dit)["blocks.0.ffn.fc1.kernel"].addressable_shards[0].data.shape == (30, 48)
+assert flat_params(whole.dit)["blocks.0.ffn.fc1.kernel"].devices() == {jax.devices()[0]}
+streams = []
+for pipeline in (split, whole):
+    pipeline.steps.compile()
+    session = pipeline.session()
+    person, garment = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    session.start(person, garment, "a dog", seed=3)
+    streams.append(np.concatenate([session.next_chunk() for _ in range(2)]))
+assert np.std(streams[1]) > 10
+assert np.abs(streams[0].astype(int) - streams[1]).max() <= 1
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_on_a_mesh_every_parameter_lies_on_its_shards_and_the_stream_is_the_same(public):
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": ".",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES, str(public["jax"])], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "equal"
+
+
+def test_a_file_of_ours_that_does_not_fit_is_reported_as_before(public, tmp_path):
+    shutil.copytree(public["jax"], tmp_path / "bad")
+    (tmp_path / "bad/dit.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(WeightsError, match=r"dit\.safetensors: not a readable safetensors file"):
+        Pipeline.from_pretrained(tmp_path / "bad")
+    (tmp_path / "bad/config.json").unlink()
+    with pytest.raises(PipelineError, match=r"no config\.json; expected one beside the weights"):
+        Pipeline.from_pretrained(tmp_path / "bad")
+    assert pretrained.cache_folder().exists() is False  # nothing was taken for a public checkpoint
