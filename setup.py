@@ -1,4 +1,4 @@
-"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras, and torch is in the parity extra only."""
+"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras; torch reads other people's files and checks parity, no more."""
 
 import re
 from pathlib import Path
@@ -22,6 +22,7 @@ CORE = [
     "absl-py>=2.1",
     "safetensors>=0.5",
     "tokenizers>=0.21",
+    "huggingface-hub>=0.34",
     "ftfy>=6.3",
     "pillow>=11.0",
     "tqdm>=4.66",
@@ -33,7 +34,8 @@ EXTRAS = {
     "runway": ["numba>=0.62", "av>=14.0,<20"],
     # importlib-resources: tensorflow-datasets 4.9.10 imports it without asking for it
     "train": ["array-record>=0.8", "importlib-resources>=6.0", "tensorboardX>=2.6.4"],
-    "parity": ["torch>=2.6", "diffusers>=0.42,<0.43", "transformers>=5,<6", "sentencepiece>=0.2"],
+    "convert": ["torch>=2.6"],  # for .pth, .pt and .bin; safetensors need nothing
+    "parity": ["torch>=2.6", "diffusers>=0.42,<0.43", "transformers>=5,<6", "sentencepiece>=0.2", "peft>=0.17"],
     "dev": ["pytest>=8.0", "ruff>=0.14"],
 }
 

@@ -16,7 +16,6 @@ Exit codes: 0 done, 2 an input or the destination cannot be used (nothing is wri
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -78,17 +77,24 @@ def run(argv: Sequence[str]) -> int:
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     _write(folder, options.out)
-    seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    seconds = time.perf_counter() - begin
     tensors = sum(len(file.entries) for file in folder.files)
     how = "bit for bit" if dtype is None and not merges else "against its source"
     print(f"{options.out}: {tensors} tensors, {folder.nbytes / 1e9:.2f} GB, read back and compared {how};"
-          f" {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")  # fmt: skip
+          f" {seconds:.0f} s, {peak_memory()}")  # fmt: skip
     for file in folder.files:
         print(f"  {file.path}")
     return 0
 
 
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+def peak_memory() -> str:
+    """Peak resident memory of this process, in words."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"peak memory {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB"
 
 
 def _merge(text: str) -> convert.Merge:

@@ -18,12 +18,21 @@ import numpy as np
 
 from chameleon_jax.lora import Change
 from chameleon_jax.models.text import Tokenizer
-from chameleon_jax.tensor_files import INDEX_SUFFIX, Entry, WeightsError, open_tensors, same_numbers, write_entries
+from chameleon_jax.tensor_files import (
+    INDEX_SUFFIX,
+    PIECE,
+    Entry,
+    WeightsError,
+    as_bits,
+    open_tensors,
+    same_numbers,
+    write_entries,
+)
 from converters import lora
 from converters.networks import DIT, TEXT, Layout
 from converters.pickles import SUFFIXES, open_pickle, write_pickle
 from converters.recognise import OURS, Part, RecognitionError, layout_of
-from converters.rules import ConversionError, Transform, invert, plan, shapes_in
+from converters.rules import IDENTITY, ConversionError, Transform, invert, plan, shapes_in
 
 TRAINING = "training"  # the transformer as a training run of this family saves it
 LAYOUTS = (OURS, "official", "diffusers", TRAINING, "peft", "kohya")
@@ -244,8 +253,13 @@ def _entries(part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge
 def _loader(
     tensor: Any, forward: Transform, onward: Transform, changes: Sequence[tuple[Change, float]]
 ) -> Callable[[], np.ndarray]:
+    plain = forward is IDENTITY and onward is IDENTITY
+
     def load() -> np.ndarray:
-        value = forward.forward(tensor.array())
+        value = tensor.array()
+        if not plain and value.nbytes <= PIECE:
+            value = np.array(as_bits(value)).view(value.dtype)  # read in the order of the file; turned round in memory
+        value = forward.forward(value)
         if changes:
             total = value.astype(np.float32) + sum(change.delta(strength) for change, strength in changes)
             value = total.astype(tensor.dtype)

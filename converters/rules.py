@@ -31,6 +31,8 @@ class Transform:
     inverse: Callable[[np.ndarray], np.ndarray]
 
     def reversed(self) -> Transform:
+        if self.forward is self.inverse:
+            return self
         return Transform(f"inverse of {self.name}", self.inverse, self.forward)
 
 
@@ -53,7 +55,11 @@ def pointwise(ndim: int) -> Transform:
     )
 
 
-IDENTITY = Transform("as is", lambda x: x, lambda x: x)
+def _as_is(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+IDENTITY = Transform("as is", _as_is, _as_is)
 LINEAR = permute("[out, in] -> [in, out]", 1, 0)
 CONV2D = permute("[out, in, h, w] -> [h, w, in, out]", 2, 3, 1, 0)
 CONV3D = permute("[out, in, t, h, w] -> [t, h, w, in, out]", 2, 3, 4, 1, 0)

@@ -1,4 +1,4 @@
-"""Stream a video to a file, changing garments on the way.
+"""Stream a video to a file, changing garments on the way; or make a whole clip from a prompt.
 
     python -m launch.sample --reference person.png --garment first.png --garment second.png@24 \\
         --garment third.png@48 --prompt "a person walks" --frames 81 --seed 0 --out out.mp4
@@ -7,17 +7,20 @@
 Beside the video lie `out.json` (what was asked for, what happened, how fast) and `out.png` (a contact sheet). Without
 pictures it runs on the examples that ship with the project. Ctrl-C keeps what was made so far, as a video that plays.
 
+Plain Wan2.2, bidirectional, from public weights; by default with configs/wan22_ti2v.py:
+
+    python -m launch.sample --task t2v --weights DIR --prompt "A cat surfs." --size 704x1280 --frames 121 --out out.mp4
+    python -m launch.sample --task i2v --weights DIR --image first.png --prompt "It waves." --out out.mp4
+
+Ctrl-C before the last denoising step leaves nothing; after it, the frames decoded so far.
+
 Exit codes: 0 done, 2 an input cannot be used (nothing is written), 130 interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import os
-import platform
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,23 +30,27 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from PIL import Image
 from tqdm import tqdm
 
-from chameleon_jax import __version__
 from chameleon_jax.attention.cache import CacheConfig, check_positions
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import ImageError, prepare_garment, prepare_reference
 from chameleon_jax.diffusion.flow import ROWS
-from chameleon_jax.serving.pipeline import Pipeline, PipelineError, check_config, write_text
+from chameleon_jax.diffusion.unipc import GRIDS
+from chameleon_jax.serving.pipeline import PipelineError, check_config
 from chameleon_jax.serving.session import Mechanisms, Session
-from launch import arguments
+from launch import arguments, generate, jobs
 from launch.arguments import UsageError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "chameleon_jax" / "assets" / "examples"
-SHEET_FRAMES = 24  # frames on the contact sheet
-SHEET_HEIGHT = 256  # pixels of the tallest of them
+TASKS = ("stream", "t2v", "i2v")
+# Flags that not every task has; the others have the same meaning for all of them.
+BELONGS_TO = {
+    **dict.fromkeys(("reference", "garment", "switch", "drop_repeated_frame"), ("stream",)),
+    **dict.fromkeys(("negative_prompt", "size", "guidance", "shift", "grid"), ("t2v", "i2v")),
+    "image": ("i2v",),
+}
 
 
 def define_flags() -> flags.FlagValues:
@@ -51,6 +58,7 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     arguments.define(values, "configs/runway_tiny.py")
     kw = {"flag_values": values}
+    flags.DEFINE_enum("task", "stream", TASKS, "stream, or plain Wan2.2: t2v (text) or i2v (text, first frame)", **kw)
     flags.DEFINE_string("reference", None, "picture of the person (PNG, JPEG or WebP, any size)", **kw)
     flags.DEFINE_multi_string("garment", [], "picture of a garment, or picture@frame; may be repeated", **kw)
     flags.DEFINE_string("prompt", None, "what happens, in any language; may be empty", **kw)
@@ -62,8 +70,30 @@ def define_flags() -> flags.FlagValues:
         "drop_repeated_frame", None, "leave out the frame that repeats the pose after a full switch", **kw
     )
     flags.DEFINE_string("weights", None, "folder of weights, or random; default that of the config", **kw)
-    flags.DEFINE_integer("steps", None, "denoising steps; default sampler.steps of the config", **kw)
+    flags.DEFINE_integer("steps", None, "denoising steps; default that of the config", **kw)
+    flags.DEFINE_string("image", None, "i2v: picture of the first frame (PNG, JPEG or WebP, any size)", **kw)
+    flags.DEFINE_string("negative_prompt", None, "t2v, i2v: what to keep away from; default that of the config", **kw)
+    flags.DEFINE_string(
+        "size",
+        None,
+        "t2v, i2v: HEIGHTxWIDTH; default that of the config, for i2v the same area in the image's shape",
+        **kw,
+    )
+    flags.DEFINE_float(
+        "guidance", None, "t2v, i2v: 1 is the prompt alone, in half the time; default as the config", **kw
+    )
+    flags.DEFINE_float("shift", None, "t2v, i2v: more of the steps at high noise; default that of the config", **kw)
+    flags.DEFINE_enum(
+        "grid", None, list(GRIDS), "t2v, i2v: sigmas of the original or of diffusers; default as the config", **kw
+    )
     return values
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Every flag that was given belongs to the task."""
+    for name, tasks in BELONGS_TO.items():
+        if values[name].present and values.task not in tasks:
+            raise UsageError(f"--{name} is for --task {' or '.join(tasks)}, not for --task {values.task}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +189,8 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
     frames = config.video.frames if values.frames is None else values.frames
     if frames < 1:
         raise UsageError(f"--frames {frames}: a video has at least 1 frame")
-    seed = config.seed if values.seed is None else values.seed
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed {seed}: expected 0 to {2**32 - 1}")
-    weights = values.weights or config.weights
-    if not weights:
-        raise UsageError(f"config {config.name} comes without weights; give --weights FOLDER, or --weights random")
+    seed = jobs.check_seed(config.seed if values.seed is None else values.seed)
+    weights = jobs.check_weights(values.weights or config.weights, config)
     try:
         mechanisms = Mechanisms(**config.switch)
         if values.switch is not None:
@@ -193,7 +219,7 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
             f"--garment {late[0].path}@{late[0].frame}: the last chunk of {frames} frames starts at frame {starts[-1]},"
             " so it would not be seen; ask for it earlier, or for more --frames"
         )
-    out = check_out(Path(values.out))
+    out = jobs.check_out(Path(values.out))
     size = (config.video.height, config.video.width)
     pictures = tuple((garment, prepare_garment(garment.path, size)) for garment in garments)
     job = Job(
@@ -224,38 +250,6 @@ def examples() -> tuple[str, list[str], str]:
     return str(EXAMPLES / "person.png"), garments, (EXAMPLES / "prompt.txt").read_text(encoding="utf-8").strip()
 
 
-def check_out(out: Path) -> Path:
-    """The path of the video, if it and its companions can be written there."""
-    if out.suffix.lower() != ".mp4":
-        raise UsageError(f"--out {out}: expected a name that ends in .mp4")
-    for path in (out, out.with_suffix(".json"), out.with_suffix(".png")):
-        if path.is_dir():
-            raise UsageError(f"--out {out}: {path} is a folder")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--out {out}: {folder} is not a folder that can be written to")
-    return out
-
-
-class Interrupt:
-    """Ctrl-C as a flag: the chunk in progress is finished and written. A second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, *_: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def stream(job: Job, session: Session) -> dict[str, Any]:
     """Make the video and its contact sheet. Returns what is to be said about it in the JSON file."""
     from chameleon_jax.data.video import VideoWriter
@@ -263,11 +257,11 @@ def stream(job: Job, session: Session) -> dict[str, Any]:
     begin = time.perf_counter()
     (_, worn), *waiting = job.garments
     switches: list[tuple[Garment, Any]] = []
-    sheet, stride = [], max(1, -(-job.frames // SHEET_FRAMES))
+    sheet = jobs.Sheet(job.frames)
     first_frame = None
     job.out.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=job.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name)
-    with Interrupt() as interrupt, VideoWriter(job.out, job.config.video.fps, session.pipeline.size) as video, bar:
+    with jobs.Interrupt() as interrupt, VideoWriter(job.out, job.config.video.fps, session.pipeline.size) as video, bar:
         session.start(job.reference, worn, job.prompt, job.seed)
         while video.frames < job.frames and not interrupt.requested:
             while waiting and waiting[0][0].frame <= session.frames:
@@ -275,14 +269,16 @@ def stream(job: Job, session: Session) -> dict[str, Any]:
                 switches.append((garment, session.switch_garment(picture)))
             frames = session.next_chunk()[: job.frames - video.frames]
             first_frame = first_frame or time.perf_counter() - begin
-            sheet += [frame for index, frame in enumerate(frames, video.frames) if index % stride == 0]
+            sheet.add(frames)
             video.write(frames)
             bar.update(len(frames))
     seconds = time.perf_counter() - begin
     made = video.frames
     if not made:
         raise KeyboardInterrupt
-    save_sheet(job, sheet, stride)
+    asked = ", ".join(str(garment.frame) for garment, _ in job.garments)
+    pictures = [job.reference, *(picture for _, picture in job.garments)]
+    sheet.save(job.out.with_suffix(".png"), pictures, f"person, garments asked for at {asked}")
     denoised = sum(timing.denoise for timing in session.timings)
     return {
         "interrupted": made < job.frames,
@@ -309,35 +305,6 @@ def stream(job: Job, session: Session) -> dict[str, Any]:
     }
 
 
-def save_sheet(job: Job, frames: Sequence[np.ndarray], stride: int) -> None:
-    """The contact sheet: reference and garments, then every `stride`-th frame in rows of eight."""
-    from chameleon_jax.data.video import contact_sheet
-
-    def small(frame: np.ndarray) -> np.ndarray:
-        height, width = frame.shape[:2]
-        if height <= SHEET_HEIGHT:
-            return frame
-        return np.asarray(Image.fromarray(frame).resize((round(width * SHEET_HEIGHT / height), SHEET_HEIGHT)))
-
-    rows = [[job.reference, *(picture for _, picture in job.garments)]]
-    labels = ["person, garments asked for at " + ", ".join(str(garment.frame) for garment, _ in job.garments)]
-    for i in range(0, len(frames), 8):
-        rows.append(frames[i : i + 8])
-        labels.append(f"frames {i * stride} to {(i + len(rows[-1]) - 1) * stride}")
-    path = job.out.with_suffix(".png")
-    part = path.with_name(path.name + ".part")
-    contact_sheet([[small(frame) for frame in row] for row in rows], labels).save(part, "PNG")
-    os.replace(part, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    names = ("jax", "jaxlib", "flax", "numpy", "pillow", "av")
-    return {"chameleon_jax": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
-
-
 def run(argv: Sequence[str]) -> int:
     """The command. Returns its exit code.
 
@@ -345,27 +312,24 @@ def run(argv: Sequence[str]) -> int:
       UsageError, ConfigError, ImageError, PipelineError, WeightsError, ...: an input cannot be used.
     """
     values, overrides = arguments.parse(define_flags(), argv, __doc__)
+    check_flags(values)
+    return run_stream(values, overrides) if values.task == "stream" else generate.run(values, overrides)
+
+
+def run_stream(values: flags.FlagValues, overrides: Sequence[str]) -> int:
+    """The task `stream`; see `run`."""
     job, remarks = read_job(values, overrides)
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     begin = time.perf_counter()
-    if job.weights == "random":
-        pipeline = Pipeline.random(job.config, job.seed)
-    else:
-        pipeline = Pipeline.from_pretrained(job.weights, job.config)
+    pipeline = jobs.load_pipeline(job.weights, job.config, job.seed)
     loaded = time.perf_counter()
     print(f"compiling for {jax.devices()[0].device_kind} ...", file=sys.stderr)
     pipeline.steps.compile()
     compiled = time.perf_counter()
     report = stream(job, pipeline.session(job.mechanisms, measure=True))
     report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}
-    report |= {
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-        "weights": job.weights,
-        "config": pipeline.config.to_dict(),
-    }
-    write_text(job.out.with_suffix(".json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    jobs.save_report(job.out.with_suffix(".json"), report, job.weights, pipeline)
     print(f"{job.out}: {report['frames']} frames, {report['delivered_fps']} frames/s"
           f" (denoising alone {report['denoise_fps']}), {report['seconds']['stream']} s")  # fmt: skip
     for switch in report["switches"]:

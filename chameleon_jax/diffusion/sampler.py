@@ -1,7 +1,8 @@
 """Many-step sampling of whole clips with a bidirectional model and classifier-free guidance.
 
-The teacher of FashionChameleon (arXiv 2605.15824) and plain Wan2.2 text-to-video are sampled by the same loop: the
-first has clean condition frames in front of the video, at t = 0 and put back at every step; the second has none.
+The teacher of FashionChameleon (arXiv 2605.15824) and plain Wan2.2 are sampled by the same loop: the first has clean
+condition frames in front of the video, at t = 0 and put back at every step; text-to-video has none, and image-to-video
+has one, the first frame of the clip itself.
 
 A model is any callable v = model(x_bfhwc, t_bf), with text and positions already bound to it, e.g.
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax.diffusion import flow
-from chameleon_jax.diffusion.unipc import UniPcTable, unipc_init, unipc_step
+from chameleon_jax.diffusion.unipc import UniPcState, UniPcTable, unipc_init, unipc_step
 
 Model = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -72,6 +73,21 @@ def _per_frame(t: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.full(x.shape[:2], t, jnp.float32)
 
 
+def step_unipc(model: Model, row: UniPcTable, x: jax.Array, state: UniPcState) -> tuple[jax.Array, UniPcState]:
+    """One step of the loop below, for those who go through the table themselves.
+
+    Args:
+      model: v = model(x_bfhwc, t_bf); sees the frames of x.
+      row: one row of the table.
+      x: the sample [b, f, h, w, c]; the noise in the first step.
+      state: from `unipc.unipc_init`, then from the step before.
+
+    Returns:
+      The sample and the state for the next step.
+    """
+    return unipc_step(row, state, x, model(x, _per_frame(row.timestep, x)))
+
+
 def sample_unipc(model: Model, noise: jax.Array, table: UniPcTable, context: jax.Array | None = None) -> jax.Array:
     """Integrate from noise to clean latents with UniPC; the model is traced once.
 
@@ -87,8 +103,7 @@ def sample_unipc(model: Model, noise: jax.Array, table: UniPcTable, context: jax
     predict = with_context(model, context)
 
     def step(carry, row):
-        x, state = carry
-        return unipc_step(row, state, x, predict(x, _per_frame(row.timestep, x))), None
+        return step_unipc(predict, row, *carry), None
 
     rows = jax.tree.map(jnp.asarray, table)
     (x, _), _ = jax.lax.scan(step, (noise, unipc_init(noise)), rows)

@@ -35,6 +35,11 @@ class UniPcTable(NamedTuple):
     predict: np.ndarray  # [n, 3] weights of (corrected x_k, m_k, m_(k-1)) in x_(k+1)
 
 
+# Where the original grid starts before the shift. The original keeps it in float32, and with shift 1 that matters: 1000
+# sigma falls on whole numbers, and from 0.999 itself it would fall just below some of them.
+WAN_START = float(np.float32(0.999))
+
+
 class UniPcState(NamedTuple):
     """What step k needs of the past, in float32 (float64 for float64 samples)."""
 
@@ -49,7 +54,7 @@ def unipc_sigmas(n: int, shift: float = flow.SHIFT) -> np.ndarray:
     Raises:
       ValueError: if n < 1.
     """
-    return flow.shift_sigma(np.linspace(0.999, 0.0, _steps(n) + 1), shift)
+    return flow.shift_sigma(np.linspace(WAN_START, 0.0, _steps(n) + 1), shift)
 
 
 def diffusers_sigmas(n: int, shift: float = flow.SHIFT) -> np.ndarray:
@@ -110,6 +115,12 @@ def unipc_table(sigmas: np.ndarray, order: int = 2) -> UniPcTable:
     return UniPcTable(s[:-1], unipc_timesteps(s), correct, predict)
 
 
+def add_idle_row(table: UniPcTable) -> UniPcTable:
+    """One row more, at sigma and t 0, whose step leaves the sample as it is: for a last pass over the clean sample."""
+    idle = UniPcTable(*map(np.array, (0.0, 0.0, (1.0, 0.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0))))
+    return jax.tree.map(lambda column, last: np.concatenate([column, last[None]]), table, idle)
+
+
 def _order(k: int, s: np.ndarray, order: int) -> int:
     """Order of the predictor of step k: as many past m as there are; 1 for the step that lands on sigma 0."""
     return 1 if s[k + 1] == 0 else min(order, k + 1)
@@ -146,9 +157,9 @@ def _corrector(s: np.ndarray, a: np.ndarray, lam: np.ndarray, k: int, order: int
 
 
 def unipc_init(x: jax.Array) -> UniPcState:
-    """The state before step 0, for samples like x."""
-    zero = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-    return UniPcState(zero, zero, zero)
+    """The state before step 0, for samples like x: three arrays, not one thrice, so that they may be donated."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return UniPcState(*(jnp.zeros(x.shape, dtype) for _ in UniPcState._fields))
 
 
 def unipc_step(row: UniPcTable, state: UniPcState, x: jax.Array, v: jax.Array) -> tuple[jax.Array, UniPcState]:

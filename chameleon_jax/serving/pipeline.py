@@ -139,6 +139,34 @@ class Pipeline:
         modules = {name: nnx.eval_shape(build) for name, build in _builders(config, text=False).items()}
         return cls(modules["vae"], modules["dit"], None, None, config)
 
+    def add_lora(self, path: str | os.PathLike, strength: float = 1.0, *, merged: bool = True) -> None:
+        """Change the denoiser by a LoRA, before the first session.
+
+        Args:
+          path: a file or folder in any naming that the converters know.
+          strength: how much of it; 0 is nothing, 1 as trained.
+          merged: add it to the weights, which costs nothing while streaming; or keep it apart, so that `lora.detach`
+            takes it off again and the weights stay as they were.
+
+        Raises:
+          PipelineError: programs were compiled with the weights as they are; or no such file, or not a LoRA.
+          WeightsError: it does not fit the denoiser; all mismatches are listed.
+        """
+        from chameleon_jax.lora import Lora, attach, merge
+        from converters.lora import LoraPart
+        from converters.recognise import RecognitionError, recognise
+        from converters.rules import ConversionError
+
+        if "steps" in self.__dict__:
+            raise PipelineError("the pipeline has been used already; add the LoRA right after loading")
+        try:
+            (part,) = recognise([Path(path)])
+        except (RecognitionError, ConversionError) as error:
+            raise PipelineError(" ".join(str(error).split())) from None
+        if not isinstance(part, LoraPart):
+            raise PipelineError(f"{path}: not a LoRA, but a {part.network.title}")
+        (merge if merged else attach)(self.dit, Lora(part.changes), strength)
+
     def save(self, folder: str | os.PathLike, dtype: jnp.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads.
 

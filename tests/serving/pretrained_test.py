@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from chameleon_jax import tensor_files
 from chameleon_jax.serving import Pipeline, pretrained
 from chameleon_jax.serving.pipeline import PipelineError, byte_tokenizer
 from chameleon_jax.weights import WeightsError, flat_params
@@ -186,3 +188,46 @@ def test_a_file_of_ours_that_does_not_fit_is_reported_as_before(public, tmp_path
     with pytest.raises(PipelineError, match=r"no config\.json; expected one beside the weights"):
         Pipeline.from_pretrained(tmp_path / "bad")
     assert pretrained.cache_folder().exists() is False  # nothing was taken for a public checkpoint
+
+
+def test_a_lora_in_any_naming_is_added_to_a_pipeline(public, tmp_path):
+    from tests.converters import lora_test
+
+    path = lora_test.save(tmp_path / "lora/x.safetensors", "kohya")
+    plain, merged, apart = (Pipeline.from_pretrained(public["jax"]) for _ in range(3))
+    merged.add_lora(path, 0.5)
+    apart.add_lora(path, 0.5, merged=False)
+    before, after = flat_params(plain.dit), flat_params(merged.dit)
+    changed = {name.removesuffix(".kernel") for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == set(lora_test.LAYERS)
+    kept = flat_params(apart.dit)
+    assert all(np.array_equal(kept[name], x) for name, x in before.items())
+    np.testing.assert_allclose(lora_test._forward(apart.dit), lora_test._forward(merged.dit), atol=1e-4)
+    with pytest.raises(PipelineError, match="not a LoRA, but a Wan2.2 VAE"):
+        plain.add_lora(public["diffusers"] / "vae")
+    with pytest.raises(PipelineError, match="no such file"):
+        plain.add_lora(tmp_path / "nothing")
+    plain.steps  # noqa: B018 (makes the programs)
+    with pytest.raises(PipelineError, match="used already; add the LoRA right after loading"):
+        plain.add_lora(path)
+
+
+def test_no_host_copy_of_a_whole_network_exists(public, monkeypatch):
+    """Tensors are read one at a time: none is still held when the next one is asked for."""
+    alive, most = weakref.WeakSet(), []
+    read = tensor_files.LazyTensor.array
+
+    class Tracked(np.ndarray):
+        """NumPy's own arrays cannot be kept in a set."""
+
+        __hash__ = object.__hash__
+
+    def array(self):
+        most.append(len(alive))
+        value = read(self).view(Tracked)
+        alive.add(value)
+        return value
+
+    monkeypatch.setattr(tensor_files.LazyTensor, "array", array)
+    Pipeline.from_pretrained(public["jax"])
+    assert len(most) == 203 and max(most) <= 1

@@ -1,0 +1,325 @@
+"""Whole clips from public weights: Wan2.2-TI2V, from a prompt, or from a prompt and the first frame.
+
+    generator = Generator(Pipeline.from_pretrained(FOLDER, load_config("configs/wan22_ti2v.py")))
+    latents = generator.generate("a cat surfs", image="cat.png", seed=0)
+    for frames in generator.decode(latents): ...  # uint8 [t, h, w, 3]
+
+Every frame sees every frame (Wan 2.1, arXiv 2503.20314): the clip is denoised as a whole, and decoded as a stream, so
+that its pixels never lie on the device all at once.
+
+The first frame is not denoised. Its latent stands in front of the others, at t = 0, as a context frame of the teacher
+does (models/dit.py, `bidirectional_forward`); the published model says the same in other words: it denoises all frames
+and puts the first one back before every step, and after the last.
+
+Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from chameleon_jax.data.images import open_image
+from chameleon_jax.diffusion import flow
+from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, guidance, step_unipc
+from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_init, unipc_table
+from chameleon_jax.models.dit import TextKV, bidirectional_forward
+from chameleon_jax.models.vae import VaeConfig
+from chameleon_jax.serving.pipeline import Pipeline, dit_config
+from chameleon_jax.serving.steps import NOISE, Steps
+
+CLIP_NOISE = NOISE + 1  # what a random number is for: that of a clip is not that of a chunk
+SOLVERS = ("unipc",)
+Prompt = str | jax.Array | np.ndarray  # text, or encoded states [1, l, m]
+
+
+class GenerateError(ValueError):
+    """A clip cannot be made as asked. The message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How a clip is denoised. The defaults are those of the published model."""
+
+    solver: str = "unipc"  # the only one there is
+    grid: str = "wan"  # sigmas of the steps, see `unipc.GRIDS`: the original's, or those of diffusers
+    steps: int = 50
+    shift: float = flow.SHIFT  # more: more of the steps at high noise
+    guidance: float = 5.0  # 1: the prompt alone; the negative prompt is not computed
+    negative_prompt: str = NEGATIVE_PROMPT
+
+    def __post_init__(self):
+        for name, known in (("solver", SOLVERS), ("grid", tuple(GRIDS))):
+            if getattr(self, name) not in known:
+                raise GenerateError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if not 1 <= self.steps <= flow.ROWS:
+            raise GenerateError(f"steps {self.steps}: expected 1 to {flow.ROWS}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise GenerateError(f"guidance {self.guidance}: expected a number from 0 up; 1 is the prompt alone")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise GenerateError(f"shift {self.shift}: expected a number above 0; the published model has {flow.SHIFT}")
+        try:
+            self.table()
+        except ValueError:
+            raise GenerateError(
+                f"shift {self.shift} with {self.steps} steps: the sigmas cannot be told apart; expected a shift nearer"
+                f" to {flow.SHIFT}"
+            ) from None
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> GenerateConfig:
+        """From the group `generate` of a pipeline's config.
+
+        Raises:
+          GenerateError: there is no such group, or it cannot be used.
+        """
+        if "generate" not in config:
+            raise GenerateError(
+                f"config {config.get('name', '')} has no group 'generate'; expected one as in configs/wan22_ti2v.py"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(config["generate"]) - known)
+        if unknown:
+            raise GenerateError(f"generate.{unknown[0]}: no such key; expected some of {', '.join(sorted(known))}")
+        return cls(**config["generate"])
+
+    def table(self) -> UniPcTable:
+        """The solver's weights, float32, a row a step."""
+        table = unipc_table(GRIDS[self.grid](self.steps, self.shift))
+        return jax.tree.map(lambda x: x.astype(np.float32), table)
+
+
+def latent_shape(
+    config: Mapping[str, Any], size: tuple[int, int], frames: int, *, image: bool
+) -> tuple[int, int, int, int, int]:
+    """Shape [1, f, h, w, c] of a clip's latents.
+
+    Args:
+      config: of a pipeline; says by how much the VAE shrinks frames, and what the transformer takes as a token.
+      size: (height, width) in pixels.
+      frames: pixel frames.
+      image: is the first frame given? Then there must be others.
+
+    Raises:
+      GenerateError: the networks cannot make that size or length; the nearest that they can make is named.
+    """
+    vae = VaeConfig(**config["model"]["vae"])
+    units = size_units(config)
+    if any(side < unit or side % unit for side, unit in zip(size, units, strict=True)):
+        fitting = [max(unit, round(side / unit) * unit) for side, unit in zip(size, units, strict=True)]
+        raise GenerateError(
+            f"size {size[0]}x{size[1]}: expected a height that is a multiple of {units[0]} and a width that is one of"
+            f" {units[1]}; the nearest size is {fitting[0]}x{fitting[1]}"
+        )
+    group = vae.temporal_factor
+    if frames < 1 or (frames - 1) % group:
+        below = max(0, frames - 1) // group * group + 1
+        nearest = f"are {below} and {below + group}" if frames > 1 else "is 1"
+        raise GenerateError(f"{frames} frames: expected {group}k + 1; the nearest {nearest}")
+    if image and frames == 1:
+        raise GenerateError(
+            f"1 frame, which is the image itself: nothing to generate; the shortest clip is {group + 1}"
+        )
+    grid = (side // vae.spatial_factor for side in size)
+    return 1, (frames - 1) // group + 1, *grid, vae.z_dim
+
+
+def size_units(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels of a token: what the sides of a clip are multiples of."""
+    factor = VaeConfig(**config["model"]["vae"]).spatial_factor
+    _, rows, columns = dit_config(config).patch
+    return factor * rows, factor * columns
+
+
+def best_size(picture: tuple[int, int], area: int, units: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) for a clip that starts with a picture, as the published model chooses it.
+
+    The two candidates take one side of the ideal rectangle, rounded down to a multiple of its unit, and as much of the
+    other as the area leaves. The one whose aspect ratio is nearer to the picture's wins; if both are as near, the one
+    that began with the height.
+
+    Args:
+      picture: (height, width) of the picture.
+      area: most pixels of a frame; only a picture so long that a side would come out empty gets more.
+      units: of height and width.
+    """
+    unit_h, unit_w = units
+    ratio = picture[1] / picture[0]
+    ideal_w = (area * ratio) ** 0.5
+    ideal_h = area / ideal_w
+
+    def down(side: float, unit: int) -> int:
+        return max(unit, int(side // unit) * unit)
+
+    def stretch(size: tuple[int, int]) -> float:
+        own = size[1] / size[0]
+        return max(ratio / own, own / ratio)
+
+    width, height = down(ideal_w, unit_w), down(ideal_h, unit_h)
+    by_width = (down(area / width, unit_h), width)
+    by_height = (height, down(area / height, unit_w))
+    return by_width if stretch(by_width) < stretch(by_height) else by_height
+
+
+def first_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A picture as the first frame of a clip, as the published model prepares it: Lanczos, fills the frame, centre crop.
+
+    Unlike `images.prepare_reference` it scales first, to whole pixels, and then crops whole pixels.
+
+    Args:
+      image: whatever `images.open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+
+    Raises:
+      ImageError: the picture cannot be used.
+    """
+    height, width = size
+    image = open_image(image)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+class Generator:
+    """Makes clips with the networks of a pipeline. Holds compiled programs, which serve all settings, and no clip.
+
+    Args:
+      pipeline: networks, tokenizer and config.
+      settings: how to denoise, unless a call says otherwise; default the group `generate` of the pipeline's config.
+
+    Raises:
+      GenerateError: neither settings nor such a group, or a group that cannot be used.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: GenerateConfig | None = None):
+        self.pipeline = pipeline
+        self.settings = GenerateConfig.read(pipeline.config) if settings is None else settings
+        # Of its own: the pipeline's may have been compiled for one size of frame, that of a stream.
+        self._programs = Steps(pipeline.vae, pipeline.dit, pipeline.text, pipeline.config)
+        graph = nnx.graphdef(pipeline.dit)
+
+        def step(
+            weights: nnx.State,
+            x: jax.Array,
+            state: UniPcState,
+            row: UniPcTable,
+            image: jax.Array | None,
+            text_kv: TextKV,
+            negative_kv: TextKV | None,
+            scale: jax.Array,
+        ) -> tuple[jax.Array, UniPcState]:
+            dit = nnx.merge(graph, weights)
+
+            def velocity(x: jax.Array, t_bf: jax.Array, kv: TextKV) -> jax.Array:
+                # Guidance is a difference of near equals, multiplied: in float32, as is the solver.
+                return bidirectional_forward(dit, image, x, t_bf, kv).astype(jnp.float32)
+
+            def model(x: jax.Array, t_bf: jax.Array) -> jax.Array:
+                v = velocity(x, t_bf, text_kv)
+                return v if negative_kv is None else guidance(v, velocity(x, t_bf, negative_kv), scale)
+
+            return step_unipc(model, row, x, state)
+
+        self._step = jax.jit(step, donate_argnums=(1, 2))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        image: str | os.PathLike | bytes | Image.Image | np.ndarray | None = None,
+        negative_prompt: Prompt | None = None,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        seed: int = 0,
+        noise: jax.Array | np.ndarray | None = None,
+        settings: GenerateConfig | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> jax.Array:
+        """Denoise a clip.
+
+        Args:
+          prompt: what happens, in any language, or encoded states.
+          image: the first frame, or None for a clip from the prompt alone. See `first_frame`.
+          negative_prompt: what to keep away from; default that of the settings. Not read if guidance is 1.
+          size: (height, width). Default that of the config's video, or with an image what `best_size` makes of the
+            image and the area of the config's video.
+          frames: pixel frames; default those of the config's video.
+          seed: of the noise, in [0, 2**32).
+          noise: what to start from instead, standard normal [1, f, h, w, c]. With an image its first frame is not read.
+          settings: how to denoise; default those of the generator.
+          on_step: called with (steps done, steps in all): with 0 when the prompts and the image are encoded and the
+            first step starts, then after every step. The first step includes compilation.
+
+        Returns:
+          Scaled latents [1, f, h, w, c], float32; the first frame is that of the image.
+
+        Raises:
+          GenerateError: size, length, seed or noise do not fit.
+          ImageError: the image cannot be used.
+          PipelineError: a prompt cannot be used.
+        """
+        settings, config = settings or self.settings, self.pipeline.config
+        picture = None if image is None else open_image(image)
+        if size is None:
+            height, width = self.pipeline.size
+            size = (height, width) if picture is None else best_size(
+                (picture.height, picture.width), height * width, size_units(config)
+            )  # fmt: skip
+        frames = config.video.frames if frames is None else frames
+        shape = latent_shape(config, size, frames, image=picture is not None)
+        if not 0 <= seed < 2**32:
+            raise GenerateError(f"seed {seed}: expected 0 to {2**32 - 1}")
+        if noise is not None and np.shape(noise) != shape:
+            raise GenerateError(f"noise is {np.shape(noise)}; expected {shape}")
+
+        text_kv, negative_kv, z_image = self._text_kv(prompt), None, None
+        if settings.guidance != 1:
+            negative_kv = self._text_kv(settings.negative_prompt if negative_prompt is None else negative_prompt)
+        # A copy of noise that was handed in: the solver consumes its sample.
+        x = clip_noise(seed, shape) if noise is None else jnp.array(noise, jnp.float32)
+        if picture is not None:
+            z_image, x = self._programs.encode_image(first_frame(picture, size)), x[:, 1:]
+        state, table, scale = unipc_init(x), settings.table(), np.float32(settings.guidance)
+        jax.block_until_ready((text_kv, negative_kv, z_image))
+        for k in range(settings.steps):
+            if on_step is not None:
+                on_step(k, settings.steps)
+            row = jax.tree.map(lambda rows, k=k: rows[k], table)
+            x, state = self._step(self._programs.weights["dit"], x, state, row, z_image, text_kv, negative_kv, scale)
+            x.block_until_ready()  # or all steps would be on their way at once, and Ctrl-C would wait for them
+        if on_step is not None:
+            on_step(settings.steps, settings.steps)
+        return x if z_image is None else jnp.concatenate([z_image, x], axis=1)
+
+    def decode(self, latents: jax.Array) -> Iterator[np.ndarray]:
+        """Frames uint8 [t, h, w, 3] of a clip, one latent frame after the other: 1 frame, then 4 each (Wan2.2's VAE).
+
+        Args:
+          latents: from `generate`.
+        """
+        state = None
+        for i in range(latents.shape[1]):
+            frames, state = self._programs.decode(latents[:, i : i + 1], state)
+            yield np.asarray(frames)
+
+    def _text_kv(self, prompt: Prompt) -> TextKV:
+        return self._programs.text_kv(self.pipeline.encode_prompt(prompt))
+
+
+def clip_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    """What a clip starts from: standard normal, float32, the same for the same seed and shape."""
+    key = jax.random.fold_in(jax.random.key(np.uint32(seed)), CLIP_NOISE)
+    return jax.random.normal(key, shape, jnp.float32)
