@@ -1,4 +1,4 @@
-"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras; torch reads other people's files and checks parity, no more."""
+"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras, torch among them."""
 
 import re
 from pathlib import Path

@@ -111,8 +111,9 @@ def load_params(
 
 def _place(name: str, tensor: LazyTensor, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
     """A tensor on the device or devices where it belongs."""
-    stored = tensor.array()
     if mesh is None:
-        return jnp.array(stored, dtype)  # a copy: what stays on a CPU must not hang on the file
+        return jnp.array(tensor.read(), dtype)
     sharding = NamedSharding(mesh, spec_of(name, tensor.shape, mesh))
+    # Several processes need parts; one process needs all of it, and reads that in one go.
+    stored = tensor.array() if jax.process_count() > 1 else tensor.read()
     return jax.make_array_from_callback(tensor.shape, sharding, lambda part: np.array(stored[part], dtype))

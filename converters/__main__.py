@@ -26,7 +26,7 @@ from tqdm import tqdm
 from chameleon_jax.models.text import TokenizerError
 from chameleon_jax.tensor_files import DTYPES, WeightsError
 from converters import convert
-from converters.lora import LoraPart
+from converters.lora import LoraPart, parse_strength
 from converters.recognise import RecognitionError, recognise
 from converters.rules import ConversionError
 
@@ -99,16 +99,14 @@ def peak_memory() -> str:
 
 def _merge(text: str) -> convert.Merge:
     """`file` or `file@strength`."""
-    head, at, tail = text.rpartition("@")
-    path, strength = (Path(head), tail) if at and not Path(text).exists() else (Path(text), "1")
     try:
-        number = float(strength)
-    except ValueError:
-        raise RecognitionError(f"--lora {text}: {strength!r} is not a strength; expected FILE@0.8") from None
+        path, strength = parse_strength(text)
+    except ValueError as error:
+        raise RecognitionError(f"--lora {text}: {error}") from None
     (part,) = recognise([path])
     if not isinstance(part, LoraPart):
         raise RecognitionError(f"--lora {text}: not a LoRA, but a {part.network.title}")
-    return convert.Merge(part, number)
+    return convert.Merge(part, strength)
 
 
 def _write(folder: convert.Folder, out: Path) -> None:

@@ -7,6 +7,7 @@ gets its own when all of it has been read back and compared. A conversion that w
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -20,12 +21,11 @@ from chameleon_jax.lora import Change
 from chameleon_jax.models.text import Tokenizer
 from chameleon_jax.tensor_files import (
     INDEX_SUFFIX,
-    PIECE,
+    ArrayTensor,
     Entry,
     WeightsError,
-    as_bits,
     open_tensors,
-    same_numbers,
+    raw,
     write_entries,
 )
 from converters import lora
@@ -169,24 +169,20 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
       WeightsError: what was read back is not what was written.
     """
     check_destination(out, folder.nbytes)
-    part = out.with_name(f"{out.name}.part-{os.getpid()}")
+    part, digests = out.with_name(f"{out.name}.part-{os.getpid()}"), {}
     _remove_leftovers(out)
     try:
         part.mkdir(parents=True)
         for file in folder.files:
             path = part / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            report = lambda count: on_bytes("write", count)  # noqa: E731
-            if file.is_pickle:
-                write_pickle(path, file.entries, report)
-            else:
-                write_entries(path, file.entries, file.metadata, report)
+            digests[file.path] = _write_file(path, file, lambda count: on_bytes("write", count))
         for name, text in folder.texts.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(text, encoding="utf-8")
         if verify:
             for file in folder.files:
-                _verify(part / file.path, file, lambda count: on_bytes("verify", count))
+                _verify(part / file.path, digests[file.path], lambda count: on_bytes("verify", count))
         if out.exists():
             out.rmdir()  # empty: checked above
         os.replace(part, out)
@@ -252,18 +248,18 @@ def _entries(part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge
 
 def _loader(
     tensor: Any, forward: Transform, onward: Transform, changes: Sequence[tuple[Change, float]]
-) -> Callable[[], np.ndarray]:
-    plain = forward is IDENTITY and onward is IDENTITY
+) -> Callable[[slice], np.ndarray]:
+    """Rows of a tensor as it will be written, straight from the file where nothing is to be done to it."""
+    if forward is IDENTITY and onward is IDENTITY and not changes:
+        return tensor.read
 
-    def load() -> np.ndarray:
-        value = tensor.array()
-        if not plain and value.nbytes <= PIECE:
-            value = np.array(as_bits(value)).view(value.dtype)  # read in the order of the file; turned round in memory
-        value = forward.forward(value)
+    def load(rows: slice) -> np.ndarray:
+        value = forward.forward(tensor.read())
         if changes:
             total = value.astype(np.float32) + sum(change.delta(strength) for change, strength in changes)
             value = total.astype(tensor.dtype)
-        return onward.forward(value)
+        value = onward.forward(value)
+        return value[rows] if value.shape else value
 
     return load
 
@@ -316,24 +312,37 @@ def _files(path: str, entries: Sequence[Entry], *, sharded: bool) -> tuple[list[
     return files, {stem + INDEX_SUFFIX: json.dumps(index, indent=2) + "\n"}
 
 
-def _verify(path: Path, file: OutFile, on_bytes: Callable[[int], None]) -> None:
-    """Read a file back and compare it with its source, tensor by tensor.
+def _write_file(path: Path, file: OutFile, on_bytes: Callable[[int], None]) -> dict[str, bytes]:
+    """Write a file; returns a digest of each tensor as it was sent to the disk."""
+    hashes = {entry.name: hashlib.blake2b() for entry in file.entries}
+
+    def on_piece(name: str, piece: memoryview) -> None:
+        hashes[name].update(piece)
+        on_bytes(piece.nbytes)
+
+    if file.is_pickle:
+        write_pickle(path, file.entries, on_piece)
+    else:
+        write_entries(path, file.entries, file.metadata, on_piece)
+    return {name.replace("//", "."): digest.digest() for name, digest in hashes.items()}
+
+
+def _verify(path: Path, digests: Mapping[str, bytes], on_bytes: Callable[[int], None]) -> None:
+    """Read a file back and compare every tensor with what was sent.
 
     Raises:
       WeightsError: anything differs.
     """
-    written = open_pickle(path) if file.is_pickle else open_tensors(path)
-    names = {entry.name.replace("//", "."): entry for entry in file.entries}
-    if written.keys() != names.keys():
+    written = open_pickle(path) if path.name.endswith(SUFFIXES) else open_tensors(path)
+    if written.keys() != digests.keys():
         raise WeightsError(f"{path}: holds other names than were written; the disk may be faulty")
-    for name, entry in names.items():
-        done = 0
-        for piece in entry.pieces():
-            stored = written[name].array().reshape(-1)[done : done + piece.size]
-            if not same_numbers(stored, piece.reshape(-1)):
-                raise WeightsError(f"{path}: {name} is not what was written; the disk may be faulty")
-            done += piece.size
+    for name, tensor in written.items():
+        digest = hashlib.blake2b()
+        for piece in Entry(name, tensor.shape, tensor.dtype, tensor.read).pieces():
+            digest.update(raw(piece))
             on_bytes(piece.nbytes)
+        if digest.digest() != digests[name]:
+            raise WeightsError(f"{path}: {name} is not what was written; the disk may be faulty")
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -361,7 +370,7 @@ def _lora_file(part: lora.LoraPart, to: str, dtype: np.dtype | None) -> OutFile:
     entries = []
     for name, value in tensors.items():
         kind = value.dtype if dtype is None or name.endswith(".alpha") else np.dtype(dtype)
-        entries.append(Entry(name, value.shape, kind, lambda value=value: value))
+        entries.append(Entry(name, value.shape, kind, ArrayTensor(value).read))
     return OutFile(LORA_FILES[to], tuple(entries), metadata)
 
 

@@ -75,6 +75,21 @@ class LoraPart:
         )
 
 
+def parse_strength(text: str) -> tuple[Path, float]:
+    """`file@0.8` as path and strength; 1 if none is said, or if a file has that very name.
+
+    Raises:
+      ValueError: what stands behind the @ is no number.
+    """
+    head, at, tail = text.rpartition("@")
+    if not at or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(head), float(tail)
+    except ValueError:
+        raise ValueError(f"{tail!r} is not a strength; expected FILE@0.8") from None
+
+
 def looks_like_lora(names: Iterable[str]) -> bool:
     """Do the names speak of low-rank changes, or of their relatives?"""
     marks = (*(end.removesuffix(".weight") for end in ENDS if end != ".alpha"), ".lora_a", *OTHER_KINDS)

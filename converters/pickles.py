@@ -49,7 +49,9 @@ def open_pickle(path: str | os.PathLike) -> dict[str, LazyTensor]:
 
 
 def write_pickle(
-    path: str | os.PathLike, entries: Iterable[Entry], on_bytes: Callable[[int], None] = lambda count: None
+    path: str | os.PathLike,
+    entries: Iterable[Entry],
+    on_piece: Callable[[str, memoryview], None] = lambda name, piece: None,
 ) -> None:
     """Write a file that `torch.load` reads, tensor by tensor, in place: the caller renames it when all is well.
 
@@ -58,7 +60,7 @@ def write_pickle(
     Args:
       path: overwritten.
       entries: what to write; a name with dots stays one flat key, except that "a//b" becomes key b of a dictionary a.
-      on_bytes: told how many bytes were written after each piece.
+      on_piece: told the tensor's name and the bytes of each piece that was written, in their order in the file.
 
     Raises:
       OSError: the disk is full, or the file cannot be written.
@@ -86,7 +88,7 @@ def write_pickle(
             for piece in entry.pieces():
                 file.write(raw(piece))
                 checksum = zlib.crc32(raw(piece), checksum)
-                on_bytes(piece.nbytes)
+                on_piece(entry.name, raw(piece))
             sums[tensor.offset] = checksum
         _write_checksums(file, sums)
         file.flush()

@@ -44,6 +44,7 @@ class ClipJob:
     picture: np.ndarray | None  # what it shows, uint8 [h, w, 3], fitted to the clip
     seed: int
     out: Path
+    loras: tuple[tuple[Path, float], ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -88,7 +89,8 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[ClipJo
     if settings.guidance == 1 and values.negative_prompt is not None:
         remarks.append("--negative_prompt is not used: with guidance 1 only the prompt counts")
     out = jobs.check_out(Path(values.out))
-    return ClipJob(task, config, weights, values.prompt, values.image, picture, seed, out), remarks
+    loras = jobs.check_loras(values.lora)
+    return ClipJob(task, config, weights, values.prompt, values.image, picture, seed, out, loras), remarks
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -165,13 +167,13 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     begin = time.perf_counter()
-    pipeline = jobs.load_pipeline(job.weights, job.config, job.seed)
+    pipeline = jobs.load_pipeline(job.weights, job.config, job.seed, job.loras)
     loaded = time.perf_counter() - begin
     generator = Generator(pipeline)
     print(f"{job.config.name} on {jax.devices()[0].device_kind}; the first step compiles ...", file=sys.stderr)
     report = make(job, generator)
     report["seconds"] = {"load": round(loaded, 3), **report["seconds"]}
-    jobs.save_report(job.out.with_suffix(".json"), report, job.weights, pipeline)
+    jobs.save_report(job.out.with_suffix(".json"), report, job, pipeline)
     seconds, (height, width) = report["seconds"], job.size
     print(f"{job.out}: {report['frames']} frames of {height}x{width}, {report['steps']} steps in"
           f" {seconds['denoise']} s, decoding in {seconds['decode']} s")  # fmt: skip

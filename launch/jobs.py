@@ -50,9 +50,28 @@ def check_out(out: Path) -> Path:
     return out
 
 
-def load_pipeline(weights: str, config: Any, seed: int) -> Pipeline:
-    """The networks: from a folder, or random ones."""
-    return Pipeline.random(config, seed) if weights == "random" else Pipeline.from_pretrained(weights, config)
+def load_pipeline(weights: str, config: Any, seed: int, loras: Sequence[tuple[Path, float]] = ()) -> Pipeline:
+    """The networks: from a folder or the Hub, or random ones; changed by LoRAs of certain strengths."""
+    pipeline = Pipeline.random(config, seed) if weights == "random" else Pipeline.from_pretrained(weights, config)
+    for path, strength in loras:
+        pipeline.add_lora(path, strength)
+    return pipeline
+
+
+def check_loras(texts: Sequence[str]) -> tuple[tuple[Path, float], ...]:
+    """`file` or `file@strength`, each of which exists."""
+    from converters.lora import parse_strength
+
+    loras = []
+    for text in texts:
+        try:
+            path, strength = parse_strength(text)
+        except ValueError as error:
+            raise UsageError(f"--lora {text}: {error}") from None
+        if not path.exists():
+            raise UsageError(f"--lora {text}: no such file or folder")
+        loras.append((path, strength))
+    return tuple(loras)
 
 
 class Interrupt:
@@ -111,12 +130,13 @@ def _small(frame: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((round(width * SHEET_HEIGHT / height), SHEET_HEIGHT)))
 
 
-def save_report(path: Path, report: Mapping[str, Any], weights: str, pipeline: Pipeline) -> None:
+def save_report(path: Path, report: Mapping[str, Any], job: Any, pipeline: Pipeline) -> None:
     """Write what was asked for and what happened as JSON, with the machine, the versions and the resolved config."""
     circumstances = {
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
-        "weights": weights,
+        "weights": job.weights,
+        "loras": [{"path": str(path), "strength": strength} for path, strength in job.loras],
         "config": pipeline.config.to_dict(),
     }
     write_text(path, json.dumps({**report, **circumstances}, indent=2, ensure_ascii=False) + "\n")

@@ -70,6 +70,7 @@ def define_flags() -> flags.FlagValues:
         "drop_repeated_frame", None, "leave out the frame that repeats the pose after a full switch", **kw
     )
     flags.DEFINE_string("weights", None, "folder of weights, or random; default that of the config", **kw)
+    flags.DEFINE_multi_string("lora", [], "LoRA to merge, or file@strength, in any naming; may be repeated", **kw)
     flags.DEFINE_integer("steps", None, "denoising steps; default that of the config", **kw)
     flags.DEFINE_string("image", None, "i2v: picture of the first frame (PNG, JPEG or WebP, any size)", **kw)
     flags.DEFINE_string("negative_prompt", None, "t2v, i2v: what to keep away from; default that of the config", **kw)
@@ -126,6 +127,7 @@ class Job:
     seed: int
     mechanisms: Mechanisms
     out: Path
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
 def plan_garments(texts: Sequence[str], frames: int) -> tuple[list[Garment], list[str]]:
@@ -222,10 +224,8 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
     out = jobs.check_out(Path(values.out))
     size = (config.video.height, config.video.width)
     pictures = tuple((garment, prepare_garment(garment.path, size)) for garment in garments)
-    job = Job(
-        config, weights, prepare_reference(reference, size), pictures, prompt or "", frames, seed, mechanisms, out
-    )
-    return job, remarks
+    person, loras = prepare_reference(reference, size), jobs.check_loras(values.lora)
+    return Job(config, weights, person, pictures, prompt or "", frames, seed, mechanisms, out, loras), remarks
 
 
 def with_steps(config: Any, steps: int) -> Any:
@@ -322,14 +322,14 @@ def run_stream(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     begin = time.perf_counter()
-    pipeline = jobs.load_pipeline(job.weights, job.config, job.seed)
+    pipeline = jobs.load_pipeline(job.weights, job.config, job.seed, job.loras)
     loaded = time.perf_counter()
     print(f"compiling for {jax.devices()[0].device_kind} ...", file=sys.stderr)
     pipeline.steps.compile()
     compiled = time.perf_counter()
     report = stream(job, pipeline.session(job.mechanisms, measure=True))
     report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}
-    jobs.save_report(job.out.with_suffix(".json"), report, job.weights, pipeline)
+    jobs.save_report(job.out.with_suffix(".json"), report, job, pipeline)
     print(f"{job.out}: {report['frames']} frames, {report['delivered_fps']} frames/s"
           f" (denoising alone {report['denoise_fps']}), {report['seconds']['stream']} s")  # fmt: skip
     for switch in report["switches"]:

@@ -17,6 +17,7 @@ from chameleon_jax.config import load_config
 from chameleon_jax.data.video import read_video
 from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT
 from chameleon_jax.serving import Pipeline
+from chameleon_jax.tensor_files import write_tensors
 from launch import sample
 
 ROOT = Path(__file__).parents[2]
@@ -195,3 +196,23 @@ def test_ctrl_c_while_decoding_leaves_a_playable_file(tmp_path):
     assert f"interrupted: {report['frames']} of 401 frames were decoded" in stderr
     assert len(read_video(tmp_path / "out.mp4")) == report["frames"]
     assert (tmp_path / "out.png").is_file()
+
+
+def test_a_lora_changes_the_clip_and_is_named_in_the_report(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    sizes = {"ffn.0": (32, 64), "ffn.2": (64, 32)}
+    tensors = {}
+    for name, (inputs, outputs) in sizes.items():
+        tensors[f"diffusion_model.blocks.1.{name}.lora_A.weight"] = rng.standard_normal((4, inputs)).astype(np.float32)
+        tensors[f"diffusion_model.blocks.1.{name}.lora_B.weight"] = rng.standard_normal((outputs, 4)).astype(np.float32)
+    style = tmp_path / "style.safetensors"
+    write_tensors(style, tensors)
+    clips = []
+    for name, flags in (("plain", ()), ("styled", (f"--lora={style}@0.5",)), ("off", (f"--lora={style}@0",))):
+        assert call(command("t2v", tmp_path / f"{name}.mp4", *flags), capsys)[0] == 0
+        clips.append(read_video(tmp_path / f"{name}.mp4").astype(int))
+    assert np.abs(clips[1] - clips[0]).mean() > 1
+    np.testing.assert_array_equal(clips[2], clips[0])
+    assert json.loads((tmp_path / "styled.json").read_text())["loras"] == [{"path": str(style), "strength": 0.5}]
+    code, _, stderr = call(command("t2v", tmp_path / "bad.mp4", f"--lora={tmp_path}/nothing.safetensors"), capsys)
+    assert code == 2 and "no such file or folder" in stderr and not (tmp_path / "bad.mp4").exists()
