@@ -73,8 +73,11 @@ def write_pickle(
     kinds = {dtype: kind for kind, dtype in _dtypes(torch).items()}
     with FakeTensorMode():
         flat = {entry.name: torch.empty(entry.shape, dtype=kinds[entry.dtype]) for entry in entries}
-    with skip_data(materialize_fake_tensors=True):
-        torch.save(_nested(flat), path)
+    try:
+        with skip_data(materialize_fake_tensors=True):
+            torch.save(_nested(flat), path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"torch.save failed: {error}") from None
     with FakeTensorMode():
         content = torch.load(path, weights_only=True, mmap=True)
     placed: dict[str, LazyTensor] = {}

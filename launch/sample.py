@@ -1,4 +1,4 @@
-"""Stream a video to a file, changing garments on the way; or make a whole clip from a prompt.
+"""Stream a video to a file, changing garments on the way; or make a clip from prompts.
 
     python -m launch.sample --reference person.png --garment first.png --garment second.png@24 \\
         --garment third.png@48 --prompt "a person walks" --frames 81 --seed 0 --out out.mp4
@@ -13,6 +13,11 @@ Plain Wan2.2, bidirectional, from public weights; by default with configs/wan22_
     python -m launch.sample --task i2v --weights DIR --image first.png --prompt "It waves." --out out.mp4
 
 Ctrl-C before the last denoising step leaves nothing; after it, the frames decoded so far.
+
+Several shots in a row with LongLive-2.0-5B, each so many chunks long (1.3 s); by default with configs/longlive2_5b.py:
+
+    python -m launch.sample --task shots --weights DIR --shot "A cat wakes up.@6" --shot "It walks out into the snow.@10" \\
+        --out out.mp4
 
 Exit codes: 0 done, 2 an input cannot be used (nothing is written), 130 interrupted.
 """
@@ -40,16 +45,18 @@ from chameleon_jax.diffusion.flow import ROWS
 from chameleon_jax.diffusion.unipc import GRIDS
 from chameleon_jax.serving.pipeline import PipelineError, check_config
 from chameleon_jax.serving.session import Mechanisms, Session
-from launch import arguments, generate, jobs
+from launch import arguments, generate, jobs, shots
 from launch.arguments import UsageError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "chameleon_jax" / "assets" / "examples"
-TASKS = ("stream", "t2v", "i2v")
+TASKS = ("stream", "t2v", "i2v", "shots")
 # Flags that not every task has; the others have the same meaning for all of them.
 BELONGS_TO = {
     **dict.fromkeys(("reference", "garment", "switch", "drop_repeated_frame"), ("stream",)),
     **dict.fromkeys(("negative_prompt", "size", "guidance", "shift", "grid"), ("t2v", "i2v")),
-    "image": ("i2v",),
+    **dict.fromkeys(("prompt", "frames"), ("stream", "t2v", "i2v")),
+    "image": ("i2v", "shots"),
+    "shot": ("shots",),
 }
 
 
@@ -58,7 +65,9 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     arguments.define(values, "configs/runway_tiny.py")
     kw = {"flag_values": values}
-    flags.DEFINE_enum("task", "stream", TASKS, "stream, or plain Wan2.2: t2v (text) or i2v (text, first frame)", **kw)
+    flags.DEFINE_enum(
+        "task", "stream", TASKS, "stream; plain Wan2.2: t2v (text), i2v (and first frame); LongLive: shots", **kw
+    )
     flags.DEFINE_string("reference", None, "picture of the person (PNG, JPEG or WebP, any size)", **kw)
     flags.DEFINE_multi_string("garment", [], "picture of a garment, or picture@frame; may be repeated", **kw)
     flags.DEFINE_string("prompt", None, "what happens, in any language; may be empty", **kw)
@@ -72,7 +81,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("weights", None, "folder of weights, or random; default that of the config", **kw)
     flags.DEFINE_multi_string("lora", [], "LoRA to merge, or file@strength, in any naming; may be repeated", **kw)
     flags.DEFINE_integer("steps", None, "denoising steps; default that of the config", **kw)
-    flags.DEFINE_string("image", None, "i2v: picture of the first frame (PNG, JPEG or WebP, any size)", **kw)
+    flags.DEFINE_string("image", None, "i2v, shots: picture of the first frame (PNG, JPEG or WebP, any size)", **kw)
+    flags.DEFINE_multi_string("shot", [], "shots: PROMPT@CHUNKS; once for each shot", **kw)
     flags.DEFINE_string("negative_prompt", None, "t2v, i2v: what to keep away from; default that of the config", **kw)
     flags.DEFINE_string(
         "size",
@@ -313,7 +323,8 @@ def run(argv: Sequence[str]) -> int:
     """
     values, overrides = arguments.parse(define_flags(), argv, __doc__)
     check_flags(values)
-    return run_stream(values, overrides) if values.task == "stream" else generate.run(values, overrides)
+    task = {"stream": run_stream, "shots": shots.run}.get(values.task, generate.run)
+    return task(values, overrides)
 
 
 def run_stream(values: flags.FlagValues, overrides: Sequence[str]) -> int:

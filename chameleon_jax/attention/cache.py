@@ -14,6 +14,12 @@ nothing is ever shifted, and one compiled step serves every chunk.
     relative  keys are cached unrotated and rotated by their age when read: what is left stands without gaps from
               position 0 on, an endless stream stays within the trained range. Until something is forgotten both agree.
 
+A video of several shots (LongLive-2.0, arXiv 2605.18739) has two things more, both off by default:
+
+    pin          the chunk that opened the latest shot stays, too, until the next shot has been opened: the slots of the
+                 ring that it does not own are taken in turn
+    shot_offset  every shot stands so many positions further on; the keys of the shots before keep theirs
+
 Axes: b batch, f latent frames, l query tokens, s key tokens, n heads, d head dim.
 """
 
@@ -41,6 +47,8 @@ class CacheConfig:
     block: int = 3  # frames of a chunk
     sink: int = 3  # frames behind the context that are never forgotten: whole chunks, 0 for none
     positions: str = "absolute"  # or "relative", see above
+    pin: bool = False  # keep the chunk that opened the latest shot
+    shot_offset: int = 0  # positions, in latent frames, that are left out between two shots
 
     def __post_init__(self):
         if self.positions not in ("absolute", "relative"):
@@ -49,6 +57,8 @@ class CacheConfig:
             raise ValueError(
                 f"cache: context {self.context}, sink {self.sink}, block {self.block}; none may be negative"
             )
+        if self.shot_offset < 0:
+            raise ValueError(f"cache.shot_offset is {self.shot_offset}; expected 0 or more latent frames")
         if self.sink % self.block or (self.frames - self.context) % self.block:
             raise ValueError(
                 f"cache: sink {self.sink} and frames - context = {self.frames - self.context} must be whole chunks of"
@@ -56,6 +66,16 @@ class CacheConfig:
             )
         if self.ring_chunks < 1:
             raise ValueError(f"cache.frames={self.frames} leaves no chunk for the ring after context and sink")
+        if self.pin and self.ring_chunks < 2:
+            raise ValueError(
+                f"cache.frames={self.frames} leaves one chunk for the ring; cache.pin needs two, the pinned one and the one"
+                " in flight"
+            )
+        if self.knows_shots and self.positions == "relative":
+            raise ValueError(
+                "cache.positions='relative' counts frames by age and without gaps, so that neither a pinned chunk nor an"
+                " offset keeps its place; with cache.pin or cache.shot_offset choose 'absolute'"
+            )
 
     @property
     def chunks(self) -> int:
@@ -70,6 +90,29 @@ class CacheConfig:
     def ring_chunks(self) -> int:
         return self.chunks - self.sink_chunks
 
+    @property
+    def knows_shots(self) -> bool:
+        """Does a cut between two shots leave a trace?"""
+        return self.pin or self.shot_offset > 0
+
+
+@struct.dataclass
+class Shots:
+    """What a cache that knows shots remembers beside keys and values; int32, traced.
+
+    Attributes:
+      number: of the shot that the chunk in flight belongs to, from 0.
+      opening: the chunk that opened it; -1 in the first shot, which has the sink.
+      pinned: the chunk that is kept for it; -1 for none. While the opening chunk is in flight, still that of the shot
+        before.
+      held: which chunk each place has, [chunks]. A place that is still empty has the number of the chunk it waits for.
+    """
+
+    number: jax.Array
+    opening: jax.Array
+    pinned: jax.Array
+    held: jax.Array
+
 
 @struct.dataclass
 class RingCache:
@@ -81,6 +124,7 @@ class RingCache:
       chunk: chunks written since the start or the last `withdraw`, int32 scalar; traced.
       config: the layout; static.
       grid: rows and columns of tokens in a frame; static.
+      shots: see `Shots`; None unless the layout knows shots.
     """
 
     k: tuple[jax.Array, ...]
@@ -88,6 +132,7 @@ class RingCache:
     chunk: jax.Array
     config: CacheConfig = struct.field(pytree_node=False)
     grid: tuple[int, int] = struct.field(pytree_node=False)
+    shots: Shots | None = None
 
     @property
     def tokens(self) -> int:
@@ -118,7 +163,7 @@ def init_cache(
     head_dim: int,
     dtype: jnp.dtype = jnp.float32,
 ) -> RingCache:
-    """An empty cache; it must be prefilled before the first chunk.
+    """An empty cache; its condition frames, if it has any, must be prefilled before the first chunk.
 
     Args:
       config: the layout.
@@ -130,22 +175,61 @@ def init_cache(
     """
     shape = (batch, config.frames * grid[0] * grid[1], heads, head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
-    return RingCache(k, v, jnp.zeros((), jnp.int32), config, tuple(grid))
+    return RingCache(k, v, jnp.zeros((), jnp.int32), config, tuple(grid), _first_shot(config))
+
+
+def _first_shot(config: CacheConfig) -> Shots | None:
+    if not config.knows_shots:
+        return None
+    opening, pinned = (jnp.full((), -1, jnp.int32) for _ in range(2))  # not one array twice: both are donated
+    return Shots(jnp.zeros((), jnp.int32), opening, pinned, jnp.arange(config.chunks, dtype=jnp.int32))
 
 
 def withdraw(cache: RingCache) -> RingCache:
     """Forget every chunk, the sink too; the context stays, the next chunk is the new sink. Touches no buffer.
 
-    Positions start again behind the context.
+    Positions start again behind the context, and shots with the first.
     """
-    return cache.replace(chunk=jnp.zeros_like(cache.chunk))
+    return cache.replace(chunk=jnp.zeros_like(cache.chunk), shots=_first_shot(cache.config))
 
 
-def write_slot(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
+def open_shot(cache: RingCache, cut: jax.Array | bool) -> RingCache:
+    """Before the first pass of a chunk: if `cut`, it is the first of a new shot.
+
+    The very first chunk opens no new shot. A cache that does not know shots stays as it is.
+    """
+    shots = cache.shots
+    if shots is None:
+        return cache
+    cut = jnp.asarray(cut) & (cache.chunk > 0)
+    return cache.replace(
+        shots=shots.replace(number=shots.number + cut, opening=jnp.where(cut, cache.chunk, shots.opening))
+    )
+
+
+def finish_chunk(cache: RingCache) -> RingCache:
+    """After the last pass of a chunk: the counter goes on. If it opened a shot it is pinned from now on."""
+    shots = cache.shots
+    if shots is not None:
+        place = _place(cache.config, cache.chunk, shots)
+        shots = shots.replace(held=shots.held.at[place].set(cache.chunk), pinned=shots.opening)
+    return cache.replace(chunk=cache.chunk + 1, shots=shots)
+
+
+def write_slot(config: CacheConfig, chunk: jax.Array | int, shots: Shots | None = None) -> jax.Array:
     """First slot of a chunk, counted from 0 since the last withdrawal."""
-    past = chunk - config.sink_chunks
-    in_ring = config.sink_chunks + past % config.ring_chunks
-    return config.context + config.block * jnp.where(past < 0, chunk, in_ring)
+    return config.context + config.block * _place(config, chunk, shots)
+
+
+def _place(config: CacheConfig, chunk: jax.Array | int, shots: Shots | None) -> jax.Array:
+    """Which of the places for chunks a chunk takes: the next empty one, then that of the oldest that is not kept."""
+    if shots is None or not config.pin:
+        past = chunk - config.sink_chunks
+        in_ring = config.sink_chunks + past % config.ring_chunks
+        return jnp.where(past < 0, chunk, in_ring)
+    kept = (shots.held < config.sink_chunks) | (shots.held == shots.pinned)
+    oldest = jnp.argmin(jnp.where(kept, jnp.iinfo(jnp.int32).max, shots.held))
+    return jnp.where(chunk < config.chunks, chunk, oldest)
 
 
 def read_length(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
@@ -153,10 +237,11 @@ def read_length(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
     return config.context + config.block * jnp.minimum(chunk + 1, config.chunks)
 
 
-def query_frames(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
+def query_frames(config: CacheConfig, chunk: jax.Array | int, shots: Shots | None = None) -> jax.Array:
     """RoPE time positions of a chunk in flight, [block]."""
     place = chunk if config.positions == "absolute" else jnp.minimum(chunk, config.chunks - 1)
-    return config.context + config.block * place + jnp.arange(config.block)
+    frames = config.context + config.block * place + jnp.arange(config.block)
+    return frames if shots is None else frames + config.shot_offset * shots.number
 
 
 def slot_frames(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
@@ -172,19 +257,26 @@ def slot_frames(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
     return jnp.concatenate([jnp.arange(config.context), chunks.reshape(-1)])
 
 
-def check_positions(config: CacheConfig, chunk: int) -> None:
+def check_positions(config: CacheConfig, chunk: int, shot: int = 0) -> None:
     """Raise before a chunk is made whose positions are beyond the RoPE table. For the host: inside a jitted step the
     chunk number is traced and a position too large would silently be read as 1023.
 
     Args:
       config: the layout.
       chunk: number of the chunk about to be made, from 0 since the start or the last withdrawal.
+      shot: number of its shot, from 0.
 
     Raises:
-      PositionError: absolute positions only, beyond (1024 - context) / block chunks.
+      PositionError: absolute positions only, beyond (1024 - context - shot_offset * shot) / block chunks.
     """
-    if config.positions == "absolute" and config.context + config.block * (chunk + 1) > MAX_POSITION:
-        limit = (MAX_POSITION - config.context) // config.block
+    skipped = config.context + config.shot_offset * shot
+    if config.positions == "absolute" and skipped + config.block * (chunk + 1) > MAX_POSITION:
+        limit = max(0, MAX_POSITION - skipped) // config.block
+        if config.knows_shots:
+            raise PositionError(
+                f"chunk {chunk} of the video, in shot {shot}, is beyond the {limit} that absolute positions reach there;"
+                " make fewer chunks or fewer shots"
+            )
         raise PositionError(
             f"chunk {chunk} of the stream is beyond the {limit} that absolute positions reach; set"
             " cache.positions='relative', or let a garment switch withdraw the history"
@@ -206,8 +298,8 @@ def prefilling(cache: RingCache, head_dim: int, *, backend: str | None = None) -
 def streaming(cache: RingCache, head_dim: int, *, backend: str | None = None) -> Attend:
     """Attention of the chunk in flight: its k, v go to its slots, then it sees the first `read_length` frames."""
     config, tokens = cache.config, cache.tokens
-    turn = rope(query_frames(config, cache.chunk), *cache.grid, head_dim)
-    start = tokens * write_slot(config, cache.chunk)
+    turn = rope(query_frames(config, cache.chunk, cache.shots), *cache.grid, head_dim)
+    start = tokens * write_slot(config, cache.chunk, cache.shots)
     kv_length = tokens * read_length(config, cache.chunk)
     turn_slots: Rope | None = None
     if config.positions == "relative":

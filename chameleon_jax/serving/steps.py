@@ -8,6 +8,10 @@
     decode_first  latents                        -> frames, decoder state  the first chunk of a clip
     decode_next   latents, decoder state         -> frames, decoder state  every other chunk
 
+A stream without condition frames (`cache.context` 0) has no `refresh`, and instead of `chunk`
+
+    shot_chunk    cache, text K,V, seed, number, cut, image, held -> latents, cache      once per chunk
+
 Caches and decoder states are donated: the array handed in must not be used again.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels, l query tokens, m width.
@@ -65,9 +69,18 @@ class Steps:
             context = jnp.concatenate([reference, garment], axis=1)
             return rollout.prefill(nnx.merge(dit_graph, weights), cache, context, text_kv)
 
+        def noise_key(seed, number):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), NOISE), number)
+
         def chunk(weights, cache, text_kv, seed, number):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), NOISE), number)
+            key = noise_key(seed, number)
             return rollout.denoise_chunk(nnx.merge(dit_graph, weights), cache, text_kv, key, sampler=sampler)
+
+        def shot_chunk(weights, cache, text_kv, seed, number, cut, image, held):
+            dit, key, block = nnx.merge(dit_graph, weights), noise_key(seed, number), self.cache_config.block
+            z = jnp.pad(image, ((0, 0), (0, block - 1), (0, 0), (0, 0), (0, 0)))
+            frames = rollout.Held(z, held & (jnp.arange(block) == 0))
+            return rollout.denoise_chunk(dit, cache, text_kv, key, sampler=sampler, cut=cut, held=frames)
 
         def decode_first(weights, latents):
             x, state = nnx.merge(vae_graph, weights).decode_chunk(latents, None, first=True)
@@ -77,12 +90,15 @@ class Steps:
             x, state = nnx.merge(vae_graph, weights).decode_chunk(latents, state, first=False)
             return to_uint8(x)[0], state
 
+        if self.cache_config.context:
+            stream = {"refresh": refresh, "chunk": chunk}
+        else:
+            stream = {"shot_chunk": shot_chunk}
         # program -> (network whose weights come first, compiled function)
         self._jitted: dict[str, tuple[str, Callable]] = {
             "encode_image": ("vae", jax.jit(encode_image)),
             "text_kv": ("dit", jax.jit(text_kv)),
-            "refresh": ("dit", jax.jit(refresh, donate_argnums=1)),
-            "chunk": ("dit", jax.jit(chunk, donate_argnums=1)),
+            **{name: ("dit", jax.jit(function, donate_argnums=1)) for name, function in stream.items()},
             "decode_first": ("vae", jax.jit(decode_first)),
             "decode_next": ("vae", jax.jit(decode_next, donate_argnums=2)),
         }
@@ -93,6 +109,11 @@ class Steps:
         self._programs = dict(self._jitted)  # what runs: the same, or what `compile` put in their places
 
     def _call(self, program: str, *args: Any) -> Any:
+        if program not in self._programs:
+            raise ValueError(
+                f"this pipeline has no program {program!r}, with {self.cache_config.context} condition frames; its programs"
+                f" are {', '.join(self._programs)}"
+            )
         network, function = self._programs[program]
         return function(self.weights[network], *args)
 
@@ -126,6 +147,28 @@ class Steps:
           number: of the chunk since the start of the stream; with the seed it determines the noise.
         """
         return self._call("chunk", cache, text_kv, np.uint32(seed), np.int32(number))
+
+    def shot_chunk(
+        self,
+        cache: RingCache,
+        text_kv: Any,
+        seed: int,
+        number: int,
+        *,
+        cut: bool = False,
+        image: jax.Array | None = None,
+    ) -> tuple[jax.Array, RingCache]:
+        """`chunk` of a stream without condition frames, from a new cache on.
+
+        Args:
+          cache, text_kv, seed, number: as for `chunk`.
+          cut: does a new shot begin with it? See attention/cache.py.
+          image: from `encode_image`, a latent frame to be the first of the chunk; None for none.
+        """
+        held = image is not None
+        image = image if held else np.zeros((1, 1, *self.grid, self._dit.config.in_channels), np.float32)
+        arguments = (np.uint32(seed), np.int32(number), np.bool_(cut), image, np.bool_(held))
+        return self._call("shot_chunk", cache, text_kv, *arguments)
 
     def decode(self, latents: jax.Array, state: Any | None) -> tuple[jax.Array, Any]:
         """Latents to frames uint8 [t, h, w, 3] on the device, and the decoder's state afterwards. `state` is consumed.
@@ -190,14 +233,19 @@ class Steps:
         kv = result("text_kv", states)
         frame = result("encode_image", pixels)
         cache = jax.eval_shape(self.new_cache)
-        latents, _ = result("chunk", cache, kv, seed, number)
+        if self.cache_config.context:
+            stream = {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
+        else:
+            flag = jax.ShapeDtypeStruct((), jnp.bool_)
+            stream = {"shot_chunk": (cache, kv, seed, number, flag, frame, flag)}
+        last = list(stream)[-1]
+        latents, _ = result(last, *stream[last])
         _, decoder = result("decode_first", latents)
         return {
             "encode_image": (pixels,),
             "encode_text": (ids, jax.ShapeDtypeStruct(ids.shape, bool)),
             "text_kv": (states,),
-            "refresh": (cache, frame, frame, kv),
-            "chunk": (cache, kv, seed, number),
+            **stream,
             "decode_first": (latents,),
             "decode_next": (latents, decoder),
         }

@@ -145,6 +145,85 @@ def test_streaming_equals_a_list_of_frames(layout, positions):
     np.testing.assert_allclose(step(cache, q, k, v)[0], reference.attend(q, k, v), atol=1e-5)
 
 
+def kept(config, cuts, chunks):
+    """Chunks held after each chunk of a list that never forgets the sink nor the chunk that opened the latest shot."""
+    held, pinned, rows = [], None, []
+    for number in range(chunks):
+        if len(held) == config.chunks:
+            held.remove(next(old for old in held if old >= config.sink_chunks and old != pinned))
+        held.append(number)
+        pinned = number if number in cuts else pinned
+        rows.append(sorted(held))
+    return rows
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (5,), (4, 5), (2, 3, 9, 10, 11, 14), tuple(range(1, 20))])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"frames": 8, "context": 0, "block": 2, "sink": 2},
+        {"frames": 10, "context": 0, "block": 2, "sink": 4},
+        {"frames": 9, "context": 0, "block": 3, "sink": 0},
+        {"frames": 8, "context": 2, "block": 2, "sink": 2},
+    ],
+)
+def test_a_pinning_cache_holds_what_a_list_holds(layout, cuts):
+    config = CacheConfig(**layout, pin=True, shot_offset=5)
+    cache, slots = init_cache(config, 0, 1, GRID, HEADS, DIM), {}
+    opened = jax.jit(ring.open_shot)
+    slot = jax.jit(lambda cache: ring.write_slot(config, cache.chunk, cache.shots))
+    frames = jax.jit(lambda cache: ring.query_frames(config, cache.chunk, cache.shots))
+    finished = jax.jit(ring.finish_chunk)
+    for number, held in enumerate(kept(config, cuts, 20)):
+        cache = opened(cache, number in cuts)
+        slots[int(slot(cache))] = number
+        length = int(ring.read_length(config, number))
+        assert sorted(slots.values()) == held and max(slots) + config.block == length
+        shot = sum(cut <= number for cut in cuts)
+        first = config.context + config.block * number + 5 * shot
+        assert list(frames(cache)) == list(range(first, first + config.block))
+        cache = finished(cache)
+        assert int(cache.length) == length and int(cache.shots.number) == shot
+
+
+def test_without_a_cut_a_pinning_cache_writes_where_others_do():
+    plain, pinning = (CacheConfig(frames=14, pin=pin) for pin in (False, True))
+    cache = init_cache(pinning, 0, 1, GRID, HEADS, DIM)
+    for number in range(12):
+        cache = ring.open_shot(cache, number == 0)  # the first chunk opens no new shot
+        assert int(ring.write_slot(pinning, number, cache.shots)) == int(ring.write_slot(plain, number))
+        cache = ring.finish_chunk(cache)
+    assert int(cache.shots.number) == 0 and int(cache.shots.pinned) == -1
+
+
+def test_an_offset_alone_pins_nothing():
+    config = CacheConfig(frames=14, shot_offset=4)
+    cache = init_cache(config, 0, 1, GRID, HEADS, DIM)
+    for number in range(12):
+        cache = ring.open_shot(cache, number in (4, 5))
+        assert int(ring.write_slot(config, number, cache.shots)) == int(ring.write_slot(CacheConfig(frames=14), number))
+        cache = ring.finish_chunk(cache)
+    assert list(ring.query_frames(config, 12, cache.shots)) == [2 + 36 + 8 + i for i in range(3)]
+
+
+def test_a_cache_that_knows_no_shots_ignores_cuts():
+    cache = init_cache(CacheConfig(), 1, 1, GRID, HEADS, DIM)
+    assert ring.open_shot(cache, True) is cache and cache.shots is None
+    after = ring.finish_chunk(cache)
+    assert int(after.chunk) == 1 and after.shots is None and after.k is cache.k
+
+
+def test_withdrawing_forgets_the_shots():
+    config = CacheConfig(pin=True, shot_offset=3)
+    cache = fresh = init_cache(config, 0, 1, GRID, HEADS, DIM)
+    for number in range(9):
+        cache = ring.finish_chunk(ring.open_shot(cache, number in (3, 4)))
+    after = withdraw(cache)
+    assert int(cache.shots.number) == 2 and int(cache.shots.pinned) == 4
+    for ours, expected in zip(jax.tree.leaves(after), jax.tree.leaves(fresh), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 def test_withdrawing_touches_no_buffer():
     cache = init_cache(CacheConfig(), 2, 1, GRID, HEADS, DIM).replace(chunk=jnp.int32(12))
     after = withdraw(cache)
@@ -160,6 +239,15 @@ def test_the_cache_is_a_pytree_with_a_static_layout():
     assert len({x.unsafe_buffer_pointer() for x in cache.k + cache.v}) == 4  # or they could not be donated
 
 
+def test_shots_are_four_small_arrays_more():
+    cache = init_cache(CacheConfig(pin=True), 1, 1, GRID, HEADS, DIM)
+    leaves = jax.tree_util.tree_flatten_with_path(cache)[0]
+    assert [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves[3:]] == [
+        (".shots.number", ()), (".shots.opening", ()), (".shots.pinned", ()), (".shots.held", (7,))
+    ]  # fmt: skip
+    assert len({leaf.unsafe_buffer_pointer() for _, leaf in leaves}) == 7
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,6 +256,10 @@ def test_the_cache_is_a_pytree_with_a_static_layout():
         ({"frames": 22}, "whole chunks of 3"),
         ({"frames": 5}, "leaves no chunk for the ring"),
         ({"sink": -3}, "none may be negative"),
+        ({"shot_offset": -1}, "expected 0 or more latent frames"),
+        ({"frames": 8, "pin": True}, "cache.pin needs two"),
+        ({"positions": "relative", "pin": True}, "neither a pinned chunk nor an offset keeps its place"),
+        ({"positions": "relative", "shot_offset": 8}, "choose 'absolute'"),
     ],
 )
 def test_impossible_layouts_are_an_error(change, message):
@@ -182,3 +274,14 @@ def test_absolute_positions_end():
     with pytest.raises(PositionError, match="beyond the 340 that absolute positions reach"):
         ring.check_positions(config, 340)
     ring.check_positions(CacheConfig(positions="relative"), 10**9)
+
+
+def test_the_offset_of_shots_counts_as_positions():
+    config = CacheConfig(frames=32, context=0, block=8, sink=8, pin=True, shot_offset=8)
+    ring.check_positions(config, 127)
+    ring.check_positions(config, 117, shot=10)  # frames 1016 .. 1023
+    for chunk, shot in ((128, 0), (118, 10), (0, 128)):
+        with pytest.raises(
+            PositionError, match=f"chunk {chunk} of the video, in shot {shot}, is beyond the {128 - shot} "
+        ):
+            ring.check_positions(config, chunk, shot)

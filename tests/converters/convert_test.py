@@ -18,12 +18,14 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from chameleon_jax.config import load_config
 from chameleon_jax.models.taehv import TaehvConfig
+from chameleon_jax.serving.pipeline import _model_differences, check_config
 from chameleon_jax.tensor_files import DTYPES, ArrayTensor, open_tensors, read_tensors
 from converters import __main__ as command
 from converters import convert, networks
 from converters.pickles import open_pickle
-from converters.recognise import recognise
+from converters.recognise import Part, recognise
 from converters.rules import invert, shapes_in
 from tests import tiny_wan
 
@@ -373,3 +375,37 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "public")
     *_, back = full_size.measure(str(tmp_path / "ours"), "--to", "official", "--out", str(tmp_path / "back"))
     assert nbytes > 1.75e9 and max(there, back) < 0.85
+
+
+@pytest.mark.parametrize("config", ["wan22_ti2v", "wan22_5b", "longlive2_5b"])
+def test_the_public_checkpoint_is_what_the_5b_configs_ask_for(config):
+    """Sizes as converted, without any weights: `launch.sample --config` takes the folder."""
+    full = {
+        "dit": networks.DiTConfig.wan22_ti2v_5b(),
+        "vae": networks.VaeConfig.wan22(),
+        "text": networks.TextConfig.umt5_xxl(),
+    }
+    parts = {
+        name: Part(networks.NETWORKS[name], "official", {}, sizes, Path("x"), "", "") for name, sizes in full.items()
+    }
+    stored = json.loads(json.dumps(convert.our_config(parts)))
+    asked = check_config(load_config(f"{Path(__file__).parents[2]}/configs/{config}.py"))
+    assert _model_differences(asked, stored) == []
+    check_config(stored)
+
+
+def test_files_from_several_places_make_one_pipeline(source, tmp_path):
+    """A transformer that others trained, with the VAE and the text encoder of the base model."""
+    run(source, "--to", "official", "--out", tmp_path / "base")
+    tensors = official_dit(seed=5)
+    torch.save(
+        {"generator": {f"model.{name}": x for name, x in tensors.items()}, "merged_lora": True}, tmp_path / "model.pt"
+    )
+    write_about(tmp_path)
+    files = [tmp_path / "base" / name for name in ("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")]
+    run(tmp_path / "model.pt", *files, "--to", "jax", "--out", tmp_path / "ours")
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
+        "config.json", "dit.safetensors", "text.safetensors", "tokenizer.json", "vae.safetensors",
+    ]  # fmt: skip
+    kernel = read_tensors(tmp_path / "ours/dit.safetensors")["blocks.1.ffn.fc1.kernel"]
+    np.testing.assert_array_equal(kernel, tensors["blocks.1.ffn.0.weight"].numpy().T)

@@ -1,0 +1,150 @@
+"""Videos of several shots, streamed: LongLive-2.0 (arXiv 2605.18739), from prompts and possibly a first frame.
+
+    streams = MultiShot(Pipeline.from_pretrained(FOLDER, load_config("configs/longlive2_5b.py")))
+    shots = [Shot("a cat wakes up", 6), Shot("it walks out into the snow", 10)]
+    for frames in streams.stream(shots, image="cat.png", seed=0):  # uint8 [t, h, w, 3]: 29 frames, then 32, 32, ...
+        show(frames)
+
+Each chunk is told the prompt of its shot. Where a new shot begins there is a cut: its first chunk is told so in words,
+in front of the prompt, and the cache pins that chunk and moves on in time (attention/cache.py). A shot without a cut is
+the one before it going on with another prompt. Memory does not grow with the length of the video.
+
+Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from chameleon_jax.attention.cache import CacheConfig, check_positions
+from chameleon_jax.data.images import open_image
+from chameleon_jax.serving.pipeline import Pipeline
+
+CUT_WORDS = "The scene transitions. "  # what the published model was taught to hear in front of a cut
+PROMPTS_KEPT = 4  # whose K, V stay on the device: those of a shot and of its first chunk, and as many of another
+
+
+class MultiShotError(ValueError):
+    """A video cannot be made as asked. The message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """A run of chunks with one prompt."""
+
+    prompt: str  # what happens, in any language; without `CUT_WORDS`
+    chunks: int
+    cut: bool = True  # begin a new shot; False: the one before goes on, with this prompt. The first one needs no cut
+
+
+class MultiShot:
+    """Makes videos of several shots with the networks of a pipeline. Holds prompts that were encoded, no video.
+
+    Args:
+      pipeline: networks, tokenizer and config, without condition frames.
+
+    Raises:
+      MultiShotError: the config is for another kind of stream.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        context = pipeline.config.cache.context
+        if context:
+            raise MultiShotError(
+                f"cache.context is {context}: that stream starts from condition frames, see serving/session.py; expected 0,"
+                " as in configs/longlive2_5b.py"
+            )
+        self.pipeline = pipeline
+        self._steps = pipeline.steps
+        self._text_kv = functools.lru_cache(PROMPTS_KEPT)(
+            lambda prompt: self._steps.text_kv(pipeline.encode_prompt(prompt))
+        )
+
+    def stream(self, shots: Sequence[Shot], *, image: Any = None, seed: int = 0) -> Iterator[np.ndarray]:
+        """Make a video, a chunk whenever the next one is asked for.
+
+        Everything is checked before the first one. Several streams may go on side by side.
+
+        Args:
+          shots: one after the other.
+          image: the first frame: whatever `images.open_image` takes; see `stretched`. None: from the prompts alone.
+          seed: of the noise, in [0, 2**32).
+
+        Returns:
+          Frames uint8 [t, h, w, 3] of one chunk after the other, on the host. t is 4 times the latent frames of a chunk
+          (Wan2.2's VAE), 3 less in the first one.
+
+        Raises:
+          MultiShotError: no shots, or one that cannot be made; a seed out of range.
+          PositionError: the video is longer than the positions reach.
+          ImageError: the image cannot be used.
+        """
+        shots = list(shots)
+        check_shots(shots, self._steps.cache_config)
+        if not 0 <= int(seed) < 2**32:
+            raise MultiShotError(f"seed {seed} is out of range; expected 0 to {2**32 - 1}")
+        picture = None if image is None else stretched(image, self.pipeline.size)
+        return self._chunks(shots, picture, int(seed))
+
+    def _chunks(self, shots: list[Shot], picture: np.ndarray | None, seed: int) -> Iterator[np.ndarray]:
+        steps, cache, decoder = self._steps, self._steps.new_cache(), None
+        image = None if picture is None else steps.encode_image(picture)
+        for number, (prompt, cut) in enumerate(told(shots)):
+            latents, cache = steps.shot_chunk(cache, self._text_kv(prompt), seed, number, cut=cut, image=image)
+            image = None  # from now on nothing is given
+            shown, decoder = steps.decode(latents, decoder)
+            yield np.array(shown)
+
+
+def check_shots(shots: Sequence[Shot], cache: CacheConfig) -> None:
+    """Raise before anything is loaded or made if a video cannot be made of these shots.
+
+    Raises:
+      MultiShotError: no shots, or one that cannot be made.
+      PositionError: the video is longer than the positions reach.
+    """
+    if not shots:
+        raise MultiShotError("no shots; expected at least one")
+    for index, shot in enumerate(shots):
+        if not isinstance(shot.prompt, str):
+            raise MultiShotError(f"shot {index}: the prompt is {type(shot.prompt).__name__}; expected a string")
+        if shot.prompt.startswith(CUT_WORDS):
+            raise MultiShotError(
+                f"shot {index}: the prompt begins with {CUT_WORDS!r}, which is put in front of a cut for you; leave it"
+                " out"
+            )
+        if shot.chunks < 1:
+            raise MultiShotError(f"shot {index}: {shot.chunks} chunks; expected at least 1")
+    chunks, cuts = sum(shot.chunks for shot in shots), sum(shot.cut for shot in shots[1:])
+    check_positions(cache, chunks - 1, cuts)
+
+
+def told(shots: Sequence[Shot]) -> Iterator[tuple[str, bool]]:
+    """What each chunk is told, and whether it begins a new shot."""
+    for index, shot in enumerate(shots):
+        cut = shot.cut and index > 0
+        yield CUT_WORDS + shot.prompt if cut else shot.prompt, cut
+        for _ in range(shot.chunks - 1):
+            yield shot.prompt, False
+
+
+def stretched(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A picture as the first frame of a video, as the published model prepares it: the whole of it, stretched, bilinear.
+
+    Args:
+      image: whatever `images.open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+
+    Raises:
+      ImageError: the picture cannot be used.
+    """
+    return np.asarray(open_image(image).resize(size[::-1], Image.Resampling.BILINEAR))
