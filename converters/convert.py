@@ -43,14 +43,8 @@ LORA_FILES = {
 TOKENIZER_FOLDERS = {OURS: "", "official": "google/umt5-xxl", "diffusers": "tokenizer"}
 SHARD = 5 * 10**9  # bytes of a shard in the public layouts, as Hugging Face cuts them
 PIPELINE = ("dit", "vae", "text")
-HOW_TO_COMPUTE = (
-    "conv",
-    "remat",
-    "scan_layers",
-    "attention",
-    "context",
-    "block",
-)  # fields of configs that are not sizes
+# Fields of the networks' configs that are not sizes.
+HOW_TO_COMPUTE = ("conv", "remat", "scan_layers", "attention", "context", "block")
 MARGIN = 2**24  # bytes that must stay free on the disk
 
 OnBytes = Callable[[str, int], None]  # (what is being done, bytes done)
@@ -135,7 +129,7 @@ def prepare(
             faults.append(f"{part.path}: {error}")
             continue
         layout = _target(part, to)
-        made, index = _files(layout.file, entries, sharded=to != OURS)
+        made, index = cut_into_files(layout.file, entries, sharded=to != OURS)
         files += made
         texts |= index
         if layout.about is not None:
@@ -155,14 +149,13 @@ def prepare(
     return Folder(tuple(files), texts), remarks
 
 
-def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: None, *, verify: bool = True) -> None:
-    """Write, read back, compare, rename.
+def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: None) -> None:
+    """Write, read everything back, compare it with what was sent, rename.
 
     Args:
       folder: from `prepare`.
       out: must not exist, or be an empty folder.
       on_bytes: told of progress: "write" and "verify" with the bytes just done.
-      verify: read everything back and compare it with its source.
 
     Raises:
       DestinationError: `out` is there already, or the disk has no room.
@@ -180,9 +173,8 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
         for name, text in folder.texts.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(text, encoding="utf-8")
-        if verify:
-            for file in folder.files:
-                _verify(part / file.path, digests[file.path], lambda count: on_bytes("verify", count))
+        for file in folder.files:
+            _verify(part / file.path, digests[file.path], lambda count: on_bytes("verify", count))
         if out.exists():
             out.rmdir()  # empty: checked above
         os.replace(part, out)
@@ -292,7 +284,7 @@ def _shaped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
-def _files(path: str, entries: Sequence[Entry], *, sharded: bool) -> tuple[list[OutFile], dict[str, str]]:
+def cut_into_files(path: str, entries: Sequence[Entry], *, sharded: bool) -> tuple[list[OutFile], dict[str, str]]:
     """One file; or, if it were larger than SHARD, several and their index."""
     whole = OutFile(path, tuple(entries), {"format": "pt"} if sharded else {})
     if not sharded or whole.is_pickle or whole.nbytes <= SHARD:

@@ -1,10 +1,27 @@
-"""Streaming: a pipeline holds weights, a session holds a running stream.
+"""A pipeline holds weights; what runs them: a session (garments), a generator (whole clips), several shots.
 
 Importing this package needs jax, flax, numpy and pillow only; what reads weight files, prompts or videos is imported
 where it is used, so that a benchmark on random weights runs on a bare accelerator machine.
 """
 
-from chameleon_jax.serving.pipeline import Pipeline
+from chameleon_jax.serving.generate import GenerateConfig, GenerateError, Generator
+from chameleon_jax.serving.multishot import MultiShot, MultiShotError, Shot
+from chameleon_jax.serving.pipeline import Pipeline, PipelineError
 from chameleon_jax.serving.session import Mechanisms, Session, SessionError, Snapshot, SnapshotError, Switch
 
-__all__ = ["Mechanisms", "Pipeline", "Session", "SessionError", "Snapshot", "SnapshotError", "Switch"]
+__all__ = [
+    "GenerateConfig",
+    "GenerateError",
+    "Generator",
+    "Mechanisms",
+    "MultiShot",
+    "MultiShotError",
+    "Pipeline",
+    "PipelineError",
+    "Session",
+    "SessionError",
+    "Shot",
+    "Snapshot",
+    "SnapshotError",
+    "Switch",
+]

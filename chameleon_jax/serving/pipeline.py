@@ -199,9 +199,15 @@ class Pipeline:
         return Steps(self.vae, self.dit, self.text, self.config)
 
     def session(self, mechanisms: Any = None, *, measure: bool = False) -> Any:
-        """A new session; see `Session`."""
+        """A new session; see `Session`.
+
+        Raises:
+          PipelineError: the config is for a stream without condition frames, see serving/multishot.py.
+        """
         from chameleon_jax.serving.session import Session
 
+        if not self.config.cache.context:
+            raise PipelineError("cache.context is 0: no person and no garment to start from; use multishot.MultiShot")
         return Session(self, mechanisms, measure=measure)
 
     def encode_prompt(self, prompt: str | jax.Array | np.ndarray) -> jax.Array:

@@ -47,7 +47,7 @@ def write_random(network: str, layout: str, dtype: str, folder: Path) -> int:
             return np.frombuffer(bits, kind).reshape(rows.stop - rows.start, *shape[1:])
 
         entries.append(Entry(name, shape, kind, load))
-    files, index = convert._files(table.layouts[layout].file, entries, sharded=True)
+    files, index = convert.cut_into_files(table.layouts[layout].file, entries, sharded=True)
     for file in files:
         path = folder / file.path
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError, to_uint8
 from chameleon_jax.diffusion import rollout
-from chameleon_jax.serving import Pipeline
+from chameleon_jax.serving import Pipeline, PipelineError
 from chameleon_jax.serving.multishot import MultiShot, MultiShotError, Shot, stretched, told
 from launch.bench import compilations
 
@@ -210,3 +210,8 @@ def test_full_size_is_described_without_weights():
     assert (cut.shape, image.shape, held.shape) == ((), (1, 1, 44, 80, 48), ())
     assert arguments["decode_first"][0].shape == (1, 8, 44, 80, 48)
     assert "while" in steps.lower("shot_chunk").as_text()  # the steps and the clean pass are one loop
+
+
+def test_a_pipeline_of_shots_has_no_garment_session(pipeline):
+    with pytest.raises(PipelineError, match=r"no person and no garment to start from; use multishot\.MultiShot"):
+        pipeline.session()
