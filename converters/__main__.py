@@ -16,6 +16,7 @@ Exit codes: 0 done, 2 an input or the destination cannot be used (nothing is wri
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -90,11 +91,15 @@ def run(argv: Sequence[str]) -> int:
 def peak_memory() -> str:
     """Peak resident memory of this process, in words."""
     try:
-        import resource
-    except ModuleNotFoundError:  # on Windows
-        return "peak memory unknown"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"peak memory {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.2f} GB"
+        status = Path("/proc/self/status").read_text()
+        peak = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1))
+    except (OSError, AttributeError):  # not on Linux
+        try:
+            import resource
+        except ModuleNotFoundError:  # on Windows
+            return "peak memory unknown"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"peak memory {peak / 1e9:.2f} GB"
 
 
 def _merge(text: str) -> convert.Merge:

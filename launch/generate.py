@@ -15,12 +15,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from chameleon_jax.data.images import open_image
+from chameleon_jax.data.images import first_frame, open_image
 from chameleon_jax.serving.generate import (
     GenerateConfig,
     Generator,
     best_size,
-    first_frame,
     latent_shape,
     size_units,
 )
@@ -177,10 +176,4 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     seconds, (height, width) = report["seconds"], job.size
     print(f"{job.out}: {report['frames']} frames of {height}x{width}, {report['steps']} steps in"
           f" {seconds['denoise']} s, decoding in {seconds['decode']} s")  # fmt: skip
-    if report["interrupted"]:
-        print(
-            f"interrupted: {report['frames']} of {report['frames_asked']} frames were decoded, {job.out} holds them",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return jobs.exit_code(report, job.out)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,15 @@ def save_report(path: Path, report: Mapping[str, Any], job: Any, pipeline: Pipel
         "config": pipeline.config.to_dict(),
     }
     write_text(path, json.dumps({**report, **circumstances}, indent=2, ensure_ascii=False) + "\n")
+
+
+def exit_code(report: Mapping[str, Any], out: Path) -> int:
+    """0; or 130 if Ctrl-C came between, and a word about what there is."""
+    if not report["interrupted"]:
+        return 0
+    made, asked = report["frames"], report["frames_asked"]
+    print(f"interrupted: {made} of {asked} frames were made, {out} holds them", file=sys.stderr)
+    return 130
 
 
 def versions() -> dict[str, str]:

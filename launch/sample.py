@@ -346,12 +346,7 @@ def run_stream(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     for switch in report["switches"]:
         worn = "replaced before it was worn" if switch["superseded"] else f"worn from frame {switch['effective']}"
         print(f"  {switch['path']}: asked for at frame {switch['asked']}, {worn}")
-    if report["interrupted"]:
-        print(
-            f"interrupted: {report['frames']} of {job.frames} frames were made, {job.out} holds them", file=sys.stderr
-        )
-        return 130
-    return 0
+    return jobs.exit_code(report, job.out)
 
 
 def main(argv: Sequence[str] = tuple(sys.argv)) -> None:

@@ -15,8 +15,9 @@ from absl import flags
 from tqdm import tqdm
 
 from chameleon_jax.attention.cache import CacheConfig
+from chameleon_jax.data.images import stretched
 from chameleon_jax.models.vae import VaeConfig
-from chameleon_jax.serving.multishot import MultiShot, Shot, check_shots, stretched
+from chameleon_jax.serving.multishot import MultiShot, Shot, check_shots
 from chameleon_jax.serving.pipeline import check_config
 from launch import arguments, jobs
 from launch.arguments import UsageError
@@ -137,9 +138,4 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}
     jobs.save_report(job.out.with_suffix(".json"), report, job, pipeline)
     print(f"{job.out}: {report['frames']} frames in {len(job.shots)} shots, {report['delivered_fps']} frames/s")
-    if report["interrupted"]:
-        print(
-            f"interrupted: {report['frames']} of {job.frames} frames were made, {job.out} holds them", file=sys.stderr
-        )
-        return 130
-    return 0
+    return jobs.exit_code(report, job.out)

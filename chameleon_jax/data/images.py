@@ -163,6 +163,45 @@ def prepare_training_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
     return _on_white(image, inner, offset, size, Image.Resampling.BILINEAR)
 
 
+def first_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A picture as the first frame of a clip, as the published model prepares it: Lanczos, fills the frame, centre crop.
+
+    Unlike `prepare_reference` it scales first, to whole pixels, and then crops whole pixels.
+
+    Args:
+      image: whatever `open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+
+    Raises:
+      ImageError: the picture cannot be used.
+    """
+    height, width = size
+    image = open_image(image)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def stretched(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A picture as the first frame of a video, as the published model prepares it: the whole of it, stretched, bilinear.
+
+    Args:
+      image: whatever `open_image` takes.
+      size: (height, width).
+
+    Returns:
+      uint8 [height, width, 3].
+
+    Raises:
+      ImageError: the picture cannot be used.
+    """
+    return np.asarray(open_image(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
 def to_model(x: Any) -> Any:
     """uint8 pixels (NumPy or JAX, any shape) to float32 in [-1, 1]: x / 255, then (x - 0.5) / 0.5."""
     return (x.astype(np.float32) / 255 - 0.5) / 0.5

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from chameleon_jax.data.images import open_image
+from chameleon_jax.data.images import first_frame, open_image
 from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, guidance, step_unipc
 from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_init, unipc_table
@@ -168,29 +168,6 @@ def best_size(picture: tuple[int, int], area: int, units: tuple[int, int]) -> tu
     by_width = (down(area / width, unit_h), width)
     by_height = (height, down(area / height, unit_w))
     return by_width if stretch(by_width) < stretch(by_height) else by_height
-
-
-def first_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A picture as the first frame of a clip, as the published model prepares it: Lanczos, fills the frame, centre crop.
-
-    Unlike `images.prepare_reference` it scales first, to whole pixels, and then crops whole pixels.
-
-    Args:
-      image: whatever `images.open_image` takes.
-      size: (height, width).
-
-    Returns:
-      uint8 [height, width, 3].
-
-    Raises:
-      ImageError: the picture cannot be used.
-    """
-    height, width = size
-    image = open_image(image)
-    scale = max(width / image.width, height / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 class Generator:

@@ -20,10 +20,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from chameleon_jax.attention.cache import CacheConfig, check_positions
-from chameleon_jax.data.images import open_image
+from chameleon_jax.data.images import stretched
 from chameleon_jax.serving.pipeline import Pipeline
 
 CUT_WORDS = "The scene transitions. "  # what the published model was taught to hear in front of a cut
@@ -132,19 +131,3 @@ def told(shots: Sequence[Shot]) -> Iterator[tuple[str, bool]]:
         yield CUT_WORDS + shot.prompt if cut else shot.prompt, cut
         for _ in range(shot.chunks - 1):
             yield shot.prompt, False
-
-
-def stretched(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A picture as the first frame of a video, as the published model prepares it: the whole of it, stretched, bilinear.
-
-    Args:
-      image: whatever `images.open_image` takes.
-      size: (height, width).
-
-    Returns:
-      uint8 [height, width, 3].
-
-    Raises:
-      ImageError: the picture cannot be used.
-    """
-    return np.asarray(open_image(image).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -58,13 +59,17 @@ def write_random(network: str, layout: str, dtype: str, folder: Path) -> int:
 
 
 def measure(*arguments: str) -> tuple[float, float, float]:
-    """Seconds, seconds of processor, and peak gigabytes of a conversion in a process of its own."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "converters", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    """Seconds, seconds of processor, and peak gigabytes of a conversion in a process of its own.
+
+    The peak is what the command says of itself: the system's accounts of a child begin with the size of its parent.
+    """
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "converters", *arguments], stdout=subprocess.PIPE, text=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
         raise SystemExit(f"the conversion failed: {arguments}")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+    peak = float(re.search(r"peak memory ([\d.]+) GB", done.stdout).group(1))
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak
 
 
 def compare(a: Path, b: Path) -> int:

@@ -21,6 +21,7 @@ from chameleon_jax.models.dit import teacher_forcing_forward
 from chameleon_jax.weights import flat_params
 from tests import tiny_dit
 from tests.tiny_dit import LATENT, latents, prompt
+from tests.unipc64 import unipc64
 
 LAYOUTS = {
     "short": CacheConfig(frames=11),  # context, a chunk of sink, two of ring
@@ -388,35 +389,6 @@ def velocity64(weights, x, t, texts, positions, seen):
     return out.reshape(-1, 2, 3, 2, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
 
-def unipc64(velocity, x, put_back):
-    """Four steps of the solver in float64, formula by formula. velocity(x, t); put_back(x) restores given frames."""
-    s = np.linspace(float(np.float32(0.999)), 0, 5)
-    s = 5 * s / (1 + 4 * s)
-    with np.errstate(divide="ignore"):
-        lam = np.log(1 - s) - np.log(s)
-    m, y, order = [], x, 1
-    for k in range(4):
-        x = put_back(x)
-        m.append(x - s[k] * velocity(x, np.floor(1000 * s[k])))
-        if k:
-            h = lam[k] - lam[k - 1]
-            p, change = np.expm1(-h), m[k] - m[k - 1]
-            x = s[k] / s[k - 1] * y - (1 - s[k]) * p * m[k - 1]
-            if order == 1:
-                x = x - (1 - s[k]) * p * change / 2
-            else:
-                r = (lam[k - 2] - lam[k - 1]) / h
-                p1 = p / -h - 1
-                c0, c1 = np.linalg.solve([[1, 1], [r, 1]], [p1 / p, 2 * (p1 / -h - 0.5) / p])
-                x = x - (1 - s[k]) * p * (c0 * (m[k - 2] - m[k - 1]) / r + c1 * change)
-        y, order, h = x, min(2, k + 1, 4 - k), lam[k + 1] - lam[k]
-        p = np.expm1(-h)
-        x = s[k + 1] / s[k] * y - (1 - s[k + 1]) * p * m[k]
-        if order == 2:
-            x = x - (1 - s[k + 1]) * p * (m[k - 1] - m[k]) * h / (2 * (lam[k - 1] - lam[k]))
-    return put_back(x)
-
-
 def video64(weights, noises, texts, cuts, image):
     """All chunks [2, 4, 6, 4] of a video. For every step of every chunk, the clean chunks before it are computed anew."""
     rows = visible(cuts, len(noises))
@@ -424,6 +396,7 @@ def video64(weights, noises, texts, cuts, image):
     shot = np.repeat([sum(cut <= chunk for cut in cuts) for chunk in range(len(rows))], 2)
     positions = np.arange(2 * len(rows)) + 8 * shot
     made = np.zeros((0, 4, 6, 4))
+    sigmas = flow.shift_sigma(np.linspace(float(np.float32(0.999)), 0, 5), 5.0)
     for chunk, noise in enumerate(noises):
         clean, frames = len(made), 2 * chunk + 2
         given = np.zeros(frames, bool)
@@ -432,13 +405,13 @@ def video64(weights, noises, texts, cuts, image):
         def put_back(x, given=given[clean:]):
             return np.where(given[:, None, None, None], 0 if image is None else image, x)
 
-        def velocity(x, t, made=made, clean=clean, frames=frames, given=given):
-            times = np.where((np.arange(frames) < clean) | given, 0.0, t)
+        def velocity(k, x, made=made, clean=clean, frames=frames, given=given):
+            times = np.where((np.arange(frames) < clean) | given, 0.0, np.floor(1000 * sigmas[k]))
             text = [texts[f // 2] for f in range(frames)]
             x = np.concatenate([made, x])
             return velocity64(weights, x, times, text, positions[:frames], seen[:frames, :frames])[clean:]
 
-        made = np.concatenate([made, unipc64(velocity, noise, put_back)])
+        made = np.concatenate([made, unipc64(velocity, noise, sigmas, put_back)[-1]])
     return made.reshape(len(noises), 2, 4, 6, 4)
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from chameleon_jax.diffusion import unipc
+from tests.unipc64 import unipc64
 
 
 def _run(model, x, table):
@@ -20,40 +21,6 @@ def _run(model, x, table):
     for k in range(len(table.sigma)):
         row = jax.tree.map(lambda a, k=k: a[k], table)
         x, state = step(row, state, x, model(x, float(table.sigma[k])))
-        trajectory.append(x)
-    return trajectory
-
-
-def _literal(model, x, s):
-    """The method step by step, in float64 NumPy: correct, then predict, as the formulas are usually printed."""
-    n, a = len(s) - 1, 1 - s
-    with np.errstate(divide="ignore"):
-        lam = np.log(a) - np.log(s)
-    m, trajectory, y, order = [], [x], x, 1
-    for k in range(n):
-        m.append(x - s[k] * model(x, s[k]))
-        if k >= 1:
-            h = lam[k] - lam[k - 1]
-            p = np.expm1(-h)
-            base = s[k] / s[k - 1] * y - a[k] * p * m[k - 1]
-            d = m[k] - m[k - 1]
-            if order == 1:
-                x = base - a[k] * p * d / 2
-            else:
-                r = (lam[k - 2] - lam[k - 1]) / h
-                p1 = p / -h - 1
-                p2 = p1 / -h - 0.5
-                c0, c1 = np.linalg.solve(np.array([[1, 1], [r, 1]]), np.array([p1 / p, 2 * p2 / p]))
-                x = base - a[k] * p * (c0 * (m[k - 2] - m[k - 1]) / r + c1 * d)
-        y = x
-        order = min(2, k + 1, n - k)
-        h = lam[k + 1] - lam[k]
-        p = np.expm1(-h)
-        x_next = s[k + 1] / s[k] * x - a[k + 1] * p * m[k]
-        if order == 2:
-            r = (lam[k - 1] - lam[k]) / h
-            x_next = x_next - a[k + 1] * p * (m[k - 1] - m[k]) / (2 * r)
-        x = x_next
         trajectory.append(x)
     return trajectory
 
@@ -84,7 +51,7 @@ def test_agrees_with_the_formulas_written_out(grid, n):
     rng = np.random.default_rng(0)
     a, b, x = rng.normal(size=(6, 6)) / 3, rng.normal(size=6), rng.normal(size=6)
     sigmas = unipc.GRIDS[grid](n)
-    expected = _literal(lambda x, s: a @ x + s * b, x, sigmas)
+    expected = unipc64(lambda k, x: a @ x + sigmas[k] * b, x, sigmas)
     a32, b32 = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     got = _run(lambda x, s: a32 @ x + s * b32, jnp.asarray(x, jnp.float32), unipc.unipc_table(sigmas))
     np.testing.assert_allclose(np.stack(got), np.stack(expected), atol=2e-5, rtol=2e-5)

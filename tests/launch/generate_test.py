@@ -118,7 +118,7 @@ BAD = {
     "no image": ("i2v", [], "--task i2v needs --image"),
     "no such image": ("i2v", ["--image={p}/nobody.png"], "nobody.png: no such file"),
     "empty image": ("i2v", ["--image={p}/empty.png"], "empty.png: the file is empty"),
-    "image without a use": ("t2v", [IMAGE], "--image is for --task i2v, not for --task t2v"),
+    "image without a use": ("t2v", [IMAGE], "--image is for --task i2v or shots, not for --task t2v"),
     "garment": ("t2v", ["--garment=a.png"], "--garment is for --task stream, not for --task t2v"),
     "reference": ("i2v", [IMAGE, "--reference=a.png"], "--reference is for --task stream"),
     "mechanisms": ("t2v", ["--switch=full"], "--switch is for --task stream"),
@@ -193,7 +193,7 @@ def test_ctrl_c_while_decoding_leaves_a_playable_file(tmp_path):
     assert code == 130 and "Traceback" not in stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["interrupted"] and report["frames_asked"] == 401 and 5 <= report["frames"] < 401
-    assert f"interrupted: {report['frames']} of 401 frames were decoded" in stderr
+    assert f"interrupted: {report['frames']} of 401 frames were made" in stderr
     assert len(read_video(tmp_path / "out.mp4")) == report["frames"]
     assert (tmp_path / "out.png").is_file()
 

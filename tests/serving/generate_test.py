@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from chameleon_jax.config import load_config
+from chameleon_jax.data.images import first_frame
 from chameleon_jax.diffusion.unipc import GRIDS, unipc_timesteps
 from chameleon_jax.models.dit import DiT
 from chameleon_jax.models.text import TextEncoder
@@ -26,7 +27,6 @@ from chameleon_jax.serving.generate import (
     Generator,
     best_size,
     clip_noise,
-    first_frame,
     latent_shape,
 )
 from chameleon_jax.serving.pipeline import Pipeline, PipelineError, byte_tokenizer
@@ -34,6 +34,7 @@ from chameleon_jax.weights import set_params
 from converters import dit, text, vae
 from tests import tiny_wan
 from tests.tiny_wan import DIT, TEXT, VAE
+from tests.unipc64 import unipc64
 
 ROOT = Path(__file__).parents[2]
 SIZE, FRAMES = (32, 48), 9
@@ -133,40 +134,21 @@ def original_loop(transformer, z, mask, states, negative, steps: int, guidance: 
       mask: 0 on frames that are given and 1 on the others, [1, 1, f, 1, 1].
       x: noise, as z.
     """
-    s, timesteps = original_grid(steps, 5.0)
-    with np.errstate(divide="ignore"):
-        lam = np.log(1 - s) - np.log(s)
+    sigmas, timesteps = original_grid(steps, 5.0)
 
-    def velocity(x, t, states):
-        times = torch.tensor(np.broadcast_to(mask * t, (1, 1, *x.shape[2:]))[0, 0, :, ::2, ::2].reshape(1, -1).copy())
-        with torch.no_grad():
-            v = transformer(torch.from_numpy(x.astype(np.float32)), times.float(), states, return_dict=False)[0]
-        return v.numpy().astype(np.float64)
+    def velocity(k, x):
+        times = np.broadcast_to(mask * timesteps[k], (1, 1, *x.shape[2:]))[0, 0, :, ::2, ::2].reshape(1, -1).copy()
 
-    x = (1 - mask) * z + mask * x
-    m, y = [], x
-    for k, t in enumerate(timesteps):
-        v_negative = velocity(x, t, negative)
-        m.append(x - s[k] * (v_negative + guidance * (velocity(x, t, states) - v_negative)))
-        if k:  # correct x with what the network says there; the last predictor had the order 1 or 2
-            h = lam[k] - lam[k - 1]
-            p = np.expm1(-h)
-            change = m[k] - m[k - 1]
-            x = s[k] / s[k - 1] * y - (1 - s[k]) * p * m[k - 1]
-            if k == 1:
-                x = x - (1 - s[k]) * p * change / 2
-            else:
-                r = (lam[k - 2] - lam[k - 1]) / h
-                p1 = p / -h - 1
-                c0, c1 = np.linalg.solve([[1, 1], [r, 1]], [p1 / p, 2 * (p1 / -h - 0.5) / p])
-                x = x - (1 - s[k]) * p * (c0 * (m[k - 2] - m[k - 1]) / r + c1 * change)
-        y, h = x, lam[k + 1] - lam[k]
-        p = np.expm1(-h)
-        x = s[k + 1] / s[k] * y - (1 - s[k + 1]) * p * m[k]
-        if 0 < k < steps - 1:
-            x = x - (1 - s[k + 1]) * p * (m[k - 1] - m[k]) * h / (2 * (lam[k - 1] - lam[k]))
-        x = (1 - mask) * z + mask * x
-    return x
+        def told(prompt):
+            with torch.no_grad():
+                sample = torch.from_numpy(x.astype(np.float32))
+                v = transformer(sample, torch.tensor(times).float(), prompt, return_dict=False)[0]
+            return v.numpy().astype(np.float64)
+
+        v_negative = told(negative)
+        return v_negative + guidance * (told(states) - v_negative)
+
+    return unipc64(velocity, x, sigmas, lambda x: (1 - mask) * z + mask * x)[-1]
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])

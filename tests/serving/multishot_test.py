@@ -16,10 +16,10 @@ import torch
 from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
-from chameleon_jax.data.images import ImageError, to_uint8
+from chameleon_jax.data.images import ImageError, stretched, to_uint8
 from chameleon_jax.diffusion import rollout
 from chameleon_jax.serving import Pipeline, PipelineError
-from chameleon_jax.serving.multishot import MultiShot, MultiShotError, Shot, stretched, told
+from chameleon_jax.serving.multishot import MultiShot, MultiShotError, Shot, told
 from launch.bench import compilations
 
 ROOT = Path(__file__).parents[2]
@@ -184,10 +184,10 @@ def test_longest_videos_are_accepted(streams):
 def test_pipelines_are_for_one_kind_of_stream(pipeline):
     with pytest.raises(MultiShotError, match="cache.context is 2: that stream starts from condition frames"):
         MultiShot(Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke"), text=False))
-    with pytest.raises(
-        ValueError, match="no program 'refresh', with 0 condition frames; its programs are encode_image"
-    ):
-        pipeline.session().start(picture(), picture(1), "a prompt")
+    with pytest.raises(PipelineError, match=r"no person and no garment to start from; use multishot\.MultiShot"):
+        pipeline.session()
+    with pytest.raises(ValueError, match="no program 'refresh', with 0 condition frames; its programs are encode_image"):
+        pipeline.steps.refresh(None, None, None, None)
 
 
 def test_the_published_setting():
@@ -210,8 +210,3 @@ def test_full_size_is_described_without_weights():
     assert (cut.shape, image.shape, held.shape) == ((), (1, 1, 44, 80, 48), ())
     assert arguments["decode_first"][0].shape == (1, 8, 44, 80, 48)
     assert "while" in steps.lower("shot_chunk").as_text()  # the steps and the clean pass are one loop
-
-
-def test_a_pipeline_of_shots_has_no_garment_session(pipeline):
-    with pytest.raises(PipelineError, match=r"no person and no garment to start from; use multishot\.MultiShot"):
-        pipeline.session()
