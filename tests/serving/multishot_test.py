@@ -186,7 +186,9 @@ def test_pipelines_are_for_one_kind_of_stream(pipeline):
         MultiShot(Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke"), text=False))
     with pytest.raises(PipelineError, match=r"no person and no garment to start from; use multishot\.MultiShot"):
         pipeline.session()
-    with pytest.raises(ValueError, match="no program 'refresh', with 0 condition frames; its programs are encode_image"):
+    with pytest.raises(
+        ValueError, match="no program 'refresh', with 0 condition frames; its programs are encode_image"
+    ):
         pipeline.steps.refresh(None, None, None, None)
 
 
