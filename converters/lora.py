@@ -39,7 +39,7 @@ PREFIX = {
     "kohya": "lora_unet_",
 }
 PREFIXES = (
-    "generator_lora.", "base_model.model.", "diffusion_model.", "transformer.", "lora_unet_", "lora_transformer_", "model.",
+    "base_model.model.", "diffusion_model.", "transformer.", "lora_unet_", "lora_transformer_", "model.",
 )  # fmt: skip
 OTHER_KINDS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "oft_blocks": "OFT",
@@ -105,8 +105,13 @@ def module_rules(layout: str) -> list[Rule]:
     return [Rule(source.replace(".", "_") if layout == "kohya" else source, target) for source, target in rows]
 
 
-def recognise(path: Path, tensors: Mapping[str, Any]) -> LoraPart:
+def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -> LoraPart:
     """Read a LoRA; see the top of this file for what is understood.
+
+    Args:
+      path: where it lies, for messages and for the settings beside it.
+      tensors: by name.
+      part: of a training checkpoint that holds several, "generator" (the default) or "critic".
 
     Raises:
       ConversionError: names that belong to no layer, halves without their other half, ranks that disagree; all listed.
@@ -117,6 +122,7 @@ def recognise(path: Path, tensors: Mapping[str, Any]) -> LoraPart:
     }
     if kinds:
         raise WeightsError(f"{path}: this is {', '.join(sorted(kinds))}; only plain LoRA (A and B) is read")
+    tensors = _one_part(path, tensors, part)
     evidence = f"{len(tensors)} names"
     if any(name.endswith(".lora_a") for name in tensors):
         return LoraPart(Lora.load(path).changes, "jax", path, evidence)
@@ -153,6 +159,17 @@ def recognise(path: Path, tensors: Mapping[str, Any]) -> LoraPart:
         lines = "\n  ".join(sorted(faults)[:50])
         raise ConversionError(f"{path}: the LoRA does not fit the Wan transformer ({len(faults)} faults):\n  {lines}")
     return LoraPart(dict(sorted(changes.items(), key=lambda item: _natural(item[0]))), layout, path, evidence)
+
+
+def _one_part(path: Path, tensors: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
+    """Those of one network, where a training checkpoint keeps several: "generator_lora.", "critic_lora."."""
+    parts = sorted({name.split(".")[0] for name in tensors if name.split(".")[0].endswith("_lora")})
+    if not parts:
+        return tensors
+    wanted = f"{(part or 'generator').removesuffix('_lora')}_lora"
+    if wanted not in parts:
+        raise WeightsError(f"{path}: no part {wanted!r}; it has {', '.join(parts)}")
+    return {name.removeprefix(f"{wanted}."): x for name, x in tensors.items() if name.startswith(f"{wanted}.")}
 
 
 def to_layout(changes: Mapping[str, Change], layout: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:

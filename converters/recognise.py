@@ -225,7 +225,7 @@ def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
     if len(clean) < len(tensors):
         raise RecognitionError(f"{path}: two tensors have the same name once the wrappers' names are taken off")
     if lora.looks_like_lora(clean):
-        return [lora.recognise(path, {name: tensors[raw] for name, raw in clean.items()})]
+        return [lora.recognise(path, {name: tensors[raw] for name, raw in clean.items()}, wanted)]
     _refuse_strangers(path, clean)
     parts = [
         _best(path, prefix, {name[len(prefix) :]: tensors[clean[name]] for name in names})

@@ -109,6 +109,20 @@ def test_spellings_that_others_mix_are_read(tmp_path):
     assert_same(part.changes, changes())
 
 
+def test_of_a_training_checkpoint_with_two_the_generators_is_taken_unless_the_other_is_named(tmp_path):
+    """As LongLive-2.0 saves them, in dictionaries."""
+    stored = {}
+    for seed, part in enumerate(("generator_lora", "critic_lora")):
+        stored[part] = {name: as_torch(x) for name, x in lora.to_layout(changes(seed), "official")[0].items()}
+        stored[part] = {name.replace("diffusion_model.", "base_model.model."): x for name, x in stored[part].items()}
+    torch.save(stored | {"step": 3}, tmp_path / "x.pt")
+    for wanted, seed in ((None, 0), ("generator", 0), ("critic", 1), ("critic_lora", 1)):
+        (part,) = recognise([tmp_path / "x.pt"], wanted)
+        assert_same(part.changes, changes(seed))
+    with pytest.raises(WeightsError, match="no part 'teacher_lora'; it has critic_lora, generator_lora"):
+        recognise([tmp_path / "x.pt"], "teacher")
+
+
 def test_without_an_alpha_the_product_counts_once(tmp_path):
     tensors = {k: v for k, v in lora.to_layout(changes(), "official")[0].items() if not k.endswith("alpha")}
     save_file({name: as_torch(x) for name, x in tensors.items()}, tmp_path / "x.safetensors")
