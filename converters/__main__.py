@@ -45,7 +45,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="folder, file, or index of shards")
     made.add_argument(
-        "--to", required=True, choices=convert.LAYOUTS, help="layout to write; training, peft, kohya: one kind only"
+        "--to",
+        required=True,
+        choices=convert.LAYOUTS,
+        help="layout to write; training is for transformers, peft and kohya for LoRAs",
     )
     made.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
     made.add_argument(
