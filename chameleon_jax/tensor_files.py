@@ -4,7 +4,7 @@ A 10 GB file is opened in milliseconds and costs no memory until a tensor is ask
 it is complete, or not at all.
 
     tensors = open_tensors("dit.safetensors")         or an index of shards, ....safetensors.index.json
-    tensors["head.proj.bias"].shape, tensors["head.proj.bias"].array()
+    tensors["head.proj.bias"].shape, tensors["head.proj.bias"].read()
 """
 
 from __future__ import annotations
@@ -205,8 +205,11 @@ def write_tensors(
             return np.asarray(value)[rows] if value.shape else np.asarray(value)
 
         entries.append(Entry(name, tuple(value.shape), np.dtype(dtype or value.dtype), load))
-    write_entries(part, entries, metadata)
-    os.replace(part, path)
+    try:
+        write_entries(part, entries, metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # of a write that failed
 
 
 def write_entries(

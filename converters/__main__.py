@@ -22,8 +22,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from chameleon_jax.models.text import TokenizerError
 from chameleon_jax.tensor_files import DTYPES, WeightsError
 from converters import convert
@@ -80,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
     folder, remarks = convert.prepare(parts, options.to, dtype=dtype, merges=merges, label=options.part or "generator")
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
-    _write(folder, options.out)
+    convert.write_with_progress(folder, options.out)
     seconds = time.perf_counter() - begin
     tensors = sum(len(file.entries) for file in folder.files)
     how = "bit for bit" if dtype is None and not merges else "against its source"
@@ -115,17 +113,6 @@ def _merge(text: str) -> convert.Merge:
     if not isinstance(part, LoraPart):
         raise RecognitionError(f"--lora {text}: not a LoRA, but a {part.network.title}")
     return convert.Merge(part, strength)
-
-
-def _write(folder: convert.Folder, out: Path) -> None:
-    total = sum(file.nbytes for file in folder.files)
-    with tqdm(total=2 * total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
-
-        def report(what: str, count: int) -> None:
-            bar.set_description({"write": "writing", "verify": "reading back"}[what], refresh=False)
-            bar.update(count)
-
-        convert.write(folder, out, report)
 
 
 def main() -> None:

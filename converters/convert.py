@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from chameleon_jax.lora import Change
 from chameleon_jax.models.text import Tokenizer
@@ -184,6 +186,18 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
         shutil.rmtree(part, ignore_errors=True)
 
 
+def write_with_progress(folder: Folder, out: Path) -> None:
+    """`write`, with a bar on stderr."""
+    total = sum(file.nbytes for file in folder.files)
+    with tqdm(total=2 * total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def report(what: str, count: int) -> None:
+            bar.set_description({"write": "writing", "verify": "reading back"}[what], refresh=False)
+            bar.update(count)
+
+        write(folder, out, report)
+
+
 def check_destination(out: Path, nbytes: int) -> None:
     """Raise DestinationError unless a folder of that size can be made there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -222,7 +236,10 @@ def _target(part: Part, to: str) -> Layout:
 def _entries(part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge], label: str) -> list[Entry]:
     """What to write of one network, each tensor with the whole way that it goes."""
     source, target = layout_of(part.network, part.layout), _target(part, to)
-    ours = part.network.expected(part.config)
+    try:
+        ours = part.network.expected(part.config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ConversionError(f"the sizes read off it make no {part.network.title} ({error})") from None
     moves = plan(part.tensors, source.rules(part.config), ours, source.ignore)
     back = invert(target.rules(part.config))
     shapes = shapes_in(back, ours)

@@ -185,6 +185,9 @@ def _collect(path: Path, value: Any, name: str, found: dict[str, LazyTensor], dt
         strides = tuple(n * dtype.itemsize for n in value.stride())
         offset = place + value.storage_offset() * dtype.itemsize
         found[name] = LazyTensor(path, offset, tuple(value.shape), dtype, None if value.is_contiguous() else strides)
+        last = sum((n - 1) * stride for n, stride in zip(value.shape, strides, strict=True))
+        if found[name].nbytes and offset + last + dtype.itemsize > path.stat().st_size:
+            raise WeightsError(f"{path}: {name} would reach beyond the end of the file; download it again")
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

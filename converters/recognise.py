@@ -22,6 +22,10 @@ from converters.pickles import SUFFIXES, open_pickle
 from converters.rules import Rule, rename
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# What training leaves beside the weights: never read.
+LEFTOVERS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.(bin|pt|pth|safetensors)"
+)
 PREFERRED = ("generator_ema", "generator")  # parts of a training checkpoint, the one to use first
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 MATCH = 0.5  # share of the names that a table must know
@@ -145,7 +149,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
             orphans.setdefault((path.parent, stem), []).append(path)
     if orphans:
         raise WeightsError("; ".join(_orphan_fault(*key, shards) for key, shards in orphans.items()))
-    single = [path for path in files if path.suffix in (".safetensors", *SUFFIXES) and path not in sharded]
+    single = [
+        path for path in files
+        if path.suffix in (".safetensors", *SUFFIXES) and path not in sharded and not LEFTOVERS.fullmatch(path.name)
+    ]  # fmt: skip
     return sorted(indices + single)
 
 
@@ -155,6 +162,8 @@ def _shard_stem(path: Path) -> str | None:
 
 
 def _orphan_fault(folder: Path, stem: str, shards: list[Path]) -> str:
+    if shards[0].suffix == ".bin":
+        return f"{folder}: {stem} is in shards of PyTorch's .bin, which are not read; take its safetensors form"
     total = int(SHARD.fullmatch(shards[0].name).group(3))
     there = {int(SHARD.fullmatch(path.name).group(2)) for path in shards}
     lacking = [f"{stem}-{i:05d}-of-{total:05d}" for i in range(1, total + 1) if i not in there]
@@ -325,9 +334,9 @@ def _config(path: Path, network: Network, layout: str, shapes: Mapping[str, Any]
         if stored is not None:
             return network.config(**stored)
         return network.sizes(shapes, about if model is None else {})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         where = path if stored is None else f"{path.parent / 'config.json'}: model.{network.name}"
-        raise RecognitionError(f"{where}: {error}") from None
+        raise RecognitionError(f"{where}: no sizes to be read off it ({error})") from None
 
 
 def _choose(path: Path, found: list[Part], wanted: str | None) -> list[Part]:

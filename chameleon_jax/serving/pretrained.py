@@ -119,7 +119,7 @@ def _converted(folder: Path) -> Path:
         if remarks:
             raise PipelineError(f"{folder}: {remarks[0]}")
         print(f"converting {folder} ({plan.nbytes / 1e9:.1f} GB), once, to {place}", file=sys.stderr)
-        convert.write(plan, place)
+        convert.write_with_progress(plan, place)
     except convert.DestinationError as error:
         if not place.is_dir():  # else another process was faster
             raise PipelineError(f"{folder}: no room for the conversion: {error}") from None

@@ -314,3 +314,34 @@ def test_without_torch_a_pickle_says_what_to_install(good, folder, refused, monk
     with pytest.raises(pickles.WeightsError, match="pip install 'torch>=2.6'"):
         pickles.import_torch()
     assert "PyTorch is needed" in refused(folder / "x.pth")
+
+
+def test_what_training_leaves_beside_the_weights_is_not_read(good, folder):
+    """Its pickles want code, and would be refused."""
+    write_tensors(folder / "model.safetensors", good)
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth"):
+        torch.save({"x": Evil("true")}, folder / name)
+    assert command.run([str(folder), "--to", "jax", "--out", str(folder.parent / "out")]) == 0
+
+
+def test_sizes_that_make_no_network(folder, refused):
+    config = networks.TextConfig(vocab=9, width=8, heads=2, head_dim=4, ffn=8, layers=1)
+    text = networks.TEXT
+    shapes = shapes_in(invert(text.layouts["official"].rules(config)), text.expected(config))
+    for shape in ((32,), (32, 0), ()):
+        tensors = {name: np.ones(size, np.float32) for name, size in shapes.items()}
+        tensors["blocks.0.pos_embedding.embedding.weight"] = np.ones(shape, np.float32)
+        write_tensors(folder / "t5.safetensors", tensors)
+        assert "no sizes to be read off it" in refused(folder / "t5.safetensors")
+
+
+def test_a_write_that_fails_leaves_no_part_of_a_file(tmp_path):
+    class Broken:
+        shape, dtype = (3,), np.dtype(np.float32)
+
+        def __array__(self, *args, **kw):
+            raise OSError("the device is gone")
+
+    with pytest.raises(OSError, match="the device is gone"):
+        write_tensors(tmp_path / "x.safetensors", {"x": Broken()})
+    assert list(tmp_path.iterdir()) == []
