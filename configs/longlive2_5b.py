@@ -1,6 +1,6 @@
 """Videos of several shots with LongLive-2.0-5B (arXiv 2605.18739), from prompts and possibly a first frame.
 
-    streams = MultiShot(Pipeline.from_pretrained(DIR, load_config("configs/longlive2_5b.py")))  # serving/multishot.py
+    streams = MultiShot(Pipeline.from_pretrained(DIR, load_config("configs/longlive2_5b.py")))  # inference/shots.py
 
 DIR is a folder that `Pipeline.from_pretrained` reads. The transformer is that of Wan2.2-TI2V-5B with other weights; the
 stream has no condition frames, makes chunks of 8 latent frames, and remembers 32 frames.

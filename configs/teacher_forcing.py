@@ -18,7 +18,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
     """Variants: `runway_tiny` (CPU, hours), `wan22_5b`, `smoke`."""
     config = training.base("teacher_forcing", variant)
     # history_noise, reference_noise: the most noise on the earlier blocks and on the reference, see
-    # training/teacher_forcing.py.
+    # training/stages/teacher_forcing.py.
     config.loss = {
         "shift": 5.0, "round_timesteps": True, "weights": "bell", "history_noise": 0.0, "reference_noise": 0.0,
     }  # fmt: skip

@@ -30,7 +30,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
     # first one, hence the longest clips too, in small windows.
     config.data.crops = ((1, 64, 48, 8),) if not clips else ((17, 48, 48, 4), (33, 32, 32, 4), (1, 64, 48, 8))
     config.data.batch = 2 if clips else 16  # of the held-out batches
-    # Weights, see training/vae.py. inflate: start as a network of pictures; false to go on with weights that know clips.
+    # Weights, see training/stages/vae_loss.py. inflate: start as a network of pictures; false to go on with weights that know clips.
     # encoder: false to train the decoder alone.
     config.loss = {"l1": 1.0, "l2": 0.0, "gradient": 0.25, "laplacian": 0.0, "kl": 1e-5}
     config.loss.update({"inflate": size != "wan22_5b", "encoder": True})

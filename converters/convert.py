@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from chameleon_jax.lora import Change
 from chameleon_jax.models.text import Tokenizer
-from chameleon_jax.tensor_files import (
+from chameleon_jax.weights.lora import Change
+from chameleon_jax.weights.tensors import (
     INDEX_SUFFIX,
     ArrayTensor,
     Entry,

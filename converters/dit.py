@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.dit import DiT, DiTConfig
-from chameleon_jax.weights import param_shapes
+from chameleon_jax.weights.params import param_shapes
 from converters.rules import CONV3D, LINEAR, Rule, Transform, convert, invert
 
 TABLE = Transform("[1, rows, m] -> [rows, m]", lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(1, *x.shape))

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_jax.lora import Change, Lora
-from chameleon_jax.tensor_files import WeightsError, read_metadata
+from chameleon_jax.weights.lora import Change, Lora
+from chameleon_jax.weights.tensors import WeightsError, read_metadata
 from converters.dit import DIFFUSERS_RULES, OFFICIAL_RULES
 from converters.rules import LINEAR, ConversionError, Rule, rename
 

@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from chameleon_jax.tensor_files import Entry, LazyTensor, WeightsError, raw
+from chameleon_jax.weights.tensors import Entry, LazyTensor, WeightsError, raw
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 TORCH = (2, 6)

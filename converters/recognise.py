@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chameleon_jax.tensor_files import INDEX_SUFFIX, LazyTensor, WeightsError, open_tensors
+from chameleon_jax.weights.tensors import INDEX_SUFFIX, LazyTensor, WeightsError, open_tensors
 from converters import lora
 from converters.networks import NETWORKS, STRANGERS, Layout, Network, our_shapes
 from converters.pickles import SUFFIXES, open_pickle

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.reward import ClipVisionConfig, Reward
-from chameleon_jax.weights import param_shapes
+from chameleon_jax.weights.params import param_shapes
 from converters.rules import CONV2D, IDENTITY, LINEAR, Rule, convert, invert
 
 

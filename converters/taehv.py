@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
-from chameleon_jax.weights import param_shapes
+from chameleon_jax.weights.params import param_shapes
 from converters.rules import CONV2D, POINT2D, Rule, Transform, convert, invert
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.text import TextConfig, TextEncoder
-from chameleon_jax.tensor_files import same_numbers
-from chameleon_jax.weights import param_shapes
+from chameleon_jax.weights.params import param_shapes
+from chameleon_jax.weights.tensors import same_numbers
 from converters.rules import LINEAR, ConversionError, Rule, convert, invert
 
 OFFICIAL_RULES = [

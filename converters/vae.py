@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
-from chameleon_jax.weights import param_shapes
+from chameleon_jax.weights.params import param_shapes
 from converters.rules import CONV2D, CONV3D, IDENTITY, POINT2D, POINT3D, Rule, Transform, convert, flatten, invert
 
 GAIN2D, GAIN3D = flatten("[c, 1, 1] -> [c]", 3), flatten("[c, 1, 1, 1] -> [c]", 4)

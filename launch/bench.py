@@ -38,10 +38,10 @@ from absl import flags
 
 from chameleon_jax import __version__
 from chameleon_jax.config import ConfigError
-from chameleon_jax.serving.pipeline import Pipeline, PipelineError, write_text
-from chameleon_jax.serving.session import Session
-from launch import arguments
-from launch.arguments import UsageError
+from chameleon_jax.inference.pipeline import Pipeline, PipelineError, write_text
+from chameleon_jax.inference.session import Session
+from launch import cli
+from launch.cli import UsageError
 
 WARM_UP = 2  # chunks run before anything is timed
 
@@ -49,7 +49,7 @@ WARM_UP = 2  # chunks run before anything is timed
 def define_flags() -> flags.FlagValues:
     """The flags of this command, apart from those of any other."""
     values = flags.FlagValues()
-    arguments.define(values, "configs/runway_tiny.py")
+    cli.define(values, "configs/runway_tiny.py")
     kw = {"flag_values": values}
     flags.DEFINE_string("weights", "random", "random, or a folder of weights; speed does not depend on it", **kw)
     flags.DEFINE_integer("frames", 81, "frames of the denoise and delivered figures", lower_bound=1, **kw)
@@ -296,8 +296,8 @@ def run(argv: Sequence[str]) -> None:
     Raises:
       UsageError, ConfigError, PipelineError, ...: an input cannot be used.
     """
-    values, overrides = arguments.parse(define_flags(), argv, __doc__)
-    config = arguments.read_config(values.config, overrides)
+    values, overrides = cli.parse(define_flags(), argv, __doc__)
+    config = cli.read_config(values.config, overrides)
     out = Path(values.out)
     if out.is_dir() or out.suffix != ".json":
         raise UsageError(f"--out {out}: expected the name of a file that ends in .json")
@@ -347,13 +347,13 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> None:
     try:
         run(argv)
     except (UsageError, ConfigError, PipelineError) as error:
-        arguments.fail(error)
+        cli.fail(error)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # at once: a normal exit would wait for compilers that run in threads
     except ValueError as error:
         if type(error).__module__.startswith("chameleon_jax."):  # weights and tokenizer: imported where used
-            arguments.fail(error)
+            cli.fail(error)
         raise
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from chameleon_jax import __version__
-from chameleon_jax.serving.pipeline import Pipeline, write_text
-from launch.arguments import UsageError
+from chameleon_jax.inference.pipeline import Pipeline, write_text
+from launch.cli import UsageError
 
 SHEET_FRAMES = 24  # frames on the contact sheet
 SHEET_HEIGHT = 256  # pixels of the tallest of them

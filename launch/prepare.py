@@ -20,7 +20,7 @@ from absl import app, flags
 
 from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, sources
-from chameleon_jax.weights import WeightsError
+from chameleon_jax.weights.params import WeightsError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "folder to write")
@@ -97,7 +97,7 @@ def load_encoder(config_path: str, weights: Path):
     from chameleon_jax.data.images import to_model
     from chameleon_jax.models.vae import Vae, VaeConfig
     from chameleon_jax.training.export import stored_model
-    from chameleon_jax.weights import load_params
+    from chameleon_jax.weights.params import load_params
 
     config = VaeConfig(**(stored_model(weights, "vae") or load_config(config_path).model.vae.to_dict()))
     vae = nnx.eval_shape(lambda: Vae(config, rngs=nnx.Rngs(0)))  # drawing weights to throw them away takes a while

@@ -43,10 +43,10 @@ from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import ImageError, prepare_garment, prepare_reference
 from chameleon_jax.diffusion.flow import ROWS
 from chameleon_jax.diffusion.unipc import GRIDS
-from chameleon_jax.serving.pipeline import PipelineError, check_config
-from chameleon_jax.serving.session import Mechanisms, Session
-from launch import arguments, generate, jobs, shots
-from launch.arguments import UsageError
+from chameleon_jax.inference.pipeline import PipelineError, check_config
+from chameleon_jax.inference.session import Mechanisms, Session
+from launch import cli, jobs, sample_clip, sample_shots
+from launch.cli import UsageError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "chameleon_jax" / "assets" / "examples"
 TASKS = ("stream", "t2v", "i2v", "shots")
@@ -63,7 +63,7 @@ BELONGS_TO = {
 def define_flags() -> flags.FlagValues:
     """The flags of this command, apart from those of any other."""
     values = flags.FlagValues()
-    arguments.define(values, "configs/runway_tiny.py")
+    cli.define(values, "configs/runway_tiny.py")
     kw = {"flag_values": values}
     flags.DEFINE_enum(
         "task", "stream", TASKS, "stream; plain Wan2.2: t2v (text), i2v (and first frame); LongLive: shots", **kw
@@ -195,7 +195,7 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
     Raises:
       UsageError, ConfigError, ImageError, PipelineError, PositionError: something cannot be used.
     """
-    config = arguments.read_config(values.config, overrides)
+    config = cli.read_config(values.config, overrides)
     if values.steps is not None:
         config = with_steps(config, values.steps)
     frames = config.video.frames if values.frames is None else values.frames
@@ -321,9 +321,9 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       UsageError, ConfigError, ImageError, PipelineError, WeightsError, ...: an input cannot be used.
     """
-    values, overrides = arguments.parse(define_flags(), argv, __doc__)
+    values, overrides = cli.parse(define_flags(), argv, __doc__)
     check_flags(values)
-    task = {"stream": run_stream, "shots": shots.run}.get(values.task, generate.run)
+    task = {"stream": run_stream, "shots": sample_shots.run}.get(values.task, sample_clip.run)
     return task(values, overrides)
 
 
@@ -354,15 +354,15 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> None:
     try:
         sys.exit(run(argv))
     except (UsageError, ConfigError, ImageError, PipelineError, PositionError) as error:
-        arguments.fail(error)
+        cli.fail(error)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # at once: a normal exit would wait for compilers that run in threads
     except ModuleNotFoundError as error:
-        arguments.fail(f"{error.name} is not installed; python -m pip install 'chameleon-jax[video]'")
+        cli.fail(f"{error.name} is not installed; python -m pip install 'chameleon-jax[video]'")
     except ValueError as error:
         if type(error).__module__.startswith("chameleon_jax."):  # weights, tokenizer, video: imported where used
-            arguments.fail(error)
+            cli.fail(error)
         raise
 
 

@@ -21,7 +21,6 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from chameleon_jax.checkpoints import CheckpointError
 from chameleon_jax.config import ConfigError, save_config
 from chameleon_jax.data.loader import DataError
 from chameleon_jax.data.memory import InMemorySource
@@ -29,20 +28,21 @@ from chameleon_jax.data.sources import MatchingSource, Source, SourceError, open
 from chameleon_jax.models.text import TokenizerError
 from chameleon_jax.sharding import MeshError
 from chameleon_jax.training import loop
+from chameleon_jax.training.checkpoints import CheckpointError
 from chameleon_jax.training.export import export, stored_model
 from chameleon_jax.training.feed import Feed, HostBatch
-from chameleon_jax.weights import WeightsError
+from chameleon_jax.weights.params import WeightsError
 from configs import runway_tiny, wan22_5b
-from launch import arguments
+from launch import cli
 
-STAGES = {"vae": "vae_stage", "teacher": "sft", "teacher_forcing": "teacher_forcing"}  # and their modules
+STAGES = {"vae": "vae", "teacher": "teacher", "teacher_forcing": "teacher_forcing"}  # and their modules
 ERRORS = (
-    arguments.UsageError, ConfigError, CheckpointError, DataError, MeshError, SourceError, TokenizerError, WeightsError,
+    cli.UsageError, ConfigError, CheckpointError, DataError, MeshError, SourceError, TokenizerError, WeightsError,
     loop.TrainingDivergedError,
 )  # fmt: skip
 
 FLAGS = flags.FlagValues()
-arguments.define(FLAGS, "configs/teacher.py")
+cli.define(FLAGS, "configs/teacher.py")
 flags.DEFINE_bool("distributed", False, "join the processes of all hosts", flag_values=FLAGS)
 flags.DEFINE_bool("export_only", False, "export the newest checkpoint, also of a run that goes on", flag_values=FLAGS)
 
@@ -50,12 +50,12 @@ flags.DEFINE_bool("export_only", False, "export the newest checkpoint, also of a
 def main(argv: list[str]) -> None:
     """Read the command line and run; every expected fault is one line on stderr and exit code 2."""
     try:
-        parsed, overrides = arguments.parse(FLAGS, argv, __doc__)
+        parsed, overrides = cli.parse(FLAGS, argv, __doc__)
         if parsed.distributed:
             jax.distributed.initialize()
-        run(arguments.read_config(parsed.config, overrides), export_only=parsed.export_only)
+        run(cli.read_config(parsed.config, overrides), export_only=parsed.export_only)
     except ERRORS as error:
-        arguments.fail(error)
+        cli.fail(error)
 
 
 def run(config: ConfigDict, *, export_only: bool = False) -> None:
@@ -71,7 +71,7 @@ def run(config: ConfigDict, *, export_only: bool = False) -> None:
         raise ConfigError(f"stage is {config.stage!r}; expected one of {', '.join(STAGES)}")
     start_logging()
     config = with_stored_sizes(config)
-    module = importlib.import_module(f"chameleon_jax.training.{STAGES[config.stage]}")
+    module = importlib.import_module(f"chameleon_jax.training.stages.{STAGES[config.stage]}")
     workdir = Path(config.workdir)
     stage = module.make_stage(config)
     eval_batches = held_out(config, module)

@@ -18,7 +18,7 @@ from absl import flags
 
 from chameleon_jax.data.tokenizer import train_pieces
 from chameleon_jax.models.text import clean_text
-from launch.arguments import UsageError, fail, parse
+from launch.cli import UsageError, fail, parse
 
 
 def define_flags() -> flags.FlagValues:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from chameleon_jax.attention.positions import apply_rope, rope
 from chameleon_jax.models.dit import DiT, DiTConfig
-from chameleon_jax.weights import flat_params, set_params
+from chameleon_jax.weights.params import flat_params, set_params
 
 CONFIG = DiTConfig(
     in_channels=4, width=60, ffn=96, heads=3, layers=2, text_width=16, text_length=12, freq_width=32, context=2, block=3

@@ -23,12 +23,12 @@ import numpy as np
 
 from chameleon_jax.runway import motion, parts, renderer, scene
 from chameleon_jax.runway.captions import captions
+from chameleon_jax.runway.drape import Styling
 from chameleon_jax.runway.figure import Figure, PersonSpec, ShoeSpec, sample_person
 from chameleon_jax.runway.garments import SKIRTS, GarmentSpec, held_out, sample_garment
 from chameleon_jax.runway.hair import HairSpec
 from chameleon_jax.runway.motion import MotionSpec, sample_motion
 from chameleon_jax.runway.scene import CameraSpec, SceneSpec, sample_camera, sample_scene
-from chameleon_jax.runway.tailoring import Styling
 
 SPLITS = {"train": 0, "validation": 800_000, "test": 900_000}  # first seed of each
 VIDEO_SAMPLES, PICTURE_SAMPLES = 2, 3

@@ -14,13 +14,13 @@ import numpy as np
 
 from chameleon_jax.runway import asset, colours, geometry, looks, parts
 from chameleon_jax.runway.body import Person
-from chameleon_jax.runway.fitting import Fit
+from chameleon_jax.runway.cuts import make_garment
+from chameleon_jax.runway.drape import ClothMesh, Styling, make_shoes
 from chameleon_jax.runway.garments import GarmentSpec
 from chameleon_jax.runway.geometry import smoothstep
 from chameleon_jax.runway.hair import HairSpec, make_hair
+from chameleon_jax.runway.measure import Fit
 from chameleon_jax.runway.parts import EARS, EYELIDS, LIPS, OCCLUSION, UNDER
-from chameleon_jax.runway.tailor import make_garment
-from chameleon_jax.runway.tailoring import ClothMesh, Styling, make_shoes
 
 _UNDERLAYER_OFFSET = 0.003
 _COVER = {"body": 0.030, "cloth": 0.020, "shoes": 0.012}  # what lies this far inside a garment's edge is covered
@@ -186,7 +186,7 @@ class Model:
 
     Attributes:
       figure: who is dressed.
-      rest, skin_index, skin_weight, attributes, keep, sway, wrinkle: per vertex, see `tailoring.ClothMesh`.
+      rest, skin_index, skin_weight, attributes, keep, sway, wrinkle: per vertex, see `drape.ClothMesh`.
       triangles, part: what is drawn.
       normal_triangles: what normals are computed from.
       layers: (part, first triangle, last triangle) of every layer.

@@ -11,10 +11,10 @@ import math
 import numpy as np
 
 from chameleon_jax.runway import asset, geometry, parts
-from chameleon_jax.runway.fitting import Fit, largest_weights
+from chameleon_jax.runway.drape import ClothMesh
 from chameleon_jax.runway.geometry import smoothstep
+from chameleon_jax.runway.measure import Fit, largest_weights
 from chameleon_jax.runway.parts import NECK, OCCLUSION, U, V
-from chameleon_jax.runway.tailoring import ClothMesh
 
 _AZIMUTHS, _POLARS = 64, 26
 _LOWEST = np.radians(140)  # where the dome ends

@@ -13,12 +13,12 @@ import numpy as np
 
 from chameleon_jax.runway import asset, body, geometry, looks, parts, prints, raster, scene
 from chameleon_jax.runway.backdrop import shade_backdrop
+from chameleon_jax.runway.drape import SOLE, Styling
 from chameleon_jax.runway.figure import Figure, Model
 from chameleon_jax.runway.garments import GarmentSpec
 from chameleon_jax.runway.motion import Motion
 from chameleon_jax.runway.scene import Camera
 from chameleon_jax.runway.shading import shade_surfaces
-from chameleon_jax.runway.tailoring import SOLE, Styling
 
 SHADOW_EDGE = 256
 _SHADOW_SPAN = 2.7  # metres that the shadow map covers, for a person of 1.72 m

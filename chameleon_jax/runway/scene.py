@@ -9,8 +9,8 @@ import numpy as np
 
 from chameleon_jax.runway import backdrop, colours, looks
 from chameleon_jax.runway.body import Person
+from chameleon_jax.runway.drape import SOLE
 from chameleon_jax.runway.motion import Motion, MotionSpec
-from chameleon_jax.runway.tailoring import SOLE
 
 PLACES = ("studio", "room", "street", "park")
 FRAMINGS = {"full": (-0.09, 1.83), "knee": (0.44, 1.82), "thigh": (0.70, 1.82)}  # lowest and highest point in sight

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError
 from chameleon_jax.training.networks import DTYPES
 from chameleon_jax.training.state import Stage, TrainState
-from chameleon_jax.weights import save_params
+from chameleon_jax.weights.params import save_params
 
 
 def export(

@@ -29,12 +29,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
-from chameleon_jax.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.config import flatten
 from chameleon_jax.training import optim
+from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.training.feed import Feed, HostBatch
-from chameleon_jax.training.metrics import MetricsWriter
 from chameleon_jax.training.networks import Network
+from chameleon_jax.training.report import MetricsWriter
 from chameleon_jax.training.state import (
     ParamTree,
     Stage,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from chameleon_jax.weights import WeightsError, flat_params, load_params
+from chameleon_jax.weights.params import WeightsError, flat_params, load_params
 
 Params = dict[str, jax.Array]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

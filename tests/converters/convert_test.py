@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from chameleon_jax.config import load_config
+from chameleon_jax.inference.pipeline import _model_differences, check_config
 from chameleon_jax.models.taehv import TaehvConfig
-from chameleon_jax.serving.pipeline import _model_differences, check_config
-from chameleon_jax.tensor_files import DTYPES, ArrayTensor, open_tensors, read_tensors
+from chameleon_jax.weights.tensors import DTYPES, ArrayTensor, open_tensors, read_tensors
 from converters import __main__ as command
 from converters import convert, networks
 from converters.pickles import open_pickle
@@ -278,9 +278,9 @@ def test_the_table_that_names_everything_finds_the_published_sizes():
 
 @pytest.mark.parametrize("piece", [64, 4096])
 def test_tensors_written_in_pieces_are_whole(tmp_path, monkeypatch, piece):
-    from chameleon_jax import tensor_files
+    from chameleon_jax.weights import tensors
 
-    monkeypatch.setattr(tensor_files, "PIECE", piece)
+    monkeypatch.setattr(tensors, "PIECE", piece)
     rng = np.random.default_rng(0)
     values = {
         "tall": rng.standard_normal((301, 7), np.float32),
@@ -289,10 +289,10 @@ def test_tensors_written_in_pieces_are_whole(tmp_path, monkeypatch, piece):
         "scalar": np.float32(2.5).reshape(()),
         "empty": np.zeros((0, 4), np.float16),
     }
-    tensor_files.write_tensors(tmp_path / "x.safetensors", values, {"who": "me"})
+    tensors.write_tensors(tmp_path / "x.safetensors", values, {"who": "me"})
     assert_same({k: np.ascontiguousarray(v) for k, v in read_tensors(tmp_path / "x.safetensors").items()},
                 {k: np.ascontiguousarray(v) for k, v in values.items()})  # fmt: skip
-    assert tensor_files.read_metadata(tmp_path / "x.safetensors") == {"who": "me"}
+    assert tensors.read_metadata(tmp_path / "x.safetensors") == {"who": "me"}
 
 
 def test_a_strided_or_shared_tensor_of_a_pickle_is_read_as_torch_reads_it(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.models.dit import DiTConfig
-from chameleon_jax.weights import flat_params
+from chameleon_jax.weights.params import flat_params
 from converters import dit
 from converters.rules import ConversionError, invert, rename
 from tests import tiny_dit

@@ -24,7 +24,7 @@ import numpy as np
 from chameleon_jax.models.dit import DiTConfig
 from chameleon_jax.models.text import TextConfig
 from chameleon_jax.models.vae import VaeConfig
-from chameleon_jax.tensor_files import DTYPES, Entry, same_numbers, write_entries
+from chameleon_jax.weights.tensors import DTYPES, Entry, same_numbers, write_entries
 from converters import convert
 from converters.networks import NETWORKS
 from converters.pickles import write_pickle

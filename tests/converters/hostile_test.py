@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from chameleon_jax.models.dit import DiTConfig
-from chameleon_jax.tensor_files import write_tensors
+from chameleon_jax.weights.tensors import write_tensors
 from converters import __main__ as command
 from converters import networks, pickles
 from converters.rules import invert, shapes_in

@@ -13,10 +13,10 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from chameleon_jax.lora import Change, Lora, attach, detach, lora_params, merge
 from chameleon_jax.models.dit import bidirectional_forward
-from chameleon_jax.tensor_files import WeightsError, read_tensors
-from chameleon_jax.weights import flat_params
+from chameleon_jax.weights.lora import Change, Lora, attach, detach, lora_params, merge
+from chameleon_jax.weights.params import flat_params
+from chameleon_jax.weights.tensors import WeightsError, read_tensors
 from converters import __main__ as command
 from converters import lora
 from converters.recognise import recognise

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from chameleon_jax.models.reward import ClipVision, ClipVisionConfig, Reward
-from chameleon_jax.weights import set_params
+from chameleon_jax.weights.params import set_params
 from converters import reward
 from converters.rules import ConversionError
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from flax import nnx
 
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
-from chameleon_jax.weights import set_params
+from chameleon_jax.weights.params import set_params
 from converters import taehv
 from converters.rules import ConversionError, rename
 

@@ -13,7 +13,7 @@ from flax import nnx
 from transformers import UMT5Config, UMT5EncoderModel
 
 from chameleon_jax.models.text import TextConfig, TextEncoder
-from chameleon_jax.weights import set_params
+from chameleon_jax.weights.params import set_params
 from converters import text
 from converters.rules import ConversionError, invert, rename
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
-from chameleon_jax.weights import set_params
+from chameleon_jax.weights.params import set_params
 from converters import vae
 from converters.rules import ConversionError, rename
 

@@ -16,7 +16,7 @@ from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import images, records, sources
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.runway import render_triplet, split_of
-from chameleon_jax.weights import param_shapes, save_params, set_params
+from chameleon_jax.weights.params import param_shapes, save_params, set_params
 from launch import prepare
 
 ROOT = Path(__file__).parents[2]

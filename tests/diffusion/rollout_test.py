@@ -18,7 +18,7 @@ from chameleon_jax.attention.positions import apply_rope, rope
 from chameleon_jax.diffusion import flow, rollout, unipc
 from chameleon_jax.diffusion.rollout import Held, make_sampler
 from chameleon_jax.models.dit import teacher_forcing_forward
-from chameleon_jax.weights import flat_params
+from chameleon_jax.weights.params import flat_params
 from tests import tiny_dit
 from tests.tiny_dit import LATENT, latents, prompt
 from tests.unipc64 import unipc64

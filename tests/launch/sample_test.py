@@ -17,8 +17,8 @@ from PIL import Image
 
 from chameleon_jax.config import load_config
 from chameleon_jax.data.video import read_video
-from chameleon_jax.serving import Mechanisms, Pipeline
-from launch import arguments, sample
+from chameleon_jax.inference import Mechanisms, Pipeline
+from launch import cli, sample
 from launch.sample import Garment, chunk_starts, plan_garments
 
 ROOT = Path(__file__).parents[2]
@@ -261,7 +261,7 @@ def test_plan_of_garments():
     assert garments == [Garment("a", 0), Garment("b", 5), Garment("c", 9)]
     assert len(remarks) == 1
     assert plan_garments(["b@5", "a@0"], 10)[0][0] == Garment("a", 0)
-    with pytest.raises(arguments.UsageError, match="to start with"):
+    with pytest.raises(cli.UsageError, match="to start with"):
         plan_garments(["b@5"], 10)
 
 
@@ -282,7 +282,5 @@ def test_steps_of_both_samplers():
 
 
 def test_config_override_forms():
-    values, overrides = arguments.parse(
-        sample.define_flags(), ["x", "--config.a.b=1", "--config.c", "2", "--frames=3"], ""
-    )
+    values, overrides = cli.parse(sample.define_flags(), ["x", "--config.a.b=1", "--config.c", "2", "--frames=3"], "")
     assert overrides == ["a.b=1", "c=2"] and values.frames == 3

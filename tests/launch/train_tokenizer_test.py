@@ -11,7 +11,7 @@ import chameleon_jax
 from chameleon_jax.data.tokenizer import BYTES, SPECIAL
 from chameleon_jax.models.text import Tokenizer
 from launch import train_tokenizer
-from launch.arguments import UsageError
+from launch.cli import UsageError
 
 SHIPPED = Path(chameleon_jax.__file__).parent / "assets" / "runway_tiny" / "tokenizer.json"
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from chameleon_jax.attention.masks import teacher_forcing_table
 from chameleon_jax.models.dit import DiT, DiTConfig, bidirectional_forward, teacher_forcing_forward, timestep_embedding
-from chameleon_jax.weights import flat_params, param_count, param_shapes, set_params
+from chameleon_jax.weights.params import flat_params, param_count, param_shapes, set_params
 from converters.dit import from_diffusers
 from tests import tiny_dit
 from tests.tiny_dit import CONFIG, TOKENS, latents, prompt

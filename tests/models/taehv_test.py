@@ -14,7 +14,7 @@ from flax import nnx
 
 from chameleon_jax.models.taehv import Taehv, TaehvConfig, fold_pixels, repeat_last, unfold_pixels
 from chameleon_jax.models.vae import patchify
-from chameleon_jax.weights import param_count, param_shapes, set_params
+from chameleon_jax.weights.params import param_count, param_shapes, set_params
 
 BASE = TaehvConfig(
     z_dim=3, enc_width=8, dec_widths=(12, 8, 6, 4), temporal_down=(True, True, False),

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.umt5.modeling_umt5 import UMT5Attention, UMT5Config
 
 from chameleon_jax.models.text import TextConfig, TextEncoder, Tokenizer, TokenizerError, clean_text, relative_buckets
-from chameleon_jax.weights import flat_params, set_params
+from chameleon_jax.weights.params import flat_params, set_params
 
 TINY = TextConfig(vocab=61, width=24, heads=3, head_dim=5, ffn=40, layers=2, length=12)
 CORPUS = [

@@ -24,7 +24,7 @@ from chameleon_jax.models.vae import (
     patchify,
     unpatchify,
 )
-from chameleon_jax.weights import param_count, param_shapes
+from chameleon_jax.weights.params import param_count, param_shapes
 
 TINY = VaeConfig(
     z_dim=3, enc_width=4, dec_width=4, width_mult=(1, 2, 2), enc_blocks=1, dec_blocks=1, temporal_down=(True, True),

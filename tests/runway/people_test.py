@@ -9,8 +9,8 @@ import pytest
 
 from chameleon_jax import runway
 from chameleon_jax.runway import asset, body, clip, geometry, motion, parts, raster, renderer
+from chameleon_jax.runway.drape import Styling
 from chameleon_jax.runway.figure import Figure
-from chameleon_jax.runway.tailoring import Styling
 
 SIZE = (128, 80)
 

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from chameleon_jax.checkpoints import CheckpointError
 from chameleon_jax.training import loop
-from chameleon_jax.weights import WeightsError, save_params
+from chameleon_jax.training.checkpoints import CheckpointError
+from chameleon_jax.weights.params import WeightsError, save_params
 from tests.training import toy
 
 HERE = Path(__file__).parent

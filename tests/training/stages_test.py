@@ -13,10 +13,10 @@ from PIL import Image
 from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, tokenizer
 from chameleon_jax.diffusion import flow
-from chameleon_jax.training import sft, teacher_forcing, vae_stage
 from chameleon_jax.training.export import stored_model
 from chameleon_jax.training.feed import Feed
 from chameleon_jax.training.networks import build_network
+from chameleon_jax.training.stages import teacher, teacher_forcing, vae
 from launch import train
 
 SIZE = (32, 32)
@@ -65,7 +65,7 @@ def test_exported_latents_are_normal(data, vae_export):
     config = train.with_stored_sizes(config)
     network = build_network("vae", config, frozen=True)
     params = network.load(vae_export / "vae.safetensors")
-    batch = train.held_out(config, vae_stage)[0]
+    batch = train.held_out(config, vae)[0]
     z = np.asarray(network.bind(params).encode(batch["video"].astype(np.float32) / 127.5 - 1))
     np.testing.assert_allclose(z.mean((0, 1, 2, 3)), 0, atol=1e-2)
     np.testing.assert_allclose(z.std((0, 1, 2, 3)), 1, atol=1e-2)
@@ -94,12 +94,12 @@ def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
 
 def test_batches_of_several_lengths_come_in_turn(data, tmp_path):
     config = settings(data, "teacher_forcing.py:smoke", tmp_path)
-    feed = Feed(train.open_data(config, "train"), sft.make_parts(config))
+    feed = Feed(train.open_data(config, "train"), teacher.make_parts(config))
     assert [next(feed)["video"].shape[:2] for _ in range(4)] == [(2, 21), (4, 9)] * 2
-    assert next(Feed(train.open_data(config, "train"), sft.make_eval_parts(config)))["video"].shape[:2] == (2, 21)
+    assert next(Feed(train.open_data(config, "train"), teacher.make_eval_parts(config)))["video"].shape[:2] == (2, 21)
     config.data.lengths = ((25, 2),)
     with pytest.raises(ConfigError, match=r"clips of \[25\] frames; video\.frames allows 21"):
-        sft.make_parts(config)
+        teacher.make_parts(config)
     config.data.lengths, config.train.preview_every = ((5, 2),), 0
     with pytest.raises(ConfigError, match="5 frames are 2 latent ones, a block is 3"):
         teacher_forcing.make_stage(config)
@@ -151,17 +151,17 @@ def test_flow_loss_weights_each_frame():
     x0, noise, v = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
     t_bf = jnp.array([[1000.0, 500.0, 4.98], [500.0, 500.0, 500.0]])
     config = load_config("configs/teacher.py:wan22_5b")
-    loss, metrics = sft.flow_loss(v, x0, noise, sft.loss_weights(config)(t_bf))
+    loss, metrics = teacher.flow_loss(v, x0, noise, teacher.loss_weights(config)(t_bf))
     error = np.square(np.asarray(v) - (np.asarray(noise) - np.asarray(x0))).mean((2, 3, 4))
     weights = np.asarray(flow.training_weight_of(t_bf, 5.0))
     assert weights[0, 0] == 0 and weights[0, 1] > 2
     np.testing.assert_allclose(loss, (weights * error).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["mse"], error.mean(), rtol=1e-5)
     config.loss.weights = "none"
-    np.testing.assert_array_equal(sft.loss_weights(config)(t_bf), np.ones((2, 3)))
+    np.testing.assert_array_equal(teacher.loss_weights(config)(t_bf), np.ones((2, 3)))
     config.loss.weights = "bel"
     with pytest.raises(ConfigError, match=r"loss\.weights is 'bel'; expected bell or none"):
-        sft.loss_weights(config)
+        teacher.loss_weights(config)
 
 
 def test_missing_inputs_are_named(data, tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
-from chameleon_jax.training import vae as training
-from chameleon_jax.weights import flat_params, set_params
+from chameleon_jax.training.stages import vae_loss as training
+from chameleon_jax.weights.params import flat_params, set_params
 
 # Wan2.2's pattern: no stage of the decoder changes width and time together.
 WAN_LIKE = VaeConfig(

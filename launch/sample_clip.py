@@ -16,16 +16,16 @@ from absl import flags
 from tqdm import tqdm
 
 from chameleon_jax.data.images import first_frame, open_image
-from chameleon_jax.serving.generate import (
+from chameleon_jax.inference.clip import (
     GenerateConfig,
     Generator,
     best_size,
     latent_shape,
     size_units,
 )
-from chameleon_jax.serving.pipeline import check_config
-from launch import arguments, jobs
-from launch.arguments import UsageError
+from chameleon_jax.inference.pipeline import check_config
+from launch import cli, jobs
+from launch.cli import UsageError
 
 CONFIG = "configs/wan22_ti2v.py"
 SETTINGS = ("negative_prompt", "steps", "guidance", "shift", "grid")  # flags that are keys of the group `generate`
@@ -60,7 +60,7 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[ClipJo
       UsageError, ConfigError, ImageError, PipelineError, GenerateError: something cannot be used.
     """
     task = values.task
-    config = arguments.read_config(values.config if values["config"].present else CONFIG, overrides)
+    config = cli.read_config(values.config if values["config"].present else CONFIG, overrides)
     config = config.copy_and_resolve_references()
     given = {name: getattr(values, name) for name in SETTINGS if getattr(values, name) is not None}
     settings = dataclasses.replace(GenerateConfig.read(config), **given)

@@ -23,7 +23,7 @@ import numpy as np
 
 from chameleon_jax.attention.cache import CacheConfig, check_positions
 from chameleon_jax.data.images import stretched
-from chameleon_jax.serving.pipeline import Pipeline
+from chameleon_jax.inference.pipeline import Pipeline
 
 CUT_WORDS = "The scene transitions. "  # what the published model was taught to hear in front of a cut
 PROMPTS_KEPT = 4  # whose K, V stay on the device: those of a shot and of its first chunk, and as many of another
@@ -56,7 +56,7 @@ class MultiShot:
         context = pipeline.config.cache.context
         if context:
             raise MultiShotError(
-                f"cache.context is {context}: that stream starts from condition frames, see serving/session.py; expected 0,"
+                f"cache.context is {context}: that stream starts from condition frames, see inference/session.py; expected 0,"
                 " as in configs/longlive2_5b.py"
             )
         self.pipeline = pipeline

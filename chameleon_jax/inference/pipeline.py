@@ -30,10 +30,10 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.diffusion.rollout import make_sampler
+from chameleon_jax.inference.pretrained import PipelineError, find_weights
+from chameleon_jax.inference.programs import Steps
 from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.models.vae import Vae, VaeConfig
-from chameleon_jax.serving.pretrained import PipelineError, find_weights
-from chameleon_jax.serving.steps import Steps
 
 GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
 NETWORKS = ("vae", "dit", "text")
@@ -74,7 +74,7 @@ class Pipeline:
         """Load weights: a folder written by `save` or by the converters, or a public checkpoint.
 
         Parameters are read one by one, each straight to where it belongs. A public checkpoint (Wan2.2-TI2V-5B as released
-        or its diffusers copy) is converted at the first time, see `serving/pretrained.py`.
+        or its diffusers copy) is converted at the first time, see `inference/pretrained.py`.
 
         Args:
           name: a folder; one that does not exist here is looked for beside the package too. Or the name of a repository
@@ -90,7 +90,7 @@ class Pipeline:
           TokenizerError: an unusable `tokenizer.json`.
         """
         from chameleon_jax.models.text import Tokenizer, TokenizerError
-        from chameleon_jax.weights import WeightsError, load_params
+        from chameleon_jax.weights.params import WeightsError, load_params
 
         folder = find_weights(name)
         stored = _read_config(folder / "config.json")
@@ -152,7 +152,7 @@ class Pipeline:
           PipelineError: programs were compiled with the weights as they are; or no such file, or not a LoRA.
           WeightsError: it does not fit the denoiser; all mismatches are listed.
         """
-        from chameleon_jax.lora import Lora, attach, merge
+        from chameleon_jax.weights.lora import Lora, attach, merge
         from converters.lora import LoraPart
         from converters.recognise import RecognitionError, recognise
         from converters.rules import ConversionError
@@ -177,7 +177,7 @@ class Pipeline:
         Raises:
           PipelineError: the pipeline has no text encoder.
         """
-        from chameleon_jax.weights import save_params
+        from chameleon_jax.weights.params import save_params
 
         if self.text is None:
             raise PipelineError("a pipeline without a text encoder cannot be saved; build it with text=True")
@@ -202,12 +202,12 @@ class Pipeline:
         """A new session; see `Session`.
 
         Raises:
-          PipelineError: the config is for a stream without condition frames, see serving/multishot.py.
+          PipelineError: the config is for a stream without condition frames, see inference/shots.py.
         """
-        from chameleon_jax.serving.session import Session
+        from chameleon_jax.inference.session import Session
 
         if not self.config.cache.context:
-            raise PipelineError("cache.context is 0: no person and no garment to start from; use multishot.MultiShot")
+            raise PipelineError("cache.context is 0: no person and no garment to start from; use shots.MultiShot")
         return Session(self, mechanisms, measure=measure)
 
     def encode_prompt(self, prompt: str | jax.Array | np.ndarray) -> jax.Array:

@@ -15,8 +15,8 @@ import pytest
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError
-from chameleon_jax.serving import Mechanisms, Pipeline, Session, SessionError, Snapshot, SnapshotError
-from chameleon_jax.serving.pipeline import PipelineError
+from chameleon_jax.inference import Mechanisms, Pipeline, Session, SessionError, Snapshot, SnapshotError
+from chameleon_jax.inference.pipeline import PipelineError
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = ["video.height=64", "video.width=48", "sampler.steps=2", "cache.frames=23", "cache.sink=3"]
@@ -380,7 +380,7 @@ CONTINUE = """
 import sys, jax, numpy as np
 jax.config.update("jax_default_matmul_precision", "highest")
 from chameleon_jax.config import load_config
-from chameleon_jax.serving import Pipeline, Session, Snapshot
+from chameleon_jax.inference import Pipeline, Session, Snapshot
 config, snapshot, out, *overrides = sys.argv[1:]
 session = Session(Pipeline.random(load_config(config, overrides), seed=3))
 session.restore(Snapshot.load(snapshot))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import load_config
+from chameleon_jax.inference import Pipeline
+from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.models.text import Tokenizer, TokenizerError
-from chameleon_jax.serving import Pipeline
-from chameleon_jax.serving.pipeline import PipelineError
-from chameleon_jax.weights import WeightsError, flat_params
+from chameleon_jax.weights.params import WeightsError, flat_params
 
 ROOT = Path(__file__).parents[2]
 GREY = np.full((20, 20, 3), 128, np.uint8)

@@ -392,7 +392,7 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, the JSON in its header; it appears complete or not at all."""
-        from chameleon_jax.tensor_files import write_tensors  # a stream alone does without safetensors
+        from chameleon_jax.weights.tensors import write_tensors  # a stream alone does without safetensors
 
         write_tensors(path, self.arrays, {"session": json.dumps(self.meta)})
 
@@ -403,7 +403,7 @@ class Snapshot:
         Raises:
           SnapshotError: missing, truncated, or not a snapshot of this version.
         """
-        from chameleon_jax.tensor_files import WeightsError, read_metadata, read_tensors
+        from chameleon_jax.weights.tensors import WeightsError, read_metadata, read_tensors
 
         try:
             meta, arrays = json.loads(read_metadata(path).get("session", "null")), read_tensors(path)

@@ -10,10 +10,7 @@ import dataclasses
 import numpy as np
 
 from chameleon_jax.runway import colours, looks, parts, patterns, prints
-from chameleon_jax.runway.fitting import Fit
-from chameleon_jax.runway.garments import BUTTONED, SKIRTS, GarmentSpec
-from chameleon_jax.runway.parts import FAR, HEM
-from chameleon_jax.runway.tailoring import (
+from chameleon_jax.runway.drape import (
     LEG_RADIUS,
     SKIRT_RADIUS,
     SLEEVE_RADIUS,
@@ -26,6 +23,9 @@ from chameleon_jax.runway.tailoring import (
     make_top,
     make_trousers,
 )
+from chameleon_jax.runway.garments import BUTTONED, SKIRTS, GarmentSpec
+from chameleon_jax.runway.measure import Fit
+from chameleon_jax.runway.parts import FAR, HEM
 
 _NECKS = {  # depth, how much deeper it may be, width
     "crew": (0.030, 0.0, 0.072),

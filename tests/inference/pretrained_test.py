@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from chameleon_jax import tensor_files
-from chameleon_jax.serving import Pipeline, pretrained
-from chameleon_jax.serving.pipeline import PipelineError, byte_tokenizer
-from chameleon_jax.weights import WeightsError, flat_params
+from chameleon_jax.inference import Pipeline, pretrained
+from chameleon_jax.inference.pipeline import PipelineError, byte_tokenizer
+from chameleon_jax.weights import tensors
+from chameleon_jax.weights.params import WeightsError, flat_params
 from converters import __main__ as command
 from converters import convert
 from tests import tiny_wan
@@ -138,9 +138,9 @@ def test_no_room_for_the_conversion_is_one_line(public, monkeypatch):
 FOUR_DEVICES = """
 import json, sys
 import jax, numpy as np
-from chameleon_jax.serving import Pipeline
+from chameleon_jax.inference import Pipeline
 from chameleon_jax import sharding
-from chameleon_jax.weights import flat_params
+from chameleon_jax.weights.params import flat_params
 
 sharding.MIN_SIZE = 0
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -215,7 +215,7 @@ def test_a_lora_in_any_naming_is_added_to_a_pipeline(public, tmp_path):
 def test_no_host_copy_of_a_whole_network_exists(public, monkeypatch):
     """Tensors are read one at a time: none is still held when the next one is asked for."""
     alive, most = weakref.WeakSet(), []
-    read = tensor_files.LazyTensor.read
+    read = tensors.LazyTensor.read
 
     class Tracked(np.ndarray):
         """NumPy's own arrays cannot be kept in a set."""
@@ -228,6 +228,6 @@ def test_no_host_copy_of_a_whole_network_exists(public, monkeypatch):
         alive.add(value)
         return value
 
-    monkeypatch.setattr(tensor_files.LazyTensor, "read", tracked)
+    monkeypatch.setattr(tensors.LazyTensor, "read", tracked)
     Pipeline.from_pretrained(public["jax"])
     assert len(most) == 203 and max(most) <= 1

@@ -32,8 +32,8 @@ from chameleon_jax.diffusion import flow, sampler
 from chameleon_jax.models.dit import bidirectional_forward
 from chameleon_jax.models.text import Tokenizer
 from chameleon_jax.training.feed import HostBatch, Part
-from chameleon_jax.training.metrics import picture_grid
 from chameleon_jax.training.networks import Network, build_network
+from chameleon_jax.training.report import picture_grid
 from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage, TrainState
 
 

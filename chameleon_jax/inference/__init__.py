@@ -4,10 +4,10 @@ Importing this package needs jax, flax, numpy and pillow only; what reads weight
 where it is used, so that a benchmark on random weights runs on a bare accelerator machine.
 """
 
-from chameleon_jax.serving.generate import GenerateConfig, GenerateError, Generator
-from chameleon_jax.serving.multishot import MultiShot, MultiShotError, Shot
-from chameleon_jax.serving.pipeline import Pipeline, PipelineError
-from chameleon_jax.serving.session import Mechanisms, Session, SessionError, Snapshot, SnapshotError, Switch
+from chameleon_jax.inference.clip import GenerateConfig, GenerateError, Generator
+from chameleon_jax.inference.pipeline import Pipeline, PipelineError
+from chameleon_jax.inference.session import Mechanisms, Session, SessionError, Snapshot, SnapshotError, Switch
+from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot
 
 __all__ = [
     "GenerateConfig",

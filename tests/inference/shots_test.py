@@ -18,8 +18,8 @@ from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError, stretched, to_uint8
 from chameleon_jax.diffusion import rollout
-from chameleon_jax.serving import Pipeline, PipelineError
-from chameleon_jax.serving.multishot import MultiShot, MultiShotError, Shot, told
+from chameleon_jax.inference import Pipeline, PipelineError
+from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot, told
 from launch.bench import compilations
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def test_longest_videos_are_accepted(streams):
 def test_pipelines_are_for_one_kind_of_stream(pipeline):
     with pytest.raises(MultiShotError, match="cache.context is 2: that stream starts from condition frames"):
         MultiShot(Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke"), text=False))
-    with pytest.raises(PipelineError, match=r"no person and no garment to start from; use multishot\.MultiShot"):
+    with pytest.raises(PipelineError, match=r"no person and no garment to start from; use shots\.MultiShot"):
         pipeline.session()
     with pytest.raises(
         ValueError, match="no program 'refresh', with 0 condition frames; its programs are encode_image"

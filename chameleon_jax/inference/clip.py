@@ -32,10 +32,10 @@ from chameleon_jax.data.images import first_frame, open_image
 from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, guidance, step_unipc
 from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_init, unipc_table
+from chameleon_jax.inference.pipeline import Pipeline, dit_config
+from chameleon_jax.inference.programs import NOISE, Steps
 from chameleon_jax.models.dit import TextKV, bidirectional_forward
 from chameleon_jax.models.vae import VaeConfig
-from chameleon_jax.serving.pipeline import Pipeline, dit_config
-from chameleon_jax.serving.steps import NOISE, Steps
 
 CLIP_NOISE = NOISE + 1  # what a random number is for: that of a clip is not that of a chunk
 SOLVERS = ("unipc",)

@@ -16,8 +16,8 @@ from PIL import Image
 from chameleon_jax.config import load_config
 from chameleon_jax.data.video import read_video
 from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT
-from chameleon_jax.serving import Pipeline
-from chameleon_jax.tensor_files import write_tensors
+from chameleon_jax.inference import Pipeline
+from chameleon_jax.weights.tensors import write_tensors
 from launch import sample
 
 ROOT = Path(__file__).parents[2]

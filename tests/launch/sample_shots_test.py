@@ -11,7 +11,7 @@ from PIL import Image
 
 from chameleon_jax.data.video import read_video
 from launch import sample
-from launch.shots import parse_shot
+from launch.sample_shots import parse_shot
 
 CONFIG = f"{Path(__file__).parents[2]}/configs/longlive2_5b.py:smoke"
 

@@ -18,10 +18,7 @@ from PIL import Image
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import first_frame
 from chameleon_jax.diffusion.unipc import GRIDS, unipc_timesteps
-from chameleon_jax.models.dit import DiT
-from chameleon_jax.models.text import TextEncoder
-from chameleon_jax.models.vae import Vae
-from chameleon_jax.serving.generate import (
+from chameleon_jax.inference.clip import (
     GenerateConfig,
     GenerateError,
     Generator,
@@ -29,8 +26,11 @@ from chameleon_jax.serving.generate import (
     clip_noise,
     latent_shape,
 )
-from chameleon_jax.serving.pipeline import Pipeline, PipelineError, byte_tokenizer
-from chameleon_jax.weights import set_params
+from chameleon_jax.inference.pipeline import Pipeline, PipelineError, byte_tokenizer
+from chameleon_jax.models.dit import DiT
+from chameleon_jax.models.text import TextEncoder
+from chameleon_jax.models.vae import Vae
+from chameleon_jax.weights.params import set_params
 from converters import dit, text, vae
 from tests import tiny_wan
 from tests.tiny_wan import DIT, TEXT, VAE

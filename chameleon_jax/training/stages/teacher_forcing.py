@@ -3,7 +3,7 @@
 The video is cut into blocks of 3 latent frames. Each block is noised with a t of its own and denoised with the clean
 context and the clean earlier blocks in sight, as far as the cache of the stream would hold them (`config.cache`), all
 in one pass over [clean copy | noisy copy] with a block-causal mask. Streaming over that cache computes the same
-function. Loss and data are those of the teacher, see `sft`.
+function. Loss and data are those of the teacher, see `teacher`.
 
 While it streams, the model goes on from its own frames, which are not as clean as the data's: the earlier blocks are
 its own, and after a garment switch with `disentangle` the reference is, too. `loss.history_noise` and
@@ -28,8 +28,8 @@ from chameleon_jax.config import ConfigError
 from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.diffusion import flow
 from chameleon_jax.models.dit import teacher_forcing_forward
-from chameleon_jax.training import sft
-from chameleon_jax.training.sft import before_export, make_eval_parts, make_parts
+from chameleon_jax.training.stages import teacher
+from chameleon_jax.training.stages.teacher import before_export, make_eval_parts, make_parts
 from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage
 
 __all__ = ["before_export", "make_eval_parts", "make_parts", "make_stage"]
@@ -41,9 +41,9 @@ def make_stage(config: ConfigDict) -> Stage:
     Raises:
       ConfigError: clips are shorter than a block, or the cache is not one for this transformer.
     """
-    trained, frozen = sft.networks(config)
-    conditions = sft.make_conditions(config, trained | frozen)
-    weights_of = sft.loss_weights(config)
+    trained, frozen = teacher.networks(config)
+    conditions = teacher.make_conditions(config, trained | frozen)
+    weights_of = teacher.loss_weights(config)
     sizes = trained["dit"].abstract.config
     block = sizes.block
     try:
@@ -68,12 +68,12 @@ def make_stage(config: ConfigDict) -> Stage:
         t_bf = flow.draw_timesteps(jax.random.fold_in(key, 0), *z.shape[:2], block=block, shift=config.loss.shift)
         noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
-        told = sft.told_timesteps(t_bf, config)
+        told = teacher.told_timesteps(t_bf, config)
         history = disturbed(z, config.loss.history_noise, jax.random.fold_in(key, 2))
         reference = disturbed(sample.z_context[:, :1], config.loss.reference_noise, jax.random.fold_in(key, 3))
         z_context = jnp.concatenate([reference, sample.z_context[:, 1:]], axis=1)
         v = forward(dit, z_context, history, z_noisy, told, sample.text_kv)
-        return sft.flow_loss(v, z, noise, weights_of(t_bf))
+        return teacher.flow_loss(v, z, noise, weights_of(t_bf))
 
     def generate(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
         """Block after block as in a stream, written with the training forward: what it makes is what a cache would."""
@@ -87,7 +87,7 @@ def make_stage(config: ConfigDict) -> Stage:
             def step(video: jax.Array, pair: tuple[jax.Array, jax.Array], start: int = start):
                 sigma, sigma_next = pair
                 t_bf = jnp.full(video.shape[:2], 1000 * sigma)
-                told = sft.told_timesteps(t_bf, config)
+                told = teacher.told_timesteps(t_bf, config)
                 v = forward(dit, sample.z_context, video, video, told, sample.text_kv)
                 chunk = flow.euler_step(video[:, start : start + block], v[:, start : start + block], sigma, sigma_next)
                 return video.at[:, start : start + block].set(chunk), None
@@ -95,7 +95,7 @@ def make_stage(config: ConfigDict) -> Stage:
             video, _ = jax.lax.scan(step, video, (sigmas[:-1], sigmas[1:]))
         return video
 
-    return Stage("teacher_forcing", trained, loss, sft.make_preview(config, frozen, generate), frozen)
+    return Stage("teacher_forcing", trained, loss, teacher.make_preview(config, frozen, generate), frozen)
 
 
 def disturbed(z: jax.Array, most: float, key: jax.Array) -> jax.Array:

@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
-from chameleon_jax.training import vae as losses
 from chameleon_jax.training.feed import HostBatch, Part, crop
-from chameleon_jax.training.metrics import picture_grid
 from chameleon_jax.training.networks import build_network
+from chameleon_jax.training.report import picture_grid
+from chameleon_jax.training.stages import vae_loss as losses
 from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage, TrainState
 
 log = logging.getLogger(__name__)

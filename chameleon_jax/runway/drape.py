@@ -14,8 +14,8 @@ import dataclasses
 import numpy as np
 
 from chameleon_jax.runway import parts
-from chameleon_jax.runway.fitting import Fit, template
 from chameleon_jax.runway.geometry import smoothstep
+from chameleon_jax.runway.measure import Fit, template
 from chameleon_jax.runway.parts import ANGLE, CUFF, FAR, HEM, NECK, OCCLUSION, SLEEVE, SLEEVE_U, SLEEVE_V, U, V
 
 # Width of the hollow between the body and an untucked top, for the waistband of whatever is worn below.

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.data.images import stretched
+from chameleon_jax.inference.pipeline import check_config
+from chameleon_jax.inference.shots import MultiShot, Shot, check_shots
 from chameleon_jax.models.vae import VaeConfig
-from chameleon_jax.serving.multishot import MultiShot, Shot, check_shots
-from chameleon_jax.serving.pipeline import check_config
-from launch import arguments, jobs
-from launch.arguments import UsageError
+from launch import cli, jobs
+from launch.cli import UsageError
 
 CONFIG = "configs/longlive2_5b.py"
 
@@ -61,7 +61,7 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> ShotsJob:
     Raises:
       UsageError, ConfigError, ImageError, PipelineError, MultiShotError, PositionError: something cannot be used.
     """
-    config = arguments.read_config(values.config if values["config"].present else CONFIG, overrides)
+    config = cli.read_config(values.config if values["config"].present else CONFIG, overrides)
     config = config.copy_and_resolve_references()
     if values.steps is not None:
         config.sampler.steps = values.steps

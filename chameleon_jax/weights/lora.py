@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chameleon_jax.tensor_files import WeightsError, read_tensors
+from chameleon_jax.weights.tensors import WeightsError, read_tensors
 
 PARTS = ("lora_a", "lora_b", "alpha")
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from chameleon_jax.sharding import spec_of
-from chameleon_jax.tensor_files import LazyTensor, WeightsError, open_tensors, write_tensors
+from chameleon_jax.weights.tensors import LazyTensor, WeightsError, open_tensors, write_tensors
 
 
 def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
