@@ -1,4 +1,6 @@
-"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras, torch among them."""
+"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras, torch among
+them.
+"""
 
 import re
 from pathlib import Path
@@ -6,7 +8,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "chameleon_jax/__init__.py").read_text()).group(1)
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "chameleon_jax/__init__.py").read_text()
+).group(1)
 
 CORE = [
     "jax>=0.10,<0.12",
@@ -35,7 +39,13 @@ EXTRAS = {
     # importlib-resources: tensorflow-datasets 4.9.10 imports it without asking for it
     "train": ["array-record>=0.8", "importlib-resources>=6.0", "tensorboardX>=2.6.4"],
     "convert": ["torch>=2.6"],  # for .pth, .pt and .bin; safetensors need nothing
-    "parity": ["torch>=2.6", "diffusers>=0.42,<0.43", "transformers>=5,<6", "sentencepiece>=0.2", "peft>=0.17"],
+    "parity": [
+        "torch>=2.6",
+        "diffusers>=0.42,<0.43",
+        "transformers>=5,<6",
+        "sentencepiece>=0.2",
+        "peft>=0.17",
+    ],
     "dev": ["pytest>=8.0", "ruff>=0.14"],
 }
 

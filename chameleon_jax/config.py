@@ -1,9 +1,11 @@
-"""Config files: plain Python functions `get_config(variant) -> ConfigDict`, overridden from the command line.
+"""Config files: plain Python functions `get_config(variant) -> ConfigDict`, overridden from the
+command line.
 
     python -m launch.sample --config configs/runway_tiny.py --config.sampler.steps=8
     python -m launch.train  --config configs/teacher.py:wan22_5b --config.train.steps=100
 
-An unknown key is an error that names the nearest one. The resolved config is saved beside every output.
+An unknown key is an error that names the nearest one. The resolved config is saved beside every
+output.
 """
 
 from __future__ import annotations
@@ -30,19 +32,27 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> ml_collections.Conf
 
     Args:
       path: `configs/x.py` or `configs/x.py:variant`.
-      overrides: `a.b=value` strings; values are Python literals, anything else is taken as a string.
+      overrides: `a.b=value` strings; values are Python literals, anything else is taken as a
+        string.
 
     Returns:
       A locked ConfigDict.
 
     Raises:
-      ConfigError: file missing or without `get_config`, unknown variant, unknown key, value of another type.
+      ConfigError: file missing or without `get_config`, unknown variant, unknown key, value of
+        another type.
     """
     file, _, variant = str(path).partition(":")
     if not Path(file).is_file():
-        near = sorted(str(p) for p in Path(file).parent.glob("*.py")) if Path(file).parent.is_dir() else []
+        near = (
+            sorted(str(p) for p in Path(file).parent.glob("*.py"))
+            if Path(file).parent.is_dir()
+            else []
+        )
         hint = difflib.get_close_matches(file, near, n=1)
-        raise ConfigError(f"config file {file} does not exist" + (f"; did you mean {hint[0]}?" if hint else ""))
+        raise ConfigError(
+            f"config file {file} does not exist" + (f"; did you mean {hint[0]}?" if hint else "")
+        )
     spec = importlib.util.spec_from_file_location(f"chameleon_config_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
     folder = str(Path(file).resolve().parent.parent)
@@ -70,14 +80,19 @@ def override(config: ml_collections.ConfigDict, overrides: Iterable[str]) -> Non
         for depth, part in enumerate(parents):
             node = _child(node, part, parents[: depth + 1], config)
             if not isinstance(node, ml_collections.ConfigDict):
-                raise ConfigError(f"{'.'.join(parents[: depth + 1])} is a value, not a group: it has no key {leaf!r}")
+                raise ConfigError(
+                    f"{'.'.join(parents[: depth + 1])} is a value, not a group: it has no key"
+                    f" {leaf!r}"
+                )
         old = _child(node, leaf, [*parents, leaf], config)
         if isinstance(old, ml_collections.ConfigDict):
             raise ConfigError(f"{key} is a group of keys ({', '.join(old)}); set one of them")
         node[leaf] = _parse(key, text, old)
 
 
-def _child(node: ml_collections.ConfigDict, name: str, path: list[str], root: ml_collections.ConfigDict) -> Any:
+def _child(
+    node: ml_collections.ConfigDict, name: str, path: list[str], root: ml_collections.ConfigDict
+) -> Any:
     if name in node:
         return node[name]
     known = list(flatten(root))
@@ -85,7 +100,9 @@ def _child(node: ml_collections.ConfigDict, name: str, path: list[str], root: ml
     near = difflib.get_close_matches(asked, known, n=1, cutoff=0.3) or difflib.get_close_matches(
         name, list(node), n=1, cutoff=0.0
     )
-    raise ConfigError(f"unknown config key {asked!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+    raise ConfigError(
+        f"unknown config key {asked!r}" + (f"; the nearest is {near[0]!r}" if near else "")
+    )
 
 
 def _parse(key: str, text: str, old: Any) -> Any:

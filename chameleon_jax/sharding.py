@@ -1,12 +1,14 @@
-"""Where arrays live: one mesh with four named axes, and a table of rules that places every parameter on it.
+"""Where arrays live: one mesh with four named axes, and a table of rules that places every
+parameter on it.
 
     data    copies of the weights; the batch is split
     fsdp    weights, optimiser state and EMA are split; so is the batch (ZeRO stage 3, arXiv 1910.02054)
     seq     tokens of one sample, for networks that place their activations on it
     tensor  heads and hidden channels (Megatron-LM, arXiv 1909.08053)
 
-A single device is the mesh (1, 1, 1, 1): there is no other code path. A rule says what would be split; an array axis
-that the mesh axis does not divide stays whole, because a few odd-shaped parameters must not forbid a mesh.
+A single device is the mesh (1, 1, 1, 1): there is no other code path. A rule says what would be
+split; an array axis that the mesh axis does not divide stays whole, because a few odd-shaped
+parameters must not forbid a mesh.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ BATCH = PartitionSpec(("data", "fsdp"))  # leading axis of everything in a batch
 LARGEST = "largest"  # a rule that splits the largest axis that fsdp divides
 MIN_SIZE = 4096  # smaller parameters are kept whole: sending them around costs more than they take
 
-# First match wins. Kernels are [in, out]: the tensor axis splits what a head or a hidden channel owns, so that one
-# all-reduce after `o` and after the last layer of the feed-forward is all that it costs.
+# First match wins. Kernels are [in, out]: the tensor axis splits what a head or a hidden channel
+# owns, so that one all-reduce after `o` and after the last layer of the feed-forward is all that it
+# costs.
 RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
     (r"attn\.(q|k|v)\.kernel$", PartitionSpec("fsdp", "tensor")),
     (r"attn\.(q|k|v)\.bias$", PartitionSpec("tensor")),
@@ -63,15 +66,21 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) != len(devices):
-        raise MeshError(f"mesh {dict(zip(AXES, shape, strict=True))} does not fit {len(devices)} devices")
+        raise MeshError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} does not fit {len(devices)} devices"
+        )
     if len(devices) == len(jax.devices()):
-        grid = jax.make_mesh(tuple(shape), AXES, devices=devices).devices  # in an order that suits the interconnect
+        grid = jax.make_mesh(
+            tuple(shape), AXES, devices=devices
+        ).devices  # in an order that suits the interconnect
     else:
         grid = np.array(devices).reshape(shape)
     return Mesh(grid, AXES)
 
 
-def spec_of(path: str, shape: Sequence[int], mesh: Mesh, *, min_size: int = MIN_SIZE) -> PartitionSpec:
+def spec_of(
+    path: str, shape: Sequence[int], mesh: Mesh, *, min_size: int = MIN_SIZE
+) -> PartitionSpec:
     """Placement of the parameter at a dotted path, by the first rule of `RULES` that matches."""
     if math.prod(shape) < min_size:
         return PartitionSpec()
@@ -82,29 +91,37 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh, *, min_size: int = MIN_
             return PartitionSpec()
         largest = max(fit, key=lambda axis: (shape[axis], axis))
         rule = PartitionSpec(*(["fsdp" if axis == largest else None for axis in range(len(shape))]))
-    # A network that scans over its layers stacks them on a leading axis: rules speak of the trailing ones.
+    # A network that scans over its layers stacks them on a leading axis: rules speak of the
+    # trailing ones.
     lead = [None] * (len(shape) - len(rule))
     if len(rule) > len(shape):
         raise MeshError(f"the rule for {path} has {len(rule)} axes, the parameter {len(shape)}")
     axes = [*lead, *rule]
-    return PartitionSpec(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)))
+    return PartitionSpec(
+        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True))
+    )
 
 
 def param_shardings(params: Any, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Any:
-    """Shardings for any tree whose paths end in the dotted names of parameters: parameters, EMA, optimiser state.
+    """Shardings for any tree whose paths end in the dotted names of parameters: parameters, EMA,
+    optimiser state.
 
-    Optimiser statistics carry the name and shape of their parameter and so land where it lies; scalars are replicated.
+    Optimiser statistics carry the name and shape of their parameter and so land where it lies;
+    scalars are replicated.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
+        name = next(
+            (str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), ""
+        )
         return NamedSharding(mesh, spec_of(name, leaf.shape, mesh, min_size=min_size))
 
     return jax.tree_util.tree_map_with_path(place, params)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch to the devices, split along its leading axis over data and fsdp.
+    """This process's part of a batch to the devices, split along its leading axis over data and
+    fsdp.
 
     Raises:
       MeshError: the batch does not divide among the devices.
@@ -115,7 +132,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     for name, value in batch.items():
         if value.shape[0] * jax.process_count() % ways:
             total = value.shape[0] * jax.process_count()
-            raise MeshError(f"a batch of {total} ({name}) does not divide over data x fsdp = {ways} devices")
+            raise MeshError(
+                f"a batch of {total} ({name}) does not divide over data x fsdp = {ways} devices"
+            )
         placed[name] = jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(value))
     return placed
 

@@ -1,6 +1,7 @@
 """Stream with the embedded model: `python -m launch.sample --config configs/runway_tiny.py`.
 
-Sizes and weights are those that ship with the project; a laptop CPU streams it faster than it plays.
+Sizes and weights are those that ship with the project; a laptop CPU streams it faster than it
+plays.
 """
 
 from __future__ import annotations
@@ -11,19 +12,33 @@ from configs import common
 
 
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
-    """Variants: `runway_tiny` (embedded weights) and `smoke` (a random model of a few thousand parameters)."""
-    return ConfigDict({
-        "name": variant,
-        "model": common.MODELS[variant](),
-        "weights": "chameleon_jax/assets/runway_tiny" if variant == "runway_tiny" else "random",
-        "dtype": "float32",  # bfloat16 products are slower than float32 ones on a CPU
-        "video": {"height": 128, "width": 80, "fps": 16, "frames": 81},
-        "cache": common.CACHES[variant],
-        # Not distilled: plain Euler steps along the flow instead of the paper's four re-noised ones.
-        "sampler": {"name": "euler", "steps": 4, "shift": 3.0, "timesteps": (1000, 750, 500, 250)},
-        # The embedded model's frames are still too soft to be the next reference: it starts again from the picture.
-        "switch": {
-            "refresh": True, "withdraw": True, "disentangle": variant != "runway_tiny", "drop_repeated_frame": True,
-        },
-        "seed": 0,
-    })  # fmt: skip
+    """Variants: `runway_tiny` (embedded weights) and `smoke` (a random model of a few thousand
+    parameters).
+    """
+    return ConfigDict(
+        {
+            "name": variant,
+            "model": common.MODELS[variant](),
+            "weights": "chameleon_jax/assets/runway_tiny" if variant == "runway_tiny" else "random",
+            "dtype": "float32",  # bfloat16 products are slower than float32 ones on a CPU
+            "video": {"height": 128, "width": 80, "fps": 16, "frames": 81},
+            "cache": common.CACHES[variant],
+            # Not distilled: plain Euler steps along the flow instead of the paper's four re-noised
+            # ones.
+            "sampler": {
+                "name": "euler",
+                "steps": 4,
+                "shift": 3.0,
+                "timesteps": (1000, 750, 500, 250),
+            },
+            # The embedded model's frames are still too soft to be the next reference: it starts
+            # again from the picture.
+            "switch": {
+                "refresh": True,
+                "withdraw": True,
+                "disentangle": variant != "runway_tiny",
+                "drop_repeated_frame": True,
+            },
+            "seed": 0,
+        }
+    )

@@ -16,7 +16,8 @@ from configs import training
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
     """Variants: `runway_tiny` (CPU, hours), `wan22_5b`, `smoke`."""
     config = training.base("teacher", variant)
-    # round_timesteps: tell the network integer timesteps, as the released code does. weights: see training/teacher.py.
+    # round_timesteps: tell the network integer timesteps, as the released code does. weights: see
+    # training/teacher.py.
     config.loss = {"shift": 5.0, "round_timesteps": True, "weights": "bell"}
     if variant == "wan22_5b":
         config.data.batch = 64

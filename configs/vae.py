@@ -11,8 +11,9 @@
 
 The last one polishes the decoder alone: latents, and what was trained on them, stay valid.
 
-A network that has learnt pictures with the last tap of its causal convolutions needs a few minutes to learn motion; one
-that starts with clips needs many times as long. The released Wan2.2 VAE is ready to use: `wan22_5b` is to fine-tune it.
+A network that has learnt pictures with the last tap of its causal convolutions needs a few minutes
+to learn motion; one that starts with clips needs many times as long. The released Wan2.2 VAE is
+ready to use: `wan22_5b` is to fine-tune it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ from configs import training
 
 
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
-    """Variants: `runway_tiny`, `wan22_5b`, `smoke`; each also with `_video`, which trains on clips and pictures."""
-    size, clips = (variant[: -len("_video")], True) if variant.endswith("_video") else (variant, False)
+    """Variants: `runway_tiny`, `wan22_5b`, `smoke`; each also with `_video`, which trains on clips
+    and pictures.
+    """
+    size, clips = (
+        (variant[: -len("_video")], True) if variant.endswith("_video") else (variant, False)
+    )
     config = training.base("vae", size)
-    # Batches in turn: (frames, height, width, samples). A net trained on few frames only learns its distance from the
-    # first one, hence the longest clips too, in small windows.
-    config.data.crops = ((1, 64, 48, 8),) if not clips else ((17, 48, 48, 4), (33, 32, 32, 4), (1, 64, 48, 8))
+    # Batches in turn: (frames, height, width, samples). A net trained on few frames only learns its
+    # distance from the first one, hence the longest clips too, in small windows.
+    config.data.crops = (
+        ((1, 64, 48, 8),) if not clips else ((17, 48, 48, 4), (33, 32, 32, 4), (1, 64, 48, 8))
+    )
     config.data.batch = 2 if clips else 16  # of the held-out batches
-    # Weights, see training/stages/vae_loss.py. inflate: start as a network of pictures; false to go on with weights that know clips.
-    # encoder: false to train the decoder alone.
+    # Weights, see training/stages/vae_loss.py. inflate: start as a network of pictures; false to go
+    # on with weights that know clips. encoder: false to train the decoder alone.
     config.loss = {"l1": 1.0, "l2": 0.0, "gradient": 0.25, "laplacian": 0.0, "kl": 1e-5}
     config.loss.update({"inflate": size != "wan22_5b", "encoder": True})
     config.preview.update(samples=4, frames=6)

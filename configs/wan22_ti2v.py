@@ -3,8 +3,8 @@
     python -m launch.sample --task t2v --weights DIR --prompt "A woman walks along a beach." --out out.mp4
     python -m launch.sample --task i2v --weights DIR --image first.png --prompt "She turns around." --out out.mp4
 
-DIR is whatever `Pipeline.from_pretrained` takes. To see that everything is wired up, on a CPU, in seconds:
-`--config configs/wan22_ti2v.py:smoke`.
+DIR is whatever `Pipeline.from_pretrained` takes. To see that everything is wired up, on a CPU, in
+seconds: `--config configs/wan22_ti2v.py:smoke`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from configs import common, wan22_5b
 
 
 def get_config(variant: str = "wan22_ti2v_5b") -> ConfigDict:
-    """Variants: `wan22_ti2v_5b` (as published) and `smoke` (a random model of a few thousand parameters)."""
+    """Variants: `wan22_ti2v_5b` (as published) and `smoke` (a random model of a few thousand
+    parameters).
+    """
     config = wan22_5b.get_config()
     config.name = variant
     config.generate = {
@@ -27,15 +29,17 @@ def get_config(variant: str = "wan22_ti2v_5b") -> ConfigDict:
         "guidance": 5.0,  # 1: the prompt alone, in half the time
         "negative_prompt": NEGATIVE_PROMPT,
     }
-    config.update({
-        "wan22_ti2v_5b": {"video": {"height": 704, "width": 1280, "fps": 24, "frames": 121}},
-        "smoke": {
-            "model": common.MODELS["smoke"](),
-            "weights": "random",
-            "dtype": "float32",
-            "video": {"height": 32, "width": 48, "fps": 24, "frames": 9},
-            "cache": common.CACHES["smoke"],
-            "generate": {"steps": 2},
-        },
-    }[variant])  # fmt: skip
+    config.update(
+        {
+            "wan22_ti2v_5b": {"video": {"height": 704, "width": 1280, "fps": 24, "frames": 121}},
+            "smoke": {
+                "model": common.MODELS["smoke"](),
+                "weights": "random",
+                "dtype": "float32",
+                "video": {"height": 32, "width": 48, "fps": 24, "frames": 9},
+                "cache": common.CACHES["smoke"],
+                "generate": {"steps": 2},
+            },
+        }[variant]
+    )
     return config

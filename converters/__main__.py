@@ -6,11 +6,12 @@
     python -m converters Wan2.2-TI2V-5B --lora style.safetensors@0.8 --to jax --out weights/styled
     python -m converters style.safetensors --to kohya --out style_kohya
 
-What is given is recognised by the names in it: a folder, a file, shards with their index; .safetensors, or .pth, .pt and
-.bin through PyTorch's restricted loader. Nothing is written unless every tensor fits, and the result is read back and
-compared before it gets its name.
+What is given is recognised by the names in it: a folder, a file, shards with their index;
+.safetensors, or .pth, .pt and .bin through PyTorch's restricted loader. Nothing is written unless
+every tensor fits, and the result is read back and compared before it gets its name.
 
-Exit codes: 0 done, 2 an input or the destination cannot be used (nothing is written), 130 interrupted.
+Exit codes: 0 done, 2 an input or the destination cannot be used (nothing is written), 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="folder, file, or index of shards")
+    made.add_argument(
+        "inputs", nargs="+", type=Path, metavar="IN", help="folder, file, or index of shards"
+    )
     made.add_argument(
         "--to",
         required=True,
@@ -50,11 +53,20 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
     made.add_argument(
-        "--dtype", choices=CASTS, default="keep", help="cast the weights; default: keep them, bit for bit"
+        "--dtype",
+        choices=CASTS,
+        default="keep",
+        help="cast the weights; default: keep them, bit for bit",
     )
-    made.add_argument("--part", help="part of a training checkpoint: generator, generator_ema, critic, ...")
     made.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[@STRENGTH]", help="merge into the transformer"
+        "--part", help="part of a training checkpoint: generator, generator_ema, critic, ..."
+    )
+    made.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[@STRENGTH]",
+        help="merge into the transformer",
     )
     return made
 
@@ -63,7 +75,8 @@ def run(argv: Sequence[str]) -> int:
     """The command. Returns its exit code.
 
     Raises:
-      RecognitionError, ConversionError, WeightsError, TokenizerError, DestinationError: an input cannot be used.
+      RecognitionError, ConversionError, WeightsError, TokenizerError, DestinationError: an input
+        cannot be used.
     """
     options = parser().parse_args(argv)
     begin = time.perf_counter()
@@ -75,15 +88,20 @@ def run(argv: Sequence[str]) -> int:
     merges = [_merge(text) for text in options.lora]
     for merge in merges:
         print(f"{merge.part.describe()}; merged with strength {merge.strength:g}")
-    folder, remarks = convert.prepare(parts, options.to, dtype=dtype, merges=merges, label=options.part or "generator")
+    folder, remarks = convert.prepare(
+        parts, options.to, dtype=dtype, merges=merges, label=options.part or "generator"
+    )
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     convert.write_with_progress(folder, options.out)
     seconds = time.perf_counter() - begin
     tensors = sum(len(file.entries) for file in folder.files)
     how = "bit for bit" if dtype is None and not merges else "against its source"
-    print(f"{options.out}: {tensors} tensors, {folder.nbytes / 1e9:.2f} GB, read back and compared {how};"
-          f" {seconds:.0f} s, {peak_memory()}")  # fmt: skip
+    print(
+        f"{options.out}: {tensors} tensors, {folder.nbytes / 1e9:.2f} GB, read back and compared"
+        f" {how};"
+        f" {seconds:.0f} s, {peak_memory()}"
+    )
     for file in folder.files:
         print(f"  {file.path}")
     return 0
@@ -99,7 +117,9 @@ def peak_memory() -> str:
             import resource
         except ModuleNotFoundError:  # on Windows
             return "peak memory unknown"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     return f"peak memory {peak / 1e9:.2f} GB"
 
 
@@ -119,7 +139,13 @@ def main() -> None:
     """Run, and turn whatever is wrong with the input into a message."""
     try:
         sys.exit(run(sys.argv[1:]))
-    except (RecognitionError, ConversionError, WeightsError, TokenizerError, convert.DestinationError) as error:
+    except (
+        RecognitionError,
+        ConversionError,
+        WeightsError,
+        TokenizerError,
+        convert.DestinationError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,7 +1,9 @@
-"""From recognised networks to a folder in another layout: planned whole, written in pieces, verified, then renamed.
+"""From recognised networks to a folder in another layout: planned whole, written in pieces,
+verified, then renamed.
 
-Nothing is written before every tensor has its place and the disk has room. The folder grows under a temporary name; it
-gets its own when all of it has been read back and compared. A conversion that was killed leaves nothing that looks whole.
+Nothing is written before every tensor has its place and the disk has room. The folder grows under a
+temporary name; it gets its own when all of it has been read back and compared. A conversion that
+was killed leaves nothing that looks whole.
 """
 
 from __future__ import annotations
@@ -39,9 +41,12 @@ from converters.rules import IDENTITY, ConversionError, Transform, invert, plan,
 TRAINING = "training"  # the transformer as a training run of this family saves it
 LAYOUTS = (OURS, "official", "diffusers", TRAINING, "peft", "kohya")
 LORA_FILES = {
-    OURS: "lora.safetensors", "diffusers": "pytorch_lora_weights.safetensors", "official": "lora.safetensors",
-    "kohya": "lora.safetensors", "peft": "adapter_model.safetensors",
-}  # fmt: skip
+    OURS: "lora.safetensors",
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "official": "lora.safetensors",
+    "kohya": "lora.safetensors",
+    "peft": "adapter_model.safetensors",
+}
 TOKENIZER_FOLDERS = {OURS: "", "official": "google/umt5-xxl", "diffusers": "tokenizer"}
 SHARD = 5 * 10**9  # bytes of a shard in the public layouts, as Hugging Face cuts them
 PIPELINE = ("dit", "vae", "text")
@@ -90,7 +95,9 @@ class Folder:
 
     @property
     def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files) + sum(len(text) for text in self.texts.values())
+        return sum(file.nbytes for file in self.files) + sum(
+            len(text) for text in self.texts.values()
+        )
 
 
 def prepare(
@@ -181,7 +188,9 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
             out.rmdir()  # empty: checked above
         os.replace(part, out)
     except OSError as error:
-        raise DestinationError(f"{out}: could not be written ({error}); nothing was left behind") from None
+        raise DestinationError(
+            f"{out}: could not be written ({error}); nothing was left behind"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -189,7 +198,9 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
 def write_with_progress(folder: Folder, out: Path) -> None:
     """`write`, with a bar on stderr."""
     total = sum(file.nbytes for file in folder.files)
-    with tqdm(total=2 * total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=2 * total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True
+    ) as bar:
 
         def report(what: str, count: int) -> None:
             bar.set_description({"write": "writing", "verify": "reading back"}[what], refresh=False)
@@ -207,7 +218,9 @@ def check_destination(out: Path, nbytes: int) -> None:
         raise DestinationError(f"{out}: {place} cannot be written to")
     free = shutil.disk_usage(place).free
     if free < nbytes + MARGIN:
-        raise DestinationError(f"{out}: needs {nbytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free")
+        raise DestinationError(
+            f"{out}: needs {nbytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free"
+        )
 
 
 def our_config(networks: Mapping[str, Part], files: Sequence[OutFile] = ()) -> dict[str, Any]:
@@ -217,14 +230,25 @@ def our_config(networks: Mapping[str, Part], files: Sequence[OutFile] = ()) -> d
         fields = dataclasses.asdict(part.config)
         model[name] = {key: value for key, value in fields.items() if key not in HOW_TO_COMPUTE}
     if {"dit", "text"} <= model.keys():
-        model["text"]["length"] = model["dit"]["text_length"]  # no public text encoder says how long its prompts are
+        model["text"]["length"] = model["dit"][
+            "text_length"
+        ]  # no public text encoder says how long its prompts are
     if not set(PIPELINE) <= model.keys():
         return {"model": model}
     from configs.wan22_ti2v import get_config
 
-    kinds = {entry.dtype.name for file in files if file.path == "dit.safetensors" for entry in file.entries}
+    kinds = {
+        entry.dtype.name
+        for file in files
+        if file.path == "dit.safetensors"
+        for entry in file.entries
+    }
     config = get_config().to_dict()
-    return config | {"name": "converted", "model": model, "dtype": "bfloat16" if kinds == {"bfloat16"} else "float32"}
+    return config | {
+        "name": "converted",
+        "model": model,
+        "dtype": "bfloat16" if kinds == {"bfloat16"} else "float32",
+    }
 
 
 def _target(part: Part, to: str) -> Layout:
@@ -233,13 +257,17 @@ def _target(part: Part, to: str) -> Layout:
     return layout_of(part.network, to)
 
 
-def _entries(part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge], label: str) -> list[Entry]:
+def _entries(
+    part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge], label: str
+) -> list[Entry]:
     """What to write of one network, each tensor with the whole way that it goes."""
     source, target = layout_of(part.network, part.layout), _target(part, to)
     try:
         ours = part.network.expected(part.config)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise ConversionError(f"the sizes read off it make no {part.network.title} ({error})") from None
+        raise ConversionError(
+            f"the sizes read off it make no {part.network.title} ({error})"
+        ) from None
     moves = plan(part.tensors, source.rules(part.config), ours, source.ignore)
     back = invert(target.rules(part.config))
     shapes = shapes_in(back, ours)
@@ -250,7 +278,12 @@ def _entries(part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge
         tensor, last = part.tensors[move.source], onward[move.target]
         name = f"{label}//model.{last.target}" if to == TRAINING else last.target
         kind = np.dtype(dtype or tensor.dtype)
-        load = _loader(tensor, move.transform, last.transform, changes.get(move.target.removesuffix(".kernel"), []))
+        load = _loader(
+            tensor,
+            move.transform,
+            last.transform,
+            changes.get(move.target.removesuffix(".kernel"), []),
+        )
         entries.append(Entry(name, shapes[last.target], kind, load))
     return entries
 
@@ -258,14 +291,18 @@ def _entries(part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge
 def _loader(
     tensor: Any, forward: Transform, onward: Transform, changes: Sequence[tuple[Change, float]]
 ) -> Callable[[slice], np.ndarray]:
-    """Rows of a tensor as it will be written, straight from the file where nothing is to be done to it."""
+    """Rows of a tensor as it will be written, straight from the file where nothing is to be done to
+    it.
+    """
     if forward is IDENTITY and onward is IDENTITY and not changes:
         return tensor.read
 
     def load(rows: slice) -> np.ndarray:
         value = forward.forward(tensor.read())
         if changes:
-            total = value.astype(np.float32) + sum(change.delta(strength) for change, strength in changes)
+            total = value.astype(np.float32) + sum(
+                change.delta(strength) for change, strength in changes
+            )
             value = total.astype(tensor.dtype)
         value = onward.forward(value)
         return value[rows] if value.shape else value
@@ -287,12 +324,15 @@ def _changes(part: Part, merges: Sequence[Merge]) -> dict[str, list[tuple[Change
             shape = shapes.get(f"{layer}.kernel")
             if shape != (change.a.shape[0], change.b.shape[1]):
                 faults.append(
-                    f"{merge.part.path}: {layer} is {shape}, the LoRA changes {change.a.shape} x {change.b.shape}"
+                    f"{merge.part.path}: {layer} is {shape}, the LoRA changes {change.a.shape} x"
+                    f" {change.b.shape}"
                 )
             changes.setdefault(layer, []).append((change, merge.strength))
     if faults:
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ConversionError("the LoRA does not fit the transformer:\n  " + "\n  ".join(faults[:20]) + more)
+        raise ConversionError(
+            "the LoRA does not fit the transformer:\n  " + "\n  ".join(faults[:20]) + more
+        )
     return changes
 
 
@@ -301,7 +341,9 @@ def _shaped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
-def cut_into_files(path: str, entries: Sequence[Entry], *, sharded: bool) -> tuple[list[OutFile], dict[str, str]]:
+def cut_into_files(
+    path: str, entries: Sequence[Entry], *, sharded: bool
+) -> tuple[list[OutFile], dict[str, str]]:
     """One file; or, if it were larger than SHARD, several and their index."""
     whole = OutFile(path, tuple(entries), {"format": "pt"} if sharded else {})
     if not sharded or whole.is_pickle or whole.nbytes <= SHARD:
@@ -374,7 +416,9 @@ def _is_running(process: int) -> bool:
 
 def _lora_file(part: lora.LoraPart, to: str, dtype: np.dtype | None) -> OutFile:
     if to not in LORA_FILES:
-        raise RecognitionError(f"a LoRA has no layout {to!r}; it is known in {', '.join(LORA_FILES)}")
+        raise RecognitionError(
+            f"a LoRA has no layout {to!r}; it is known in {', '.join(LORA_FILES)}"
+        )
     tensors, metadata = lora.to_layout(part.changes, to)
     entries = []
     for name, value in tensors.items():
@@ -398,24 +442,37 @@ def _tokenizer(part: Part, to: str) -> tuple[dict[str, str], list[str]]:
     """
     beside = part.path.parent
     places = (beside, beside / "tokenizer", beside.parent / "tokenizer", beside / "google/umt5-xxl")
-    found = next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
+    found = next(
+        (place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None
+    )
     if found is None:
         return {}, [
-            f"no tokenizer.json beside {part.path}: put the one of google/umt5-xxl, or of the folder `tokenizer` of the"
+            f"no tokenizer.json beside {part.path}: put the one of google/umt5-xxl, or of the"
+            " folder `tokenizer` of the"
             " diffusers copy, into the new folder before you use prompts"
         ]
     tokenizer = Tokenizer.from_file(found, part.config.length)
     if tokenizer.vocab > part.config.vocab:
-        raise ConversionError(f"{found}: {tokenizer.vocab} pieces, the text encoder knows {part.config.vocab}")
+        raise ConversionError(
+            f"{found}: {tokenizer.vocab} pieces, the text encoder knows {part.config.vocab}"
+        )
     folder = TOKENIZER_FOLDERS[to]
     texts = {str(Path(folder) / "tokenizer.json"): found.read_text(encoding="utf-8")}
     if to != OURS:
         settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
-            "model_max_length": part.config.length, "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "model_max_length": part.config.length,
+            "clean_up_tokenization_spaces": False,
+        }
         beside_it = found.with_name("tokenizer_config.json")
-        text = beside_it.read_text(encoding="utf-8") if beside_it.is_file() else json.dumps(settings, indent=2) + "\n"
+        text = (
+            beside_it.read_text(encoding="utf-8")
+            if beside_it.is_file()
+            else json.dumps(settings, indent=2) + "\n"
+        )
         texts[str(Path(folder) / "tokenizer_config.json")] = text
     return texts, []
 
@@ -423,16 +480,30 @@ def _tokenizer(part: Part, to: str) -> tuple[dict[str, str], list[str]]:
 def _diffusers_pipeline() -> dict[str, str]:
     """model_index.json and the scheduler of Wan2.2-TI2V-5B."""
     index = {
-        "_class_name": "WanPipeline", "_diffusers_version": "0.35.0", "expand_timesteps": True, "boundary_ratio": None,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
-    }  # fmt: skip
+        "_class_name": "WanPipeline",
+        "_diffusers_version": "0.35.0",
+        "expand_timesteps": True,
+        "boundary_ratio": None,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
     scheduler = {
-        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True, "flow_shift": 5.0, "solver_order": 2, "solver_type": "bh2", "predict_x0": True,
-        "lower_order_final": True, "final_sigmas_type": "zero", "timestep_spacing": "linspace",
-    }  # fmt: skip
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 5.0,
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "predict_x0": True,
+        "lower_order_final": True,
+        "final_sigmas_type": "zero",
+        "timestep_spacing": "linspace",
+    }
     return {
         "model_index.json": json.dumps(index, indent=2) + "\n",
         "scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n",

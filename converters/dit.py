@@ -1,7 +1,7 @@
 """Wan2.2 transformer: the original layout and that of diffusers, to and from this code base.
 
-The two layouts differ in names only. Linear kernels are transposed, the patch convolution moves its channels to the
-end, and the modulation tables lose a leading axis of size 1.
+The two layouts differ in names only. Linear kernels are transposed, the patch convolution moves its
+channels to the end, and the modulation tables lose a leading axis of size 1.
 """
 
 from __future__ import annotations
@@ -15,18 +15,32 @@ from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.weights.params import param_shapes
 from converters.rules import CONV3D, LINEAR, Rule, Transform, convert, invert
 
-TABLE = Transform("[1, rows, m] -> [rows, m]", lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(1, *x.shape))
+TABLE = Transform(
+    "[1, rows, m] -> [rows, m]", lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(1, *x.shape)
+)
 
 
 def _linear(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")]
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", LINEAR),
+        Rule(f"{source}.bias", f"{target}.bias"),
+    ]
 
 
 def _attention(source: str, target: str, names: tuple[str, str, str, str]) -> list[Rule]:
     """Projections q, k, v, o, which a layout may call otherwise, and the two norms."""
-    projections = [rule for name, ours in zip(names, "qkvo", strict=True)
-                   for rule in _linear(f"{source}.{name}", f"{target}.{ours}")]  # fmt: skip
-    return [*projections, *(Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale") for norm in ("norm_q", "norm_k"))]
+    projections = [
+        rule
+        for name, ours in zip(names, "qkvo", strict=True)
+        for rule in _linear(f"{source}.{name}", f"{target}.{ours}")
+    ]
+    return [
+        *projections,
+        *(
+            Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale")
+            for norm in ("norm_q", "norm_k")
+        ),
+    ]
 
 
 OFFICIAL_RULES = [

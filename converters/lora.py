@@ -5,8 +5,8 @@
     official   diffusion_model.blocks.0.self_attn.q.lora_A.weight           alpha as a tensor
     kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight              alpha as a tensor
 
-Prefixes, `lora_down` for `lora_A` and `lora_up` for `lora_B` are mixed freely in the wild: all mixtures are read. Where
-no alpha is given, it is the rank: the product counts once.
+Prefixes, `lora_down` for `lora_A` and `lora_up` for `lora_B` are mixed freely in the wild: all
+mixtures are read. Where no alpha is given, it is the rank: the product counts once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,20 @@ from chameleon_jax.weights.tensors import WeightsError, read_metadata
 from converters.dit import DIFFUSERS_RULES, OFFICIAL_RULES
 from converters.rules import LINEAR, ConversionError, Rule, rename
 
-METADATA = "lora_adapter_metadata"  # key in the header under which diffusers keeps the adapter's settings
+METADATA = (
+    "lora_adapter_metadata"  # key in the header under which diffusers keeps the adapter's settings
+)
 ENDS = {
-    ".lora_A.weight": "A", ".lora_A.default.weight": "A", ".lora_down.weight": "A", ".lora.down.weight": "A",
-    ".lora_B.weight": "B", ".lora_B.default.weight": "B", ".lora_up.weight": "B", ".lora.up.weight": "B",
+    ".lora_A.weight": "A",
+    ".lora_A.default.weight": "A",
+    ".lora_down.weight": "A",
+    ".lora.down.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.default.weight": "B",
+    ".lora_up.weight": "B",
+    ".lora.up.weight": "B",
     ".alpha": "alpha",
-}  # fmt: skip
+}
 PREFIX = {
     "peft": "base_model.model.",
     "diffusers": "transformer.",
@@ -39,12 +47,22 @@ PREFIX = {
     "kohya": "lora_unet_",
 }
 PREFIXES = (
-    "base_model.model.", "diffusion_model.", "transformer.", "lora_unet_", "lora_transformer_", "model.",
-)  # fmt: skip
+    "base_model.model.",
+    "diffusion_model.",
+    "transformer.",
+    "lora_unet_",
+    "lora_transformer_",
+    "model.",
+)
 OTHER_KINDS = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "oft_blocks": "OFT",
-    ".diff": "full differences", ".diff_b": "full differences",
-}  # fmt: skip
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "oft_blocks": "OFT",
+    ".diff": "full differences",
+    ".diff_b": "full differences",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +88,8 @@ class LoraPart:
         ranks = sorted({change.rank for change in self.changes.values()})
         kinds = sorted({change.a.dtype.name for change in self.changes.values()})
         return (
-            f"{self.path}: {self.network.title}, {self.layout} naming ({self.evidence}); {len(self.changes)} layers, rank"
+            f"{self.path}: {self.network.title}, {self.layout} naming ({self.evidence});"
+            f" {len(self.changes)} layers, rank"
             f" {', '.join(map(str, ranks))}, {', '.join(kinds)}"
         )
 
@@ -92,17 +111,28 @@ def parse_strength(text: str) -> tuple[Path, float]:
 
 def looks_like_lora(names: Iterable[str]) -> bool:
     """Do the names speak of low-rank changes, or of their relatives?"""
-    marks = (*(end.removesuffix(".weight") for end in ENDS if end != ".alpha"), ".lora_a", *OTHER_KINDS)
+    marks = (
+        *(end.removesuffix(".weight") for end in ENDS if end != ".alpha"),
+        ".lora_a",
+        *OTHER_KINDS,
+    )
     return any(mark in name for name in names for mark in marks if mark not in (".diff", ".diff_b"))
 
 
 def module_rules(layout: str) -> list[Rule]:
-    """Names of the layers in a layout, without its prefix, and ours: every linear layer of the transformer."""
+    """Names of the layers in a layout, without its prefix, and ours: every linear layer of the
+    transformer.
+    """
     table = DIFFUSERS_RULES if layout == "diffusers" else OFFICIAL_RULES
     rows = [
-        (r.source.removesuffix(".weight"), r.target.removesuffix(".kernel")) for r in table if r.transform is LINEAR
+        (r.source.removesuffix(".weight"), r.target.removesuffix(".kernel"))
+        for r in table
+        if r.transform is LINEAR
     ]
-    return [Rule(source.replace(".", "_") if layout == "kohya" else source, target) for source, target in rows]
+    return [
+        Rule(source.replace(".", "_") if layout == "kohya" else source, target)
+        for source, target in rows
+    ]
 
 
 def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -> LoraPart:
@@ -114,14 +144,20 @@ def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -
       part: of a training checkpoint that holds several, "generator" (the default) or "critic".
 
     Raises:
-      ConversionError: names that belong to no layer, halves without their other half, ranks that disagree; all listed.
+      ConversionError: names that belong to no layer, halves without their other half, ranks that
+        disagree; all listed.
       WeightsError: another kind of low-rank change.
     """
     kinds = {
-        kind for mark, kind in OTHER_KINDS.items() for name in tensors if name.endswith(mark) or f"{mark}." in name
+        kind
+        for mark, kind in OTHER_KINDS.items()
+        for name in tensors
+        if name.endswith(mark) or f"{mark}." in name
     }
     if kinds:
-        raise WeightsError(f"{path}: this is {', '.join(sorted(kinds))}; only plain LoRA (A and B) is read")
+        raise WeightsError(
+            f"{path}: this is {', '.join(sorted(kinds))}; only plain LoRA (A and B) is read"
+        )
     tensors = _one_part(path, tensors, part)
     evidence = f"{len(tensors)} names"
     if any(name.endswith(".lora_a") for name in tensors):
@@ -131,7 +167,8 @@ def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -
     for raw, tensor in tensors.items():
         name = _normalised(raw)
         module, part = next(
-            ((name.removesuffix(end), key) for end, key in ENDS.items() if name.endswith(end)), (name, "")
+            ((name.removesuffix(end), key) for end, key in ENDS.items() if name.endswith(end)),
+            (name, ""),
         )
         if not part:
             faults.append(f"unexpected: {raw}")
@@ -151,28 +188,42 @@ def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -
         if a is None or b is None:
             continue
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            faults.append(f"wrong shape: {module} is {b.shape} x {a.shape}; expected [out, r] x [r, in]")
+            faults.append(
+                f"wrong shape: {module} is {b.shape} x {a.shape}; expected [out, r] x [r, in]"
+            )
             continue
         alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(settings, module, a.shape[0])
         changes[layer] = Change(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), alpha)
     if faults or not changes:
         lines = "\n  ".join(sorted(faults)[:50])
-        raise ConversionError(f"{path}: the LoRA does not fit the Wan transformer ({len(faults)} faults):\n  {lines}")
-    return LoraPart(dict(sorted(changes.items(), key=lambda item: _natural(item[0]))), layout, path, evidence)
+        raise ConversionError(
+            f"{path}: the LoRA does not fit the Wan transformer ({len(faults)} faults):\n  {lines}"
+        )
+    return LoraPart(
+        dict(sorted(changes.items(), key=lambda item: _natural(item[0]))), layout, path, evidence
+    )
 
 
 def _one_part(path: Path, tensors: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
-    """Those of one network, where a training checkpoint keeps several: "generator_lora.", "critic_lora."."""
+    """Those of one network, where a training checkpoint keeps several: "generator_lora.",
+    "critic_lora.".
+    """
     parts = sorted({name.split(".")[0] for name in tensors if name.split(".")[0].endswith("_lora")})
     if not parts:
         return tensors
     wanted = f"{(part or 'generator').removesuffix('_lora')}_lora"
     if wanted not in parts:
         raise WeightsError(f"{path}: no part {wanted!r}; it has {', '.join(parts)}")
-    return {name.removeprefix(f"{wanted}."): x for name, x in tensors.items() if name.startswith(f"{wanted}.")}
+    return {
+        name.removeprefix(f"{wanted}."): x
+        for name, x in tensors.items()
+        if name.startswith(f"{wanted}.")
+    }
 
 
-def to_layout(changes: Mapping[str, Change], layout: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def to_layout(
+    changes: Mapping[str, Change], layout: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors by name in a layout, and the metadata of the file's header.
 
     Args:
@@ -194,7 +245,9 @@ def to_layout(changes: Mapping[str, Change], layout: str) -> tuple[dict[str, np.
             tensors[f"{name}.alpha"] = np.float32(change.alpha).reshape(())
     metadata = {"format": "pt"}
     if layout == "diffusers":
-        settings = {f"transformer.{key}": value for key, value in adapter_config(changes, layout).items()}
+        settings = {
+            f"transformer.{key}": value for key, value in adapter_config(changes, layout).items()
+        }
         metadata[METADATA] = json.dumps(settings, indent=2, sort_keys=True)
     return tensors, metadata
 
@@ -206,15 +259,20 @@ def adapter_config(changes: Mapping[str, Change], layout: str) -> dict[str, Any]
     alphas = {names[layer]: _whole(change.alpha) for layer, change in changes.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
-        "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks), "bias": "none",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "bias": "none",
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-    }  # fmt: skip
+    }
 
 
 def _module_names(layers: Iterable[str], layout: str) -> dict[str, str]:
     """Name of each layer's module in a layout."""
-    mapping, faults = rename(layers, [Rule(rule.target, rule.source) for rule in module_rules(layout)])
+    mapping, faults = rename(
+        layers, [Rule(rule.target, rule.source) for rule in module_rules(layout)]
+    )
     if faults:
         raise ConversionError(f"not layers of the Wan transformer: {'; '.join(faults[:10])}")
     return {layer: target for layer, (target, _) in mapping.items()}
@@ -230,7 +288,10 @@ def _layout(names: Iterable[str], modules: Iterable[str]) -> str:
     """Which naming: kohya's by its prefix, the others by which table knows more."""
     if any(name.startswith(("lora_unet_", "lora_transformer_")) for name in names):
         return "kohya"
-    known = {layout: len(rename(modules, module_rules(layout))[0]) for layout in ("official", "diffusers")}
+    known = {
+        layout: len(rename(modules, module_rules(layout))[0])
+        for layout in ("official", "diffusers")
+    }
     if known["diffusers"] > known["official"]:
         return "diffusers"
     return "peft" if any("base_model.model." in name for name in names) else "official"

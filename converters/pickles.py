@@ -1,8 +1,10 @@
-"""PyTorch's own files, .pth, .pt and .bin: read without running what is in them, written without holding them in memory.
+"""PyTorch's own files, .pth, .pt and .bin: read without running what is in them, written without
+holding them in memory.
 
-Such a file is a zip archive with a pickle that describes the tensors and one uncompressed record of numbers for each. A
-pickle can hold code; torch's restricted loader knows tensors and plain containers and refuses all else. It is used on
-fake tensors: only the description is read, and each tensor then comes from its place in the file when it is asked for.
+Such a file is a zip archive with a pickle that describes the tensors and one uncompressed record of
+numbers for each. A pickle can hold code; torch's restricted loader knows tensors and plain
+containers and refuses all else. It is used on fake tensors: only the description is read, and each
+tensor then comes from its place in the file when it is asked for.
 
 Needs torch 2.6 or newer: in older ones the restricted loader could be tricked (CVE-2025-32434).
 """
@@ -31,7 +33,8 @@ def open_pickle(path: str | os.PathLike) -> dict[str, LazyTensor]:
     """The tensors of a file written by `torch.save`; those in nested dictionaries by dotted names.
 
     Raises:
-      WeightsError: torch is missing or too old; the file is no such archive, is damaged, or wants to run code.
+      WeightsError: torch is missing or too old; the file is no such archive, is damaged, or wants
+        to run code.
     """
     path = Path(path)
     torch = import_torch()
@@ -53,14 +56,18 @@ def write_pickle(
     entries: Iterable[Entry],
     on_piece: Callable[[str, memoryview], None] = lambda name, piece: None,
 ) -> None:
-    """Write a file that `torch.load` reads, tensor by tensor, in place: the caller renames it when all is well.
+    """Write a file that `torch.load` reads, tensor by tensor, in place: the caller renames it when
+    all is well.
 
-    torch writes the archive with empty records; the numbers are put in afterwards, and the checksums with them.
+    torch writes the archive with empty records; the numbers are put in afterwards, and the
+    checksums with them.
 
     Args:
       path: overwritten.
-      entries: what to write; a name with dots stays one flat key, except that "a//b" becomes key b of a dictionary a.
-      on_piece: told the tensor's name and the bytes of each piece that was written, in their order in the file.
+      entries: what to write; a name with dots stays one flat key, except that "a//b" becomes key b
+        of a dictionary a.
+      on_piece: told the tensor's name and the bytes of each piece that was written, in their order
+        in the file.
 
     Raises:
       OSError: the disk is full, or the file cannot be written.
@@ -108,13 +115,15 @@ def import_torch() -> Any:
         import torch
     except ModuleNotFoundError:
         raise WeightsError(
-            "PyTorch is needed for .pth, .pt and .bin files and is not installed; pip install 'torch>=2.6' (a build for the"
+            "PyTorch is needed for .pth, .pt and .bin files and is not installed; pip install"
+            " 'torch>=2.6' (a build for the"
             " CPU will do), or use the safetensors form of the checkpoint"
         ) from None
     version = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
     if version < TORCH:
         raise WeightsError(
-            f"torch {torch.__version__} can be made to run code by a checkpoint (CVE-2025-32434); pip install 'torch>=2.6'"
+            f"torch {torch.__version__} can be made to run code by a checkpoint (CVE-2025-32434);"
+            " pip install 'torch>=2.6'"
         )
     return torch
 
@@ -136,38 +145,53 @@ def _check_archive(path: Path) -> None:
         raise WeightsError(f"{path}: no such file")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            squeezed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            squeezed = [
+                info.filename
+                for info in archive.infolist()
+                if info.compress_type != zipfile.ZIP_STORED
+            ]
         if squeezed:
-            raise WeightsError(f"{path}: {squeezed[0]} in it is compressed, which torch.save never does; save it again")
+            raise WeightsError(
+                f"{path}: {squeezed[0]} in it is compressed, which torch.save never does; save it"
+                " again"
+            )
         return
     with open(path, "rb") as file:
         start = file.read(512)
     if re.search(rb"<!doctype|<html|<head", start, re.IGNORECASE):
         raise WeightsError(
-            f"{path}: a web page, not a checkpoint; download the file itself (the raw or resolve link, not the page about it)"
+            f"{path}: a web page, not a checkpoint; download the file itself (the raw or resolve"
+            " link, not the page about it)"
         )
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: a Git LFS pointer, not the checkpoint; run git lfs pull")
     if start.startswith(b"PK"):
         raise WeightsError(f"{path}: the archive is cut off; download it again")
     raise WeightsError(
-        f"{path}: not an archive of torch.save. Files of torch before 1.6 and plain pickles are not read, as they cannot be"
-        " without trust; load it where you trust it and save it again with torch.save, or better as safetensors"
+        f"{path}: not an archive of torch.save. Files of torch before 1.6 and plain pickles are not"
+        " read, as they cannot be"
+        " without trust; load it where you trust it and save it again with torch.save, or better as"
+        " safetensors"
     )
 
 
 def _refusal(path: Path, error: str) -> str:
-    wanted = re.search(r"(?:Unsupported (?:global|class|operand)[^\n]*?|GLOBAL\s+)([\w.]+\.[\w.]+)", error)
+    wanted = re.search(
+        r"(?:Unsupported (?:global|class|operand)[^\n]*?|GLOBAL\s+)([\w.]+\.[\w.]+)", error
+    )
     if "eights only load failed" in error or "weights_only" in error:
         what = f" ({wanted.group(1)})" if wanted else ""
         return (
-            f"{path}: refused: the pickle in it wants more than tensors{what}, and nothing in it was run. Ask for a"
+            f"{path}: refused: the pickle in it wants more than tensors{what}, and nothing in it"
+            " was run. Ask for a"
             " safetensors file, or load it where you trust it and save the tensors alone"
         )
     return f"{path}: not readable ({' '.join(error.split())[:200]})"
 
 
-def _collect(path: Path, value: Any, name: str, found: dict[str, LazyTensor], dtypes: Mapping[Any, np.dtype]) -> None:
+def _collect(
+    path: Path, value: Any, name: str, found: dict[str, LazyTensor], dtypes: Mapping[Any, np.dtype]
+) -> None:
     """Tensors of nested dictionaries and lists; other values (steps, settings) are passed over."""
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -180,14 +204,20 @@ def _collect(path: Path, value: Any, name: str, found: dict[str, LazyTensor], dt
         if place is None:
             return  # a number that was pickled as a tensor without storage
         if value.dtype not in dtypes:
-            raise WeightsError(f"{path}: {name} is of type {value.dtype}; expected floating-point tensors")
+            raise WeightsError(
+                f"{path}: {name} is of type {value.dtype}; expected floating-point tensors"
+            )
         dtype = dtypes[value.dtype]
         strides = tuple(n * dtype.itemsize for n in value.stride())
         offset = place + value.storage_offset() * dtype.itemsize
-        found[name] = LazyTensor(path, offset, tuple(value.shape), dtype, None if value.is_contiguous() else strides)
+        found[name] = LazyTensor(
+            path, offset, tuple(value.shape), dtype, None if value.is_contiguous() else strides
+        )
         last = sum((n - 1) * stride for n, stride in zip(value.shape, strides, strict=True))
         if found[name].nbytes and offset + last + dtype.itemsize > path.stat().st_size:
-            raise WeightsError(f"{path}: {name} would reach beyond the end of the file; download it again")
+            raise WeightsError(
+                f"{path}: {name} would reach beyond the end of the file; download it again"
+            )
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +229,9 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_checksums(file: Any, sums: Mapping[int, int]) -> None:
-    """CRC-32 of each record into its two headers, or into the descriptor behind it (PKWARE appnote 4.3.7, 4.3.9, 4.3.12)."""
+    """CRC-32 of each record into its two headers, or into the descriptor behind it (PKWARE appnote
+    4.3.7, 4.3.9, 4.3.12).
+    """
     with zipfile.ZipFile(file) as archive:
         records, place = archive.infolist(), archive.start_dir
     for info in records:
@@ -210,7 +242,10 @@ def _write_checksums(file: Any, sums: Mapping[int, int]) -> None:
         lengths = struct.unpack("<28xHHH12x", file.read(46))
         if data in sums:
             checksum = struct.pack("<I", sums[data])
-            for spot in (place + 16, data + info.file_size + 4 if flags & 8 else info.header_offset + 14):
+            for spot in (
+                place + 16,
+                data + info.file_size + 4 if flags & 8 else info.header_offset + 14,
+            ):
                 file.seek(spot)
                 file.write(checksum)
         place += 46 + sum(lengths)

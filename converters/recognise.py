@@ -1,7 +1,9 @@
-"""What is in a file or a folder: which network, in which layout, of what size, and on what evidence.
+"""What is in a file or a folder: which network, in which layout, of what size, and on what
+evidence.
 
-Names decide. In a checkpoint of a training run the same names stand behind a prefix ("generator.model."), and wrappers
-leave theirs in between ("_fsdp_wrapped_module."); both are taken off. Nothing but headers is read.
+Names decide. In a checkpoint of a training run the same names stand behind a prefix
+("generator.model."), and wrappers leave theirs in between ("_fsdp_wrapped_module."); both are taken
+off. Nothing but headers is read.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def recognise(paths: Sequence[Path], part: str | None = None) -> list[Part | lor
       part: which part of a training checkpoint to take: "generator", "generator_ema", "critic", ...
 
     Raises:
-      RecognitionError: nothing known in a file that was named or in a folder; a network twice; a foreign model.
+      RecognitionError: nothing known in a file that was named or in a folder; a network twice; a
+        foreign model.
       WeightsError: an unreadable file, a missing shard.
     """
     found: list[Part | lora.LoraPart] = []
@@ -112,7 +115,9 @@ def layout_of(network: Network, name: str) -> Layout:
         return _our_layout(network.name)
     if name not in network.layouts:
         known = ", ".join([OURS, *network.layouts])
-        raise RecognitionError(f"the {network.title} has no layout {name!r}; it is known in {known}")
+        raise RecognitionError(
+            f"the {network.title} has no layout {name!r}; it is known in {known}"
+        )
     return network.layouts[name]
 
 
@@ -122,7 +127,9 @@ def _our_layout(name: str) -> Layout:
     network = NETWORKS[name]
 
     def rules(config: Any) -> list[Rule]:
-        table = {rule.target for layout in network.layouts.values() for rule in layout.rules(config)}
+        table = {
+            rule.target for layout in network.layouts.values() for rule in layout.rules(config)
+        }
         return [Rule(target, target) for target in sorted(table)]
 
     return Layout(rules, f"{name}.safetensors")
@@ -135,24 +142,34 @@ def checkpoint_files(folder: Path) -> list[Path]:
       WeightsError: shards without an index of which some are missing.
     """
     files = sorted(
-        path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern)
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )  # fmt: skip
+        path
+        for pattern in ("*", "*/*", "*/*/*")
+        for path in folder.glob(pattern)
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     indices = [path for path in files if path.name.endswith(INDEX_SUFFIX)]
     sharded: set[Path] = set()
     for index in indices:
         stem = index.name.removesuffix(INDEX_SUFFIX)
-        sharded |= {path for path in files if path.parent == index.parent and _shard_stem(path) == stem}
+        sharded |= {
+            path for path in files if path.parent == index.parent and _shard_stem(path) == stem
+        }
     orphans: dict[tuple[Path, str], list[Path]] = {}
     for path in files:
         if path not in sharded and (stem := _shard_stem(path)) is not None:
             orphans.setdefault((path.parent, stem), []).append(path)
     if orphans:
-        raise WeightsError("; ".join(_orphan_fault(*key, shards) for key, shards in orphans.items()))
+        raise WeightsError(
+            "; ".join(_orphan_fault(*key, shards) for key, shards in orphans.items())
+        )
     single = [
-        path for path in files
-        if path.suffix in (".safetensors", *SUFFIXES) and path not in sharded and not LEFTOVERS.fullmatch(path.name)
-    ]  # fmt: skip
+        path
+        for path in files
+        if path.suffix in (".safetensors", *SUFFIXES)
+        and path not in sharded
+        and not LEFTOVERS.fullmatch(path.name)
+    ]
     return sorted(indices + single)
 
 
@@ -169,7 +186,9 @@ def _orphan_fault(folder: Path, stem: str, shards: list[Path]) -> str:
     lacking = [f"{stem}-{i:05d}-of-{total:05d}" for i in range(1, total + 1) if i not in there]
     index = f"{stem}{INDEX_SUFFIX}"
     return f"{folder}: shards of {stem} without their index {index}" + (
-        f", and {len(lacking)} of {total} are missing: {', '.join(lacking)}" if lacking else "; download it, too"
+        f", and {len(lacking)} of {total} are missing: {', '.join(lacking)}"
+        if lacking
+        else "; download it, too"
     )
 
 
@@ -194,7 +213,9 @@ def read_about(path: Path) -> dict[str, Any]:
 def _in_folder(folder: Path, part: str | None) -> list[Part | lora.LoraPart]:
     files = checkpoint_files(folder)
     if not files:
-        raise RecognitionError(f"{folder}: no checkpoint in it; expected .safetensors or {', '.join(SUFFIXES)} files")
+        raise RecognitionError(
+            f"{folder}: no checkpoint in it; expected .safetensors or {', '.join(SUFFIXES)} files"
+        )
     found, unknown = [], []
     for path in files:
         try:
@@ -215,12 +236,15 @@ def _open(path: Path) -> Mapping[str, LazyTensor]:
         match = SHARD.fullmatch(path.name)
         if match:
             raise WeightsError(
-                f"{path}: one shard of {int(match.group(3))}; give its folder, or the index {match.group(1)}{INDEX_SUFFIX}"
+                f"{path}: one shard of {int(match.group(3))}; give its folder, or the index"
+                f" {match.group(1)}{INDEX_SUFFIX}"
             )
         return open_tensors(path)
     if path.suffix in SUFFIXES:
         return open_pickle(path)
-    raise WeightsError(f"{path}: expected a folder, .safetensors, {INDEX_SUFFIX} or {', '.join(SUFFIXES)}")
+    raise WeightsError(
+        f"{path}: expected a folder, .safetensors, {INDEX_SUFFIX} or {', '.join(SUFFIXES)}"
+    )
 
 
 def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
@@ -232,7 +256,9 @@ def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
     tensors = _open(path)
     clean = {_without_wrappers(name): name for name in tensors}
     if len(clean) < len(tensors):
-        raise RecognitionError(f"{path}: two tensors have the same name once the wrappers' names are taken off")
+        raise RecognitionError(
+            f"{path}: two tensors have the same name once the wrappers' names are taken off"
+        )
     if lora.looks_like_lora(clean):
         return [lora.recognise(path, {name: tensors[raw] for name, raw in clean.items()}, wanted)]
     _refuse_strangers(path, clean)
@@ -246,7 +272,8 @@ def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
         near = "; ".join(text for _, text in scores[:3]) or "no table knows any of its names"
         some = ", ".join(list(tensors)[:3])
         raise UnknownError(
-            f"{path}: not a checkpoint that is known here ({near}). It holds {len(tensors)} tensors: {some}, ..."
+            f"{path}: not a checkpoint that is known here ({near}). It holds {len(tensors)}"
+            f" tensors: {some}, ..."
         )
     return _choose(path, found, wanted)
 
@@ -269,24 +296,35 @@ def _refuse_strangers(path: Path, names: Iterable[str]) -> None:
 def _anchors() -> list[frozenset[str]]:
     """For each layout of each network the names without numbers, which every checkpoint of it has."""
     layouts = [
-        layout for network in NETWORKS.values() for layout in (*network.layouts.values(), _our_layout(network.name))
+        layout
+        for network in NETWORKS.values()
+        for layout in (*network.layouts.values(), _our_layout(network.name))
     ]
-    return [frozenset(r.source for r in layout.rules(None) if "{" not in r.source) for layout in layouts]
+    return [
+        frozenset(r.source for r in layout.rules(None) if "{" not in r.source) for layout in layouts
+    ]
 
 
 def _groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by the prefix behind which a table would know them: {"generator.model.": [...], "critic.model.": [...]}.
+    """Names by the prefix behind which a table would know them: {"generator.model.": [...],
+    "critic.model.": [...]}.
 
-    A prefix counts if most of the anchors of one layout stand behind it; names behind none are left out, unless there is
-    no prefix at all.
+    A prefix counts if most of the anchors of one layout stand behind it; names behind none are left
+    out, unless there is no prefix at all.
     """
     names, hits = list(names), Counter()
     for name in names:
         parts = name.split(".")
         for i in range(len(parts)):
             rest, prefix = ".".join(parts[i:]), "".join(f"{part}." for part in parts[:i])
-            hits.update((number, prefix) for number, anchors in enumerate(_anchors()) if rest in anchors)
-    prefixes = {prefix for (number, prefix), count in hits.items() if count > MATCH * len(_anchors()[number])}
+            hits.update(
+                (number, prefix) for number, anchors in enumerate(_anchors()) if rest in anchors
+            )
+    prefixes = {
+        prefix
+        for (number, prefix), count in hits.items()
+        if count > MATCH * len(_anchors()[number])
+    }
     ordered = sorted(prefixes or {""}, key=lambda prefix: (-len(prefix), prefix))
     groups: dict[str, list[str]] = {prefix: [] for prefix in ordered}
     for name in names:
@@ -297,11 +335,17 @@ def _groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _best(path: Path, prefix: str, tensors: Mapping[str, Any]) -> Part | tuple[float, str]:
-    """The network and layout that know most of the names; if that is too few, how near the nearest came."""
+    """The network and layout that know most of the names; if that is too few, how near the nearest
+    came.
+    """
     scores = []
     for network in NETWORKS.values():
         for name, layout in ((OURS, _our_layout(network.name)), *network.layouts.items()):
-            own = [key for key in tensors if not key.startswith(layout.drop)] if layout.drop else list(tensors)
+            own = (
+                [key for key in tensors if not key.startswith(layout.drop)]
+                if layout.drop
+                else list(tensors)
+            )
             known, _ = rename(own, layout.rules(None))
             if known:
                 scores.append((len(known) / len(own), len(known), network, name, own))
@@ -314,7 +358,9 @@ def _best(path: Path, prefix: str, tensors: Mapping[str, Any]) -> Part | tuple[f
     rivals = [score for score in scores[1:] if score[:2] == (share, known)]
     if rivals:
         listed = "; ".join(f"{score[2].title}, {score[3]} layout" for score in [scores[0], *rivals])
-        raise RecognitionError(f"{path}: ambiguous, {known} of {len(own)} names fit each of: {listed}")
+        raise RecognitionError(
+            f"{path}: ambiguous, {known} of {len(own)} names fit each of: {listed}"
+        )
     layout, about = layout_of(network, name), read_about(path)
     kept = {key: tensors[key] for key in own}
     shapes = our_shapes(layout, {key: tuple(tensor.shape) for key, tensor in kept.items()})
@@ -326,7 +372,9 @@ def _best(path: Path, prefix: str, tensors: Mapping[str, Any]) -> Part | tuple[f
     return Part(network, name, layout.prepare(kept, config), config, path, prefix, evidence)
 
 
-def _config(path: Path, network: Network, layout: str, shapes: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
+def _config(
+    path: Path, network: Network, layout: str, shapes: Mapping[str, Any], about: Mapping[str, Any]
+) -> Any:
     """Sizes of the network: from our own config.json if it is one, else from the shapes."""
     model = about.get("model")
     stored = model.get(network.name) if layout == OURS and isinstance(model, dict) else None
@@ -347,7 +395,9 @@ def _choose(path: Path, found: list[Part], wanted: str | None) -> list[Part]:
         labels = {item.prefix.split(".")[0]: item for item in same}
         if wanted is not None and any(labels):
             if wanted not in labels:
-                raise RecognitionError(f"{path}: no part {wanted!r}; it has {', '.join(sorted(labels))}")
+                raise RecognitionError(
+                    f"{path}: no part {wanted!r}; it has {', '.join(sorted(labels))}"
+                )
             chosen.append(labels[wanted])
             continue
         if len(same) == 1:
@@ -357,7 +407,8 @@ def _choose(path: Path, found: list[Part], wanted: str | None) -> list[Part]:
         if not preferred:
             copies = ", ".join(map(repr, sorted(labels)))
             raise RecognitionError(
-                f"{path}: ambiguous, {len(same)} copies of the {same[0].network.title}: {copies}; choose one with --part"
+                f"{path}: ambiguous, {len(same)} copies of the {same[0].network.title}: {copies};"
+                " choose one with --part"
             )
         others = ", ".join(label for label in labels if labels[label] is not preferred[0])
         note = f"{preferred[0].evidence}; the checkpoint has {others} too, see --part"

@@ -1,4 +1,5 @@
-"""The reward: Hugging Face's CLIP vision tower and the aesthetic predictor, to and from this code base.
+"""The reward: Hugging Face's CLIP vision tower and the aesthetic predictor, to and from this code
+base.
 
 They are two checkpoints. The parameters of a `Reward` are those of both together:
 
@@ -50,24 +51,32 @@ HF_TEXT_SIDE = ("text_model.", "text_projection.", "logit_scale")
 
 # The dropouts between the layers count in the names.
 AESTHETIC_RULES = [
-    rule for ours, theirs in enumerate((0, 2, 4, 6, 7)) for rule in _linear(f"layers.{theirs}", f"head.layers.{ours}")
+    rule
+    for ours, theirs in enumerate((0, 2, 4, 6, 7))
+    for rule in _linear(f"layers.{theirs}", f"head.layers.{ours}")
 ]
 
 
 def expected_shapes(config: ClipVisionConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the reward by its path, without building it: `vision.` and `head.`."""
+    """Shape of every parameter of the reward by its path, without building it: `vision.` and
+    `head.`.
+    """
     return param_shapes(nnx.eval_shape(lambda: Reward(config, rngs=nnx.Rngs(0))))
 
 
 def part_shapes(config: ClipVisionConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     """Those of one checkpoint: `vision.` or `head.`."""
-    return {name: shape for name, shape in expected_shapes(config).items() if name.startswith(prefix)}
+    return {
+        name: shape for name, shape in expected_shapes(config).items() if name.startswith(prefix)
+    }
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: ClipVisionConfig) -> dict[str, np.ndarray]:
-    """The parameters `vision.` of `Reward(config)` from the layout of transformers' CLIPVisionModelWithProjection.
+    """The parameters `vision.` of `Reward(config)` from the layout of transformers'
+    CLIPVisionModelWithProjection.
 
-    A checkpoint of the whole CLIPModel is taken too: its text side and its temperature are left out.
+    A checkpoint of the whole CLIPModel is taken too: its text side and its temperature are left
+    out.
 
     Raises:
       ConversionError: if names or shapes do not fit; all faults are listed.
@@ -76,7 +85,9 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ClipVisionConfig) -> dict
     return convert(vision, HF_RULES, part_shapes(config, "vision."), HF_BUFFERS)
 
 
-def from_aesthetic(tensors: Mapping[str, np.ndarray], config: ClipVisionConfig) -> dict[str, np.ndarray]:
+def from_aesthetic(
+    tensors: Mapping[str, np.ndarray], config: ClipVisionConfig
+) -> dict[str, np.ndarray]:
     """The parameters `head.` of `Reward(config)` from the layout of the aesthetic predictor.
 
     Raises:
@@ -85,11 +96,14 @@ def from_aesthetic(tensors: Mapping[str, np.ndarray], config: ClipVisionConfig) 
     return convert(tensors, AESTHETIC_RULES, part_shapes(config, "head."))
 
 
-def to_layout(params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]):
+def to_layout(
+    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
+):
     """Parameters of a `Reward` in one of the two public layouts, the inverse of the above.
 
     Args:
-      params: arrays by parameter path, those of one part: `vision.` for HF_RULES, `head.` for AESTHETIC_RULES.
+      params: arrays by parameter path, those of one part: `vision.` for HF_RULES, `head.` for
+        AESTHETIC_RULES.
       rules: HF_RULES or AESTHETIC_RULES.
       expected: shapes of the public layout by name.
     """

@@ -1,12 +1,14 @@
 """The table engine of the converters: one rule per kind of tensor, read in both directions.
 
-A rule pairs a source name with a target name. `{i}`, `{j}`, ... stand for integers and mean the same number on both sides:
+A rule pairs a source name with a target name. `{i}`, `{j}`, ... stand for integers and mean the
+same number on both sides:
 
     Rule("blocks.{i}.self_attn.q.weight", "blocks.{i}.self_attn.q.kernel", LINEAR)
 
-`plan` works out a conversion from names and shapes, before any tensor is read; `convert` does it to arrays in memory;
-`invert` turns the table round. Every fault in a checkpoint (missing, unexpected, matched twice, wrong shape, no number) is
-reported at once, in the words of the file, with the nearest known name.
+`plan` works out a conversion from names and shapes, before any tensor is read; `convert` does it to
+arrays in memory; `invert` turns the table round. Every fault in a checkpoint (missing, unexpected,
+matched twice, wrong shape, no number) is reported at once, in the words of the file, with the
+nearest known name.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def permute(name: str, *axes: int) -> Transform:
 
 
 def flatten(name: str, ndim: int) -> Transform:
-    """Drop size-1 axes of an array of `ndim` axes down to one vector, and put them back as [c, 1, ..., 1]."""
+    """Drop size-1 axes of an array of `ndim` axes down to one vector, and put them back as [c, 1,
+    ..., 1].
+    """
     return Transform(name, lambda x: x.reshape(-1), lambda x: x.reshape(-1, *([1] * (ndim - 1))))
 
 
@@ -51,7 +55,9 @@ def pointwise(ndim: int) -> Transform:
     """Kernel [out, in, 1, ...] of `ndim` axes to [in, out]."""
     ones = (1,) * (ndim - 2)
     return Transform(
-        "[out, in, 1, ...] -> [in, out]", lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T.reshape(*x.T.shape, *ones)
+        "[out, in, 1, ...] -> [in, out]",
+        lambda x: x.reshape(x.shape[:2]).T,
+        lambda x: x.T.reshape(*x.T.shape, *ones),
     )
 
 
@@ -68,7 +74,9 @@ POINT2D, POINT3D = pointwise(4), pointwise(5)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row of a table: names in the source layout, names in the target layout, and the change of axes between them."""
+    """One row of a table: names in the source layout, names in the target layout, and the change of
+    axes between them.
+    """
 
     source: str
     target: str
@@ -85,7 +93,9 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    """`blocks.{i}.q` -> a regular expression in which `{i}` is an integer (the same one, if it occurs twice)."""
+    """`blocks.{i}.q` -> a regular expression in which `{i}` is an integer (the same one, if it
+    occurs twice).
+    """
     seen: set[str] = set()
     parts = []
     for piece in re.split(r"(\{\w+\})", pattern):
@@ -105,7 +115,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (nearest: {match[0]})" if match else ""
 
 
-def rename(names: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[str, tuple[str, Transform]], list[str]]:
+def rename(
+    names: Iterable[str], rules: Iterable[Rule]
+) -> tuple[dict[str, tuple[str, Transform]], list[str]]:
     """Map each source name to (target name, transform).
 
     Returns:
@@ -114,11 +126,15 @@ def rename(names: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[str, tuple
     compiled = [(_compile(rule.source), rule) for rule in rules]
     mapping, faults = {}, []
     for name in names:
-        hits = [(m.groupdict(), rule) for pattern, rule in compiled if (m := pattern.fullmatch(name))]
+        hits = [
+            (m.groupdict(), rule) for pattern, rule in compiled if (m := pattern.fullmatch(name))
+        ]
         if not hits:
             faults.append(f"unexpected: {name}")
         elif len(hits) > 1:
-            faults.append(f"matched {len(hits)} times: {name} by {', '.join(rule.source for _, rule in hits)}")
+            faults.append(
+                f"matched {len(hits)} times: {name} by {', '.join(rule.source for _, rule in hits)}"
+            )
         else:
             numbers, rule = hits[0]
             mapping[name] = (rule.target.format(**numbers), rule.transform)
@@ -152,14 +168,18 @@ def plan(
       One move for every name in `expected`, in that order.
 
     Raises:
-      ConversionError: if anything is missing, unexpected, matched twice, of another shape, or no floating-point tensor;
-        all of it is listed, each with the nearest known name.
+      ConversionError: if anything is missing, unexpected, matched twice, of another shape, or no
+        floating-point tensor; all of it is listed, each with the nearest known name.
     """
     rules = list(rules)
     skip = [_compile(pattern) for pattern in ignore]
     names = [name for name in tensors if not any(pattern.fullmatch(name) for pattern in skip)]
-    # What the source would be called and shaped if it were right: faults are told in the words of the file.
-    wanted = {target: (name, transform) for target, (name, transform) in rename(expected, invert(rules))[0].items()}
+    # What the source would be called and shaped if it were right: faults are told in the words of
+    # the file.
+    wanted = {
+        target: (name, transform)
+        for target, (name, transform) in rename(expected, invert(rules))[0].items()
+    }
     mapping, faults = rename(names, rules)
     moves: dict[str, Move] = {}
     for name, (target, transform) in mapping.items():
@@ -173,20 +193,33 @@ def plan(
         if _shape(transform, shape) != tuple(expected[target]):
             hint = ": it is transposed" if shape != right and shape[::-1] == right else ""
             faults.append(f"wrong shape: {name} is {shape}, expected {right}{hint}")
-        if not np.issubdtype(np.dtype(tensors[name].dtype), np.floating) and not _is_small_float(tensors[name].dtype):
-            faults.append(f"wrong dtype: {name} is {tensors[name].dtype}, expected float32, bfloat16 or float16")
-    missing = [wanted[target][0] if target in wanted else target for target in expected if target not in moves]
+        if not np.issubdtype(np.dtype(tensors[name].dtype), np.floating) and not _is_small_float(
+            tensors[name].dtype
+        ):
+            faults.append(
+                f"wrong dtype: {name} is {tensors[name].dtype}, expected float32, bfloat16 or"
+                " float16"
+            )
+    missing = [
+        wanted[target][0] if target in wanted else target
+        for target in expected
+        if target not in moves
+    ]
     faults += [f"missing: {name}" for name in missing]
     if faults:
         known, there = [name for name, _ in wanted.values()], set(names)
         lines = [
-            line + _nearest(line.split()[1], known) if line.startswith("unexpected")
-            else line + _nearest(line.split()[1], there) if line.startswith("missing")
+            line + _nearest(line.split()[1], known)
+            if line.startswith("unexpected")
+            else line + _nearest(line.split()[1], there)
+            if line.startswith("missing")
             else line
             for line in sorted(faults)[:LISTED]
-        ]  # fmt: skip
+        ]
         more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-        raise ConversionError(f"the checkpoint does not fit ({len(faults)} faults):\n  " + "\n  ".join(lines) + more)
+        raise ConversionError(
+            f"the checkpoint does not fit ({len(faults)} faults):\n  " + "\n  ".join(lines) + more
+        )
     return [moves[target] for target in expected]
 
 
@@ -205,18 +238,25 @@ def convert(
       ConversionError: as `plan`.
     """
     return {
-        move.target: move.transform.forward(tensors[move.source]) for move in plan(tensors, rules, expected, ignore)
+        move.target: move.transform.forward(tensors[move.source])
+        for move in plan(tensors, rules, expected, ignore)
     }
 
 
-def shapes_in(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def shapes_in(
+    rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes after the table, for those names that it knows."""
     mapping, _ = rename(shapes, rules)
-    return {target: _shape(transform, shapes[name]) for name, (target, transform) in mapping.items()}
+    return {
+        target: _shape(transform, shapes[name]) for name, (target, transform) in mapping.items()
+    }
 
 
 def _shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape after a transform, tried on an array that takes no memory; the shape itself where it does not apply."""
+    """Shape after a transform, tried on an array that takes no memory; the shape itself where it
+    does not apply.
+    """
     try:
         return transform.forward(np.broadcast_to(np.int8(0), shape)).shape
     except ValueError:
@@ -224,9 +264,15 @@ def _shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _source_shape(
-    wanted: Mapping[str, tuple[str, Transform]], target: str, expected: Mapping[str, tuple[int, ...]]
+    wanted: Mapping[str, tuple[str, Transform]],
+    target: str,
+    expected: Mapping[str, tuple[int, ...]],
 ) -> tuple[int, ...]:
-    return _shape(wanted[target][1], tuple(expected[target])) if target in wanted else tuple(expected[target])
+    return (
+        _shape(wanted[target][1], tuple(expected[target]))
+        if target in wanted
+        else tuple(expected[target])
+    )
 
 
 def _is_small_float(dtype: Any) -> bool:

@@ -1,7 +1,8 @@
 """TAEHV: the published layout of `taew2_2` and `taew2_2_super`, to and from this code base.
 
-In the published layout encoder and decoder are one list of layers each, in which layers without parameters count too.
-So the tables depend on the config: layer numbers follow from the variant and from the number of blocks in a stage.
+In the published layout encoder and decoder are one list of layers each, in which layers without
+parameters count too. So the tables depend on the config: layer numbers follow from the variant and
+from the number of blocks in a stage.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from chameleon_jax.weights.params import param_shapes
 from converters.rules import CONV2D, POINT2D, Rule, Transform, convert, invert
 
 
-def _layer(source: str, target: str, transform: Transform = CONV2D, bias: bool = True) -> list[Rule]:
+def _layer(
+    source: str, target: str, transform: Transform = CONV2D, bias: bool = True
+) -> list[Rule]:
     """Kernel of one layer, and its bias if it has one."""
     kernel = Rule(f"{source}.weight", f"{target}.kernel", transform)
     return [kernel, Rule(f"{source}.bias", f"{target}.bias")] if bias else [kernel]
@@ -25,15 +28,20 @@ def _layer(source: str, target: str, transform: Transform = CONV2D, bias: bool =
 def _growth(source: str, target: str, width: int, up: bool) -> list[Rule]:
     """The layer that makes one or two frames of one, a kernel [frames * width, width, 1, 1].
 
-    A kernel for more frames than that is taken for its last ones, as the published code does. This is the one change
-    here that cannot be undone.
+    A kernel for more frames than that is taken for its last ones, as the published code does. This
+    is the one change here that cannot be undone.
     """
     rows = (1 + up) * width
 
     def last_frames(x: np.ndarray) -> np.ndarray:
         return POINT2D.forward(x[-rows:] if x.shape[0] % width == 0 else x)
 
-    return _layer(source, target, Transform(f"last {rows} of {POINT2D.name}", last_frames, POINT2D.inverse), bias=False)
+    return _layer(
+        source,
+        target,
+        Transform(f"last {rows} of {POINT2D.name}", last_frames, POINT2D.inverse),
+        bias=False,
+    )
 
 
 def _memory_block(source: str, target: str) -> list[Rule]:
@@ -68,7 +76,9 @@ def _encoder_rules(config: TaehvConfig) -> list[Rule]:
 
 
 def _base_decoder_rules(config: TaehvConfig) -> list[Rule]:
-    """Limiter, convolution, ReLU; stages of blocks, copying of pixels, growth and convolution; ReLU, convolution."""
+    """Limiter, convolution, ReLU; stages of blocks, copying of pixels, growth and convolution;
+    ReLU, convolution.
+    """
     table = _layer("decoder.1", "decoder.conv_in")
     number = 3
     for i, (width, up) in enumerate(zip(config.dec_widths, config.temporal_up, strict=False)):
@@ -111,8 +121,8 @@ def expected_shapes(config: TaehvConfig) -> dict[str, tuple[int, ...]]:
 def from_official(tensors: Mapping[str, np.ndarray], config: TaehvConfig) -> dict[str, np.ndarray]:
     """Parameters of `Taehv(config)` from the published layout.
 
-    A checkpoint may grow more frames out of one than the config asks for. As in the published code, the last ones are
-    kept then.
+    A checkpoint may grow more frames out of one than the config asks for. As in the published code,
+    the last ones are kept then.
 
     Raises:
       ConversionError: if names or shapes do not fit; all faults are listed.
@@ -120,7 +130,9 @@ def from_official(tensors: Mapping[str, np.ndarray], config: TaehvConfig) -> dic
     return convert(tensors, rules(config), expected_shapes(config))
 
 
-def to_layout(params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]):
+def to_layout(
+    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
+):
     """Parameters of a `Taehv` in the published layout, the inverse of the above.
 
     Args:

@@ -1,7 +1,8 @@
-"""UMT5 encoder: the original Wan layout and that of Hugging Face transformers, to and from this code base.
+"""UMT5 encoder: the original Wan layout and that of Hugging Face transformers, to and from this
+code base.
 
-The two layouts differ in names only. Kernels are transposed ([out, in] -> [in, out]); tables are [rows, channels]
-everywhere.
+The two layouts differ in names only. Kernels are transposed ([out, in] -> [in, out]); tables are
+[rows, channels] everywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ HF_RULES = [
     Rule(f"{_ATTENTION}.SelfAttention.k.weight", "blocks.{i}.attn.k.kernel", LINEAR),
     Rule(f"{_ATTENTION}.SelfAttention.v.weight", "blocks.{i}.attn.v.kernel", LINEAR),
     Rule(f"{_ATTENTION}.SelfAttention.o.weight", "blocks.{i}.attn.o.kernel", LINEAR),
-    Rule(f"{_ATTENTION}.SelfAttention.relative_attention_bias.weight", "blocks.{i}.pos_embedding.embedding"),
+    Rule(
+        f"{_ATTENTION}.SelfAttention.relative_attention_bias.weight",
+        "blocks.{i}.pos_embedding.embedding",
+    ),
     Rule(f"{_FFN}.layer_norm.weight", "blocks.{i}.norm2.scale"),
     Rule(f"{_FFN}.DenseReluDense.wi_0.weight", "blocks.{i}.ffn.gate.kernel", LINEAR),
     Rule(f"{_FFN}.DenseReluDense.wi_1.weight", "blocks.{i}.ffn.fc1.kernel", LINEAR),
@@ -69,11 +73,13 @@ def from_official(tensors: Mapping[str, np.ndarray], config: TextConfig) -> dict
 def from_hf(tensors: Mapping[str, np.ndarray], config: TextConfig) -> dict[str, np.ndarray]:
     """Parameters of `TextEncoder(config)` from the layout of transformers' UMT5EncoderModel.
 
-    The token table may be stored under either of its two names or under both. A checkpoint of the whole UMT5 is taken
+    The token table may be stored under either of its two names or under both. A checkpoint of the
+    whole UMT5 is taken
     too: its decoder and its language head are left out.
 
     Raises:
-      ConversionError: if names or shapes do not fit, or if the two copies of the token table differ.
+      ConversionError: if names or shapes do not fit, or if the two copies of the token table
+        differ.
     """
     encoder = {name: x for name, x in tensors.items() if not name.startswith(HF_OTHER)}
     return convert(untied(encoder), HF_RULES, expected_shapes(config))
@@ -90,7 +96,9 @@ def untied(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     tensors = dict(tensors)
     tied = tensors.pop(HF_TIED, None)
-    if tied is not None and not same_numbers(*map(_array, (tied, tensors.setdefault("shared.weight", tied)))):
+    if tied is not None and not same_numbers(
+        *map(_array, (tied, tensors.setdefault("shared.weight", tied)))
+    ):
         raise ConversionError(f"shared.weight and {HF_TIED} differ; expected one tied token table")
     return tensors
 
@@ -99,7 +107,9 @@ def _array(tensor: Any) -> np.ndarray:
     return tensor if isinstance(tensor, np.ndarray) else tensor.array()
 
 
-def to_layout(params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]):
+def to_layout(
+    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
+):
     """Parameters of a `TextEncoder` in one of the two public layouts, the inverse of the above.
 
     Args:

@@ -1,7 +1,8 @@
-"""Wan2.2 VAE: the original layout and that of diffusers' AutoencoderKLWan, to and from this code base.
+"""Wan2.2 VAE: the original layout and that of diffusers' AutoencoderKLWan, to and from this code
+base.
 
-The tables depend on the config in one place: in the original layout a stage is one list, in which the layer that
-changes the resolution follows the residual blocks.
+The tables depend on the config in one place: in the original layout a stage is one list, in which
+the layer that changes the resolution follows the residual blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.weights.params import param_shapes
-from converters.rules import CONV2D, CONV3D, IDENTITY, POINT2D, POINT3D, Rule, Transform, convert, flatten, invert
+from converters.rules import (
+    CONV2D,
+    CONV3D,
+    IDENTITY,
+    POINT2D,
+    POINT3D,
+    Rule,
+    Transform,
+    convert,
+    flatten,
+    invert,
+)
 
 GAIN2D, GAIN3D = flatten("[c, 1, 1] -> [c]", 3), flatten("[c, 1, 1, 1] -> [c]", 4)
 
@@ -27,7 +39,9 @@ def _layer(source: str, target: str, transform: Transform) -> list[Rule]:
 
 
 def _residual(source: str, target: str, names: tuple[str, str, str, str, str]) -> list[Rule]:
-    """A residual block; `names` are those of norm, convolution, norm, convolution and shortcut in the source."""
+    """A residual block; `names` are those of norm, convolution, norm, convolution and shortcut in
+    the source.
+    """
     norm1, conv1, norm2, conv2, shortcut = (f"{source}.{name}" for name in names)
     return [
         Rule(f"{norm1}.gamma", f"{target}.norm1.scale", GAIN3D),
@@ -78,7 +92,10 @@ def diffusers_rules(config: VaeConfig | None) -> list[Rule]:
     """The layout of diffusers' AutoencoderKLWan with `is_residual`; the same for every size."""
     del config
     names = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut")
-    rules = [*_layer("quant_conv", "quant", POINT3D), *_layer("post_quant_conv", "post_quant", POINT3D)]
+    rules = [
+        *_layer("quant_conv", "quant", POINT3D),
+        *_layer("post_quant_conv", "post_quant", POINT3D),
+    ]
     for side, way in (("encoder", "down"), ("decoder", "up")):
         stage = f"{side}.{way}_blocks.{{i}}"
         rules += [
@@ -117,7 +134,9 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], config: VaeConfig) -> dict
     return convert(tensors, diffusers_rules(config), expected_shapes(config))
 
 
-def to_layout(params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]):
+def to_layout(
+    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
+):
     """Parameters of a `Vae` in one of the two public layouts, the inverse of the above.
 
     Args:

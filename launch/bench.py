@@ -12,8 +12,9 @@ Measured after everything is compiled, each figure a median over `--repeats` run
     first frame    pictures and prompt in, first frames out
     switch         garment asked for while a chunk is being made, until its first frame is on the host
 
-`--length_independence` streams many chunks and compares the late ones with the early ones, in time and memory.
-Needs jax, flax, numpy, pillow and small pure-Python packages. Random weights are made on the device.
+`--length_independence` streams many chunks and compares the late ones with the early ones, in time
+and memory. Needs jax, flax, numpy, pillow and small pure-Python packages. Random weights are made
+on the device.
 """
 
 from __future__ import annotations
@@ -51,18 +52,26 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     cli.define(values, "configs/runway_tiny.py")
     kw = {"flag_values": values}
-    flags.DEFINE_string("weights", "random", "random, or a folder of weights; speed does not depend on it", **kw)
-    flags.DEFINE_integer("frames", 81, "frames of the denoise and delivered figures", lower_bound=1, **kw)
+    flags.DEFINE_string(
+        "weights", "random", "random, or a folder of weights; speed does not depend on it", **kw
+    )
+    flags.DEFINE_integer(
+        "frames", 81, "frames of the denoise and delivered figures", lower_bound=1, **kw
+    )
     flags.DEFINE_integer("repeats", 3, "runs whose median is reported", lower_bound=1, **kw)
     flags.DEFINE_integer("switches", 20, "garment switches", lower_bound=1, **kw)
-    flags.DEFINE_bool("length_independence", False, "compare late chunks with early ones instead", **kw)
+    flags.DEFINE_bool(
+        "length_independence", False, "compare late chunks with early ones instead", **kw
+    )
     flags.DEFINE_integer("chunks", 500, "chunks of --length_independence", lower_bound=150, **kw)
     flags.DEFINE_string("out", "out/bench.json", "JSON file to write", **kw)
     return values
 
 
 def denoise_seconds(steps: Any, inputs: tuple, chunks: int) -> float:
-    """Seconds from an empty cache over the condition frames to the last of `chunks` clean passes, without the VAE."""
+    """Seconds from an empty cache over the condition frames to the last of `chunks` clean passes,
+    without the VAE.
+    """
     reference, garment, text_kv = inputs
     cache = jax.block_until_ready(steps.new_cache())
     begin = time.perf_counter()
@@ -86,8 +95,12 @@ def steady_seconds(steps: Any, inputs: tuple, fill: int, count: int) -> list[flo
     return seconds[fill:]
 
 
-def stream_seconds(session: Session, start: Callable[[], None], frames: int) -> tuple[float, float, int]:
-    """Seconds to the first frames on the host, seconds from the start of the first chunk to the last frame, frames."""
+def stream_seconds(
+    session: Session, start: Callable[[], None], frames: int
+) -> tuple[float, float, int]:
+    """Seconds to the first frames on the host, seconds from the start of the first chunk to the
+    last frame, frames.
+    """
     begin = time.perf_counter()
     start()
     started = time.perf_counter()
@@ -98,11 +111,13 @@ def stream_seconds(session: Session, start: Callable[[], None], frames: int) -> 
     return first, time.perf_counter() - started, session.frames
 
 
-def switch_seconds(session: Session, pictures: Sequence[np.ndarray], chunk_seconds: float) -> list[float]:
+def switch_seconds(
+    session: Session, pictures: Sequence[np.ndarray], chunk_seconds: float
+) -> list[float]:
     """Latency of each of `pictures` as a new garment.
 
-    The requests come from another thread, spread evenly over the time that a chunk takes, so that the wait for the
-    chunk in progress is part of the latency.
+    The requests come from another thread, spread evenly over the time that a chunk takes, so that
+    the wait for the chunk in progress is part of the latency.
     """
     latencies = []
     for index, picture in enumerate(pictures):
@@ -141,8 +156,9 @@ def compilations() -> Iterator[list[float]]:
 def length_independence(session: Session, chunks: int) -> dict[str, Any]:
     """Stream `chunks` chunks; time and memory of the last 50 against chunks 50 to 100.
 
-    Processor time is compared too: on a busy machine it says more than the clock on the wall. What does not depend on
-    the machine at all is counted: programs compiled, and bytes of the arrays alive on the devices.
+    Processor time is compared too: on a busy machine it says more than the clock on the wall. What
+    does not depend on the machine at all is counted: programs compiled, and bytes of the arrays
+    alive on the devices.
     """
     seconds, processor, memory, alive, programs = [], [], [], [], []
     with compilations() as compiled:
@@ -155,8 +171,12 @@ def length_independence(session: Session, chunks: int) -> dict[str, Any]:
             if number % 50 == 49:
                 alive.append(sum(array.nbytes for array in jax.live_arrays()))
                 programs.append(len(compiled) - sum(programs))
-                print(f"  chunks {number - 49:4d} to {number:4d}: {1000 * np.median(seconds[-50:]):8.1f} ms a chunk,"
-                      f" {memory[-1] / 2**20:9.1f} MiB", file=sys.stderr)  # fmt: skip
+                print(
+                    f"  chunks {number - 49:4d} to {number:4d}:"
+                    f" {1000 * np.median(seconds[-50:]):8.1f} ms a chunk,"
+                    f" {memory[-1] / 2**20:9.1f} MiB",
+                    file=sys.stderr,
+                )
     early, late = np.array(seconds[50:100]), np.array(seconds[-50:])
     return {
         "chunks": chunks,
@@ -243,17 +263,35 @@ def hardware() -> dict[str, Any]:
     device = jax.devices()[0]
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]  # fmt: skip
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"platform": device.platform, "device": device.device_kind, "devices_used": 1, "cpu": cpu, "cores": cores}
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices_used": 1,
+        "cpu": cpu,
+        "cores": cores,
+    }
 
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on; accelerator plug-ins where they are installed."""
-    names = ("jax", "jaxlib", "flax", "numpy", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13",
-             "nvidia-cudnn-cu12", "libtpu")  # fmt: skip
+    names = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "numpy",
+        "jax-cuda13-plugin",
+        "jax-cuda12-plugin",
+        "nvidia-cudnn-cu13",
+        "nvidia-cudnn-cu12",
+        "libtpu",
+    )
     found = {"chameleon_jax": __version__, "python": platform.python_version()}
     for name in names:
         try:
@@ -286,8 +324,11 @@ def table(results: dict[str, Any]) -> str:
         ("compile_seconds", "compilation", "s"),
         ("load_seconds", "weights", "s"),
     ]
-    return "\n".join(f"{label:28s} {results[key]:10.{3 if 'ratio' in key else 1}f} {unit}".rstrip()
-                     for key, label, unit in rows if key in results)  # fmt: skip
+    return "\n".join(
+        f"{label:28s} {results[key]:10.{3 if 'ratio' in key else 1}f} {unit}".rstrip()
+        for key, label, unit in rows
+        if key in results
+    )
 
 
 def run(argv: Sequence[str]) -> None:
@@ -305,7 +346,9 @@ def run(argv: Sequence[str]) -> None:
     begin = time.perf_counter()
     if values.weights == "random":
         pipeline = Pipeline.random(config, seed=0, text=False)
-        prompt = rng.standard_normal((1, config.model.dit.text_length, config.model.dit.text_width), np.float32)
+        prompt = rng.standard_normal(
+            (1, config.model.dit.text_length, config.model.dit.text_width), np.float32
+        )
     else:
         pipeline = Pipeline.from_pretrained(values.weights, config)
         prompt = "a person walks"
@@ -321,7 +364,11 @@ def run(argv: Sequence[str]) -> None:
         results = length_independence(session, values.chunks)
     else:
         results = measure(pipeline, values, {"pictures": pictures, "prompt": prompt})
-    results |= {"peak_mib": peak_memory() / 2**20, "compile_seconds": compiled - loaded, "load_seconds": loaded - begin}
+    results |= {
+        "peak_mib": peak_memory() / 2**20,
+        "compile_seconds": compiled - loaded,
+        "load_seconds": loaded - begin,
+    }
     report = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
@@ -334,8 +381,10 @@ def run(argv: Sequence[str]) -> None:
     }
     height, width = pipeline.size
     machine = report["hardware"]
-    print(f"{config.name}, {height}x{width}, {config.dtype}, {config.sampler.steps} steps,"
-          f" on {machine['device']} ({machine['cores']} cores of {machine['cpu']})")  # fmt: skip
+    print(
+        f"{config.name}, {height}x{width}, {config.dtype}, {config.sampler.steps} steps,"
+        f" on {machine['device']} ({machine['cores']} cores of {machine['cpu']})"
+    )
     print(table(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, json.dumps(report, indent=2) + "\n")
@@ -352,7 +401,9 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> None:
         print("error: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # at once: a normal exit would wait for compilers that run in threads
     except ValueError as error:
-        if type(error).__module__.startswith("chameleon_jax."):  # weights and tokenizer: imported where used
+        if type(error).__module__.startswith(
+            "chameleon_jax."
+        ):  # weights and tokenizer: imported where used
             cli.fail(error)
         raise
 

@@ -1,4 +1,6 @@
-"""What the entry points share: flags of one's own, `--config.a.b=value` overrides, and errors of one line."""
+"""What the entry points share: flags of one's own, `--config.a.b=value` overrides, and errors of
+one line.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,20 @@ class UsageError(ValueError):
 
 def define(flag_values: flags.FlagValues, default_config: str) -> None:
     """Define `--config` and `--help`."""
-    flags.DEFINE_string("config", default_config, "configs/FILE.py or configs/FILE.py:VARIANT", flag_values=flag_values)
-    flags.DEFINE_bool("help", False, "say what there is and stop", short_name="h", flag_values=flag_values)
+    flags.DEFINE_string(
+        "config",
+        default_config,
+        "configs/FILE.py or configs/FILE.py:VARIANT",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_bool(
+        "help", False, "say what there is and stop", short_name="h", flag_values=flag_values
+    )
 
 
-def parse(flag_values: flags.FlagValues, argv: Sequence[str], doc: str) -> tuple[flags.FlagValues, list[str]]:
+def parse(
+    flag_values: flags.FlagValues, argv: Sequence[str], doc: str
+) -> tuple[flags.FlagValues, list[str]]:
     """Read a command line.
 
     Args:
@@ -37,7 +48,8 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], doc: str) -> tuple
       The flags, and the overrides of the config as `a.b=value`.
 
     Raises:
-      UsageError: an unknown flag (the nearest is named), a value of the wrong kind, a stray argument.
+      UsageError: an unknown flag (the nearest is named), a value of the wrong kind, a stray
+        argument.
       SystemExit: after `--help`.
     """
     plain, overrides = [argv[0]], []
@@ -55,11 +67,19 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], doc: str) -> tuple
     except flags.Error as error:
         raise UsageError(" ".join(str(error).split())) from None
     if flag_values.help:
-        lines = [f"  --{flag.name:22s}{flag.help}" for flag in map(flag_values.__getitem__, flag_values)]
-        print(f"{doc}\nFlags:\n" + "\n".join(lines) + "\n  --config.KEY=VALUE      change one key of the config")
+        lines = [
+            f"  --{flag.name:22s}{flag.help}" for flag in map(flag_values.__getitem__, flag_values)
+        ]
+        print(
+            f"{doc}\nFlags:\n"
+            + "\n".join(lines)
+            + "\n  --config.KEY=VALUE      change one key of the config"
+        )
         raise SystemExit(0)
     if stray:
-        raise UsageError(f"unexpected argument {stray[0]!r}; every input is given by a flag, see --help")
+        raise UsageError(
+            f"unexpected argument {stray[0]!r}; every input is given by a flag, see --help"
+        )
     return flag_values, overrides
 
 

@@ -34,7 +34,10 @@ def check_seed(seed: int) -> int:
 def check_weights(weights: str, config: Any) -> str:
     """A folder, or `random`."""
     if not weights:
-        raise UsageError(f"config {config.name} comes without weights; give --weights FOLDER, or --weights random")
+        raise UsageError(
+            f"config {config.name} comes without weights; give --weights FOLDER, or --weights"
+            " random"
+        )
     return weights
 
 
@@ -51,9 +54,17 @@ def check_out(out: Path) -> Path:
     return out
 
 
-def load_pipeline(weights: str, config: Any, seed: int, loras: Sequence[tuple[Path, float]] = ()) -> Pipeline:
-    """The networks: from a folder or the Hub, or random ones; changed by LoRAs of certain strengths."""
-    pipeline = Pipeline.random(config, seed) if weights == "random" else Pipeline.from_pretrained(weights, config)
+def load_pipeline(
+    weights: str, config: Any, seed: int, loras: Sequence[tuple[Path, float]] = ()
+) -> Pipeline:
+    """The networks: from a folder or the Hub, or random ones; changed by LoRAs of certain
+    strengths.
+    """
+    pipeline = (
+        Pipeline.random(config, seed)
+        if weights == "random"
+        else Pipeline.from_pretrained(weights, config)
+    )
     for path, strength in loras:
         pipeline.add_lora(path, strength)
     return pipeline
@@ -108,7 +119,9 @@ class Sheet:
 
     def add(self, frames: Sequence[np.ndarray]) -> None:
         """The next frames of the video, uint8 [t, h, w, 3]."""
-        self.kept += [frame for index, frame in enumerate(frames, self._seen) if index % self.stride == 0]
+        self.kept += [
+            frame for index, frame in enumerate(frames, self._seen) if index % self.stride == 0
+        ]
         self._seen += len(frames)
 
     def save(self, path: Path, pictures: Sequence[np.ndarray] = (), label: str = "") -> None:
@@ -128,11 +141,15 @@ def _small(frame: np.ndarray) -> np.ndarray:
     height, width = frame.shape[:2]
     if height <= SHEET_HEIGHT:
         return frame
-    return np.asarray(Image.fromarray(frame).resize((round(width * SHEET_HEIGHT / height), SHEET_HEIGHT)))
+    return np.asarray(
+        Image.fromarray(frame).resize((round(width * SHEET_HEIGHT / height), SHEET_HEIGHT))
+    )
 
 
 def save_report(path: Path, report: Mapping[str, Any], job: Any, pipeline: Pipeline) -> None:
-    """Write what was asked for and what happened as JSON, with the machine, the versions and the resolved config."""
+    """Write what was asked for and what happened as JSON, with the machine, the versions and the
+    resolved config.
+    """
     circumstances = {
         "device": jax.devices()[0].device_kind,
         "versions": versions(),

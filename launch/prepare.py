@@ -4,10 +4,10 @@
     python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000        # the validation split
     python -m launch.prepare latents --data data/runway --weights runs/vae/export --out data/latents
 
-`runway` renders triplets (needs the extra `runway`), `latents` encodes a set with the VAE of a config. Both can be
-interrupted at any time; the same command again continues. `--match 'sways gently|waves' --slot top` renders only
-such clips; `--clips` counts what is rendered. Seeds below 800,000 are the train split, below 900,000 the
-validation split.
+`runway` renders triplets (needs the extra `runway`), `latents` encodes a set with the VAE of a
+config. Both can be interrupted at any time; the same command again continues. `--match 'sways
+gently|waves' --slot top` renders only such clips; `--clips` counts what is rendered. Seeds below
+800,000 are the train split, below 900,000 the validation split.
 """
 
 from __future__ import annotations
@@ -29,15 +29,26 @@ flags.DEFINE_integer("frames", 33, "pixel frames a clip, 4k + 1", lower_bound=1)
 flags.DEFINE_string("size", "128x80", "HEIGHTxWIDTH in pixels")
 flags.DEFINE_float("fps", 16, "frames per second", lower_bound=1)
 flags.DEFINE_integer("seed_start", 0, "runway: seed of the first clip", lower_bound=0)
-flags.DEFINE_string("match", "", "runway: regular expression; only clips with a caption in which it is found")
-flags.DEFINE_string("slot", "", "runway: only clips whose garment is a top, bottom, dress or outer one")
-flags.DEFINE_integer("workers", 2, "runway: rendering processes; 0 renders in this one", lower_bound=0)
+flags.DEFINE_string(
+    "match", "", "runway: regular expression; only clips with a caption in which it is found"
+)
+flags.DEFINE_string(
+    "slot", "", "runway: only clips whose garment is a top, bottom, dress or outer one"
+)
+flags.DEFINE_integer(
+    "workers", 2, "runway: rendering processes; 0 renders in this one", lower_bound=0
+)
 flags.DEFINE_integer("shard_size", 40, "records a shard: what a killed run may lose", lower_bound=1)
-flags.DEFINE_multi_string("data", [], "latents: folder of a rendered set, or of clips with a table; may be repeated")
+flags.DEFINE_multi_string(
+    "data", [], "latents: folder of a rendered set, or of clips with a table; may be repeated"
+)
 flags.DEFINE_multi_string("split", ["train"], "latents: splits to encode; may be repeated")
 flags.DEFINE_string("config", "configs/runway_tiny.py", "latents: config that describes the VAE")
 flags.DEFINE_string(
-    "weights", None, "latents: .safetensors file of the VAE, or the folder that holds vae.safetensors and config.json"
+    "weights",
+    None,
+    "latents: .safetensors file of the VAE, or the folder that holds vae.safetensors and"
+    " config.json",
 )
 flags.DEFINE_integer("batch", 4, "latents: clips encoded together", lower_bound=1)
 
@@ -46,7 +57,9 @@ def main(argv: list[str]) -> None:
     commands = {"runway": runway, "latents": latents}
     try:
         if len(argv) != 2 or argv[1] not in commands:
-            raise ConfigError(f"expected one command, {' or '.join(commands)}, got {' '.join(argv[1:]) or 'none'}")
+            raise ConfigError(
+                f"expected one command, {' or '.join(commands)}, got {' '.join(argv[1:]) or 'none'}"
+            )
         if not FLAGS.out:
             raise ConfigError("--out, the folder to write, is missing")
         commands[argv[1]](parse_size(FLAGS.size))
@@ -60,13 +73,20 @@ def main(argv: list[str]) -> None:
 
 def runway(size: tuple[int, int]) -> None:
     """Render one split."""
-    examples = records.RunwayExamples(size=size, frames=FLAGS.frames, fps=FLAGS.fps, match=FLAGS.match, slot=FLAGS.slot)
+    examples = records.RunwayExamples(
+        size=size, frames=FLAGS.frames, fps=FLAGS.fps, match=FLAGS.match, slot=FLAGS.slot
+    )
     if FLAGS.match or FLAGS.slot:
         print(f"choosing {FLAGS.clips} clips ...", file=sys.stderr)
     split, count = records.prepare_runway(
-        FLAGS.out, FLAGS.clips, examples,
-        seed_start=FLAGS.seed_start, workers=FLAGS.workers, shard_size=FLAGS.shard_size, progress=ProgressLine(),
-    )  # fmt: skip
+        FLAGS.out,
+        FLAGS.clips,
+        examples,
+        seed_start=FLAGS.seed_start,
+        workers=FLAGS.workers,
+        shard_size=FLAGS.shard_size,
+        progress=ProgressLine(),
+    )
     print(f"\n{FLAGS.out}: {count} clips in split {split}", file=sys.stderr)
 
 
@@ -80,7 +100,9 @@ def latents(size: tuple[int, int]) -> None:
     for split in FLAGS.split:
         source = sources.open_sources(FLAGS.data, split)
         vae = sources.file_hash(weights)
-        examples = records.LatentExamples(source, encode, size, FLAGS.frames, FLAGS.batch, FLAGS.fps, weights=vae)
+        examples = records.LatentExamples(
+            source, encode, size, FLAGS.frames, FLAGS.batch, FLAGS.fps, weights=vae
+        )
         count = records.write_latents(FLAGS.out, split, examples, progress=ProgressLine())
         print(f"\n{FLAGS.out}: {count} clips in split {split}", file=sys.stderr)
 
@@ -88,8 +110,8 @@ def latents(size: tuple[int, int]) -> None:
 def load_encoder(config_path: str, weights: Path):
     """The VAE's encoder: uint8 pixels [b, t, h, w, 3] to normalised latents [b, f, h', w', c].
 
-    A config.json beside the weights says their sizes and the mean and deviation of their latents; without one the
-    config file does.
+    A config.json beside the weights says their sizes and the mean and deviation of their latents;
+    without one the config file does.
     """
     import jax
     from flax import nnx
@@ -99,8 +121,12 @@ def load_encoder(config_path: str, weights: Path):
     from chameleon_jax.training.export import stored_model
     from chameleon_jax.weights.params import load_params
 
-    config = VaeConfig(**(stored_model(weights, "vae") or load_config(config_path).model.vae.to_dict()))
-    vae = nnx.eval_shape(lambda: Vae(config, rngs=nnx.Rngs(0)))  # drawing weights to throw them away takes a while
+    config = VaeConfig(
+        **(stored_model(weights, "vae") or load_config(config_path).model.vae.to_dict())
+    )
+    vae = nnx.eval_shape(
+        lambda: Vae(config, rngs=nnx.Rngs(0))
+    )  # drawing weights to throw them away takes a while
     load_params(weights, vae)
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(to_model(pixels)))
@@ -121,7 +147,12 @@ class ProgressLine:
         self._last, self._done = now, done
         rate = (done - found) / max(now - self._start, 1e-9)
         left = f"{(total - done) / rate / 60:.1f} min left" if rate > 0 else "starting"
-        print(f"\r{done}/{total} records, {rate:.2f} a second, {left}   ", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{done}/{total} records, {rate:.2f} a second, {left}   ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -3,8 +3,8 @@
     python -m launch.runway sheet --seeds 1,2,3 --out sheet.png
     python -m launch.runway bench --clips 8 --workers 2
 
-A row of the sheet: reference, garment, six frames; then the reference's garment and the same frames in it. `bench`
-prints one line, and the same as JSON.
+A row of the sheet: reference, garment, six frames; then the reference's garment and the same frames
+in it. `bench` prints one line, and the same as JSON.
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ def sheet() -> None:
     """Draw one row per seed."""
     if not FLAGS.seeds or not all(seed.strip().isdigit() for seed in FLAGS.seeds):
         fail(f"--seeds={','.join(FLAGS.seeds)}: expected whole numbers such as 1,2,3")
-    rows = [sheet_row(int(seed), FLAGS.frames, (FLAGS.height, FLAGS.width), FLAGS.fps) for seed in FLAGS.seeds]
+    rows = [
+        sheet_row(int(seed), FLAGS.frames, (FLAGS.height, FLAGS.width), FLAGS.fps)
+        for seed in FLAGS.seeds
+    ]
     picture = Image.fromarray(np.concatenate(rows))
-    picture = picture.resize((picture.width * FLAGS.enlarge, picture.height * FLAGS.enlarge), Image.Resampling.NEAREST)
+    picture = picture.resize(
+        (picture.width * FLAGS.enlarge, picture.height * FLAGS.enlarge), Image.Resampling.NEAREST
+    )
     out = Path(FLAGS.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +72,9 @@ def sheet_row(seed: int, frames: int, size: tuple[int, int], fps: float) -> np.n
     triplet = runway.render_triplet(seed, frames, size, fps)
     spec = runway.sample_spec(seed, frames=frames, size=size, fps=fps)
     shown = np.linspace(0, frames - 1, SHOWN).round().astype(int)
-    other = runway.render_clip(spec.with_garment(spec.reference_garment), only=shown.tolist()).frames
+    other = runway.render_clip(
+        spec.with_garment(spec.reference_garment), only=shown.tolist()
+    ).frames
     picture = runway.garment_picture(spec.reference_garment, size)
     groups = [triplet.reference, triplet.garment, *triplet.video[shown], picture, *other]
     gap = np.full((size[0], GAP, 3), 255, np.uint8)
@@ -101,7 +108,10 @@ def bench() -> None:
         "triplets": count,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    print(f"{result['triplets_per_hour']} triplets an hour, {result['ms_per_frame']} ms a frame on one core")
+    print(
+        f"{result['triplets_per_hour']} triplets an hour, {result['ms_per_frame']} ms a frame on"
+        " one core"
+    )
     print(json.dumps(result))
 
 

@@ -3,9 +3,10 @@
     python -m launch.sample --reference person.png --garment first.png --garment second.png@24 \\
         --garment third.png@48 --prompt "a person walks" --frames 81 --seed 0 --out out.mp4
 
-`path@frame` asks for a garment from that frame on; it takes effect at the first chunk that starts there or later.
-Beside the video lie `out.json` (what was asked for, what happened, how fast) and `out.png` (a contact sheet). Without
-pictures it runs on the examples that ship with the project. Ctrl-C keeps what was made so far, as a video that plays.
+`path@frame` asks for a garment from that frame on; it takes effect at the first chunk that starts
+there or later. Beside the video lie `out.json` (what was asked for, what happened, how fast) and
+`out.png` (a contact sheet). Without pictures it runs on the examples that ship with the project.
+Ctrl-C keeps what was made so far, as a video that plays.
 
 Plain Wan2.2, bidirectional, from public weights; by default with configs/wan22_ti2v.py:
 
@@ -14,7 +15,8 @@ Plain Wan2.2, bidirectional, from public weights; by default with configs/wan22_
 
 Ctrl-C before the last denoising step leaves nothing; after it, the frames decoded so far.
 
-Several shots in a row with LongLive-2.0-5B, each so many chunks long (1.3 s); by default with configs/longlive2_5b.py:
+Several shots in a row with LongLive-2.0-5B, each so many chunks long (1.3 s); by default with
+configs/longlive2_5b.py:
 
     python -m launch.sample --task shots --weights DIR --shot "A cat wakes up.@6" --shot "It walks out into the snow.@10" \\
         --out out.mp4
@@ -66,36 +68,75 @@ def define_flags() -> flags.FlagValues:
     cli.define(values, "configs/runway_tiny.py")
     kw = {"flag_values": values}
     flags.DEFINE_enum(
-        "task", "stream", TASKS, "stream; plain Wan2.2: t2v (text), i2v (and first frame); LongLive: shots", **kw
+        "task",
+        "stream",
+        TASKS,
+        "stream; plain Wan2.2: t2v (text), i2v (and first frame); LongLive: shots",
+        **kw,
     )
-    flags.DEFINE_string("reference", None, "picture of the person (PNG, JPEG or WebP, any size)", **kw)
-    flags.DEFINE_multi_string("garment", [], "picture of a garment, or picture@frame; may be repeated", **kw)
+    flags.DEFINE_string(
+        "reference", None, "picture of the person (PNG, JPEG or WebP, any size)", **kw
+    )
+    flags.DEFINE_multi_string(
+        "garment", [], "picture of a garment, or picture@frame; may be repeated", **kw
+    )
     flags.DEFINE_string("prompt", None, "what happens, in any language; may be empty", **kw)
-    flags.DEFINE_integer("frames", None, "length of the video; default video.frames of the config", **kw)
+    flags.DEFINE_integer(
+        "frames", None, "length of the video; default video.frames of the config", **kw
+    )
     flags.DEFINE_integer("seed", None, "default that of the config", **kw)
     flags.DEFINE_string("out", "out/sample.mp4", "video to write", **kw)
-    flags.DEFINE_string("switch", None, "full, or some of refresh,withdraw,disentangle; default as in the config", **kw)
-    flags.DEFINE_bool(
-        "drop_repeated_frame", None, "leave out the frame that repeats the pose after a full switch", **kw
+    flags.DEFINE_string(
+        "switch",
+        None,
+        "full, or some of refresh,withdraw,disentangle; default as in the config",
+        **kw,
     )
-    flags.DEFINE_string("weights", None, "folder of weights, or random; default that of the config", **kw)
-    flags.DEFINE_multi_string("lora", [], "LoRA to merge, or file@strength, in any naming; may be repeated", **kw)
+    flags.DEFINE_bool(
+        "drop_repeated_frame",
+        None,
+        "leave out the frame that repeats the pose after a full switch",
+        **kw,
+    )
+    flags.DEFINE_string(
+        "weights", None, "folder of weights, or random; default that of the config", **kw
+    )
+    flags.DEFINE_multi_string(
+        "lora", [], "LoRA to merge, or file@strength, in any naming; may be repeated", **kw
+    )
     flags.DEFINE_integer("steps", None, "denoising steps; default that of the config", **kw)
-    flags.DEFINE_string("image", None, "i2v, shots: picture of the first frame (PNG, JPEG or WebP, any size)", **kw)
+    flags.DEFINE_string(
+        "image", None, "i2v, shots: picture of the first frame (PNG, JPEG or WebP, any size)", **kw
+    )
     flags.DEFINE_multi_string("shot", [], "shots: PROMPT@CHUNKS; once for each shot", **kw)
-    flags.DEFINE_string("negative_prompt", None, "t2v, i2v: what to keep away from; default that of the config", **kw)
+    flags.DEFINE_string(
+        "negative_prompt",
+        None,
+        "t2v, i2v: what to keep away from; default that of the config",
+        **kw,
+    )
     flags.DEFINE_string(
         "size",
         None,
-        "t2v, i2v: HEIGHTxWIDTH; default that of the config, for i2v the same area in the image's shape",
+        "t2v, i2v: HEIGHTxWIDTH; default that of the config, for i2v the same area in the image's"
+        " shape",
         **kw,
     )
     flags.DEFINE_float(
-        "guidance", None, "t2v, i2v: 1 is the prompt alone, in half the time; default as the config", **kw
+        "guidance",
+        None,
+        "t2v, i2v: 1 is the prompt alone, in half the time; default as the config",
+        **kw,
     )
-    flags.DEFINE_float("shift", None, "t2v, i2v: more of the steps at high noise; default that of the config", **kw)
+    flags.DEFINE_float(
+        "shift", None, "t2v, i2v: more of the steps at high noise; default that of the config", **kw
+    )
     flags.DEFINE_enum(
-        "grid", None, list(GRIDS), "t2v, i2v: sigmas of the original or of diffusers; default as the config", **kw
+        "grid",
+        None,
+        list(GRIDS),
+        "t2v, i2v: sigmas of the original or of diffusers; default as the config",
+        **kw,
     )
     return values
 
@@ -104,7 +145,9 @@ def check_flags(values: flags.FlagValues) -> None:
     """Every flag that was given belongs to the task."""
     for name, tasks in BELONGS_TO.items():
         if values[name].present and values.task not in tasks:
-            raise UsageError(f"--{name} is for --task {' or '.join(tasks)}, not for --task {values.task}")
+            raise UsageError(
+                f"--{name} is for --task {' or '.join(tasks)}, not for --task {values.task}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +159,9 @@ class Garment:
 
     @classmethod
     def parse(cls, text: str) -> Garment:
-        """`path` (frame 0) or `path@frame`. An existing file whose name looks like that is taken as a file."""
+        """`path` (frame 0) or `path@frame`. An existing file whose name looks like that is taken as
+        a file.
+        """
         head, at, tail = text.rpartition("@")
         number = tail.removeprefix("-").isdigit()
         if not at or not number or (Path(text).is_file() and not Path(head).is_file()):
@@ -150,19 +195,22 @@ def plan_garments(texts: Sequence[str], frames: int) -> tuple[list[Garment], lis
     for text, garment in zip(texts, garments, strict=True):
         if not 0 <= garment.frame < frames:
             raise UsageError(
-                f"--garment {text}: there is no frame {garment.frame}; the video has frames 0 to {frames - 1}"
+                f"--garment {text}: there is no frame {garment.frame}; the video has frames 0 to"
+                f" {frames - 1}"
             )
     bare = [text for text, garment in zip(texts, garments, strict=True) if garment.path == text]
     if len(bare) > 1:
         raise UsageError(
-            f"--garment {bare[1]}: {bare[0]} is worn from the start already; say from when, as {bare[1]}@24"
+            f"--garment {bare[1]}: {bare[0]} is worn from the start already; say from when, as"
+            f" {bare[1]}@24"
         )
     by_frame: dict[int, Garment] = {}
     remarks = []
     for garment in garments:
         if garment.frame in by_frame:
             remarks.append(
-                f"two garments at frame {garment.frame}: {garment.path} replaces {by_frame[garment.frame].path}"
+                f"two garments at frame {garment.frame}: {garment.path} replaces"
+                f" {by_frame[garment.frame].path}"
             )
         by_frame[garment.frame] = garment
     if 0 not in by_frame:
@@ -170,10 +218,14 @@ def plan_garments(texts: Sequence[str], frames: int) -> tuple[list[Garment], lis
     return [by_frame[frame] for frame in sorted(by_frame)], remarks
 
 
-def chunk_starts(frames: int, asked: Sequence[int], mechanisms: Mechanisms, block: int) -> tuple[list[int], int]:
-    """First frames of the chunks of a video, given where switches are asked for, and the most chunks in one clip.
+def chunk_starts(
+    frames: int, asked: Sequence[int], mechanisms: Mechanisms, block: int
+) -> tuple[list[int], int]:
+    """First frames of the chunks of a video, given where switches are asked for, and the most
+    chunks in one clip.
 
-    A chunk is 4 frames a latent frame; the first latent frame of a clip gives one, which a full switch can leave out.
+    A chunk is 4 frames a latent frame; the first latent frame of a clip gives one, which a full
+    switch can leave out.
     """
     starts, waiting, start, held, longest = [], sorted(asked), 0, 0, 0
     while start < frames:
@@ -181,7 +233,12 @@ def chunk_starts(frames: int, asked: Sequence[int], mechanisms: Mechanisms, bloc
         if waiting and waiting[0] <= start:
             waiting = [frame for frame in waiting if frame > start]
             if mechanisms.withdraw:
-                held, repeats = 0, mechanisms.refresh and mechanisms.disentangle and mechanisms.drop_repeated_frame
+                held, repeats = (
+                    0,
+                    mechanisms.refresh
+                    and mechanisms.disentangle
+                    and mechanisms.drop_repeated_frame,
+                )
         starts.append(start)
         start += 4 * block - 3 * (held == 0) - repeats
         held += 1
@@ -206,11 +263,15 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
     try:
         mechanisms = Mechanisms(**config.switch)
         if values.switch is not None:
-            mechanisms = Mechanisms.parse(values.switch, drop_repeated_frame=config.switch.drop_repeated_frame)
+            mechanisms = Mechanisms.parse(
+                values.switch, drop_repeated_frame=config.switch.drop_repeated_frame
+            )
     except (TypeError, ValueError) as error:
         raise UsageError(f"--switch: {error}") from None
     if not mechanisms.refresh:
-        raise UsageError("--switch without refresh: the new garment would never be seen; add refresh")
+        raise UsageError(
+            "--switch without refresh: the new garment would never be seen; add refresh"
+        )
     if values.drop_repeated_frame is not None:
         mechanisms = dataclasses.replace(mechanisms, drop_repeated_frame=values.drop_repeated_frame)
 
@@ -220,7 +281,10 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
         texts = [text for text in texts if Garment.parse(text).frame < frames]
         prompt = example_prompt if prompt is None else prompt
     elif reference is None or not texts:
-        raise UsageError("--reference and --garment belong together: give both, or neither to run on the examples")
+        raise UsageError(
+            "--reference and --garment belong together: give both, or neither to run on the"
+            " examples"
+        )
     garments, remarks = plan_garments(texts, frames)
     cache = check_config(config).cache
     starts, longest = chunk_starts(frames, [g.frame for g in garments[1:]], mechanisms, cache.block)
@@ -228,14 +292,17 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
     late = [garment for garment in garments if garment.frame > starts[-1]]
     if late:
         raise UsageError(
-            f"--garment {late[0].path}@{late[0].frame}: the last chunk of {frames} frames starts at frame {starts[-1]},"
+            f"--garment {late[0].path}@{late[0].frame}: the last chunk of {frames} frames starts at"
+            f" frame {starts[-1]},"
             " so it would not be seen; ask for it earlier, or for more --frames"
         )
     out = jobs.check_out(Path(values.out))
     size = (config.video.height, config.video.width)
     pictures = tuple((garment, prepare_garment(garment.path, size)) for garment in garments)
     person, loras = prepare_reference(reference, size), jobs.check_loras(values.lora)
-    return Job(config, weights, person, pictures, prompt or "", frames, seed, mechanisms, out, loras), remarks
+    return Job(
+        config, weights, person, pictures, prompt or "", frames, seed, mechanisms, out, loras
+    ), remarks
 
 
 def with_steps(config: Any, steps: int) -> Any:
@@ -255,9 +322,19 @@ def with_steps(config: Any, steps: int) -> Any:
 def examples() -> tuple[str, list[str], str]:
     """Reference, garments and prompt that ship with the project."""
     if not (EXAMPLES / "person.png").is_file():
-        raise UsageError(f"{EXAMPLES}: the example pictures are missing; give --reference and --garment")
-    garments = [str(EXAMPLES / "first.png"), f"{EXAMPLES / 'second.png'}@24", f"{EXAMPLES / 'third.png'}@48"]
-    return str(EXAMPLES / "person.png"), garments, (EXAMPLES / "prompt.txt").read_text(encoding="utf-8").strip()
+        raise UsageError(
+            f"{EXAMPLES}: the example pictures are missing; give --reference and --garment"
+        )
+    garments = [
+        str(EXAMPLES / "first.png"),
+        f"{EXAMPLES / 'second.png'}@24",
+        f"{EXAMPLES / 'third.png'}@48",
+    ]
+    return (
+        str(EXAMPLES / "person.png"),
+        garments,
+        (EXAMPLES / "prompt.txt").read_text(encoding="utf-8").strip(),
+    )
 
 
 def stream(job: Job, session: Session) -> dict[str, Any]:
@@ -270,8 +347,14 @@ def stream(job: Job, session: Session) -> dict[str, Any]:
     sheet = jobs.Sheet(job.frames)
     first_frame = None
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=job.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name)
-    with jobs.Interrupt() as interrupt, VideoWriter(job.out, job.config.video.fps, session.pipeline.size) as video, bar:
+    bar = tqdm(
+        total=job.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name
+    )
+    with (
+        jobs.Interrupt() as interrupt,
+        VideoWriter(job.out, job.config.video.fps, session.pipeline.size) as video,
+        bar,
+    ):
         session.start(job.reference, worn, job.prompt, job.seed)
         while video.frames < job.frames and not interrupt.requested:
             while waiting and waiting[0][0].frame <= session.frames:
@@ -319,7 +402,8 @@ def run(argv: Sequence[str]) -> int:
     """The command. Returns its exit code.
 
     Raises:
-      UsageError, ConfigError, ImageError, PipelineError, WeightsError, ...: an input cannot be used.
+      UsageError, ConfigError, ImageError, PipelineError, WeightsError, ...: an input cannot be
+      used.
     """
     values, overrides = cli.parse(define_flags(), argv, __doc__)
     check_flags(values)
@@ -341,10 +425,16 @@ def run_stream(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     report = stream(job, pipeline.session(job.mechanisms, measure=True))
     report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}
     jobs.save_report(job.out.with_suffix(".json"), report, job, pipeline)
-    print(f"{job.out}: {report['frames']} frames, {report['delivered_fps']} frames/s"
-          f" (denoising alone {report['denoise_fps']}), {report['seconds']['stream']} s")  # fmt: skip
+    print(
+        f"{job.out}: {report['frames']} frames, {report['delivered_fps']} frames/s"
+        f" (denoising alone {report['denoise_fps']}), {report['seconds']['stream']} s"
+    )
     for switch in report["switches"]:
-        worn = "replaced before it was worn" if switch["superseded"] else f"worn from frame {switch['effective']}"
+        worn = (
+            "replaced before it was worn"
+            if switch["superseded"]
+            else f"worn from frame {switch['effective']}"
+        )
         print(f"  {switch['path']}: asked for at frame {switch['asked']}, {worn}")
     return jobs.exit_code(report, job.out)
 
@@ -361,7 +451,9 @@ def main(argv: Sequence[str] = tuple(sys.argv)) -> None:
     except ModuleNotFoundError as error:
         cli.fail(f"{error.name} is not installed; python -m pip install 'chameleon-jax[video]'")
     except ValueError as error:
-        if type(error).__module__.startswith("chameleon_jax."):  # weights, tokenizer, video: imported where used
+        if type(error).__module__.startswith(
+            "chameleon_jax."
+        ):  # weights, tokenizer, video: imported where used
             cli.fail(error)
         raise
 

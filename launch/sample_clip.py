@@ -1,4 +1,6 @@
-"""The tasks `t2v` and `i2v` of `launch.sample`: a whole clip from a prompt, or from a prompt and its first frame."""
+"""The tasks `t2v` and `i2v` of `launch.sample`: a whole clip from a prompt, or from a prompt and
+its first frame.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ from launch import cli, jobs
 from launch.cli import UsageError
 
 CONFIG = "configs/wan22_ti2v.py"
-SETTINGS = ("negative_prompt", "steps", "guidance", "shift", "grid")  # flags that are keys of the group `generate`
+SETTINGS = (
+    "negative_prompt",
+    "steps",
+    "guidance",
+    "shift",
+    "grid",
+)  # flags that are keys of the group `generate`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +74,9 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[ClipJo
     settings = dataclasses.replace(GenerateConfig.read(config), **given)
     config.generate.update(given)
     if values.prompt is None:
-        raise UsageError(f"--task {task} needs --prompt, what happens in the clip; it may be empty: --prompt=")
+        raise UsageError(
+            f"--task {task} needs --prompt, what happens in the clip; it may be empty: --prompt="
+        )
     if task == "i2v" and values.image is None:
         raise UsageError("--task i2v needs --image, the first frame")
     weights = jobs.check_weights(values.weights or config.weights, config)
@@ -89,7 +99,9 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[ClipJo
         remarks.append("--negative_prompt is not used: with guidance 1 only the prompt counts")
     out = jobs.check_out(Path(values.out))
     loras = jobs.check_loras(values.lora)
-    return ClipJob(task, config, weights, values.prompt, values.image, picture, seed, out, loras), remarks
+    return ClipJob(
+        task, config, weights, values.prompt, values.image, picture, seed, out, loras
+    ), remarks
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -103,25 +115,37 @@ def parse_size(text: str) -> tuple[int, int]:
 def make(job: ClipJob, generator: Generator) -> dict[str, Any]:
     """Make the video and its contact sheet. Returns what is to be said about it in the JSON file.
 
-    Until the last step of denoising is done nothing is written. From then on Ctrl-C keeps the frames made so far.
+    Until the last step of denoising is done nothing is written. From then on Ctrl-C keeps the
+    frames made so far.
     """
     from chameleon_jax.data.video import VideoWriter
 
     settings, video = generator.settings, job.config.video
     times = [time.perf_counter()]
-    with tqdm(total=settings.steps, unit=" steps", file=sys.stderr, dynamic_ncols=True, desc="denoising") as bar:
+    with tqdm(
+        total=settings.steps, unit=" steps", file=sys.stderr, dynamic_ncols=True, desc="denoising"
+    ) as bar:
 
         def on_step(done: int, steps: int) -> None:
             times.append(time.perf_counter())
-            bar.update(1) if done else bar.reset(steps)  # the clock of the bar starts when denoising does
+            bar.update(1) if done else bar.reset(
+                steps
+            )  # the clock of the bar starts when denoising does
 
         latents = generator.generate(
-            job.prompt, image=job.picture, size=job.size, frames=video.frames, seed=job.seed, on_step=on_step
+            job.prompt,
+            image=job.picture,
+            size=job.size,
+            frames=video.frames,
+            seed=job.seed,
+            on_step=on_step,
         )
     (begin, encoded, first), denoised = times[:3], times[-1]
     sheet = jobs.Sheet(video.frames)
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=video.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name)
+    bar = tqdm(
+        total=video.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name
+    )
     with jobs.Interrupt() as interrupt, VideoWriter(job.out, video.fps, job.size) as writer, bar:
         for frames in generator.decode(latents):
             sheet.add(frames)
@@ -130,7 +154,11 @@ def make(job: ClipJob, generator: Generator) -> dict[str, Any]:
             if interrupt.requested:
                 break
     made, end = writer.frames, time.perf_counter()
-    sheet.save(job.out.with_suffix(".png"), () if job.picture is None else [job.picture], "the first frame asked for")
+    sheet.save(
+        job.out.with_suffix(".png"),
+        () if job.picture is None else [job.picture],
+        "the first frame asked for",
+    )
     seconds = {
         "encode": encoded - begin,  # prompts and image, compilation included
         "first_step": first - encoded,  # compilation included
@@ -149,7 +177,10 @@ def make(job: ClipJob, generator: Generator) -> dict[str, Any]:
         "prompt": job.prompt,
         "negative_prompt": None if settings.guidance == 1 else settings.negative_prompt,
         "image": job.image,
-        **{name: getattr(settings, name) for name in ("solver", "grid", "steps", "shift", "guidance")},
+        **{
+            name: getattr(settings, name)
+            for name in ("solver", "grid", "steps", "shift", "guidance")
+        },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 
@@ -158,7 +189,8 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     """The tasks. Returns the command's exit code.
 
     Raises:
-      UsageError, ConfigError, ImageError, PipelineError, GenerateError, ...: an input cannot be used.
+      UsageError, ConfigError, ImageError, PipelineError, GenerateError, ...: an input cannot be
+      used.
     """
     import chameleon_jax.data.video  # noqa: F401  -- so that a missing PyAV is noticed before the work, not after it
 
@@ -169,11 +201,16 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     pipeline = jobs.load_pipeline(job.weights, job.config, job.seed, job.loras)
     loaded = time.perf_counter() - begin
     generator = Generator(pipeline)
-    print(f"{job.config.name} on {jax.devices()[0].device_kind}; the first step compiles ...", file=sys.stderr)
+    print(
+        f"{job.config.name} on {jax.devices()[0].device_kind}; the first step compiles ...",
+        file=sys.stderr,
+    )
     report = make(job, generator)
     report["seconds"] = {"load": round(loaded, 3), **report["seconds"]}
     jobs.save_report(job.out.with_suffix(".json"), report, job, pipeline)
     seconds, (height, width) = report["seconds"], job.size
-    print(f"{job.out}: {report['frames']} frames of {height}x{width}, {report['steps']} steps in"
-          f" {seconds['denoise']} s, decoding in {seconds['decode']} s")  # fmt: skip
+    print(
+        f"{job.out}: {report['frames']} frames of {height}x{width}, {report['steps']} steps in"
+        f" {seconds['denoise']} s, decoding in {seconds['decode']} s"
+    )
     return jobs.exit_code(report, job.out)

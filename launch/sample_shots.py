@@ -1,4 +1,6 @@
-"""The task `shots` of `launch.sample`: a video of several shots, chunk after chunk, each told its own prompt."""
+"""The task `shots` of `launch.sample`: a video of several shots, chunk after chunk, each told its
+own prompt.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class ShotsJob:
 
     @property
     def frames(self) -> int:
-        """Of the whole video: a chunk has `block` latent frames, the first of which is one pixel frame."""
+        """Of the whole video: a chunk has `block` latent frames, the first of which is one pixel
+        frame.
+        """
         latents = self.config.cache.block * sum(shot.chunks for shot in self.shots)
         return VaeConfig(**self.config.model.vae).temporal_factor * (latents - 1) + 1
 
@@ -59,7 +63,8 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> ShotsJob:
     """Check everything that can be checked before weights are loaded.
 
     Raises:
-      UsageError, ConfigError, ImageError, PipelineError, MultiShotError, PositionError: something cannot be used.
+      UsageError, ConfigError, ImageError, PipelineError, MultiShotError, PositionError: something
+        cannot be used.
     """
     config = cli.read_config(values.config if values["config"].present else CONFIG, overrides)
     config = config.copy_and_resolve_references()
@@ -92,9 +97,15 @@ def make(job: ShotsJob, streams: MultiShot) -> dict[str, Any]:
     chunks = streams.stream(job.shots, image=job.picture, seed=job.seed)
     sheet = jobs.Sheet(job.frames)
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=job.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name)
+    bar = tqdm(
+        total=job.frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name
+    )
     size = streams.pipeline.size
-    with jobs.Interrupt() as interrupt, VideoWriter(job.out, job.config.video.fps, size) as writer, bar:
+    with (
+        jobs.Interrupt() as interrupt,
+        VideoWriter(job.out, job.config.video.fps, size) as writer,
+        bar,
+    ):
         for frames in chunks:
             first = first or time.perf_counter() - begin
             sheet.add(frames)
@@ -103,7 +114,11 @@ def make(job: ShotsJob, streams: MultiShot) -> dict[str, Any]:
             if interrupt.requested:
                 break
     seconds, made = time.perf_counter() - begin, writer.frames
-    sheet.save(job.out.with_suffix(".png"), () if job.picture is None else [job.picture], "the first frame asked for")
+    sheet.save(
+        job.out.with_suffix(".png"),
+        () if job.picture is None else [job.picture],
+        "the first frame asked for",
+    )
     return {
         "task": "shots",
         "interrupted": made < job.frames,
@@ -123,7 +138,8 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     """The task. Returns the command's exit code.
 
     Raises:
-      UsageError, ConfigError, ImageError, PipelineError, MultiShotError, PositionError, ...: an input cannot be used.
+      UsageError, ConfigError, ImageError, PipelineError, MultiShotError, PositionError, ...: an
+      input cannot be used.
     """
     import chameleon_jax.data.video  # noqa: F401  -- so that a missing PyAV is noticed before the work, not after it
 
@@ -137,5 +153,8 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     report = make(job, streams)
     report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}
     jobs.save_report(job.out.with_suffix(".json"), report, job, pipeline)
-    print(f"{job.out}: {report['frames']} frames in {len(job.shots)} shots, {report['delivered_fps']} frames/s")
+    print(
+        f"{job.out}: {report['frames']} frames in {len(job.shots)} shots, {report['delivered_fps']}"
+        " frames/s"
+    )
     return jobs.exit_code(report, job.out)

@@ -4,9 +4,10 @@
     python -m launch.train --config configs/teacher.py:runway_tiny --config.data.dir=data/latents \
         --config.data.tokenizer=data/tokenizer.json --config.weights.vae=runs/vae/export --config.workdir=runs/teacher
 
-The same command again goes on where the run stopped. SIGTERM saves and exits with 0. At the end the averaged weights
-are exported to <workdir>/export. In the workdir: config.json, metrics.jsonl, tensorboard/, previews/, checkpoints/.
-On TPU pods, Slurm and GKE start the same command on every host with --distributed.
+The same command again goes on where the run stopped. SIGTERM saves and exits with 0. At the end the
+averaged weights are exported to <workdir>/export. In the workdir: config.json, metrics.jsonl,
+tensorboard/, previews/, checkpoints/. On TPU pods, Slurm and GKE start the same command on every
+host with --distributed.
 """
 
 from __future__ import annotations
@@ -35,16 +36,32 @@ from chameleon_jax.weights.params import WeightsError
 from configs import runway_tiny, wan22_5b
 from launch import cli
 
-STAGES = {"vae": "vae", "teacher": "teacher", "teacher_forcing": "teacher_forcing"}  # and their modules
+STAGES = {
+    "vae": "vae",
+    "teacher": "teacher",
+    "teacher_forcing": "teacher_forcing",
+}  # and their modules
 ERRORS = (
-    cli.UsageError, ConfigError, CheckpointError, DataError, MeshError, SourceError, TokenizerError, WeightsError,
+    cli.UsageError,
+    ConfigError,
+    CheckpointError,
+    DataError,
+    MeshError,
+    SourceError,
+    TokenizerError,
+    WeightsError,
     loop.TrainingDivergedError,
-)  # fmt: skip
+)
 
 FLAGS = flags.FlagValues()
 cli.define(FLAGS, "configs/teacher.py")
 flags.DEFINE_bool("distributed", False, "join the processes of all hosts", flag_values=FLAGS)
-flags.DEFINE_bool("export_only", False, "export the newest checkpoint, also of a run that goes on", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "export_only",
+    False,
+    "export the newest checkpoint, also of a run that goes on",
+    flag_values=FLAGS,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -98,7 +115,9 @@ def open_data(config: ConfigDict, split: str) -> Source:
     source = open_chosen(config, split)
     if not config.data.in_memory:
         return source
-    return InMemorySource(source, config.video.frames, (config.video.height, config.video.width), config.data.threads)
+    return InMemorySource(
+        source, config.video.frames, (config.video.height, config.video.width), config.data.threads
+    )
 
 
 def open_chosen(config: ConfigDict, split: str) -> Source:
@@ -108,7 +127,8 @@ def open_chosen(config: ConfigDict, split: str) -> Source:
 
 
 def held_out(config: ConfigDict, module) -> list[HostBatch]:
-    """The first batches of the validation split, or of the training split where no validation split is named.
+    """The first batches of the validation split, or of the training split where no validation split
+    is named.
 
     Prompts are never dropped here; clips and crops are the same in every run with the same seed.
     """
@@ -123,7 +143,9 @@ def held_out(config: ConfigDict, module) -> list[HostBatch]:
 
 
 def with_stored_sizes(config: ConfigDict) -> ConfigDict:
-    """Frozen weights know their own sizes and latent statistics: take them from the config.json beside them."""
+    """Frozen weights know their own sizes and latent statistics: take them from the config.json
+    beside them.
+    """
     config = config.copy_and_resolve_references()
     config.unlock()
     for name, path in config.weights.items():

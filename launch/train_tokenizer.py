@@ -3,8 +3,8 @@
     python -m launch.train_tokenizer --out chameleon_jax/assets/runway_tiny/tokenizer.json
     python -m launch.train_tokenizer --texts captions.txt --vocab 4096 --out tokenizer.json
 
-Without `--texts` the captions are those of the synthetic scenes (needs the extra `runway`), seeds of the train split
-only. The same captions always give the same file.
+Without `--texts` the captions are those of the synthetic scenes (needs the extra `runway`), seeds
+of the train split only. The same captions always give the same file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ def define_flags() -> flags.FlagValues:
     kw = {"flag_values": values}
     flags.DEFINE_bool("help", False, "say what there is and stop", short_name="h", **kw)
     flags.DEFINE_string("out", None, "tokenizer.json to write", **kw)
-    flags.DEFINE_string("texts", None, "text file, one caption a line; default: captions of the synthetic scenes", **kw)
-    flags.DEFINE_integer("scenes", 2000, "synthetic scenes to take captions from", lower_bound=1, **kw)
+    flags.DEFINE_string(
+        "texts",
+        None,
+        "text file, one caption a line; default: captions of the synthetic scenes",
+        **kw,
+    )
+    flags.DEFINE_integer(
+        "scenes", 2000, "synthetic scenes to take captions from", lower_bound=1, **kw
+    )
     flags.DEFINE_integer("vocab", 1024, "most pieces, special tokens and bytes included", **kw)
     return values
 
@@ -54,7 +61,11 @@ def main(argv: Sequence[str]) -> None:
     """Train and write; prints one line on what was learnt."""
     values, overrides = parse(define_flags(), argv, __doc__)
     if values.out is None or overrides:
-        raise UsageError("this command has no config" if overrides else "--out is needed: the tokenizer.json to write")
+        raise UsageError(
+            "this command has no config"
+            if overrides
+            else "--out is needed: the tokenizer.json to write"
+        )
     texts = read_texts(values.texts) if values.texts else scene_captions(values.scenes)
     texts = [clean_text(text) for text in texts]
     pieces = train_pieces(texts, values.vocab)
@@ -65,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
     os.replace(part, out)
     lengths = [len(encoding.ids) for encoding in pieces.encode_batch(texts)]
     print(
-        f"{out}: {pieces.get_vocab_size()} pieces, {out.stat().st_size / 1000:.0f} kB; {len(texts)} captions take"
+        f"{out}: {pieces.get_vocab_size()} pieces, {out.stat().st_size / 1000:.0f} kB; {len(texts)}"
+        " captions take"
         f" {sum(lengths) / len(lengths):.1f} tokens on average, {max(lengths)} at most"
     )
 

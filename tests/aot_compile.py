@@ -1,10 +1,12 @@
-"""Compile the chunk step of the published size for a chip that is not here, and print what comes out as JSON.
+"""Compile the chunk step of the published size for a chip that is not here, and print what comes
+out as JSON.
 
     python tests/aot_compile.py v6e      one TPU v6e chip, through libtpu (pip install 'jax[tpu]')
     python tests/aot_compile.py h200     one NVIDIA H200, through the CUDA plugin (pip install 'jax[cuda13]')
 
-The step is four denoising passes and the clean pass over a chunk of three latent frames at 1280x704 (latent 80x44, 880
-tokens a frame) with the paper's cache of 23 frames, in bfloat16. Parameters are abstract: no memory is used for them.
+The step is four denoising passes and the clean pass over a chunk of three latent frames at 1280x704
+(latent 80x44, 880 tokens a frame) with the paper's cache of 23 frames, in bfloat16. Parameters are
+abstract: no memory is used for them.
 
 Exit code 3 says that the compiler for the target is not installed.
 """
@@ -43,13 +45,19 @@ def target_device(target: str):
     from jax.experimental import topologies
 
     if target == "v6e":
-        return topologies.get_topology_desc("v6e:1x1", "tpu", chips_per_host_bounds=[1, 1, 1]).devices[0]
+        return topologies.get_topology_desc(
+            "v6e:1x1", "tpu", chips_per_host_bounds=[1, 1, 1]
+        ).devices[0]
     config = H200_CONFIG.read_text()
-    return topologies.get_topology_desc("h200", "cuda", target_config=config, topology="1x1x1").devices[0]
+    return topologies.get_topology_desc(
+        "h200", "cuda", target_config=config, topology="1x1x1"
+    ).devices[0]
 
 
 def lower_chunk_step(device, attention: str, positions: str, layers: int):
-    """The jitted step, cache donated, traced for `device`; and the number of elements of a layer's K buffer."""
+    """The jitted step, cache donated, traced for `device`; and the number of elements of a layer's
+    K buffer.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -62,13 +70,17 @@ def lower_chunk_step(device, attention: str, positions: str, layers: int):
     build = lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)  # noqa: E731
     graph, state = nnx.split(nnx.eval_shape(build))
     cache_config = CacheConfig(frames=23, context=2, block=3, sink=3, positions=positions)
-    cache = jax.eval_shape(lambda: rollout.new_cache(nnx.merge(graph, state), cache_config, 1, (80, 44)))
+    cache = jax.eval_shape(
+        lambda: rollout.new_cache(nnx.merge(graph, state), cache_config, 1, (80, 44))
+    )
     text = jax.ShapeDtypeStruct((1, config.text_length, config.text_width), jnp.bfloat16)
     text_kv = jax.eval_shape(lambda state, text: nnx.merge(graph, state).text_kv(text), state, text)
     sampler = rollout.make_sampler("few_step")
 
     def step(state, cache, text_kv, seed):
-        return rollout.denoise_chunk(nnx.merge(graph, state), cache, text_kv, jax.random.key(seed), sampler=sampler)
+        return rollout.denoise_chunk(
+            nnx.merge(graph, state), cache, text_kv, jax.random.key(seed), sampler=sampler
+        )
 
     sharding = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
@@ -79,7 +91,8 @@ def lower_chunk_step(device, attention: str, positions: str, layers: int):
 
 
 def large_operations(hlo: str, elements: int) -> dict[str, int]:
-    """How often each kind of operation makes an array of `elements` elements; updates in place are not counted.
+    """How often each kind of operation makes an array of `elements` elements; updates in place are
+    not counted.
 
     Only what runs as a kernel counts: the insides of fusions and regions of reductions are skipped.
     """
@@ -92,7 +105,15 @@ def large_operations(hlo: str, elements: int) -> dict[str, int]:
             root = re.search(r"\n\s*ROOT .*? = \S+ ([\w\-]+)\(", text)
             roots[name.group(1)] = root.group(1) if root else ""
     fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", hlo))
-    free = {"parameter", "get-tuple-element", "bitcast", "dynamic-update-slice", "copy-done", "while", "tuple"}
+    free = {
+        "parameter",
+        "get-tuple-element",
+        "bitcast",
+        "dynamic-update-slice",
+        "copy-done",
+        "while",
+        "tuple",
+    }
     counts = collections.Counter()
     for name, text in bodies.items():
         if name in fused:
@@ -109,7 +130,9 @@ def large_operations(hlo: str, elements: int) -> dict[str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--positions", default="absolute", choices=("absolute", "relative"))
     parser.add_argument("--layers", type=int, default=30, help="fewer than 30 to try something out")
@@ -117,7 +140,10 @@ def main() -> int:
     args = parser.parse_args()
     wanted = TARGETS[args.target]
     if not any(installed(name) for name in wanted["needs"]):
-        print(f"{args.target}: its compiler is not installed ({' or '.join(wanted['needs'])})", file=sys.stderr)
+        print(
+            f"{args.target}: its compiler is not installed ({' or '.join(wanted['needs'])})",
+            file=sys.stderr,
+        )
         return NOT_INSTALLED
 
     device = target_device(args.target)
@@ -130,19 +156,26 @@ def main() -> int:
     if args.hlo:
         Path(args.hlo).write_text(hlo)
     total = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    )  # fmt: skip
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
     report = {
         "target": args.target,
         "trace_seconds": round(traced - start, 1),
         "compile_seconds": round(done - traced, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / GIB, 3),
-        "outputs_not_aliased_gib": round((memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, 3),
+        "outputs_not_aliased_gib": round(
+            (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, 3
+        ),
         "temporary_gib": round(memory.temp_size_in_bytes / GIB, 3),
         "program_gib": round(memory.generated_code_size_in_bytes / GIB, 3),
         "total_bytes": total,
-        "attention_kernels": len(re.findall(r'custom_call_target="(?:__cudnn\$fmhaSoftmax|tpu_custom_call)"', hlo)),
+        "attention_kernels": len(
+            re.findall(r'custom_call_target="(?:__cudnn\$fmhaSoftmax|tpu_custom_call)"', hlo)
+        ),
         "cudnn_flash": len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', hlo)),
         "layer_sized_operations": large_operations(hlo, layer),
     }
@@ -151,7 +184,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Before JAX is imported: this machine's own platform does not matter, and no metadata server is asked for one.
+    # Before JAX is imported: this machine's own platform does not matter, and no metadata server is
+    # asked for one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

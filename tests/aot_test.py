@@ -1,6 +1,8 @@
-"""The 5B chunk step compiles for the chips it is meant for, fits them, and uses their attention kernels.
+"""The 5B chunk step compiles for the chips it is meant for, fits them, and uses their attention
+kernels.
 
-The compilers run in processes of their own: the platform of a process is chosen once, and a compiler takes gigabytes.
+The compilers run in processes of their own: the platform of a process is chosen once, and a
+compiler takes gigabytes.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ ENTRY %main (cache: bf16[4,6], new: bf16[1,6]) -> bf16[4,6] {
 
 def compiled(target: str) -> dict:
     """The report of `aot_compile` for a target, from a process of its own."""
-    done = subprocess.run([sys.executable, str(SCRIPT), target], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), target], capture_output=True, text=True, timeout=1800
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,4 +1,6 @@
-"""A fixture for tests that build many pipelines of the same shapes: programs are compiled once, also for child processes."""
+"""A fixture for tests that build many pipelines of the same shapes: programs are compiled once,
+also for child processes.
+"""
 
 from __future__ import annotations
 

@@ -99,9 +99,16 @@ print("equal")
 
 
 def test_four_devices_compute_what_one_does():
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES], cwd=ROOT, env=env | {"PYTHONPATH": "."}, capture_output=True, text=True
+        [sys.executable, "-c", FOUR_DEVICES],
+        cwd=ROOT,
+        env=env | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "equal"

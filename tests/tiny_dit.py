@@ -1,4 +1,5 @@
-"""A tiny transformer with random weights, and slow plain references that the tests hold the real thing to.
+"""A tiny transformer with random weights, and slow plain references that the tests hold the real
+thing to.
 
 Heads have 20 channels, so the three axes of the RoPE get unequal shares: 4, 3 and 3 pairs.
 """
@@ -17,7 +18,16 @@ from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.weights.params import flat_params, set_params
 
 CONFIG = DiTConfig(
-    in_channels=4, width=60, ffn=96, heads=3, layers=2, text_width=16, text_length=12, freq_width=32, context=2, block=3
+    in_channels=4,
+    width=60,
+    ffn=96,
+    heads=3,
+    layers=2,
+    text_width=16,
+    text_length=12,
+    freq_width=32,
+    context=2,
+    block=3,
 )
 LATENT = (4, 6)  # a grid of 2 x 3 tokens
 TOKENS = 6

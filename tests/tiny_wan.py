@@ -1,4 +1,6 @@
-"""A tiny Wan2.2 in the form of diffusers, with random weights: the reference for converters and pipelines."""
+"""A tiny Wan2.2 in the form of diffusers, with random weights: the reference for converters and
+pipelines.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ from tests import tiny_dit
 
 DIT = tiny_dit.CONFIG
 VAE = VaeConfig(
-    z_dim=4, enc_width=8, dec_width=8, width_mult=(1, 2, 2), enc_blocks=1, dec_blocks=2, temporal_down=(True, True),
-    latent_mean=(0.3, -0.2, 0.1, 0.0), latent_std=(0.5, 1.5, 0.8, 1.1),
-)  # fmt: skip
+    z_dim=4,
+    enc_width=8,
+    dec_width=8,
+    width_mult=(1, 2, 2),
+    enc_blocks=1,
+    dec_blocks=2,
+    temporal_down=(True, True),
+    latent_mean=(0.3, -0.2, 0.1, 0.0),
+    latent_std=(0.5, 1.5, 0.8, 1.1),
+)
 TEXT = TextConfig(
     vocab=258, width=16, heads=2, head_dim=8, ffn=32, layers=1, length=DIT.text_length
 )  # as many rows as the transformer reads
@@ -29,24 +38,54 @@ def components(seed: int = 0) -> dict[str, Any]:
     torch.manual_seed(seed)
     networks = {
         "transformer": WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=20, in_channels=4, out_channels=4,
-            text_dim=16, freq_dim=32, ffn_dim=96, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+            patch_size=(1, 2, 2),
+            num_attention_heads=3,
+            attention_head_dim=20,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=96,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
         ),
         "vae": AutoencoderKLWan(
-            base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1,
-            temperal_downsample=[True, True], is_residual=True, patch_size=2, in_channels=12, out_channels=12,
-            latents_mean=list(VAE.latent_mean), latents_std=list(VAE.latent_std), scale_factor_spatial=8,
+            base_dim=8,
+            decoder_base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            latents_mean=list(VAE.latent_mean),
+            latents_std=list(VAE.latent_std),
+            scale_factor_spatial=8,
         ),
         "text_encoder": UMT5EncoderModel(
             UMT5Config(
-                vocab_size=258, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+                vocab_size=258,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
             )
         ),
-    }  # fmt: skip
+    }
     with torch.no_grad():
         for network in networks.values():
-            for name, x in network.eval().named_parameters():  # nothing stays zero or one, and the scale is kept
+            for (
+                name,
+                x,
+            ) in (
+                network.eval().named_parameters()
+            ):  # nothing stays zero or one, and the scale is kept
                 if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
                     x.copy_(1 + 0.2 * torch.randn_like(x))
                 elif x.ndim > 1 and "table" not in name and "shared" not in name:
@@ -54,8 +93,12 @@ def components(seed: int = 0) -> dict[str, Any]:
                 else:
                     x.copy_(0.3 * torch.randn_like(x))
     pieces = byte_tokenizer(TEXT.length).pieces
-    pieces.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    networks["tokenizer"] = PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", eos_token="</s>")
+    pieces.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    networks["tokenizer"] = PreTrainedTokenizerFast(
+        tokenizer_object=pieces, pad_token="<pad>", eos_token="</s>"
+    )
     networks["scheduler"] = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     )

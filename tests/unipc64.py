@@ -1,4 +1,6 @@
-"""UniPC written out step by step in float64: correct, then predict, as the formulas are usually printed."""
+"""UniPC written out step by step in float64: correct, then predict, as the formulas are usually
+printed.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
-"""The ring cache: keys and values of a stream in buffers of one fixed size, passed in, donated, and handed back.
+"""The ring cache: keys and values of a stream in buffers of one fixed size, passed in, donated, and
+handed back.
 
 Slots are latent frames:
 
     | 0 reference | 1 garment | sink: the first chunk(s) | ring of chunks |        FashionChameleon: 2 + 3 + 18 = 23
 
-Context and sink stay; the ring forgets its oldest chunk when a new one needs the room (attention sinks: Xiao et al.,
-arXiv 2309.17453; for video FashionChameleon, arXiv 2605.15824, section 4.3). A chunk in flight owns its slots while it
-is denoised, so what it may see is always the first `length` frames of the buffer: everything once the ring is full, a
-prefix before that. Attention does not care in which order keys stand; positions are in the RoPE, not in the slot. So
-nothing is ever shifted, and one compiled step serves every chunk.
+Context and sink stay; the ring forgets its oldest chunk when a new one needs the room (attention
+sinks: Xiao et al., arXiv 2309.17453; for video FashionChameleon, arXiv 2605.15824, section 4.3). A
+chunk in flight owns its slots while it is denoised, so what it may see is always the first `length`
+frames of the buffer: everything once the ring is full, a prefix before that. Attention does not
+care in which order keys stand; positions are in the RoPE, not in the slot. So nothing is ever
+shifted, and one compiled step serves every chunk.
 
     absolute  keys are cached rotated by their frame number, as released; ends at position 1023
     relative  keys are cached unrotated and rotated by their age when read: what is left stands without gaps from
@@ -52,28 +54,38 @@ class CacheConfig:
 
     def __post_init__(self):
         if self.positions not in ("absolute", "relative"):
-            raise ValueError(f"cache.positions is {self.positions!r}; expected 'absolute' or 'relative'")
+            raise ValueError(
+                f"cache.positions is {self.positions!r}; expected 'absolute' or 'relative'"
+            )
         if min(self.context, self.sink) < 0 or self.block < 1:
             raise ValueError(
-                f"cache: context {self.context}, sink {self.sink}, block {self.block}; none may be negative"
+                f"cache: context {self.context}, sink {self.sink}, block {self.block}; none may be"
+                " negative"
             )
         if self.shot_offset < 0:
-            raise ValueError(f"cache.shot_offset is {self.shot_offset}; expected 0 or more latent frames")
+            raise ValueError(
+                f"cache.shot_offset is {self.shot_offset}; expected 0 or more latent frames"
+            )
         if self.sink % self.block or (self.frames - self.context) % self.block:
             raise ValueError(
-                f"cache: sink {self.sink} and frames - context = {self.frames - self.context} must be whole chunks of"
+                f"cache: sink {self.sink} and frames - context = {self.frames - self.context} must"
+                " be whole chunks of"
                 f" {self.block} frames"
             )
         if self.ring_chunks < 1:
-            raise ValueError(f"cache.frames={self.frames} leaves no chunk for the ring after context and sink")
+            raise ValueError(
+                f"cache.frames={self.frames} leaves no chunk for the ring after context and sink"
+            )
         if self.pin and self.ring_chunks < 2:
             raise ValueError(
-                f"cache.frames={self.frames} leaves one chunk for the ring; cache.pin needs two, the pinned one and the one"
+                f"cache.frames={self.frames} leaves one chunk for the ring; cache.pin needs two,"
+                " the pinned one and the one"
                 " in flight"
             )
         if self.knows_shots and self.positions == "relative":
             raise ValueError(
-                "cache.positions='relative' counts frames by age and without gaps, so that neither a pinned chunk nor an"
+                "cache.positions='relative' counts frames by age and without gaps, so that neither"
+                " a pinned chunk nor an"
                 " offset keeps its place; with cache.pin or cache.shot_offset choose 'absolute'"
             )
 
@@ -103,9 +115,10 @@ class Shots:
     Attributes:
       number: of the shot that the chunk in flight belongs to, from 0.
       opening: the chunk that opened it; -1 in the first shot, which has the sink.
-      pinned: the chunk that is kept for it; -1 for none. While the opening chunk is in flight, still that of the shot
-        before.
-      held: which chunk each place has, [chunks]. A place that is still empty has the number of the chunk it waits for.
+      pinned: the chunk that is kept for it; -1 for none. While the opening chunk is in flight,
+        still that of the shot before.
+      held: which chunk each place has, [chunks]. A place that is still empty has the number of the
+        chunk it waits for.
     """
 
     number: jax.Array
@@ -163,13 +176,15 @@ def init_cache(
     head_dim: int,
     dtype: jnp.dtype = jnp.float32,
 ) -> RingCache:
-    """An empty cache; its condition frames, if it has any, must be prefilled before the first chunk.
+    """An empty cache; its condition frames, if it has any, must be prefilled before the first
+    chunk.
 
     Args:
       config: the layout.
       layers: of the transformer.
       batch: streams side by side, all at the same chunk.
-      grid: rows and columns of tokens in a latent frame (the latent's height and width divided by the patch).
+      grid: rows and columns of tokens in a latent frame (the latent's height and width divided by
+        the patch).
       heads, head_dim: of the transformer.
       dtype: of keys and values: the transformer's computing dtype.
     """
@@ -181,12 +196,17 @@ def init_cache(
 def _first_shot(config: CacheConfig) -> Shots | None:
     if not config.knows_shots:
         return None
-    opening, pinned = (jnp.full((), -1, jnp.int32) for _ in range(2))  # not one array twice: both are donated
-    return Shots(jnp.zeros((), jnp.int32), opening, pinned, jnp.arange(config.chunks, dtype=jnp.int32))
+    opening, pinned = (
+        jnp.full((), -1, jnp.int32) for _ in range(2)
+    )  # not one array twice: both are donated
+    return Shots(
+        jnp.zeros((), jnp.int32), opening, pinned, jnp.arange(config.chunks, dtype=jnp.int32)
+    )
 
 
 def withdraw(cache: RingCache) -> RingCache:
-    """Forget every chunk, the sink too; the context stays, the next chunk is the new sink. Touches no buffer.
+    """Forget every chunk, the sink too; the context stays, the next chunk is the new sink. Touches
+    no buffer.
 
     Positions start again behind the context, and shots with the first.
     """
@@ -203,12 +223,16 @@ def open_shot(cache: RingCache, cut: jax.Array | bool) -> RingCache:
         return cache
     cut = jnp.asarray(cut) & (cache.chunk > 0)
     return cache.replace(
-        shots=shots.replace(number=shots.number + cut, opening=jnp.where(cut, cache.chunk, shots.opening))
+        shots=shots.replace(
+            number=shots.number + cut, opening=jnp.where(cut, cache.chunk, shots.opening)
+        )
     )
 
 
 def finish_chunk(cache: RingCache) -> RingCache:
-    """After the last pass of a chunk: the counter goes on. If it opened a shot it is pinned from now on."""
+    """After the last pass of a chunk: the counter goes on. If it opened a shot it is pinned from
+    now on.
+    """
     shots = cache.shots
     if shots is not None:
         place = _place(cache.config, cache.chunk, shots)
@@ -216,13 +240,17 @@ def finish_chunk(cache: RingCache) -> RingCache:
     return cache.replace(chunk=cache.chunk + 1, shots=shots)
 
 
-def write_slot(config: CacheConfig, chunk: jax.Array | int, shots: Shots | None = None) -> jax.Array:
+def write_slot(
+    config: CacheConfig, chunk: jax.Array | int, shots: Shots | None = None
+) -> jax.Array:
     """First slot of a chunk, counted from 0 since the last withdrawal."""
     return config.context + config.block * _place(config, chunk, shots)
 
 
 def _place(config: CacheConfig, chunk: jax.Array | int, shots: Shots | None) -> jax.Array:
-    """Which of the places for chunks a chunk takes: the next empty one, then that of the oldest that is not kept."""
+    """Which of the places for chunks a chunk takes: the next empty one, then that of the oldest
+    that is not kept.
+    """
     if shots is None or not config.pin:
         past = chunk - config.sink_chunks
         in_ring = config.sink_chunks + past % config.ring_chunks
@@ -237,7 +265,9 @@ def read_length(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
     return config.context + config.block * jnp.minimum(chunk + 1, config.chunks)
 
 
-def query_frames(config: CacheConfig, chunk: jax.Array | int, shots: Shots | None = None) -> jax.Array:
+def query_frames(
+    config: CacheConfig, chunk: jax.Array | int, shots: Shots | None = None
+) -> jax.Array:
     """RoPE time positions of a chunk in flight, [block]."""
     place = chunk if config.positions == "absolute" else jnp.minimum(chunk, config.chunks - 1)
     frames = config.context + config.block * place + jnp.arange(config.block)
@@ -245,21 +275,27 @@ def query_frames(config: CacheConfig, chunk: jax.Array | int, shots: Shots | Non
 
 
 def slot_frames(config: CacheConfig, chunk: jax.Array | int) -> jax.Array:
-    """RoPE time positions of all slots while `chunk` is in flight, [frames]; relative positions only.
+    """RoPE time positions of all slots while `chunk` is in flight, [frames]; relative positions
+    only.
 
     Slots that hold nothing yet get some position in range; they lie behind the length that is read.
     """
     ring = jnp.arange(config.ring_chunks)
-    behind = (chunk - config.sink_chunks - ring) % config.ring_chunks  # how many chunks ago the slot was written
+    behind = (
+        chunk - config.sink_chunks - ring
+    ) % config.ring_chunks  # how many chunks ago the slot was written
     forgotten = jnp.maximum(chunk - (config.chunks - 1), 0)
-    place = jnp.concatenate([jnp.arange(config.sink_chunks), jnp.maximum(chunk - behind - forgotten, 0)])
+    place = jnp.concatenate(
+        [jnp.arange(config.sink_chunks), jnp.maximum(chunk - behind - forgotten, 0)]
+    )
     chunks = config.context + config.block * place[:, None] + jnp.arange(config.block)
     return jnp.concatenate([jnp.arange(config.context), chunks.reshape(-1)])
 
 
 def check_positions(config: CacheConfig, chunk: int, shot: int = 0) -> None:
-    """Raise before a chunk is made whose positions are beyond the RoPE table. For the host: inside a jitted step the
-    chunk number is traced and a position too large would silently be read as 1023.
+    """Raise before a chunk is made whose positions are beyond the RoPE table. For the host: inside
+    a jitted step the chunk number is traced and a position too large would silently be read as
+    1023.
 
     Args:
       config: the layout.
@@ -267,14 +303,16 @@ def check_positions(config: CacheConfig, chunk: int, shot: int = 0) -> None:
       shot: number of its shot, from 0.
 
     Raises:
-      PositionError: absolute positions only, beyond (1024 - context - shot_offset * shot) / block chunks.
+      PositionError: absolute positions only, beyond (1024 - context - shot_offset * shot) / block
+        chunks.
     """
     skipped = config.context + config.shot_offset * shot
     if config.positions == "absolute" and skipped + config.block * (chunk + 1) > MAX_POSITION:
         limit = max(0, MAX_POSITION - skipped) // config.block
         if config.knows_shots:
             raise PositionError(
-                f"chunk {chunk} of the video, in shot {shot}, is beyond the {limit} that absolute positions reach there;"
+                f"chunk {chunk} of the video, in shot {shot}, is beyond the {limit} that absolute"
+                " positions reach there;"
                 " make fewer chunks or fewer shots"
             )
         raise PositionError(
@@ -284,19 +322,25 @@ def check_positions(config: CacheConfig, chunk: int, shot: int = 0) -> None:
 
 
 def prefilling(cache: RingCache, head_dim: int, *, backend: str | None = None) -> Attend:
-    """Attention of the context frames: they see each other, and their k, v go to the front of the buffers."""
+    """Attention of the context frames: they see each other, and their k, v go to the front of the
+    buffers.
+    """
     turn = rope(np.arange(cache.config.context), *cache.grid, head_dim)
 
     def attend(q, k, v, layer_cache):
         rotated = apply_rope(k, turn)
         out = attention(apply_rope(q, turn), rotated, v, backend=backend)
-        return out, _write(layer_cache, k if cache.config.positions == "relative" else rotated, v, 0)
+        return out, _write(
+            layer_cache, k if cache.config.positions == "relative" else rotated, v, 0
+        )
 
     return attend
 
 
 def streaming(cache: RingCache, head_dim: int, *, backend: str | None = None) -> Attend:
-    """Attention of the chunk in flight: its k, v go to its slots, then it sees the first `read_length` frames."""
+    """Attention of the chunk in flight: its k, v go to its slots, then it sees the first
+    `read_length` frames.
+    """
     config, tokens = cache.config, cache.tokens
     turn = rope(query_frames(config, cache.chunk, cache.shots), *cache.grid, head_dim)
     start = tokens * write_slot(config, cache.chunk, cache.shots)
@@ -310,14 +354,20 @@ def streaming(cache: RingCache, head_dim: int, *, backend: str | None = None) ->
         layer_cache = _write(layer_cache, k_written, v, start)
         k_all, v_all = layer_cache
         k_all = apply_rope(k_all, turn_slots) if turn_slots else k_all
-        return attention(apply_rope(q, turn), k_all, v_all, kv_length=kv_length, backend=backend), layer_cache
+        return attention(
+            apply_rope(q, turn), k_all, v_all, kv_length=kv_length, backend=backend
+        ), layer_cache
 
     return attend
 
 
-def _write(layer_cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array | int) -> LayerCache:
+def _write(
+    layer_cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array | int
+) -> LayerCache:
     """Overwrite tokens from `start` on. In place where the buffer was donated."""
     old_k, old_v = layer_cache
-    new = [jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=1)
-           for old, x in ((old_k, k), (old_v, v))]  # fmt: skip
+    new = [
+        jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=1)
+        for old, x in ((old_k, k), (old_v, v))
+    ]
     return new[0], new[1]

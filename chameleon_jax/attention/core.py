@@ -8,8 +8,9 @@ Softmax is taken in float32 everywhere. A transformer block calls attention thro
 
     attend(q_blnd, k_blnd, v_blnd, layer_cache) -> (out_blnd, layer_cache)
 
-in which q and k are normalised and not yet rotated. Which keys a query sees, and at which positions, is the callable's
-business: `bidirectional` here, `teacher_forcing` in masks.py, `prefilling` and `streaming` in cache.py.
+in which q and k are normalised and not yet rotated. Which keys a query sees, and at which
+positions, is the callable's business: `bidirectional` here, `teacher_forcing` in masks.py,
+`prefilling` and `streaming` in cache.py.
 
 Axes: b batch, l query tokens, s key tokens, n heads, d head dim.
 """
@@ -30,7 +31,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 BACKENDS = ("cudnn", "splash", "xla")
 # What must be installed for a backend; any one of them will do.
-NEEDS = {"cudnn": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "splash": ("libtpu",), "xla": ()}
+NEEDS = {
+    "cudnn": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"),
+    "splash": ("libtpu",),
+    "xla": (),
+}
 HOW_TO_INSTALL = {"cudnn": "pip install 'jax[cuda13]'", "splash": "pip install 'jax[tpu]'"}
 
 SPLASH_QUERIES, SPLASH_KEYS = 512, 1024  # tokens of a tile; arrays are padded up to whole tiles
@@ -38,7 +43,9 @@ LANES = 128  # minor tile size of a TPU
 
 
 class BackendError(ValueError):
-    """An attention backend is unknown, not installed, or cannot take these arrays. The message says what to do."""
+    """An attention backend is unknown, not installed, or cannot take these arrays. The message says
+    what to do.
+    """
 
 
 def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
@@ -47,7 +54,8 @@ def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
     Left to choose, float32 on NVIDIA goes to XLA: cuDNN has no flash attention for it.
 
     Raises:
-      BackendError: what was asked for does not exist, is not installed, or cannot compute in `dtype`.
+      BackendError: what was asked for does not exist, is not installed, or cannot compute in
+        `dtype`.
     """
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if backend is None:
@@ -63,7 +71,10 @@ def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
             f" {HOW_TO_INSTALL[backend]}, or choose 'xla'"
         )
     if backend == "cudnn" and not half:
-        raise BackendError(f"attention backend 'cudnn' computes in bfloat16 or float16, not {jnp.dtype(dtype).name}")
+        raise BackendError(
+            "attention backend 'cudnn' computes in bfloat16 or float16, not"
+            f" {jnp.dtype(dtype).name}"
+        )
     return backend
 
 
@@ -98,7 +109,9 @@ def attention(
     Raises:
       BackendError: see `choose_backend`.
     """
-    function = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}[choose_backend(backend, q_blnd.dtype)]
+    function = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}[
+        choose_backend(backend, q_blnd.dtype)
+    ]
     return function(q_blnd, k_bsnd, v_bsnd, kv_length)
 
 
@@ -112,19 +125,28 @@ def bidirectional(rope: Rope, *, backend: str | None = None) -> Attend:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
-    logits = jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = (
+        jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     if kv_length is not None:
         logits = jnp.where(jnp.arange(k.shape[1]) < kv_length, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bnls,bsnd->blnd", weights, v)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None
+) -> jax.Array:
     lengths = None if kv_length is None else jnp.full(q.shape[:1], kv_length, jnp.int32)
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None
+) -> jax.Array:
     """Splash attention has no scale, wants heads in front, whole tiles and heads of whole lanes."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
@@ -139,7 +161,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int
 
     kernel = _splash_kernel(heads, padded_l, padded_s, block_l, block_s)
     segments = None
-    if padded_s != keys or kv_length is not None:  # keys that do not count belong to another segment than the queries
+    if (
+        padded_s != keys or kv_length is not None
+    ):  # keys that do not count belong to another segment than the queries
         valid = jnp.arange(padded_s) < (keys if kv_length is None else kv_length)
         segments = SegmentIds(jnp.ones(padded_l, jnp.int32), valid.astype(jnp.int32))
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
@@ -149,15 +173,27 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int
 
 
 @functools.cache
-def _splash_kernel(heads: int, queries: int, keys: int, block_l: int, block_s: int) -> Callable[..., jax.Array]:
-    """The kernel for one shape. It holds tables about the mask, made now even while a function is traced."""
+def _splash_kernel(
+    heads: int, queries: int, keys: int, block_l: int, block_s: int
+) -> Callable[..., jax.Array]:
+    """The kernel for one shape. It holds tables about the mask, made now even while a function is
+    traced.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as splash_mask,
+    )
 
     sizes = splash.BlockSizes(
-        block_q=block_l, block_kv=block_s, block_kv_compute=block_s, block_q_dkv=block_l, block_kv_dkv=block_s,
-        block_kv_dkv_compute=block_s, block_q_dq=block_l, block_kv_dq=block_s,
-    )  # fmt: skip
+        block_q=block_l,
+        block_kv=block_s,
+        block_kv_compute=block_s,
+        block_q_dkv=block_l,
+        block_kv_dkv=block_s,
+        block_kv_dkv_compute=block_s,
+        block_q_dq=block_l,
+        block_kv_dq=block_s,
+    )
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, keys))] * heads)
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)

@@ -1,8 +1,10 @@
-"""Rotary positions over three axes (RoPE, Su et al., arXiv 2104.09864, as laid out by Wan 2.1, arXiv 2503.20314).
+"""Rotary positions over three axes (RoPE, Su et al., arXiv 2104.09864, as laid out by Wan 2.1,
+arXiv 2503.20314).
 
-Two adjacent channels (2j, 2j + 1) of a head form one complex number, turned by an angle position / 10000^(2j / dims).
-The pairs of a head are split over time, row and column: with 128 channels 22, 21 and 21 pairs. Time counts latent
-frames, condition frames included; rows and columns count from 0 in every frame.
+Two adjacent channels (2j, 2j + 1) of a head form one complex number, turned by an angle position /
+10000^(2j / dims). The pairs of a head are split over time, row and column: with 128 channels 22, 21
+and 21 pairs. Time counts latent frames, condition frames included; rows and columns count from 0 in
+every frame.
 
 Tables are made in float64 and applied in float32.
 
@@ -34,31 +36,40 @@ class Rope(NamedTuple):
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that encode (time, row, column): the two of space get 2 floor(d / 6) each, time the rest.
+    """Channels of a head that encode (time, row, column): the two of space get 2 floor(d / 6) each,
+    time the rest.
 
     Raises:
       ValueError: if `head_dim` is odd.
     """
     if head_dim % 2 or head_dim < 2:
-        raise ValueError(f"a head of {head_dim} channels cannot be rotated in pairs; choose an even number")
+        raise ValueError(
+            f"a head of {head_dim} channels cannot be rotated in pairs; choose an even number"
+        )
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
 
 
 @functools.cache
 def rope_table(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Angles of the positions 0 .. 1023 on the axes time, row and column: three float64 arrays [1024, pairs]."""
+    """Angles of the positions 0 .. 1023 on the axes time, row and column: three float64 arrays
+    [1024, pairs].
+    """
     position = np.arange(MAX_POSITION, dtype=np.float64)[:, None]
-    return tuple(position * THETA ** (-np.arange(0, dims, 2) / dims)[None] if dims else np.zeros((MAX_POSITION, 0))
-                 for dims in axis_dims(head_dim))  # fmt: skip
+    return tuple(
+        position * THETA ** (-np.arange(0, dims, 2) / dims)[None]
+        if dims
+        else np.zeros((MAX_POSITION, 0))
+        for dims in axis_dims(head_dim)
+    )
 
 
 def rope(frames_f: jax.Array | np.ndarray, grid_h: int, grid_w: int, head_dim: int) -> Rope:
     """Rotations of the tokens of some frames, ordered frame, row, column.
 
     Args:
-      frames_f: time positions, integers [f] in 0 .. 1023. They may be traced, and then cannot be checked here: whoever
-        counts the frames must (see `cache.check_positions`).
+      frames_f: time positions, integers [f] in 0 .. 1023. They may be traced, and then cannot be
+        checked here: whoever counts the frames must (see `cache.check_positions`).
       grid_h: rows of tokens in a frame.
       grid_w: columns of tokens in a frame.
       head_dim: channels of a head, even.
@@ -72,7 +83,8 @@ def rope(frames_f: jax.Array | np.ndarray, grid_h: int, grid_w: int, head_dim: i
     known = frames_f if isinstance(frames_f, np.ndarray) and frames_f.size else np.zeros(1, int)
     if known.min() < 0 or max(known.max() + 1, grid_h, grid_w) > MAX_POSITION:
         raise PositionError(
-            f"frames {known.min()}..{known.max()} on a grid of {grid_h}x{grid_w} tokens: positions must lie in"
+            f"frames {known.min()}..{known.max()} on a grid of {grid_h}x{grid_w} tokens: positions"
+            " must lie in"
             f" 0..{MAX_POSITION - 1}"
         )
     time, row, column = rope_table(head_dim)
@@ -84,17 +96,20 @@ def rope(frames_f: jax.Array | np.ndarray, grid_h: int, grid_w: int, head_dim: i
             jnp.asarray(of(row[:grid_h]), jnp.float32)[None, :, None],
             jnp.asarray(of(column[:grid_w]), jnp.float32)[None, None, :],
         ]
-        whole = jnp.concatenate([jnp.broadcast_to(part, (*sizes, part.shape[-1])) for part in parts], axis=-1)
+        whole = jnp.concatenate(
+            [jnp.broadcast_to(part, (*sizes, part.shape[-1])) for part in parts], axis=-1
+        )
         return whole.reshape(-1, head_dim // 2)
 
     return Rope(spread(np.cos), spread(np.sin))
 
 
 def apply_rope(x_blnd: jax.Array, rope: Rope) -> jax.Array:
-    """Turn every pair (a, b) of channels into (a cos - b sin, a sin + b cos); in float32, returned in the dtype of x.
+    """Turn every pair (a, b) of channels into (a cos - b sin, a sin + b cos); in float32, returned
+    in the dtype of x.
 
-    The partner of each channel is fetched by two shifts and a choice: an axis of size 2 would be padded to a whole
-    vector register on accelerators.
+    The partner of each channel is fetched by two shifts and a choice: an axis of size 2 would be
+    padded to a whole vector register on accelerators.
     """
     x = x_blnd.astype(jnp.float32)
     even = np.arange(x.shape[-1]) % 2 == 0

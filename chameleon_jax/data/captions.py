@@ -1,8 +1,9 @@
-"""Captions: what moves (dynamic) and what stays (static), and how much of it a training sample is told.
+"""Captions: what moves (dynamic) and what stays (static), and how much of it a training sample is
+told.
 
-FashionChameleon (arXiv 2605.15824, appendix "Dataset Configuration"): the teacher sees the dynamic caption alone in
-70 % of the samples, so that it takes the person and the scene from the reference picture instead of from words;
-teacher forcing and distillation see both.
+FashionChameleon (arXiv 2605.15824, appendix "Dataset Configuration"): the teacher sees the dynamic
+caption alone in 70 % of the samples, so that it takes the person and the scene from the reference
+picture instead of from words; teacher forcing and distillation see both.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def parse_prompt(prompt: str | Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The prompt column of a table of clips, with every field filled.
 
     Args:
-      prompt: JSON (or its parsed form) with any of en_long, cn_long, en_short, cn_short, each a pair
-        [what happens, what it looks like].
+      prompt: JSON (or its parsed form) with any of en_long, cn_long, en_short, cn_short, each a
+        pair [what happens, what it looks like].
 
     Returns:
-      All four fields as (dynamic, static). A missing one is filled from the other language; if a length is missing in
-      both, long is filled from short and short from long.
+      All four fields as (dynamic, static). A missing one is filled from the other language; if a
+      length is missing in both, long is filled from short and short from long.
 
     Raises:
       CaptionError: not JSON, no usable field, or a field that is not a pair of strings.
@@ -43,14 +44,22 @@ def parse_prompt(prompt: str | Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         except json.JSONDecodeError as error:
             raise CaptionError(f"prompt is not JSON ({error}): {prompt[:60]!r}") from None
     if not isinstance(prompt, Mapping):
-        raise CaptionError(f"prompt is {type(prompt).__name__}; expected an object with {', '.join(_FIELDS)}")
+        raise CaptionError(
+            f"prompt is {type(prompt).__name__}; expected an object with {', '.join(_FIELDS)}"
+        )
     fields = {}
     for name in _FIELDS:
         pair = prompt.get(name)
         if not pair:
             continue
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(x, str) for x in pair):
-            raise CaptionError(f"{name} of the prompt is {pair!r}; expected two strings, [dynamic, static]")
+        if (
+            not isinstance(pair, (list, tuple))
+            or len(pair) != 2
+            or not all(isinstance(x, str) for x in pair)
+        ):
+            raise CaptionError(
+                f"{name} of the prompt is {pair!r}; expected two strings, [dynamic, static]"
+            )
         fields[name] = (pair[0].strip(), pair[1].strip())
     if not fields:
         raise CaptionError(f"prompt has none of {', '.join(_FIELDS)}")
@@ -66,7 +75,9 @@ def parse_prompt(prompt: str | Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def from_prompt(prompt: str | Mapping[str, Any]) -> dict[str, str]:
-    """The captions that training uses, {"dynamic": ..., "static": ...}: the long English ones. See `parse_prompt`."""
+    """The captions that training uses, {"dynamic": ..., "static": ...}: the long English ones. See
+    `parse_prompt`.
+    """
     dynamic, static = parse_prompt(prompt)["en_long"]
     return {"dynamic": dynamic, "static": static}
 
@@ -76,19 +87,24 @@ def full(static: str, dynamic: str) -> str:
     return f"{dynamic} {static}".strip()
 
 
-def mix(static: str, dynamic: str, rng: np.random.Generator, dynamic_only: float = DYNAMIC_ONLY) -> str:
+def mix(
+    static: str, dynamic: str, rng: np.random.Generator, dynamic_only: float = DYNAMIC_ONLY
+) -> str:
     """The dynamic caption with probability `dynamic_only`, otherwise both. Draws once from `rng`."""
     return dynamic if rng.random() < dynamic_only else full(static, dynamic)
 
 
-def choose(captions: Mapping[str, str], mode: str, rng: np.random.Generator, dropout: float = 0.0) -> str:
+def choose(
+    captions: Mapping[str, str], mode: str, rng: np.random.Generator, dropout: float = 0.0
+) -> str:
     """The prompt of one training sample.
 
     Args:
       captions: with "static" and "dynamic".
       mode: "mixed" (70 % dynamic alone), "full" (always both), "dynamic".
       rng: two numbers are drawn, whatever the mode.
-      dropout: probability of the empty prompt, which trains the unconditional half of classifier-free guidance.
+      dropout: probability of the empty prompt, which trains the unconditional half of
+        classifier-free guidance.
     """
     if mode not in MODES:
         raise CaptionError(f"caption mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -111,5 +127,9 @@ def compile_match(pattern: str) -> re.Pattern[str]:
 
 def mentions(captions: Mapping[str, str | Sequence[str]], pattern: re.Pattern[str]) -> bool:
     """Whether the pattern is found in one of the captions; a caption may be several texts."""
-    texts = [text for value in captions.values() for text in ([value] if isinstance(value, str) else value)]
+    texts = [
+        text
+        for value in captions.values()
+        for text in ([value] if isinstance(value, str) else value)
+    ]
     return any(pattern.search(text) for text in texts)

@@ -1,8 +1,8 @@
 """Pictures in: any PNG, JPEG or WebP that a user holds becomes RGB, and then the model's size.
 
 Sizes are (height, width) in pixels everywhere; arrays are uint8 [h, w, 3] unless said otherwise.
-The two preparations are those of FashionChameleon (arXiv 2605.15824): the training set is resized bilinearly, the
-pictures of a user with sharper filters.
+The two preparations are those of FashionChameleon (arXiv 2605.15824): the training set is resized
+bilinearly, the pictures of a user with sharper filters.
 """
 
 from __future__ import annotations
@@ -21,16 +21,31 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 100 * 2**20
-MAX_ASPECT = 32  # a longer strip has nothing to show, and filling the frame with it would need gigabytes
+MAX_ASPECT = (
+    32  # a longer strip has nothing to show, and filling the frame with it would need gigabytes
+)
 WHITE = (255, 255, 255)
 
 # What Pillow's decoders raise on damaged files, beside OSError.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
-                  MemoryError, struct.error, zlib.error)  # fmt: skip
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
 
 
 class ImageError(ValueError):
-    """A picture cannot be used. The message is one line that names the picture and says what is wrong."""
+    """A picture cannot be used. The message is one line that names the picture and says what is
+    wrong.
+    """
 
 
 def open_image(
@@ -42,12 +57,13 @@ def open_image(
 ) -> Image.Image:
     """Read a picture as 8-bit RGB, upright, with transparency laid over white.
 
-    Size and format are judged from the header, before anything is decoded. The format is told by the content, not by
-    the file's extension. Of an animation the first frame is taken. Colour profiles are not applied.
+    Size and format are judged from the header, before anything is decoded. The format is told by
+    the content, not by the file's extension. Of an animation the first frame is taken. Colour
+    profiles are not applied.
 
     Args:
-      source: a path, the bytes of a file, a Pillow image, or an array uint8/uint16 [h, w], [h, w, 1], [h, w, 3] or
-        [h, w, 4] (RGB or RGBA).
+      source: a path, the bytes of a file, a Pillow image, or an array uint8/uint16 [h, w], [h, w,
+        1], [h, w, 3] or [h, w, 4] (RGB or RGBA).
       name: what messages call the picture; default the path, or "image".
       max_pixels: largest height * width.
       max_bytes: largest file.
@@ -56,7 +72,8 @@ def open_image(
       A Pillow image of mode RGB, fully loaded.
 
     Raises:
-      ImageError: missing, unreadable, empty, truncated, of another format, too large, or too elongated.
+      ImageError: missing, unreadable, empty, truncated, of another format, too large, or too
+        elongated.
     """
     if isinstance(source, np.ndarray):
         return _upright_rgb(_from_array(source, name or "image"), name or "image", max_pixels)
@@ -70,27 +87,36 @@ def open_image(
         data = _read_file(Path(source), name, max_bytes)
     else:
         raise ImageError(
-            f"{name or 'image'}: {type(source).__name__}; expected a path, bytes, a Pillow image or an array"
+            f"{name or 'image'}: {type(source).__name__}; expected a path, bytes, a Pillow image or"
+            " an array"
         )
     if not data:
         raise ImageError(f"{name}: the file is empty (0 bytes)")
     if len(data) > max_bytes:
-        raise ImageError(f"{name}: {len(data) / 2**20:.1f} MiB; a picture may have at most {max_bytes / 2**20:.0f} MiB")
+        raise ImageError(
+            f"{name}: {len(data) / 2**20:.1f} MiB; a picture may have at most"
+            f" {max_bytes / 2**20:.0f} MiB"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageError(f"{name}: far too many pixels; at most {max_pixels:,} are accepted") from None
+        raise ImageError(
+            f"{name}: far too many pixels; at most {max_pixels:,} are accepted"
+        ) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not a PNG, JPEG or WebP picture, or damaged at its start") from None
+        raise ImageError(
+            f"{name}: not a PNG, JPEG or WebP picture, or damaged at its start"
+        ) from None
     except _DECODE_ERRORS as error:
         raise ImageError(f"{name}: not a readable picture ({_one_line(error)})") from None
     return _upright_rgb(image, name, max_pixels)
 
 
 def prepare_reference(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """The person's picture as the sampler sees it: fills the frame, centre kept, Lanczos. See `open_image`.
+    """The person's picture as the sampler sees it: fills the frame, centre kept, Lanczos. See
+    `open_image`.
 
     Args:
       image: whatever `open_image` takes.
@@ -104,7 +130,8 @@ def prepare_reference(image: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def prepare_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """The garment's picture as the sampler sees it: the whole of it, centred on white, bicubic. See `open_image`.
+    """The garment's picture as the sampler sees it: the whole of it, centred on white, bicubic. See
+    `open_image`.
 
     Args:
       image: whatever `open_image` takes.
@@ -124,8 +151,8 @@ def prepare_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
 def prepare_training_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
     """A video frame or a reference of the training set: bilinear, fills the frame, centre crop.
 
-    The scaled size is truncated, so that it may come out one pixel short; that pixel is black. The crop's offset is
-    rounded half to even.
+    The scaled size is truncated, so that it may come out one pixel short; that pixel is black. The
+    crop's offset is rounded half to even.
 
     Args:
       image: whatever `open_image` takes.
@@ -146,7 +173,8 @@ def prepare_training_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def prepare_training_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A garment picture of the training set: bilinear, whole, centred on white; an odd pixel goes right and bottom.
+    """A garment picture of the training set: bilinear, whole, centred on white; an odd pixel goes
+    right and bottom.
 
     Args:
       image: whatever `open_image` takes.
@@ -164,7 +192,8 @@ def prepare_training_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def first_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A picture as the first frame of a clip, as the published model prepares it: Lanczos, fills the frame, centre crop.
+    """A picture as the first frame of a clip, as the published model prepares it: Lanczos, fills
+    the frame, centre crop.
 
     Unlike `prepare_reference` it scales first, to whole pixels, and then crops whole pixels.
 
@@ -181,13 +210,16 @@ def first_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     image = open_image(image)
     scale = max(width / image.width, height / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+    )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def stretched(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A picture as the first frame of a video, as the published model prepares it: the whole of it, stretched, bilinear.
+    """A picture as the first frame of a video, as the published model prepares it: the whole of it,
+    stretched, bilinear.
 
     Args:
       image: whatever `open_image` takes.
@@ -213,7 +245,9 @@ def to_uint8(x: Any) -> Any:
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
-    """Lossless WebP bytes of a uint8 [h, w, 3] array or of an RGB image: about 0.8 times the size of a PNG."""
+    """Lossless WebP bytes of a uint8 [h, w, 3] array or of an RGB image: about 0.8 times the size
+    of a PNG.
+    """
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", lossless=True, quality=60, method=3)
@@ -240,11 +274,15 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))) or 0 in array.shape:
-        raise ImageError(f"{name}: array of shape {array.shape}; expected [h, w], [h, w, 3] or [h, w, 4]")
+        raise ImageError(
+            f"{name}: array of shape {array.shape}; expected [h, w], [h, w, 3] or [h, w, 4]"
+        )
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) * 255 + 32767) // 65535
     elif array.dtype != np.uint8:
-        raise ImageError(f"{name}: array of {array.dtype}; expected uint8 (0 to 255) or uint16 (0 to 65535)")
+        raise ImageError(
+            f"{name}: array of {array.dtype}; expected uint8 (0 to 255) or uint16 (0 to 65535)"
+        )
     return Image.fromarray(array.astype(np.uint8))
 
 
@@ -255,7 +293,10 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageError(f"{name}: {width} x {height} pixels; at most {max_pixels:,} are accepted")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"{name}: {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other")
+        raise ImageError(
+            f"{name}: {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the"
+            " other"
+        )
     try:
         if getattr(image, "n_frames", 1) > 1:
             image.seek(0)
@@ -272,11 +313,15 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except _DECODE_ERRORS as error:
-        raise ImageError(f"{name}: the picture is truncated or damaged ({_one_line(error)})") from None
+        raise ImageError(
+            f"{name}: the picture is truncated or damaged ({_one_line(error)})"
+        ) from None
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Damaged EXIF says nothing about orientation, and the pixels are fine without it."""
+    """Apply the EXIF orientation. Damaged EXIF says nothing about orientation, and the pixels are
+    fine without it.
+    """
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
@@ -287,12 +332,16 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 def _sixteen_bit(image: Image.Image, name: str) -> np.ndarray:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ImageError(f"{name}: pixel mode {image.mode} with values outside 0 to 65535; save it as 8-bit RGB")
+        raise ImageError(
+            f"{name}: pixel mode {image.mode} with values outside 0 to 65535; save it as 8-bit RGB"
+        )
     return values.astype(np.uint16)
 
 
 def _offset(outer: int, inner: int) -> int:
-    """Left or top edge of `inner` in `outer`: negative if cropped (rounded half to even), floored if padded."""
+    """Left or top edge of `inner` in `outer`: negative if cropped (rounded half to even), floored
+    if padded.
+    """
     return -round((inner - outer) / 2) if inner >= outer else (outer - inner) // 2
 
 

@@ -1,9 +1,11 @@
-"""Batches for training, through Grain: the same for the same seed, on any number of processes, before and after a kill.
+"""Batches for training, through Grain: the same for the same seed, on any number of processes,
+before and after a kill.
 
-What batch number n holds is a pure function of (seed, n): the epoch's order, the buckets, the captions and even the
-replacement of a broken record are drawn from keys, never from a running generator. The state of a loader is therefore
-one integer (and the list of records found broken), and every process can tell which bucket all others are in.
-Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
+What batch number n holds is a pure function of (seed, n): the epoch's order, the buckets, the
+captions and even the replacement of a broken record are drawn from keys, never from a running
+generator. The state of a loader is therefore one integer (and the list of records found broken),
+and every process can tell which bucket all others are in. Axes: b batch, t pixel frames, f latent
+frames, h w grid, c channels.
 """
 
 from __future__ import annotations
@@ -38,9 +40,13 @@ class LoaderConfig:
 
     batch: int = 8  # clips a step over all processes
     frames: int = 33  # first pixel frames of each clip, 4k + 1
-    buckets: tuple[tuple[int, int], ...] = ((128, 80),)  # (height, width); a clip goes to the nearest aspect ratio
+    buckets: tuple[tuple[int, int], ...] = (
+        (128, 80),
+    )  # (height, width); a clip goes to the nearest aspect ratio
     captions: str = "mixed"  # "mixed": 70 % dynamic alone; "full": always both; "dynamic"
-    random_start: bool = False  # any frames of the clip instead of the first ones; clips of pixels only
+    random_start: bool = (
+        False  # any frames of the clip instead of the first ones; clips of pixels only
+    )
     dropout: float = 0.1  # share of empty prompts, for classifier-free guidance
     seed: int = 0
     threads: int = 2  # threads that read ahead, in each worker
@@ -51,8 +57,8 @@ class LoaderConfig:
 class BatchPlan:
     """Which records make up batch n: `plan(n) -> (bucket, record indices [batch])`. No state.
 
-    In every epoch each bucket is shuffled and cut into batches, what does not fill one is left out, and the batches of
-    all buckets are shuffled.
+    In every epoch each bucket is shuffled and cut into batches, what does not fill one is left out,
+    and the batches of all buckets are shuffled.
 
     Args:
       sizes: int [records, 2], height and width of each record.
@@ -64,7 +70,9 @@ class BatchPlan:
       DataError: no bucket has enough records for a batch.
     """
 
-    def __init__(self, sizes: np.ndarray, buckets: Sequence[tuple[int, int]], batch: int, seed: int):
+    def __init__(
+        self, sizes: np.ndarray, buckets: Sequence[tuple[int, int]], batch: int, seed: int
+    ):
         nearest = nearest_bucket(sizes, buckets)
         self.members = [np.flatnonzero(nearest == index) for index in range(len(buckets))]
         self.batch, self.seed = batch, seed
@@ -86,7 +94,9 @@ class BatchPlan:
         return self._order(epoch)[position]
 
     def replacement(self, bucket: int, step: int, slot: int, attempt: int) -> int:
-        """Another record of the bucket, for the `attempt`-th time that one for this slot was broken."""
+        """Another record of the bucket, for the `attempt`-th time that one for this slot was
+        broken.
+        """
         return int(keyed_rng(self.seed, _REPLACE, step, slot, attempt).choice(self.members[bucket]))
 
     def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
@@ -94,39 +104,55 @@ class BatchPlan:
         for bucket, members in enumerate(self.members):
             order = keyed_rng(self.seed, _ORDER, epoch, bucket).permutation(members)
             full = len(order) // self.batch
-            batches += [(bucket, rows) for rows in order[: full * self.batch].reshape(full, self.batch)]
+            batches += [
+                (bucket, rows) for rows in order[: full * self.batch].reshape(full, self.batch)
+            ]
         return [batches[i] for i in keyed_rng(self.seed, _BATCHES, epoch).permutation(len(batches))]
 
 
 class Loader:
-    """Endless batches of one process; iterate it, or hold the `Batches` that `iter` gives to save and restore it.
+    """Endless batches of one process; iterate it, or hold the `Batches` that `iter` gives to save
+    and restore it.
 
         batches = iter(Loader(open_sources("data/runway"), LoaderConfig(batch=8)))
         batch = next(batches)
         state = batches.get_state()      # JSON; a later batches.set_state(state) goes on with the same bits
 
-    A batch of pixels has video uint8 [b, t, h, w, 3], reference and garment uint8 [b, h, w, 3]; of latents, z_video
-    float16 [b, f, h, w, c], z_reference and z_garment float16 [b, 1, h, w, c]. Both have prompt (list of b strings),
-    index int64 [b] (records of the source), fps float32 [b].
+    A batch of pixels has video uint8 [b, t, h, w, 3], reference and garment uint8 [b, h, w, 3]; of
+    latents, z_video float16 [b, f, h, w, c], z_reference and z_garment float16 [b, 1, h, w, c].
+    Both have prompt (list of b strings), index int64 [b] (records of the source), fps float32 [b].
 
     Args:
       source: see `sources`.
       config: see `LoaderConfig`.
-      process_index, process_count: this process and how many there are (`jax.process_index()`, `jax.process_count()`);
-        each gets its slice of every batch, all of the same bucket.
+      process_index, process_count: this process and how many there are (`jax.process_index()`,
+        `jax.process_count()`); each gets its slice of every batch, all of the same bucket.
 
     Raises:
       DataError: the batch does not divide among the processes, or no bucket is full.
     """
 
-    def __init__(self, source: Source, config: LoaderConfig, *, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        source: Source,
+        config: LoaderConfig,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         if config.batch % process_count:
-            raise DataError(f"a batch of {config.batch} does not divide among {process_count} processes")
+            raise DataError(
+                f"a batch of {config.batch} does not divide among {process_count} processes"
+            )
         latent_frames(config.frames)  # is it 4k + 1?
         if config.random_start and source.kind == "latents":
-            raise DataError("random_start needs pixels: the first latent frame is unlike the others")
+            raise DataError(
+                "random_start needs pixels: the first latent frame is unlike the others"
+            )
         if config.captions not in captions.MODES:
-            raise DataError(f"captions is {config.captions!r}; expected one of {', '.join(captions.MODES)}")
+            raise DataError(
+                f"captions is {config.captions!r}; expected one of {', '.join(captions.MODES)}"
+            )
         self.source, self.config = source, config
         self.plan = BatchPlan(source.sizes, config.buckets, config.batch, config.seed)
         share = config.batch // process_count
@@ -136,18 +162,26 @@ class Loader:
         return Batches(self)
 
     def make_batch(self, step: int) -> dict[str, Any]:
-        """This process's part of batch `step`, and under "broken" the records that were replaced: {index: why}."""
+        """This process's part of batch `step`, and under "broken" the records that were replaced:
+        {index: why}.
+        """
         bucket, indices = self.plan(step)
         samples, prompts, broken = [], [], {}
         for slot in self.slots:
             sample = self._load_slot(bucket, step, slot, int(indices[slot]), broken)
             rng = keyed_rng(self.config.seed, _CAPTION, step, slot)
-            prompts.append(captions.choose(sample.pop("captions"), self.config.captions, rng, self.config.dropout))
+            prompts.append(
+                captions.choose(
+                    sample.pop("captions"), self.config.captions, rng, self.config.dropout
+                )
+            )
             samples.append(sample)
         batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         return batch | {"prompt": prompts, "broken": broken}
 
-    def _load_slot(self, bucket: int, step: int, slot: int, index: int, broken: dict[int, str]) -> dict[str, Any]:
+    def _load_slot(
+        self, bucket: int, step: int, slot: int, index: int, broken: dict[int, str]
+    ) -> dict[str, Any]:
         config = self.config
         start = keyed_rng(config.seed, _START, step, slot).random() if config.random_start else 0.0
         for attempt in range(_ATTEMPTS):
@@ -158,11 +192,15 @@ class Loader:
             except ValueError as error:  # SourceError, ImageError, VideoError, CaptionError
                 broken[index] = str(error)
                 index = self.plan.replacement(bucket, step, slot, attempt)
-        raise DataError(f"{_ATTEMPTS} records in a row are broken; the last: {list(broken.values())[-1]}")
+        raise DataError(
+            f"{_ATTEMPTS} records in a row are broken; the last: {list(broken.values())[-1]}"
+        )
 
 
 class Batches(Iterator):
-    """Running iterator of a `Loader`; see there. `broken` is {record: why} of the records found broken so far."""
+    """Running iterator of a `Loader`; see there. `broken` is {record: why} of the records found
+    broken so far.
+    """
 
     def __init__(self, loader: Loader):
         config = loader.config
@@ -174,7 +212,9 @@ class Batches(Iterator):
         )
         batches = grain.MapDataset.range(_ENDLESS).map(loader.make_batch).to_iter_dataset(options)
         if config.workers:
-            if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only programs under app.run parse
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain's workers read absl flags, which only programs under app.run parse
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
         self._batches = iter(batches)
@@ -195,14 +235,18 @@ class Batches(Iterator):
                 self.broken[index] = why
         if len(self.broken) > self._limit:
             raise DataError(
-                f"{len(self.broken)} of {self._records} records are broken, more than {MAX_BROKEN:.0%}; "
+                f"{len(self.broken)} of {self._records} records are broken, more than"
+                f" {MAX_BROKEN:.0%}; "
                 f"the last: {list(self.broken.values())[-1]}"
             )
         return batch
 
     def get_state(self) -> dict[str, Any]:
         """Position and findings, as JSON values."""
-        return {"batches": self._batches.get_state(), "broken": {str(k): v for k, v in self.broken.items()}}
+        return {
+            "batches": self._batches.get_state(),
+            "broken": {str(k): v for k, v in self.broken.items()},
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a state of a loader with the same source and config."""
@@ -211,7 +255,9 @@ class Batches(Iterator):
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Index of the bucket whose height / width is nearest in ratio to that of each (height, width): int [records]."""
+    """Index of the bucket whose height / width is nearest in ratio to that of each (height, width):
+    int [records].
+    """
     log_ratio = np.log(sizes[:, 0] / sizes[:, 1])
     of_buckets = np.log([height / width for height, width in buckets])
     return np.abs(log_ratio[:, None] - of_buckets).argmin(1)

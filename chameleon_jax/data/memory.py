@@ -1,4 +1,5 @@
-"""A source that is read once and then kept in memory: a small model on a CPU must not wait for video decoding.
+"""A source that is read once and then kept in memory: a small model on a CPU must not wait for
+video decoding.
 
 4000 clips of 33 frames of 128 x 80 pixels take 4.3 GB, their latents 0.1 GB.
 """
@@ -30,19 +31,26 @@ class InMemorySource:
         self.sizes = np.tile(np.array([size]), (len(source), 1))
         start = time.monotonic()
         with ThreadPoolExecutor(threads) as pool:
-            self._records = list(pool.map(lambda index: _read(source, index, frames, size), range(len(source))))
+            self._records = list(
+                pool.map(lambda index: _read(source, index, frames, size), range(len(source)))
+            )
         total = sum(value.nbytes for record in self._records for value in _arrays(record))
         seconds = time.monotonic() - start
-        logging.info("%d records in memory: %.2f GB, read in %.0f s", len(source), total / 1e9, seconds)
+        logging.info(
+            "%d records in memory: %.2f GB, read in %.0f s", len(source), total / 1e9, seconds
+        )
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def load(self, index: int, frames: int, size: tuple[int, int], start: float = 0.0) -> dict[str, Any]:
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]:
         """See `sources`; gives views, not copies.
 
         Raises:
-          SourceError: the record was broken, or another size or more frames are asked for than were kept.
+          SourceError: the record was broken, or another size or more frames are asked for than were
+            kept.
         """
         if tuple(size) != self.size or frames > self.frames:
             asked = f"{frames} of {tuple(size)} were asked"
@@ -56,7 +64,9 @@ class InMemorySource:
         return record | {"video": record["video"][first : first + frames]}
 
 
-def _read(source: Source, index: int, frames: int, size: tuple[int, int]) -> dict[str, Any] | ValueError:
+def _read(
+    source: Source, index: int, frames: int, size: tuple[int, int]
+) -> dict[str, Any] | ValueError:
     try:
         return source.load(index, frames, size)
     except ValueError as error:  # the loader replaces such a record, and counts them
@@ -64,4 +74,8 @@ def _read(source: Source, index: int, frames: int, size: tuple[int, int]) -> dic
 
 
 def _arrays(record: dict[str, Any] | ValueError) -> list[np.ndarray]:
-    return [] if isinstance(record, ValueError) else [v for v in record.values() if isinstance(v, np.ndarray)]
+    return (
+        []
+        if isinstance(record, ValueError)
+        else [v for v in record.values() if isinstance(v, np.ndarray)]
+    )

@@ -1,14 +1,16 @@
-"""Triplets on disk: the `tensorflow_datasets` layout with ArrayRecord shards, written without TensorFlow.
+"""Triplets on disk: the `tensorflow_datasets` layout with ArrayRecord shards, written without
+TensorFlow.
 
 Two kinds of set share one layout and one writer:
 
   runway_garment   clips as H.264 (4:4:4, crf 12), pictures as lossless WebP, captions and scene as JSON text
   runway_latents   the same clips after the VAE, float16, so that training on a CPU need not encode them again
 
-A folder holds any number of splits. Each split is made shard by shard; a finished shard is renamed into place and
-never touched again, so a killed run continues where it was. The folder becomes readable (by `sources.RecordSource` or
-`tfds.builder_from_directory(folder).as_data_source(split)`) when `dataset_info.json` appears, after its last shard.
-Sizes are (height, width); t counts pixel frames, f latent frames.
+A folder holds any number of splits. Each split is made shard by shard; a finished shard is renamed
+into place and never touched again, so a killed run continues where it was. The folder becomes
+readable (by `sources.RecordSource` or `tfds.builder_from_directory(folder).as_data_source(split)`)
+when `dataset_info.json` appears, after its last shard. Sizes are (height, width); t counts pixel
+frames, f latent frames.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ MAX_BROKEN = 0.01  # share of examples that may fail before a run stops
 RAREST = 5000  # seeds tried before a choice of clips is taken for a mistake
 SPLIT_STARTS = {"train": 0, "validation": 800_000, "test": 900_000}  # first seed of each split
 
-Examples = Callable[[Sequence[int]], Iterable[tuple[int, dict[str, Any] | None]]]  # None: that one failed
+Examples = Callable[
+    [Sequence[int]], Iterable[tuple[int, dict[str, Any] | None]]
+]  # None: that one failed
 
 
 class RecordError(ValueError):
@@ -53,33 +57,41 @@ class RecordError(ValueError):
 
 
 def clip_features() -> tfds.features.FeaturesDict:
-    """Features of `runway_garment`: pictures and clip as encoded bytes, captions and scene as JSON text."""
+    """Features of `runway_garment`: pictures and clip as encoded bytes, captions and scene as JSON
+    text.
+    """
     encoded = tfds.features.Tensor(shape=(), dtype=np.bytes_)
-    return tfds.features.FeaturesDict({
-        "video": encoded,
-        "reference": encoded,
-        "garment": encoded,
-        "captions": tfds.features.Text(),
-        "spec": tfds.features.Text(),
-        "seed": np.int64,
-        "height": np.int64,
-        "width": np.int64,
-        "frames": np.int64,
-        "fps": np.float32,
-    })  # fmt: skip
+    return tfds.features.FeaturesDict(
+        {
+            "video": encoded,
+            "reference": encoded,
+            "garment": encoded,
+            "captions": tfds.features.Text(),
+            "spec": tfds.features.Text(),
+            "seed": np.int64,
+            "height": np.int64,
+            "width": np.int64,
+            "frames": np.int64,
+            "fps": np.float32,
+        }
+    )
 
 
 def latent_features(shape: tuple[int, int, int, int]) -> tfds.features.FeaturesDict:
     """Features of `runway_latents`; `shape` is that of a clip's latents, (f, h, w, c)."""
-    latent = functools.partial(tfds.features.Tensor, dtype=np.float16, encoding=tfds.features.Encoding.BYTES)
-    return tfds.features.FeaturesDict({
-        "z_video": latent(shape=shape),
-        "z_reference": latent(shape=(1, *shape[1:])),
-        "z_garment": latent(shape=(1, *shape[1:])),
-        "captions": tfds.features.Text(),
-        "seed": np.int64,
-        "fps": np.float32,
-    })  # fmt: skip
+    latent = functools.partial(
+        tfds.features.Tensor, dtype=np.float16, encoding=tfds.features.Encoding.BYTES
+    )
+    return tfds.features.FeaturesDict(
+        {
+            "z_video": latent(shape=shape),
+            "z_reference": latent(shape=(1, *shape[1:])),
+            "z_garment": latent(shape=(1, *shape[1:])),
+            "captions": tfds.features.Text(),
+            "seed": np.int64,
+            "fps": np.float32,
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +105,8 @@ class RunwayExamples:
       crf: quality of the stored clip; 12 keeps 41 dB on 128 x 80 pixels.
       match: regular expression; only clips with a caption in which it is found. Empty: all.
       slot: only clips whose garment is worn there: top, bottom, dress or outer. Empty: all.
-      render: called as render(seed, frames, size, fps); None is `chameleon_jax.runway.render_triplet`.
+      render: called as render(seed, frames, size, fps); None is
+        `chameleon_jax.runway.render_triplet`.
     """
 
     size: tuple[int, int] = (128, 80)
@@ -106,7 +119,9 @@ class RunwayExamples:
 
     def __post_init__(self):
         if self.frames < 1 or self.frames % 4 != 1:
-            raise RecordError(f"{self.frames} frames; the VAE takes 4k + 1: 1, 5, 9, ..., 33, ..., 81")
+            raise RecordError(
+                f"{self.frames} frames; the VAE takes 4k + 1: 1, 5, 9, ..., 33, ..., 81"
+            )
         try:
             captions.compile_match(self.match)
         except captions.CaptionError as error:
@@ -118,10 +133,12 @@ class RunwayExamples:
                 raise RecordError(f"slot {self.slot!r}; expected one of {', '.join(SLOTS)}")
 
     def seeds(self, start: int, count: int) -> Sequence[int]:
-        """The first `count` seeds from `start` on whose clips are wanted; nothing is rendered to know.
+        """The first `count` seeds from `start` on whose clips are wanted; nothing is rendered to
+        know.
 
         Raises:
-          RecordError: the split of `start` ends before there are so many, or nothing matches for a long while.
+          RecordError: the split of `start` ends before there are so many, or nothing matches for a
+            long while.
         """
         seeds = range(start, start + count)
         if self.match or self.slot:
@@ -133,10 +150,13 @@ class RunwayExamples:
                     seeds.append(seed)
                 if not seeds and seed - start == RAREST:
                     raise RecordError(
-                        f"no clip of seeds {start} to {seed} matches {self.match!r} with slot {self.slot!r}"
+                        f"no clip of seeds {start} to {seed} matches {self.match!r} with slot"
+                        f" {self.slot!r}"
                     )
         if len(seeds) < count or split_of(seeds[-1]) != split_of(start):
-            raise RecordError(f"{count} clips from seed {start} on belong to several splits: {SPLIT_STARTS}")
+            raise RecordError(
+                f"{count} clips from seed {start} on belong to several splits: {SPLIT_STARTS}"
+            )
         return seeds
 
     def wants(self, seed: int) -> bool:
@@ -151,8 +171,15 @@ class RunwayExamples:
         render = self.render or _renderer()
         for seed in seeds:
             try:
-                yield seed, self.record(seed, render(seed, frames=self.frames, size=self.size, fps=self.fps))
-            except Exception:  # one scene that cannot be drawn must not cost a night's run; the writer counts them
+                yield (
+                    seed,
+                    self.record(
+                        seed, render(seed, frames=self.frames, size=self.size, fps=self.fps)
+                    ),
+                )
+            except (
+                Exception
+            ):  # one scene that cannot be drawn must not cost a night's run; the writer counts them
                 logging.exception("seed %d cannot be rendered; skipped", seed)
                 yield seed, None
 
@@ -160,7 +187,9 @@ class RunwayExamples:
         """A triplet (video, reference, garment: uint8; captions; spec) as a record."""
         shape = (self.frames, *self.size, 3)
         if triplet.video.shape != shape:
-            raise RecordError(f"seed {seed}: the renderer made {triplet.video.shape}; expected {shape}")
+            raise RecordError(
+                f"seed {seed}: the renderer made {triplet.video.shape}; expected {shape}"
+            )
         return {
             "video": video.encode_video(triplet.video, self.fps, crf=self.crf, yuv444p=True),
             "reference": images.encode_image(triplet.reference),
@@ -177,7 +206,13 @@ class RunwayExamples:
     def metadata(self) -> dict[str, Any]:
         """What is the same in every record; kept beside the shards."""
         height, width = self.size
-        return {"kind": "pixels", "height": height, "width": width, "frames": self.frames, "fps": self.fps}
+        return {
+            "kind": "pixels",
+            "height": height,
+            "width": width,
+            "frames": self.frames,
+            "fps": self.fps,
+        }
 
     def recipe(self) -> dict[str, Any]:
         """What decides the content of a shard besides its seeds."""
@@ -187,11 +222,13 @@ class RunwayExamples:
 
 @dataclasses.dataclass(frozen=True)
 class LatentExamples:
-    """Encodes records of `runway_latents`: calling it with indices of `source` yields (index, record).
+    """Encodes records of `runway_latents`: calling it with indices of `source` yields (index,
+    record).
 
     Attributes:
       source: a source of kind "pixels", see `sources`.
-      encode: uint8 pixels [b, t, h, w, 3] to scaled latents [b, f, h', w', c] (NumPy or JAX), t = 4 (f - 1) + 1.
+      encode: uint8 pixels [b, t, h, w, 3] to scaled latents [b, f, h', w', c] (NumPy or JAX), t = 4
+        (f - 1) + 1.
       size: (height, width) of the pixels.
       frames: pixel frames a clip, 4k + 1.
       batch: clips encoded together.
@@ -221,21 +258,33 @@ class LatentExamples:
                 # The last batch is filled up, so that `encode` is compiled for one shape.
                 padded = clips + [clips[-1]] * (self.batch - len(clips))
                 z_video = _half(self.encode(np.stack([clip["video"] for clip in padded])))
-                z_reference = _half(self.encode(np.stack([clip["reference"][None] for clip in padded])))
+                z_reference = _half(
+                    self.encode(np.stack([clip["reference"][None] for clip in padded]))
+                )
                 z_garment = _half(self.encode(np.stack([clip["garment"][None] for clip in padded])))
             for index in chunk:
                 if index not in good:
                     yield index, None
                     continue
                 slot = good.index(index)
-                record = {"z_video": z_video[slot], "z_reference": z_reference[slot], "z_garment": z_garment[slot]}
+                record = {
+                    "z_video": z_video[slot],
+                    "z_reference": z_reference[slot],
+                    "z_garment": z_garment[slot],
+                }
                 record |= {"captions": json.dumps(clips[slot]["captions"], ensure_ascii=False)}
                 yield index, record | {"seed": clips[slot]["seed"], "fps": self.fps}
 
     def metadata(self) -> dict[str, Any]:
         """What is the same in every record; kept beside the shards."""
         height, width = self.size
-        return {"kind": "latents", "height": height, "width": width, "frames": self.frames, "fps": self.fps}
+        return {
+            "kind": "latents",
+            "height": height,
+            "width": width,
+            "frames": self.frames,
+            "fps": self.fps,
+        }
 
     def recipe(self) -> dict[str, Any]:
         """What decides the content of a shard besides its indices."""
@@ -274,8 +323,8 @@ class RunwayGarment(tfds.core.GeneratorBasedBuilder):
         builder.download_and_prepare()
         clips = builder.as_data_source("train")
 
-    Renders in one process and from the start; `python -m launch.prepare runway` makes the same records in several
-    processes and can be interrupted.
+    Renders in one process and from the start; `python -m launch.prepare runway` makes the same
+    records in several processes and can be interrupted.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -294,10 +343,14 @@ class RunwayGarment(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterable[Any]]:
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterable[Any]]:
         del dl_manager  # nothing is downloaded
         clips = self.builder_config.clips
-        return {split: self._generate_examples(SPLIT_STARTS[split], count) for split, count in clips}
+        return {
+            split: self._generate_examples(SPLIT_STARTS[split], count) for split, count in clips
+        }
 
     def _generate_examples(self, start: int, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for seed, record in self._examples()(range(start, start + count)):
@@ -333,7 +386,8 @@ def write_records(
       examples: makes the records; must be picklable if there are workers.
       features: of the records.
       name: of the dataset.
-      shard_size: records a shard; what a killed run loses is at most one unfinished shard per worker.
+      shard_size: records a shard; what a killed run loses is at most one unfinished shard per
+        worker.
       workers: processes; 0 writes in this one.
       progress: called now and then with (records done, of them found finished, records in all).
 
@@ -341,17 +395,26 @@ def write_records(
       Records in the split: `len(keys)` less those that failed.
 
     Raises:
-      RecordError: the folder holds this split made otherwise, or more than 1 % of the records failed.
+      RecordError: the folder holds this split made otherwise, or more than 1 % of the records
+        failed.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     shards = [list(keys[start : start + shard_size]) for start in range(0, len(keys), shard_size)]
     if not shards:
         raise RecordError(f"{out}: split {split} would be empty; ask for at least one clip")
-    recipe = examples.recipe() | {"name": name, "first_key": int(keys[0]), "clips": len(keys), "shard_size": shard_size}
+    recipe = examples.recipe() | {
+        "name": name,
+        "first_key": int(keys[0]),
+        "clips": len(keys),
+        "shard_size": shard_size,
+    }
     _check_recipe(out / f"recipe.{split}.json", recipe)
 
-    paths = [out / f"{name}-{split}.array_record-{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    paths = [
+        out / f"{name}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
+        for i in range(len(shards))
+    ]
     _remove_parts(out, name, split)  # of a run that was killed
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     lengths = [0 if i in set(todo) else _count(path) for i, path in enumerate(paths)]
@@ -366,13 +429,17 @@ def write_records(
             if missing + failed > MAX_BROKEN * len(keys):
                 _drop_incomplete(paths, shards)
                 raise RecordError(
-                    f"{out}: {missing + failed} of the first {found + tried} records of split {split} failed, of at "
+                    f"{out}: {missing + failed} of the first {found + tried} records of split"
+                    f" {split} failed, of at "
                     f"most {MAX_BROKEN:.0%} of {len(keys)}; the log says why"
                 )
     finally:
         _remove_parts(out, name, split)
     lengths = [_count(path) for path in paths]
-    _write_json(out / f"shards.{split}.json", {"lengths": lengths, "bytes": sum(path.stat().st_size for path in paths)})
+    _write_json(
+        out / f"shards.{split}.json",
+        {"lengths": lengths, "bytes": sum(path.stat().st_size for path in paths)},
+    )
     _write_info(out, name, features, examples.metadata())
     return sum(lengths)
 
@@ -387,7 +454,8 @@ def prepare_runway(
     shard_size: int = 40,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> tuple[str, int]:
-    """Render clips into the split that their seeds belong to; see `RunwayExamples.seeds` and `write_records`.
+    """Render clips into the split that their seeds belong to; see `RunwayExamples.seeds` and
+    `write_records`.
 
     Returns:
       Name of the split, and its number of records.
@@ -397,9 +465,16 @@ def prepare_runway(
     """
     split = split_of(seed_start)
     count = write_records(
-        out, split, examples.seeds(seed_start, clips), examples, clip_features(),
-        name="runway_garment", shard_size=shard_size, workers=workers, progress=progress,
-    )  # fmt: skip
+        out,
+        split,
+        examples.seeds(seed_start, clips),
+        examples,
+        clip_features(),
+        name="runway_garment",
+        shard_size=shard_size,
+        workers=workers,
+        progress=progress,
+    )
     return split, count
 
 
@@ -415,20 +490,30 @@ def write_latents(
     blank = np.zeros((examples.batch, examples.frames, *examples.size, 3), np.uint8)
     shape = tuple(np.shape(examples.encode(blank)))[1:]
     return write_records(
-        out, split, range(len(examples.source)), examples, latent_features(shape),
-        name="runway_latents", shard_size=shard_size, progress=progress,
-    )  # fmt: skip
+        out,
+        split,
+        range(len(examples.source)),
+        examples,
+        latent_features(shape),
+        name="runway_latents",
+        shard_size=shard_size,
+        progress=progress,
+    )
 
 
 def split_of(seed: int) -> str:
-    """Split of a seed: train below 800,000, validation below 900,000, test (never trained or tuned on) after that."""
+    """Split of a seed: train below 800,000, validation below 900,000, test (never trained or tuned
+    on) after that.
+    """
     if seed < 0:
         raise RecordError(f"seed {seed}; seeds count from 0")
     return max((start, name) for name, start in SPLIT_STARTS.items() if start <= seed)[1]
 
 
 def _write_shards(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, int]]:
-    """Write every job's shard, here or in processes; yields (records tried, of them failed) so far, again and again."""
+    """Write every job's shard, here or in processes; yields (records tried, of them failed) so far,
+    again and again.
+    """
     if not workers or len(jobs) < 2:
         tried = failed = 0
         for job in jobs:
@@ -436,7 +521,9 @@ def _write_shards(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, in
                 tried, failed = tried + 1, failed + (not made)
                 yield tried, failed
         return
-    context = multiprocessing.get_context("spawn")  # forking a process that runs JAX or numba threads can hang
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # forking a process that runs JAX or numba threads can hang
     counts = context.Array("q", 3)  # records tried, records failed, jobs taken
     processes = [
         context.Process(target=_work, args=(jobs, counts, os.getpid()), daemon=True)
@@ -450,7 +537,9 @@ def _write_shards(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, in
             yield counts[0], counts[1]
             dead = [process.exitcode for process in processes if process.exitcode not in (None, 0)]
             if dead:
-                raise RecordError(f"a worker ended with exit code {dead[0]}; its message stands above")
+                raise RecordError(
+                    f"a worker ended with exit code {dead[0]}; its message stands above"
+                )
     finally:
         for process in processes:
             if process.is_alive():
@@ -460,7 +549,9 @@ def _write_shards(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, in
 
 def _work(jobs: Sequence[tuple], counts: Any, parent: int) -> None:
     """A worker process: takes one job after the other."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     while True:
         with counts.get_lock():
@@ -483,7 +574,9 @@ def _exit_with_parent(parent: int) -> None:
 def _write_shard(
     path: Path, keys: Sequence[int], examples: Examples, features: tfds.features.FeaturesDict
 ) -> Iterator[bool]:
-    """Write one shard and rename it into place; yields after each key whether there is a record of it."""
+    """Write one shard and rename it into place; yields after each key whether there is a record of
+    it.
+    """
     from array_record.python import array_record_module
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -528,19 +621,30 @@ def _drop_incomplete(paths: Sequence[Path], shards: Sequence[Sequence[int]]) -> 
 
 
 def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
-    """Write the recipe of a new split, after seeing that what is in the folder was made by the same one."""
+    """Write the recipe of a new split, after seeing that what is in the folder was made by the same
+    one.
+    """
     asked = json.loads(json.dumps(recipe))
     for other in path.parent.glob("recipe.*.json"):
         known = json.loads(other.read_text())
-        names = set(known | asked) - (set() if other == path else {"first_key", "clips", "shard_size"})
+        names = set(known | asked) - (
+            set() if other == path else {"first_key", "clips", "shard_size"}
+        )
         changed = [name for name in sorted(names) if known.get(name) != asked.get(name)]
         if changed:
-            differences = "; ".join(f"{name}: {known.get(name)} there, {asked.get(name)} asked" for name in changed)
-            raise RecordError(f"{path.parent}: holds records made otherwise ({differences}); choose another folder")
+            differences = "; ".join(
+                f"{name}: {known.get(name)} there, {asked.get(name)} asked" for name in changed
+            )
+            raise RecordError(
+                f"{path.parent}: holds records made otherwise ({differences}); choose another"
+                " folder"
+            )
     _write_json(path, recipe)
 
 
-def _write_info(out: Path, name: str, features: tfds.features.FeaturesDict, metadata: dict[str, Any]) -> None:
+def _write_info(
+    out: Path, name: str, features: tfds.features.FeaturesDict, metadata: dict[str, Any]
+) -> None:
     """Describe all finished splits of the folder in the files that `tensorflow_datasets` reads."""
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
@@ -560,14 +664,19 @@ def _write_info(out: Path, name: str, features: tfds.features.FeaturesDict, meta
         )
         splits.append(
             tfds.core.SplitInfo(
-                name=split, shard_lengths=shards["lengths"], num_bytes=shards["bytes"], filename_template=template
+                name=split,
+                shard_lengths=shards["lengths"],
+                num_bytes=shards["bytes"],
+                filename_template=template,
             )
         )
     info.set_splits(tfds.core.SplitDict(splits))
     with tempfile.TemporaryDirectory(dir=out, prefix=".info.") as folder:
         info.write_to_directory(folder)
         # dataset_info.json is what makes the folder a dataset, so it comes last.
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == "dataset_info.json"):
+        for file in sorted(
+            Path(folder).iterdir(), key=lambda file: file.name == "dataset_info.json"
+        ):
             os.replace(file, out / file.name)
 
 

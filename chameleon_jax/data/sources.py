@@ -1,13 +1,16 @@
-"""Where triplets come from: records, latents, or a plain folder of clips. All answer the same few questions.
+"""Where triplets come from: records, latents, or a plain folder of clips. All answer the same few
+questions.
 
-A source has `kind` ("pixels" or "latents"), `sizes` (int [records, 2], height and width of each in pixels, known
-without decoding), a length, and `load(index, frames, size, start=0)`, which gives `frames` pixel frames of one record
-at `size` (height, width), the first ones, or those that begin at the share `start` in [0, 1) of what is possible:
+A source has `kind` ("pixels" or "latents"), `sizes` (int [records, 2], height and width of each in
+pixels, known without decoding), a length, and `load(index, frames, size, start=0)`, which gives
+`frames` pixel frames of one record at `size` (height, width), the first ones, or those that begin
+at the share `start` in [0, 1) of what is possible:
 
   pixels   video uint8 [t, h, w, 3], reference and garment uint8 [h, w, 3], captions {"static", "dynamic"}, fps, seed
   latents  z_video [f, h, w, c], z_reference and z_garment [1, h, w, c], float16, captions, fps, seed
 
-and raises a ValueError (SourceError, ImageError, VideoError, ...) if the record is broken. Sources can be pickled.
+and raises a ValueError (SourceError, ImageError, VideoError, ...) if the record is broken. Sources
+can be pickled.
 """
 
 from __future__ import annotations
@@ -42,11 +45,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, frames: int, size: tuple[int, int], start: float = 0.0) -> dict[str, Any]: ...
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]: ...
 
 
 class RecordSource:
-    """One split of a folder written by `records` (or any `tensorflow_datasets` folder with the same features).
+    """One split of a folder written by `records` (or any `tensorflow_datasets` folder with the same
+    features).
 
     Args:
       folder: holds dataset_info.json.
@@ -62,7 +68,9 @@ class RecordSource:
         self.folder, self.split = Path(folder), split
         if not (self.folder / "dataset_info.json").is_file():
             if any(self.folder.glob("recipe.*.json")):
-                raise SourceError(f"{folder}: the set is not finished; the command that began it continues it")
+                raise SourceError(
+                    f"{folder}: the set is not finished; the command that began it continues it"
+                )
             raise SourceError(f"{folder}: there is no dataset_info.json in it")
         info = tfds.builder_from_directory(self.folder).info
         if split not in info.splits:
@@ -70,7 +78,9 @@ class RecordSource:
         meta = dict(info.metadata or {})
         missing = {"kind", "height", "width", "frames", "fps"} - set(meta)
         if missing:
-            raise SourceError(f"{folder}: metadata.json says nothing about {', '.join(sorted(missing))}")
+            raise SourceError(
+                f"{folder}: metadata.json says nothing about {', '.join(sorted(missing))}"
+            )
         self.kind, self.frames, self.fps = meta["kind"], meta["frames"], meta["fps"]
         self._length = info.splits[split].num_examples
         self.sizes = np.tile(np.array([[meta["height"], meta["width"]]]), (self._length, 1))
@@ -91,9 +101,13 @@ class RecordSource:
         try:
             return self._data[index]
         except (RuntimeError, ValueError, OSError, KeyError) as error:  # a damaged shard
-            raise SourceError(f"{self.folder}: record {index} is damaged ({' '.join(str(error).split())})") from None
+            raise SourceError(
+                f"{self.folder}: record {index} is damaged ({' '.join(str(error).split())})"
+            ) from None
 
-    def load(self, index: int, frames: int, size: tuple[int, int], start: float = 0.0) -> dict[str, Any]:
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]:
         """See the module's docstring."""
         raw = self.raw(index)
         spoken = _json(raw["captions"])
@@ -103,9 +117,15 @@ class RecordSource:
         if self.kind == "latents":
             latents = latent_frames(frames)
             if len(raw["z_video"]) < latents:
-                raise SourceError(f"{self.folder}: record {index} has {len(raw['z_video'])} latent frames of {latents}")
+                raise SourceError(
+                    f"{self.folder}: record {index} has {len(raw['z_video'])} latent frames of"
+                    f" {latents}"
+                )
             if tuple(size) != tuple(self.sizes[index]):
-                raise SourceError(f"{self.folder}: latents of {self.sizes[index]} pixels cannot be resized to {size}")
+                raise SourceError(
+                    f"{self.folder}: latents of {self.sizes[index]} pixels cannot be resized to"
+                    f" {size}"
+                )
             names = ("z_video", "z_reference", "z_garment")
             return {name: raw[name][:latents] for name in names} | common
         return {
@@ -118,9 +138,9 @@ class RecordSource:
 class DirectorySource:
     """A folder of clips with a table: the layout in which FashionChameleon's authors train.
 
-    The table (CSV with a header, or JSON lines) has the columns video, prompt, width and height; `video` is a path
-    relative to the table, `prompt` JSON as in `captions.parse_prompt`. Beside `clip.mp4` lie `clip_src.png`, the person
-    in another garment, and `clip_cloth.png`, the garment.
+    The table (CSV with a header, or JSON lines) has the columns video, prompt, width and height;
+    `video` is a path relative to the table, `prompt` JSON as in `captions.parse_prompt`. Beside
+    `clip.mp4` lie `clip_src.png`, the person in another garment, and `clip_cloth.png`, the garment.
 
     Args:
       table: the .csv or .jsonl file, or a folder with exactly one.
@@ -136,10 +156,16 @@ class DirectorySource:
         if table.is_dir():
             found = sorted(p for p in table.iterdir() if p.suffix in (".csv", ".jsonl"))
             if len(found) != 1:
-                raise SourceError(f"{table}: expected one .csv or .jsonl table in it, found {[p.name for p in found]}")
+                raise SourceError(
+                    f"{table}: expected one .csv or .jsonl table in it, found"
+                    f" {[p.name for p in found]}"
+                )
             table = found[0]
         self.folder = table.parent
-        self.rows = [_parse_row(row, f"{table}: row {number}") for number, row in enumerate(_read_table(table), 1)]
+        self.rows = [
+            _parse_row(row, f"{table}: row {number}")
+            for number, row in enumerate(_read_table(table), 1)
+        ]
         if not self.rows:
             raise SourceError(f"{table}: no rows")
         self.sizes = np.array([(row["height"], row["width"]) for row in self.rows])
@@ -147,14 +173,20 @@ class DirectorySource:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def load(self, index: int, frames: int, size: tuple[int, int], start: float = 0.0) -> dict[str, Any]:
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]:
         """See the module's docstring."""
         row = self.rows[index]
         path = self.folder / row["video"]
         return {
             "video": fit_frames(read_frames(path, frames, start), size),
-            "reference": images.prepare_training_frame(path.with_name(f"{path.stem}_src.png"), size),
-            "garment": images.prepare_training_garment(path.with_name(f"{path.stem}_cloth.png"), size),
+            "reference": images.prepare_training_frame(
+                path.with_name(f"{path.stem}_src.png"), size
+            ),
+            "garment": images.prepare_training_garment(
+                path.with_name(f"{path.stem}_cloth.png"), size
+            ),
             "captions": row["captions"],
             "fps": row["fps"],
             "seed": index,
@@ -175,14 +207,17 @@ class JoinedSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def load(self, index: int, frames: int, size: tuple[int, int], start: float = 0.0) -> dict[str, Any]:
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]:
         """See the module's docstring."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part].load(index - int(self._starts[part]), frames, size, start)
 
 
 class MatchingSource:
-    """Those triplets of a source whose captions match a pattern; a broken one stays, for the loader to count.
+    """Those triplets of a source whose captions match a pattern; a broken one stays, for the loader
+    to count.
 
     Args:
       source: read once now, a frame of each triplet.
@@ -198,7 +233,9 @@ class MatchingSource:
         except captions.CaptionError as error:
             raise SourceError(str(error)) from None
         self.source, self.kind = source, source.kind
-        self._chosen = np.array([index for index in range(len(source)) if self._matches(index)], int)
+        self._chosen = np.array(
+            [index for index in range(len(source)) if self._matches(index)], int
+        )
         if not self._chosen.size:
             raise SourceError(f"no caption of {len(source)} triplets matches {pattern!r}")
         self.sizes = source.sizes[self._chosen]
@@ -213,16 +250,21 @@ class MatchingSource:
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def load(self, index: int, frames: int, size: tuple[int, int], start: float = 0.0) -> dict[str, Any]:
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]:
         """See the module's docstring."""
         return self.source.load(int(self._chosen[index]), frames, size, start)
 
 
-def open_sources(folders: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train") -> Source:
-    """Open one or several folders: records where there is a dataset_info.json, else clips with a table.
+def open_sources(
+    folders: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train"
+) -> Source:
+    """Open one or several folders: records where there is a dataset_info.json, else clips with a
+    table.
 
-    The split of several folders is what those have that have it: one that was made for training only adds nothing to
-    the validation split.
+    The split of several folders is what those have that have it: one that was made for training
+    only adds nothing to the validation split.
 
     Raises:
       SourceError: a folder is missing or unreadable, or none has the split.
@@ -245,7 +287,9 @@ def open_sources(folders: str | os.PathLike | Sequence[str | os.PathLike], split
 
 
 def read_frames(source: str | os.PathLike | bytes, frames: int, start: float) -> np.ndarray:
-    """`frames` frames of a video, uint8 [t, h, w, 3]: the first ones, or from the share `start` of what is possible."""
+    """`frames` frames of a video, uint8 [t, h, w, 3]: the first ones, or from the share `start` of
+    what is possible.
+    """
     if not start:
         return video.read_video(source, frames)
     clip = video.read_video(source)
@@ -299,12 +343,16 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    missing = [name for name in ("video", "prompt", "width", "height") if row.get(name) in (None, "")]
+    missing = [
+        name for name in ("video", "prompt", "width", "height") if row.get(name) in (None, "")
+    ]
     if missing:
         raise SourceError(f"{where}: column {', '.join(missing)} is missing or empty")
     path = Path(row["video"])
     if path.is_absolute() or ".." in path.parts:
-        raise SourceError(f"{where}: video is {row['video']!r}; expected a path inside the table's folder")
+        raise SourceError(
+            f"{where}: video is {row['video']!r}; expected a path inside the table's folder"
+        )
     try:
         width, height, fps = int(row["width"]), int(row["height"]), float(row.get("fps") or 24)
         spoken = captions.from_prompt(row["prompt"])

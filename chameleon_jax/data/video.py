@@ -1,6 +1,7 @@
 """Video files through PyAV: H.264 in MP4, written so that an interrupted file still plays.
 
-Frames are uint8 [t, h, w, 3], RGB; sizes are (height, width). Colours are BT.709, limited range, and tagged as such.
+Frames are uint8 [t, h, w, 3], RGB; sizes are (height, width). Colours are BT.709, limited range,
+and tagged as such.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from PIL import Image, ImageDraw
 
 MAX_PIXELS = 50_000_000  # of one frame, as for pictures
 MAX_DECODED = 8 * 2**30  # bytes of one decoded clip: 81 frames of 1280 x 704 are 0.2 GiB
-# Titles and the like that are not UTF-8 must not make a clip unreadable. PyAV sees to that itself from 19 on.
+# Titles and the like that are not UTF-8 must not make a clip unreadable. PyAV sees to that itself
+# from 19 on.
 LENIENT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
@@ -33,18 +35,19 @@ class VideoWriter:
         with VideoWriter("out.mp4", fps=16, size=(128, 80)) as video:
             video.write(frames)
 
-    Frames go to `out.part.mp4` in fragments of at most a second, each playable as soon as it is written, so that even
-    a killed process leaves a file that plays. On leaving the `with` block the index of an ordinary MP4 is added and
-    the file gets its own name. No frame, no file.
+    Frames go to `out.part.mp4` in fragments of at most a second, each playable as soon as it is
+    written, so that even a killed process leaves a file that plays. On leaving the `with` block the
+    index of an ordinary MP4 is added and the file gets its own name. No frame, no file.
 
     Args:
       path: the file to write; its folder must exist. An existing file is replaced at the end only.
       fps: frames per second.
       size: (height, width); even numbers unless `yuv444p`.
       crf: constant rate factor of x264: 0 is lossless, 16 hardly distinguishable, 23 its default.
-      yuv444p: keep colour at full resolution. Sharper on small videos, but many players and browsers refuse it.
-      keep_partial: when the block is left by an exception (Ctrl-C included), keep what was made under the final name;
-        otherwise remove it.
+      yuv444p: keep colour at full resolution. Sharper on small videos, but many players and
+        browsers refuse it.
+      keep_partial: when the block is left by an exception (Ctrl-C included), keep what was made
+        under the final name; otherwise remove it.
 
     Raises:
       VideoError: the size does not fit the pixel format, or the file cannot be opened.
@@ -70,7 +73,10 @@ class VideoWriter:
         try:
             # hybrid_fragmented: fragments while writing, an ordinary MP4 once closed.
             self._container = av.open(
-                str(self.part), "w", format="mp4", options={"movflags": "hybrid_fragmented", "flush_packets": "1"}
+                str(self.part),
+                "w",
+                format="mp4",
+                options={"movflags": "hybrid_fragmented", "flush_packets": "1"},
             )
         except OSError as error:
             raise VideoError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -86,11 +92,15 @@ class VideoWriter:
         frames = frames[None] if frames.ndim == 3 else frames
         _check_frames(frames, self.size)
         for frame in frames:
-            self._container.mux(self._stream.encode(_to_av(frame, self.frames, self._stream.pix_fmt)))
+            self._container.mux(
+                self._stream.encode(_to_av(frame, self.frames, self._stream.pix_fmt))
+            )
             self.frames += 1
 
     def close(self) -> None:
-        """Finish the file and give it its name; removes it if no frame was written. A second call does nothing."""
+        """Finish the file and give it its name; removes it if no frame was written. A second call
+        does nothing.
+        """
         if self._container is None:
             return
         if not self.frames:
@@ -105,7 +115,10 @@ class VideoWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None or self._keep_partial:
             self.close()
@@ -123,15 +136,17 @@ def write_video(
     path: str | os.PathLike, frames: np.ndarray, fps: float, *, crf: int = 16, yuv444p: bool = False
 ) -> None:
     """Write uint8 [t, h, w, 3] to `path`; see `VideoWriter`."""
-    with VideoWriter(path, fps, frames.shape[1:3], crf=crf, yuv444p=yuv444p, keep_partial=False) as video:
+    with VideoWriter(
+        path, fps, frames.shape[1:3], crf=crf, yuv444p=yuv444p, keep_partial=False
+    ) as video:
         video.write(frames)
 
 
 def encode_video(frames: np.ndarray, fps: float, *, crf: int = 12, yuv444p: bool = True) -> bytes:
     """Frames uint8 [t, h, w, 3] as the bytes of an MP4 file, for records.
 
-    Colour keeps its full resolution by default: halving it ruins coloured patterns on small frames (32.7 dB instead of
-    40.9 dB on 128 x 80 pixels).
+    Colour keeps its full resolution by default: halving it ruins coloured patterns on small frames
+    (32.7 dB instead of 40.9 dB on 128 x 80 pixels).
     """
     _check_frames(frames, frames.shape[1:3])
     buffer = io.BytesIO()
@@ -173,17 +188,24 @@ def read_video(source: str | os.PathLike | bytes, frames: int | None = None) -> 
             if stream.codec_context is None:  # PyAV has no decoder for what the header claims
                 raise VideoError(f"{name}: its video is of an unknown kind")
             if stream.height * stream.width > MAX_PIXELS:
-                raise VideoError(f"{name}: {stream.width} x {stream.height} pixels; at most {MAX_PIXELS:,} are read")
+                raise VideoError(
+                    f"{name}: {stream.width} x {stream.height} pixels; at most {MAX_PIXELS:,} are"
+                    " read"
+                )
             for frame in container.decode(stream):
                 decoded.append(_to_array(frame))
                 if len(decoded) * decoded[0].nbytes > MAX_DECODED:
-                    raise VideoError(f"{name}: more than {MAX_DECODED / 2**30:.0f} GiB of frames; ask for fewer")
+                    raise VideoError(
+                        f"{name}: more than {MAX_DECODED / 2**30:.0f} GiB of frames; ask for fewer"
+                    )
                 if len(decoded) == frames:
                     break
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{name}: not a readable video ({' '.join(str(error).split())})") from None
     if not decoded or len({x.shape for x in decoded}) > 1:
-        raise VideoError(f"{name}: " + ("its frames differ in size" if decoded else "no frame could be decoded"))
+        raise VideoError(
+            f"{name}: " + ("its frames differ in size" if decoded else "no frame could be decoded")
+        )
     if frames is not None and len(decoded) < frames:
         raise VideoError(f"{name}: {len(decoded)} frames; {frames} are needed")
     return np.stack(decoded)
@@ -200,7 +222,8 @@ def contact_sheet(
     """Rows of frames on one picture.
 
     Args:
-      rows: each a sequence of uint8 [h, w, 3] frames, e.g. [t, h, w, 3]; rows and frames may differ in size.
+      rows: each a sequence of uint8 [h, w, 3] frames, e.g. [t, h, w, 3]; rows and frames may differ
+        in size.
       labels: one line of text above each row.
       columns: show at most so many frames of a row, evenly spaced, its first and last included.
       scale: enlarge every pixel to a square of this side.
@@ -217,7 +240,9 @@ def contact_sheet(
         picked.append([np.asarray(row[round(i)]) for i in np.linspace(0, len(row) - 1, count)])
     heights = [max(frame.shape[0] for frame in row) * scale for row in picked]
     width = max(sum(frame.shape[1] * scale + gap for frame in row) for row in picked) + gap
-    sheet = Image.new("RGB", (width, sum(heights) + len(rows) * (gap + text_height) + gap), (255, 255, 255))
+    sheet = Image.new(
+        "RGB", (width, sum(heights) + len(rows) * (gap + text_height) + gap), (255, 255, 255)
+    )
     draw, y = ImageDraw.Draw(sheet), gap
     for index, row in enumerate(picked):
         if labels is not None:
@@ -253,7 +278,9 @@ def _add_stream(
     stream.time_base = 1 / rate
     context = stream.codec_context
     context.gop_size = gop or max(1, round(fps))
-    context.thread_count = 1  # frames are small; threads would cost more than they save beside a busy model
+    context.thread_count = (
+        1  # frames are small; threads would cost more than they save beside a busy model
+    )
     context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
     context.color_primaries = context.color_trc = 1  # BT.709
     return stream
@@ -261,7 +288,11 @@ def _add_stream(
 
 def _to_av(frame: np.ndarray, index: int, pix_fmt: str) -> av.VideoFrame:
     rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-    target = {"format": pix_fmt, "dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+    target = {
+        "format": pix_fmt,
+        "dst_colorspace": Colorspace.ITU709,
+        "dst_color_range": ColorRange.MPEG,
+    }
     out = rgb.reformat(src_color_range=ColorRange.JPEG, **target)
     out.pts = index
     return out
@@ -272,6 +303,11 @@ def _to_array(frame: av.VideoFrame) -> np.ndarray:
 
 
 def _check_frames(frames: np.ndarray, size: Iterable[int]) -> None:
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*size, 3) or not len(frames):
+    if (
+        frames.dtype != np.uint8
+        or frames.ndim != 4
+        or frames.shape[1:] != (*size, 3)
+        or not len(frames)
+    ):
         expected = f"uint8 [t, {', '.join(map(str, size))}, 3]"
         raise VideoError(f"frames are {frames.dtype} {frames.shape}; expected {expected}")

@@ -1,17 +1,20 @@
-"""Streaming: chunk after chunk of latents against the ring cache (FashionChameleon, arXiv 2605.15824, section 4.3).
+"""Streaming: chunk after chunk of latents against the ring cache (FashionChameleon, arXiv
+2605.15824, section 4.3).
 
     cache = new_cache(dit, CacheConfig(), batch=1, latent_size=(80, 44))
     cache = prefill(dit, cache, z_context, text_kv)                      again at every garment switch: the refresh
     x0, cache = denoise_chunk(dit, cache, text_kv, key, sampler=sampler)  again and again
 
-A chunk starts as noise and is denoised in a few passes that see the context, what the cache remembers, and the chunk
-itself. A last pass at t = 0 over the result, the clean pass, leaves its clean keys and values in the cache.
+A chunk starts as noise and is denoised in a few passes that see the context, what the cache
+remembers, and the chunk itself. A last pass at t = 0 over the result, the clean pass, leaves its
+clean keys and values in the cache.
 
-LongLive-2.0 (arXiv 2605.18739) streams by the same loop. It has no condition frames and hence no prefill, a sampler of
-its own, "unipc", a first frame that may be given (`Held`), and cuts between shots (attention/cache.py).
+LongLive-2.0 (arXiv 2605.18739) streams by the same loop. It has no condition frames and hence no
+prefill, a sampler of its own, "unipc", a first frame that may be given (`Held`), and cuts between
+shots (attention/cache.py).
 
-Everything here is a pure function of arrays, to be jitted with the cache donated. The chunk counter is traced, so one
-compiled program serves the whole stream.
+Everything here is a pure function of arrays, to be jitted with the cache donated. The chunk counter
+is traced, so one compiled program serves the whole stream.
 
 Axes: b batch, f latent frames, h w latent grid, c channels.
 """
@@ -47,14 +50,17 @@ from chameleon_jax.diffusion.unipc import (
 )
 from chameleon_jax.models.dit import DiT, TextKV
 
-Draw = Callable[[jax.Array | int], jax.Array]  # number of a draw -> standard normal noise of the chunk's shape
+Draw = Callable[
+    [jax.Array | int], jax.Array
+]  # number of a draw -> standard normal noise of the chunk's shape
 
 
 class Sampler(Protocol):
-    """How a chunk goes from noise to clean latents: a loop over rows. Made by `make_sampler`; a static value.
+    """How a chunk goes from noise to clean latents: a loop over rows. Made by `make_sampler`; a
+    static value.
 
-    The last row is the clean pass: t is 0, and the step leaves x as it is. As a step of the loop it costs 0.6 % (the
-    last layer's output is not needed) and halves the program to compile.
+    The last row is the clean pass: t is 0, and the step leaves x as it is. As a step of the loop it
+    costs 0.6 % (the last layer's output is not needed) and halves the program to compile.
     """
 
     def rows(self, dtype: jnp.dtype) -> Any:
@@ -67,7 +73,9 @@ class Sampler(Protocol):
     def init(self, x: jax.Array) -> Any:
         """What step 0 is told of the past."""
 
-    def step(self, row: Any, past: Any, x: jax.Array, v: jax.Array, draw: Draw) -> tuple[jax.Array, Any]:
+    def step(
+        self, row: Any, past: Any, x: jax.Array, v: jax.Array, draw: Draw
+    ) -> tuple[jax.Array, Any]:
         """From x and its velocity to the next x, float32, and the past for the next step."""
 
 
@@ -84,9 +92,9 @@ class Row(NamedTuple):
 class OneStepSampler:
     """Samplers without a past.
 
-    Each step predicts the clean sample x0 = x - sigma v and goes on to (1 - sigma') x0 + sigma' noise at the next
-    noise level sigma'. What is `noise`: a fresh draw (few-step), or what the prediction implies, x0 + v, which is
-    Euler's step x + (sigma' - sigma) v along the flow.
+    Each step predicts the clean sample x0 = x - sigma v and goes on to (1 - sigma') x0 + sigma'
+    noise at the next noise level sigma'. What is `noise`: a fresh draw (few-step), or what the
+    prediction implies, x0 + v, which is Euler's step x + (sigma' - sigma) v along the flow.
     """
 
     sigmas: tuple[float, ...]  # noise levels, falling, one more than steps; the last is 0
@@ -98,12 +106,16 @@ class OneStepSampler:
         told = jnp.asarray(1000.0 * sigmas[:-1])
         if self.round_timesteps:
             told = flow.round_timesteps(told, dtype)
-        return Row(jnp.arange(1, len(sigmas)), told, jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:]))
+        return Row(
+            jnp.arange(1, len(sigmas)), told, jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])
+        )
 
     def init(self, x: jax.Array) -> None:
         return None
 
-    def step(self, row: Row, past: None, x: jax.Array, v: jax.Array, draw: Draw) -> tuple[jax.Array, None]:
+    def step(
+        self, row: Row, past: None, x: jax.Array, v: jax.Array, draw: Draw
+    ) -> tuple[jax.Array, None]:
         x0 = flow.x0_from_velocity(x, v, row.sigma)
         noise = draw(row.number) if self.fresh_noise else x0 + v.astype(jnp.float32)
         return flow.add_noise(x0, noise, row.sigma_next), past
@@ -149,22 +161,26 @@ def make_sampler(
     """A sampler by name.
 
     Args:
-      name: "few_step", the paper's sampler for the distilled model: predict x0, noise it again, a few times. Or
-        "euler", the plain ordinary differential equation, for a model that is not distilled. Or "unipc", the same
-        equation with a multistep solver, on the original's grid: that of LongLive-2.0.
+      name: "few_step", the paper's sampler for the distilled model: predict x0, noise it again, a
+        few times. Or "euler", the plain ordinary differential equation, for a model that is not
+        distilled. Or "unipc", the same equation with a multistep solver, on the original's grid:
+        that of LongLive-2.0.
       steps: of "euler" and "unipc".
       shift: of the schedule.
-      timesteps: of "few_step", rows of the schedule counted from its end; (1000, 750, 500, 250) with shift 5 are t =
-        1000, 937.5, 833.33, 625.
-      round_timesteps: tell the network whole timesteps (see `flow.round_timesteps`); default for "few_step" only. Those
-        of "unipc" are whole numbers already, and are never cast to the network's dtype.
+      timesteps: of "few_step", rows of the schedule counted from its end; (1000, 750, 500, 250)
+        with shift 5 are t = 1000, 937.5, 833.33, 625.
+      round_timesteps: tell the network whole timesteps (see `flow.round_timesteps`); default for
+        "few_step" only. Those of "unipc" are whole numbers already, and are never cast to the
+        network's dtype.
 
     Raises:
       ValueError: unknown name, steps that make no schedule, or "unipc" told to round.
     """
     if name == "unipc":
         if round_timesteps:
-            raise ValueError("sampler 'unipc' has whole timesteps already; leave round_timesteps out")
+            raise ValueError(
+                "sampler 'unipc' has whole timesteps already; leave round_timesteps out"
+            )
         return UniPcSampler(tuple(float(s) for s in unipc_sigmas(steps, shift)))
     if name == "few_step":
         sigmas = (*(float(t) / flow.ROWS for t in flow.few_step_timesteps(timesteps, shift)), 0.0)
@@ -174,7 +190,9 @@ def make_sampler(
         raise ValueError(f"sampler {name!r} is not one of few_step, euler, unipc")
     few_step = name == "few_step"
     return OneStepSampler(
-        sigmas, fresh_noise=few_step, round_timesteps=few_step if round_timesteps is None else round_timesteps
+        sigmas,
+        fresh_noise=few_step,
+        round_timesteps=few_step if round_timesteps is None else round_timesteps,
     )
 
 
@@ -194,11 +212,14 @@ def new_cache(dit: DiT, config: CacheConfig, batch: int, latent_size: tuple[int,
     if height % i or width % j:
         raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {i}x{j}")
     grid = (height // i, width // j)
-    return init_cache(config, dit.config.layers, batch, grid, dit.config.heads, dit.config.head_dim, dit.dtype)
+    return init_cache(
+        config, dit.config.layers, batch, grid, dit.config.heads, dit.config.head_dim, dit.dtype
+    )
 
 
 def prefill(dit: DiT, cache: RingCache, z_context: jax.Array, text_kv: TextKV) -> RingCache:
-    """Write the condition frames to the front slots: at the start of a stream, and as the refresh of a switch.
+    """Write the condition frames to the front slots: at the start of a stream, and as the refresh
+    of a switch.
 
     Args:
       dit: the network.
@@ -207,13 +228,17 @@ def prefill(dit: DiT, cache: RingCache, z_context: jax.Array, text_kv: TextKV) -
       text_kv: from `dit.text_kv`.
 
     Returns:
-      The cache; chunks that it holds stay. Without condition frames there is nothing to write: as it was.
+      The cache; chunks that it holds stay. Without condition frames there is nothing to write: as
+      it was.
 
     Raises:
       ValueError: if the number of frames is not that of the cache.
     """
     if z_context.shape[1] != cache.config.context:
-        raise ValueError(f"{z_context.shape[1]} condition frames; the cache has {cache.config.context} slots for them")
+        raise ValueError(
+            f"{z_context.shape[1]} condition frames; the cache has {cache.config.context} slots for"
+            " them"
+        )
     if not cache.config.context:
         return cache
     attend = prefilling(cache, dit.config.head_dim, backend=dit.config.attention)
@@ -224,7 +249,8 @@ def prefill(dit: DiT, cache: RingCache, z_context: jax.Array, text_kv: TextKV) -
 def forward(
     dit: DiT, cache: RingCache, x_bfhwc: jax.Array, t_bf: jax.Array, text_kv: TextKV
 ) -> tuple[jax.Array, RingCache]:
-    """One pass over the chunk in flight: its velocity, and the cache with the chunk's keys and values of this pass.
+    """One pass over the chunk in flight: its velocity, and the cache with the chunk's keys and
+    values of this pass.
 
     The counter stays: the next pass overwrites the same slots.
 
@@ -239,14 +265,18 @@ def forward(
       ValueError: if the number of frames is not that of a chunk.
     """
     if x_bfhwc.shape[1] != cache.config.block:
-        raise ValueError(f"{x_bfhwc.shape[1]} latent frames; a chunk of the cache has {cache.config.block}")
+        raise ValueError(
+            f"{x_bfhwc.shape[1]} latent frames; a chunk of the cache has {cache.config.block}"
+        )
     attend = streaming(cache, dit.config.head_dim, backend=dit.config.attention)
     v, layers = dit(x_bfhwc, t_bf, text_kv, attend, cache.layers)
     return v, cache.with_layers(layers)
 
 
 def commit(dit: DiT, cache: RingCache, x0_bfhwc: jax.Array, text_kv: TextKV) -> RingCache:
-    """The clean pass: keys and values of the finished chunk at t = 0 take its slots, and the counter goes on."""
+    """The clean pass: keys and values of the finished chunk at t = 0 take its slots, and the
+    counter goes on.
+    """
     _, cache = forward(dit, cache, x0_bfhwc, jnp.zeros(x0_bfhwc.shape[:2]), text_kv)
     return finish_chunk(cache)
 
@@ -263,8 +293,8 @@ def denoise_chunk(
 ) -> tuple[jax.Array, RingCache]:
     """Make the next chunk and remember it.
 
-    With absolute positions the caller must see to it, before it calls, that the stream is not too long
-    (`cache.check_positions`).
+    With absolute positions the caller must see to it, before it calls, that the stream is not too
+    long (`cache.check_positions`).
 
     Args:
       dit: the network.
@@ -285,7 +315,9 @@ def denoise_chunk(
     def draw(number: jax.Array | int) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(noise_key, number), shape, jnp.float32)
 
-    def step(carry: tuple[jax.Array, Any, RingCache], row: Any) -> tuple[tuple[jax.Array, Any, RingCache], None]:
+    def step(
+        carry: tuple[jax.Array, Any, RingCache], row: Any
+    ) -> tuple[tuple[jax.Array, Any, RingCache], None]:
         x, past, cache = carry
         x, t = hold(held, x, jnp.full(shape[:2], row.timestep))
         v, cache = forward(dit, cache, x, t, text_kv)
@@ -302,4 +334,6 @@ def hold(held: Held | None, x_bfhwc: jax.Array, t_bf: jax.Array) -> tuple[jax.Ar
     if held is None:
         return x_bfhwc, t_bf
     frames = held.frames[:, None, None, None]
-    return jnp.where(frames, held.z.astype(x_bfhwc.dtype), x_bfhwc), jnp.where(held.frames, 0.0, t_bf)
+    return jnp.where(frames, held.z.astype(x_bfhwc.dtype), x_bfhwc), jnp.where(
+        held.frames, 0.0, t_bf
+    )

@@ -1,8 +1,8 @@
 """Many-step sampling of whole clips with a bidirectional model and classifier-free guidance.
 
-The teacher of FashionChameleon (arXiv 2605.15824) and plain Wan2.2 are sampled by the same loop: the first has clean
-condition frames in front of the video, at t = 0 and put back at every step; text-to-video has none, and image-to-video
-has one, the first frame of the clip itself.
+The teacher of FashionChameleon (arXiv 2605.15824) and plain Wan2.2 are sampled by the same loop:
+the first has clean condition frames in front of the video, at t = 0 and put back at every step;
+text-to-video has none, and image-to-video has one, the first frame of the clip itself.
 
 A model is any callable v = model(x_bfhwc, t_bf), with text and positions already bound to it, e.g.
 
@@ -34,10 +34,11 @@ NEGATIVE_PROMPT = (
 
 
 def guidance(v_cond: jax.Array, v_uncond: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): v = v_uncond + scale (v_cond - v_uncond).
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): v = v_uncond + scale (v_cond -
+    v_uncond).
 
-    Scale 1 is the conditional prediction, 0 the unconditional one. x0 predictions may be guided with the same formula:
-    at a given sample they are linear in v.
+    Scale 1 is the conditional prediction, 0 the unconditional one. x0 predictions may be guided
+    with the same formula: at a given sample they are linear in v.
     """
     return v_uncond + scale * (v_cond - v_uncond)
 
@@ -50,7 +51,8 @@ def guided(model_cond: Model, model_uncond: Model, scale: float) -> Model:
 
 
 def with_context(model: Model, context: jax.Array | None) -> Model:
-    """The velocity of the video frames alone: clean context frames go in front at t = 0, and their velocity is dropped.
+    """The velocity of the video frames alone: clean context frames go in front at t = 0, and their
+    velocity is dropped.
 
     Args:
       model: v = model(x_bfhwc, t_bf) over context and video.
@@ -73,7 +75,9 @@ def _per_frame(t: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.full(x.shape[:2], t, jnp.float32)
 
 
-def step_unipc(model: Model, row: UniPcTable, x: jax.Array, state: UniPcState) -> tuple[jax.Array, UniPcState]:
+def step_unipc(
+    model: Model, row: UniPcTable, x: jax.Array, state: UniPcState
+) -> tuple[jax.Array, UniPcState]:
     """One step of the loop below, for those who go through the table themselves.
 
     Args:
@@ -88,7 +92,9 @@ def step_unipc(model: Model, row: UniPcTable, x: jax.Array, state: UniPcState) -
     return unipc_step(row, state, x, model(x, _per_frame(row.timestep, x)))
 
 
-def sample_unipc(model: Model, noise: jax.Array, table: UniPcTable, context: jax.Array | None = None) -> jax.Array:
+def sample_unipc(
+    model: Model, noise: jax.Array, table: UniPcTable, context: jax.Array | None = None
+) -> jax.Array:
     """Integrate from noise to clean latents with UniPC; the model is traced once.
 
     Args:
@@ -110,8 +116,11 @@ def sample_unipc(model: Model, noise: jax.Array, table: UniPcTable, context: jax
     return x
 
 
-def sample_euler(model: Model, noise: jax.Array, sigmas: np.ndarray, context: jax.Array | None = None) -> jax.Array:
-    """Integrate from noise to clean latents with Euler steps; the model is told t = 1000 sigma and traced once.
+def sample_euler(
+    model: Model, noise: jax.Array, sigmas: np.ndarray, context: jax.Array | None = None
+) -> jax.Array:
+    """Integrate from noise to clean latents with Euler steps; the model is told t = 1000 sigma and
+    traced once.
 
     Args:
       model: v = model(x_bfhwc, t_bf); sees context and video frames.

@@ -1,7 +1,8 @@
-"""Measures of frames: fidelity, motion, and the colour of what a mask shows. Pure functions of NumPy arrays.
+"""Measures of frames: fidelity, motion, and the colour of what a mask shows. Pure functions of
+NumPy arrays.
 
-Frames are uint8 in [0, 255] or float in [0, 1]; the two arrays of a comparison may differ in form. Results are in units
-of full scale (1 is white), in decibels (PSNR), or in CIELAB units (colours).
+Frames are uint8 in [0, 255] or float in [0, 1]; the two arrays of a comparison may differ in form.
+Results are in units of full scale (1 is white), in decibels (PSNR), or in CIELAB units (colours).
 
 Axes: t pixel frames, h w pixels, 3 colours (sRGB). Leading axes may be more or none.
 """
@@ -22,7 +23,8 @@ def unit(frames: np.ndarray) -> np.ndarray:
     """Frames as float64 in [0, 1].
 
     Raises:
-      ValueError: for another dtype, or for floats outside [0, 1] by more than rounding, such as the model's [-1, 1].
+      ValueError: for another dtype, or for floats outside [0, 1] by more than rounding, such as the
+        model's [-1, 1].
     """
     frames = np.asarray(frames)
     if frames.dtype == np.uint8:
@@ -30,7 +32,9 @@ def unit(frames: np.ndarray) -> np.ndarray:
     if not np.issubdtype(frames.dtype, np.floating):
         raise ValueError(f"frames are {frames.dtype}; expected uint8 or float in [0, 1]")
     if frames.size and not (frames.min() >= -1e-3 and frames.max() <= 1 + 1e-3):
-        raise ValueError(f"frames run from {frames.min():.3g} to {frames.max():.3g}; expected floats in [0, 1]")
+        raise ValueError(
+            f"frames run from {frames.min():.3g} to {frames.max():.3g}; expected floats in [0, 1]"
+        )
     return np.clip(frames.astype(np.float64), 0, 1)
 
 
@@ -42,7 +46,9 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio over all pixels, -10 log10(mean (a - b)^2) in dB; infinite if they are equal."""
+    """Peak signal-to-noise ratio over all pixels, -10 log10(mean (a - b)^2) in dB; infinite if they
+    are equal.
+    """
     a, b = _pair(a, b)
     error = np.mean((a - b) ** 2)
     return float("inf") if error == 0 else float(-10 * np.log10(error))
@@ -54,7 +60,9 @@ def psnr_per_frame(a_thw3: np.ndarray, b_thw3: np.ndarray) -> np.ndarray:
 
 
 class Motion(NamedTuple):
-    """How much a clip moves, from the absolute differences of neighbouring frames, in units of full scale."""
+    """How much a clip moves, from the absolute differences of neighbouring frames, in units of full
+    scale.
+    """
 
     mean: float  # over the clip; 0 for a still picture
     least: float  # smallest of the per-frame means: 0 if any frame repeats
@@ -68,7 +76,8 @@ def frame_differences(frames_thw3: np.ndarray, mask_thw: np.ndarray | None = Non
 
     Args:
       frames_thw3: a clip of at least two frames.
-      mask_thw: where to look, bool; a pixel counts if it is set in both frames. None looks everywhere.
+      mask_thw: where to look, bool; a pixel counts if it is set in both frames. None looks
+        everywhere.
 
     Returns:
       The differences; NaN where no pixel counts.
@@ -78,7 +87,9 @@ def frame_differences(frames_thw3: np.ndarray, mask_thw: np.ndarray | None = Non
     """
     frames = unit(frames_thw3)
     if frames.ndim != 4 or len(frames) < 2:
-        raise ValueError(f"frames have shape {frames.shape}; expected [t, h, w, 3] with t of at least 2")
+        raise ValueError(
+            f"frames have shape {frames.shape}; expected [t, h, w, 3] with t of at least 2"
+        )
     change = np.abs(np.diff(frames, axis=0)).mean(axis=-1)
     if mask_thw is None:
         return change.mean(axis=(1, 2))
@@ -94,7 +105,9 @@ def motion(frames_thw3: np.ndarray) -> Motion:
     median = float(np.median(change))
     most = float(change.max())
     jump = most / median if median > 0 else (1.0 if most == 0 else float("inf"))
-    return Motion(float(change.mean()), float(change.min()), most, jump, float(np.mean(change < 0.5 / 255)))
+    return Motion(
+        float(change.mean()), float(change.min()), most, jump, float(np.mean(change < 0.5 / 255))
+    )
 
 
 def _mask(mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
@@ -105,7 +118,8 @@ def _mask(mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (uint8, or float in [0, 1]) to CIELAB under D65, [..., 3]: L in [0, 100], a and b about [-110, 110].
+    """sRGB (uint8, or float in [0, 1]) to CIELAB under D65, [..., 3]: L in [0, 100], a and b about
+    [-110, 110].
 
     Equal distances look about equally different; 2.3 is just noticeable.
     """
@@ -113,7 +127,10 @@ def to_lab(rgb: np.ndarray) -> np.ndarray:
     linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
     ratio = linear @ _LINEAR_TO_XYZ.T / _WHITE
     f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+    return np.stack(
+        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])],
+        axis=-1,
+    )
 
 
 def mean_colour(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -133,7 +150,8 @@ def mean_colour(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def colour_distance(a: np.ndarray, mask_a: np.ndarray, b: np.ndarray, mask_b: np.ndarray) -> float:
-    """Distance of the mean colours of two masked regions in CIELAB (CIE 1976 delta E); the regions may differ in size.
+    """Distance of the mean colours of two masked regions in CIELAB (CIE 1976 delta E); the regions
+    may differ in size.
 
     It tells whether the right garment is worn: 0 for the same mean colour, 100 from black to white.
     """
@@ -141,7 +159,8 @@ def colour_distance(a: np.ndarray, mask_a: np.ndarray, b: np.ndarray, mask_b: np
 
 
 def masked_colour_error(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    """Mean CIELAB distance pixel by pixel inside a mask; for frames that should be the same picture.
+    """Mean CIELAB distance pixel by pixel inside a mask; for frames that should be the same
+    picture.
 
     Raises:
       ValueError: if the mask is empty, or anything is of another size.

@@ -1,15 +1,17 @@
-"""Whole clips from public weights: Wan2.2-TI2V, from a prompt, or from a prompt and the first frame.
+"""Whole clips from public weights: Wan2.2-TI2V, from a prompt, or from a prompt and the first
+frame.
 
     generator = Generator(Pipeline.from_pretrained(FOLDER, load_config("configs/wan22_ti2v.py")))
     latents = generator.generate("a cat surfs", image="cat.png", seed=0)
     for frames in generator.decode(latents): ...  # uint8 [t, h, w, 3]
 
-Every frame sees every frame (Wan 2.1, arXiv 2503.20314): the clip is denoised as a whole, and decoded as a stream, so
-that its pixels never lie on the device all at once.
+Every frame sees every frame (Wan 2.1, arXiv 2503.20314): the clip is denoised as a whole, and
+decoded as a stream, so that its pixels never lie on the device all at once.
 
-The first frame is not denoised. Its latent stands in front of the others, at t = 0, as a context frame of the teacher
-does (models/dit.py, `bidirectional_forward`); the published model says the same in other words: it denoises all frames
-and puts the first one back before every step, and after the last.
+The first frame is not denoised. Its latent stands in front of the others, at t = 0, as a context
+frame of the teacher does (models/dit.py, `bidirectional_forward`); the published model says the
+same in other words: it denoises all frames and puts the first one back before every step, and after
+the last.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -51,7 +53,9 @@ class GenerateConfig:
     """How a clip is denoised. The defaults are those of the published model."""
 
     solver: str = "unipc"  # the only one there is
-    grid: str = "wan"  # sigmas of the steps, see `unipc.GRIDS`: the original's, or those of diffusers
+    grid: str = (
+        "wan"  # sigmas of the steps, see `unipc.GRIDS`: the original's, or those of diffusers
+    )
     steps: int = 50
     shift: float = flow.SHIFT  # more: more of the steps at high noise
     guidance: float = 5.0  # 1: the prompt alone; the negative prompt is not computed
@@ -60,18 +64,26 @@ class GenerateConfig:
     def __post_init__(self):
         for name, known in (("solver", SOLVERS), ("grid", tuple(GRIDS))):
             if getattr(self, name) not in known:
-                raise GenerateError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise GenerateError(
+                    f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}"
+                )
         if not 1 <= self.steps <= flow.ROWS:
             raise GenerateError(f"steps {self.steps}: expected 1 to {flow.ROWS}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise GenerateError(f"guidance {self.guidance}: expected a number from 0 up; 1 is the prompt alone")
+            raise GenerateError(
+                f"guidance {self.guidance}: expected a number from 0 up; 1 is the prompt alone"
+            )
         if not (math.isfinite(self.shift) and self.shift > 0):
-            raise GenerateError(f"shift {self.shift}: expected a number above 0; the published model has {flow.SHIFT}")
+            raise GenerateError(
+                f"shift {self.shift}: expected a number above 0; the published model has"
+                f" {flow.SHIFT}"
+            )
         try:
             self.table()
         except ValueError:
             raise GenerateError(
-                f"shift {self.shift} with {self.steps} steps: the sigmas cannot be told apart; expected a shift nearer"
+                f"shift {self.shift} with {self.steps} steps: the sigmas cannot be told apart;"
+                " expected a shift nearer"
                 f" to {flow.SHIFT}"
             ) from None
 
@@ -84,12 +96,15 @@ class GenerateConfig:
         """
         if "generate" not in config:
             raise GenerateError(
-                f"config {config.get('name', '')} has no group 'generate'; expected one as in configs/wan22_ti2v.py"
+                f"config {config.get('name', '')} has no group 'generate'; expected one as in"
+                " configs/wan22_ti2v.py"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(config["generate"]) - known)
         if unknown:
-            raise GenerateError(f"generate.{unknown[0]}: no such key; expected some of {', '.join(sorted(known))}")
+            raise GenerateError(
+                f"generate.{unknown[0]}: no such key; expected some of {', '.join(sorted(known))}"
+            )
         return cls(**config["generate"])
 
     def table(self) -> UniPcTable:
@@ -104,20 +119,25 @@ def latent_shape(
     """Shape [1, f, h, w, c] of a clip's latents.
 
     Args:
-      config: of a pipeline; says by how much the VAE shrinks frames, and what the transformer takes as a token.
+      config: of a pipeline; says by how much the VAE shrinks frames, and what the transformer takes
+        as a token.
       size: (height, width) in pixels.
       frames: pixel frames.
       image: is the first frame given? Then there must be others.
 
     Raises:
-      GenerateError: the networks cannot make that size or length; the nearest that they can make is named.
+      GenerateError: the networks cannot make that size or length; the nearest that they can make is
+        named.
     """
     vae = VaeConfig(**config["model"]["vae"])
     units = size_units(config)
     if any(side < unit or side % unit for side, unit in zip(size, units, strict=True)):
-        fitting = [max(unit, round(side / unit) * unit) for side, unit in zip(size, units, strict=True)]
+        fitting = [
+            max(unit, round(side / unit) * unit) for side, unit in zip(size, units, strict=True)
+        ]
         raise GenerateError(
-            f"size {size[0]}x{size[1]}: expected a height that is a multiple of {units[0]} and a width that is one of"
+            f"size {size[0]}x{size[1]}: expected a height that is a multiple of {units[0]} and a"
+            " width that is one of"
             f" {units[1]}; the nearest size is {fitting[0]}x{fitting[1]}"
         )
     group = vae.temporal_factor
@@ -127,7 +147,8 @@ def latent_shape(
         raise GenerateError(f"{frames} frames: expected {group}k + 1; the nearest {nearest}")
     if image and frames == 1:
         raise GenerateError(
-            f"1 frame, which is the image itself: nothing to generate; the shortest clip is {group + 1}"
+            "1 frame, which is the image itself: nothing to generate; the shortest clip is"
+            f" {group + 1}"
         )
     grid = (side // vae.spatial_factor for side in size)
     return 1, (frames - 1) // group + 1, *grid, vae.z_dim
@@ -143,13 +164,14 @@ def size_units(config: Mapping[str, Any]) -> tuple[int, int]:
 def best_size(picture: tuple[int, int], area: int, units: tuple[int, int]) -> tuple[int, int]:
     """The (height, width) for a clip that starts with a picture, as the published model chooses it.
 
-    The two candidates take one side of the ideal rectangle, rounded down to a multiple of its unit, and as much of the
-    other as the area leaves. The one whose aspect ratio is nearer to the picture's wins; if both are as near, the one
-    that began with the height.
+    The two candidates take one side of the ideal rectangle, rounded down to a multiple of its unit,
+    and as much of the other as the area leaves. The one whose aspect ratio is nearer to the
+    picture's wins; if both are as near, the one that began with the height.
 
     Args:
       picture: (height, width) of the picture.
-      area: most pixels of a frame; only a picture so long that a side would come out empty gets more.
+      area: most pixels of a frame; only a picture so long that a side would come out empty gets
+        more.
       units: of height and width.
     """
     unit_h, unit_w = units
@@ -171,11 +193,13 @@ def best_size(picture: tuple[int, int], area: int, units: tuple[int, int]) -> tu
 
 
 class Generator:
-    """Makes clips with the networks of a pipeline. Holds compiled programs, which serve all settings, and no clip.
+    """Makes clips with the networks of a pipeline. Holds compiled programs, which serve all
+    settings, and no clip.
 
     Args:
       pipeline: networks, tokenizer and config.
-      settings: how to denoise, unless a call says otherwise; default the group `generate` of the pipeline's config.
+      settings: how to denoise, unless a call says otherwise; default the group `generate` of the
+        pipeline's config.
 
     Raises:
       GenerateError: neither settings nor such a group, or a group that cannot be used.
@@ -206,7 +230,9 @@ class Generator:
 
             def model(x: jax.Array, t_bf: jax.Array) -> jax.Array:
                 v = velocity(x, t_bf, text_kv)
-                return v if negative_kv is None else guidance(v, velocity(x, t_bf, negative_kv), scale)
+                return (
+                    v if negative_kv is None else guidance(v, velocity(x, t_bf, negative_kv), scale)
+                )
 
             return step_unipc(model, row, x, state)
 
@@ -230,15 +256,18 @@ class Generator:
         Args:
           prompt: what happens, in any language, or encoded states.
           image: the first frame, or None for a clip from the prompt alone. See `first_frame`.
-          negative_prompt: what to keep away from; default that of the settings. Not read if guidance is 1.
-          size: (height, width). Default that of the config's video, or with an image what `best_size` makes of the
-            image and the area of the config's video.
+          negative_prompt: what to keep away from; default that of the settings. Not read if
+            guidance is 1.
+          size: (height, width). Default that of the config's video, or with an image what
+            `best_size` makes of the image and the area of the config's video.
           frames: pixel frames; default those of the config's video.
           seed: of the noise, in [0, 2**32).
-          noise: what to start from instead, standard normal [1, f, h, w, c]. With an image its first frame is not read.
+          noise: what to start from instead, standard normal [1, f, h, w, c]. With an image its
+            first frame is not read.
           settings: how to denoise; default those of the generator.
-          on_step: called with (steps done, steps in all): with 0 when the prompts and the image are encoded and the
-            first step starts, then after every step. The first step includes compilation.
+          on_step: called with (steps done, steps in all): with 0 when the prompts and the image are
+            encoded and the first step starts, then after every step. The first step includes
+            compilation.
 
         Returns:
           Scaled latents [1, f, h, w, c], float32; the first frame is that of the image.
@@ -252,9 +281,11 @@ class Generator:
         picture = None if image is None else open_image(image)
         if size is None:
             height, width = self.pipeline.size
-            size = (height, width) if picture is None else best_size(
-                (picture.height, picture.width), height * width, size_units(config)
-            )  # fmt: skip
+            size = (
+                (height, width)
+                if picture is None
+                else best_size((picture.height, picture.width), height * width, size_units(config))
+            )
         frames = config.video.frames if frames is None else frames
         shape = latent_shape(config, size, frames, image=picture is not None)
         if not 0 <= seed < 2**32:
@@ -264,7 +295,9 @@ class Generator:
 
         text_kv, negative_kv, z_image = self._text_kv(prompt), None, None
         if settings.guidance != 1:
-            negative_kv = self._text_kv(settings.negative_prompt if negative_prompt is None else negative_prompt)
+            negative_kv = self._text_kv(
+                settings.negative_prompt if negative_prompt is None else negative_prompt
+            )
         # A copy of noise that was handed in: the solver consumes its sample.
         x = clip_noise(seed, shape) if noise is None else jnp.array(noise, jnp.float32)
         if picture is not None:
@@ -275,14 +308,17 @@ class Generator:
             if on_step is not None:
                 on_step(k, settings.steps)
             row = jax.tree.map(lambda rows, k=k: rows[k], table)
-            x, state = self._step(self._programs.weights["dit"], x, state, row, z_image, text_kv, negative_kv, scale)
+            x, state = self._step(
+                self._programs.weights["dit"], x, state, row, z_image, text_kv, negative_kv, scale
+            )
             x.block_until_ready()  # or all steps would be on their way at once, and Ctrl-C would wait for them
         if on_step is not None:
             on_step(settings.steps, settings.steps)
         return x if z_image is None else jnp.concatenate([z_image, x], axis=1)
 
     def decode(self, latents: jax.Array) -> Iterator[np.ndarray]:
-        """Frames uint8 [t, h, w, 3] of a clip, one latent frame after the other: 1 frame, then 4 each (Wan2.2's VAE).
+        """Frames uint8 [t, h, w, 3] of a clip, one latent frame after the other: 1 frame, then 4
+        each (Wan2.2's VAE).
 
         Args:
           latents: from `generate`.

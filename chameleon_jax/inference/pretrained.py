@@ -1,4 +1,5 @@
-"""From a name to a folder of weights in our layout: a folder here, a repository of the Hugging Face Hub, a public layout.
+"""From a name to a folder of weights in our layout: a folder here, a repository of the Hugging Face
+Hub, a public layout.
 
 What is not in our layout is converted once and kept, so that only the first start is slow:
 
@@ -16,21 +17,33 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]  # config files name folders of weights from here
 CACHE_VERSION = 1  # of our layout; a new one leaves older conversions aside
-FILES = ("config.json", "vae.safetensors", "dit.safetensors", "text.safetensors", "tokenizer.json")  # of our layout
+FILES = (
+    "config.json",
+    "vae.safetensors",
+    "dit.safetensors",
+    "text.safetensors",
+    "tokenizer.json",
+)  # of our layout
 PATTERNS = ("*.json", "*.safetensors", "*.pth")  # what is fetched from the Hub
 
 # What to put where, if the Hub cannot be reached.
 KNOWN_FILES = {
     "Wan-AI/Wan2.2-TI2V-5B": (
-        "config.json", "diffusion_pytorch_model.safetensors.index.json",
-        "diffusion_pytorch_model-00001-of-00003.safetensors (and 00002, 00003)", "Wan2.2_VAE.pth",
-        "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json",
+        "config.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model-00001-of-00003.safetensors (and 00002, 00003)",
+        "Wan2.2_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "google/umt5-xxl/tokenizer.json",
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (
-        "model_index.json", "transformer/", "vae/", "text_encoder/ (each with config.json and all *.safetensors)",
+        "model_index.json",
+        "transformer/",
+        "vae/",
+        "text_encoder/ (each with config.json and all *.safetensors)",
         "tokenizer/tokenizer.json",
     ),
-}  # fmt: skip
+}
 
 
 class PipelineError(ValueError):
@@ -38,13 +51,15 @@ class PipelineError(ValueError):
 
 
 def find_weights(name: str | os.PathLike) -> Path:
-    """A folder in our layout: as given, beside the package, from the Hub, or converted from a public layout.
+    """A folder in our layout: as given, beside the package, from the Hub, or converted from a
+    public layout.
 
     Args:
       name: a folder in our layout or in a public one, or "owner/repository" of the Hub.
 
     Raises:
-      PipelineError: nothing is found, or it cannot be converted; the message says which files to put where.
+      PipelineError: nothing is found, or it cannot be converted; the message says which files to
+        put where.
     """
     folder = _find_folder(name)
     return folder if _is_ours(folder) else _converted(folder)
@@ -62,10 +77,14 @@ def _find_folder(name: str | os.PathLike) -> Path:
         if candidate.is_dir():
             return candidate
     if Path(name).exists():
-        raise PipelineError(f"{name}: not a folder; expected one with config.json and *.safetensors")
+        raise PipelineError(
+            f"{name}: not a folder; expected one with config.json and *.safetensors"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return _from_hub(str(name))
-    raise PipelineError(f"{name}: no such folder; expected one with {', '.join(FILES)}, or a public checkpoint")
+    raise PipelineError(
+        f"{name}: no such folder; expected one with {', '.join(FILES)}, or a public checkpoint"
+    )
 
 
 def _from_hub(name: str) -> Path:
@@ -78,13 +97,16 @@ def _from_hub(name: str) -> Path:
         reason = " ".join(str(error).split())[:160]
         files = "; ".join(KNOWN_FILES.get(name, FILES))
         raise PipelineError(
-            f"{name}: no such folder here, and not to be had from the Hugging Face Hub ({reason}). Where there is a network,"
+            f"{name}: no such folder here, and not to be had from the Hugging Face Hub ({reason})."
+            " Where there is a network,"
             f" fetch it (hf download {name} --local-dir DIR) and pass DIR. It must hold: {files}"
         ) from None
 
 
 def _is_ours(folder: Path) -> bool:
-    """Does the folder hold a config of ours, or a file of ours? Then whatever else is wrong is to be said about that."""
+    """Does the folder hold a config of ours, or a file of ours? Then whatever else is wrong is to
+    be said about that.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,12 +135,15 @@ def _converted(folder: Path) -> Path:
         lacking = set(convert.PIPELINE) - {part.network.name for part in parts}
         if lacking:
             raise PipelineError(
-                f"{folder}: no {', '.join(sorted(lacking))} among its checkpoints; a pipeline needs all three"
+                f"{folder}: no {', '.join(sorted(lacking))} among its checkpoints; a pipeline needs"
+                " all three"
             )
         plan, remarks = convert.prepare(parts, OURS)
         if remarks:
             raise PipelineError(f"{folder}: {remarks[0]}")
-        print(f"converting {folder} ({plan.nbytes / 1e9:.1f} GB), once, to {place}", file=sys.stderr)
+        print(
+            f"converting {folder} ({plan.nbytes / 1e9:.1f} GB), once, to {place}", file=sys.stderr
+        )
         convert.write_with_progress(plan, place)
     except convert.DestinationError as error:
         if not place.is_dir():  # else another process was faster

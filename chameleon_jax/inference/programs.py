@@ -14,7 +14,8 @@ A stream without condition frames (`cache.context` 0) has no `refresh`, and inst
 
 Caches and decoder states are donated: the array handed in must not be used again.
 
-Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels, l query tokens, m width.
+Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels, l query tokens, m
+width.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from chameleon_jax.attention.cache import CacheConfig, RingCache
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.diffusion import rollout
 
-# What a random number is for: the second of the three things its key is made of (seed, purpose, chunk number).
+# What a random number is for: the second of the three things its key is made of (seed, purpose,
+# chunk number).
 NOISE = 0
 
 
@@ -47,7 +49,9 @@ class Steps:
       config: a checked config, see `pipeline.check_config`.
     """
 
-    def __init__(self, vae: nnx.Module, dit: nnx.Module, text: nnx.Module | None, config: ConfigDict):
+    def __init__(
+        self, vae: nnx.Module, dit: nnx.Module, text: nnx.Module | None, config: ConfigDict
+    ):
         self.config = config
         self.cache_config = CacheConfig(**config.cache)
         height, width = config.video.height, config.video.width
@@ -74,13 +78,21 @@ class Steps:
 
         def chunk(weights, cache, text_kv, seed, number):
             key = noise_key(seed, number)
-            return rollout.denoise_chunk(nnx.merge(dit_graph, weights), cache, text_kv, key, sampler=sampler)
+            return rollout.denoise_chunk(
+                nnx.merge(dit_graph, weights), cache, text_kv, key, sampler=sampler
+            )
 
         def shot_chunk(weights, cache, text_kv, seed, number, cut, image, held):
-            dit, key, block = nnx.merge(dit_graph, weights), noise_key(seed, number), self.cache_config.block
+            dit, key, block = (
+                nnx.merge(dit_graph, weights),
+                noise_key(seed, number),
+                self.cache_config.block,
+            )
             z = jnp.pad(image, ((0, 0), (0, block - 1), (0, 0), (0, 0), (0, 0)))
             frames = rollout.Held(z, held & (jnp.arange(block) == 0))
-            return rollout.denoise_chunk(dit, cache, text_kv, key, sampler=sampler, cut=cut, held=frames)
+            return rollout.denoise_chunk(
+                dit, cache, text_kv, key, sampler=sampler, cut=cut, held=frames
+            )
 
         def decode_first(weights, latents):
             x, state = nnx.merge(vae_graph, weights).decode_chunk(latents, None, first=True)
@@ -98,7 +110,10 @@ class Steps:
         self._jitted: dict[str, tuple[str, Callable]] = {
             "encode_image": ("vae", jax.jit(encode_image)),
             "text_kv": ("dit", jax.jit(text_kv)),
-            **{name: ("dit", jax.jit(function, donate_argnums=1)) for name, function in stream.items()},
+            **{
+                name: ("dit", jax.jit(function, donate_argnums=1))
+                for name, function in stream.items()
+            },
             "decode_first": ("vae", jax.jit(decode_first)),
             "decode_next": ("vae", jax.jit(decode_next, donate_argnums=2)),
         }
@@ -106,12 +121,15 @@ class Steps:
             text_graph, self.weights["text"] = nnx.split(text)
             encode = jax.jit(lambda weights, ids, mask: nnx.merge(text_graph, weights)(ids, mask))
             self._jitted["encode_text"] = ("text", encode)
-        self._programs = dict(self._jitted)  # what runs: the same, or what `compile` put in their places
+        self._programs = dict(
+            self._jitted
+        )  # what runs: the same, or what `compile` put in their places
 
     def _call(self, program: str, *args: Any) -> Any:
         if program not in self._programs:
             raise ValueError(
-                f"this pipeline has no program {program!r}, with {self.cache_config.context} condition frames; its programs"
+                f"this pipeline has no program {program!r}, with {self.cache_config.context}"
+                " condition frames; its programs"
                 f" are {', '.join(self._programs)}"
             )
         network, function = self._programs[program]
@@ -133,11 +151,15 @@ class Steps:
         """An empty cache."""
         return rollout.new_cache(self._dit, self.cache_config, 1, self.grid)
 
-    def refresh(self, cache: RingCache, reference: jax.Array, garment: jax.Array, text_kv: Any) -> RingCache:
+    def refresh(
+        self, cache: RingCache, reference: jax.Array, garment: jax.Array, text_kv: Any
+    ) -> RingCache:
         """Write slots 0 and 1 from two latent frames. `cache` is consumed."""
         return self._call("refresh", cache, reference, garment, text_kv)
 
-    def chunk(self, cache: RingCache, text_kv: Any, seed: int, number: int) -> tuple[jax.Array, RingCache]:
+    def chunk(
+        self, cache: RingCache, text_kv: Any, seed: int, number: int
+    ) -> tuple[jax.Array, RingCache]:
         """Make the next chunk of latents [1, block, h, w, c] and remember it. `cache` is consumed.
 
         Args:
@@ -166,17 +188,22 @@ class Steps:
           image: from `encode_image`, a latent frame to be the first of the chunk; None for none.
         """
         held = image is not None
-        image = image if held else np.zeros((1, 1, *self.grid, self._dit.config.in_channels), np.float32)
+        image = (
+            image
+            if held
+            else np.zeros((1, 1, *self.grid, self._dit.config.in_channels), np.float32)
+        )
         arguments = (np.uint32(seed), np.int32(number), np.bool_(cut), image, np.bool_(held))
         return self._call("shot_chunk", cache, text_kv, *arguments)
 
     def decode(self, latents: jax.Array, state: Any | None) -> tuple[jax.Array, Any]:
-        """Latents to frames uint8 [t, h, w, 3] on the device, and the decoder's state afterwards. `state` is consumed.
+        """Latents to frames uint8 [t, h, w, 3] on the device, and the decoder's state afterwards.
+        `state` is consumed.
 
         Args:
           latents: [1, f, h, w, c].
-          state: from the chunk before, or None to start a new clip, whose first latent frame gives one pixel frame
-            instead of four.
+          state: from the chunk before, or None to start a new clip, whose first latent frame gives
+            one pixel frame instead of four.
         """
         if state is None:
             return self._call("decode_first", latents)
@@ -202,13 +229,16 @@ class Steps:
             self._programs[program] = (self._jitted[program][0], compiled)
         return {program: seconds for program, _, seconds in results}
 
-    def lower(self, program: str, sharding: jax.sharding.Sharding | None = None) -> jax.stages.Lowered:
+    def lower(
+        self, program: str, sharding: jax.sharding.Sharding | None = None
+    ) -> jax.stages.Lowered:
         """One program traced for arguments of the right shapes, ready to be compiled.
 
         Args:
           program: a name of the table at the top of this file.
-          sharding: where all arguments lie, e.g. on one device of a `jax.experimental.topologies` description; default
-            where the weights are. The weights may be abstract (`Pipeline.abstract`).
+          sharding: where all arguments lie, e.g. on one device of a `jax.experimental.topologies`
+            description; default where the weights are. The weights may be abstract
+            (`Pipeline.abstract`).
         """
 
         def place(leaf: Any) -> Any:

@@ -7,15 +7,15 @@
         if clicked:
             session.switch_garment(other)  # from any thread; takes effect at the next chunk
 
-A garment switch is the KV cache rescheduling of FashionChameleon (arXiv 2605.15824, section 4.3), three mechanisms of
-which each can be left out:
+A garment switch is the KV cache rescheduling of FashionChameleon (arXiv 2605.15824, section 4.3),
+three mechanisms of which each can be left out:
 
     refresh      the keys and values of reference and garment are computed afresh and replace the old ones
     withdraw     the history is forgotten: length 2, the next chunk is the new sink, the VAE decoder starts a new clip
     disentangle  the new reference is the last frame shown, encoded alone as one image
 
-The state is a value: `snapshot()` gives it, a file keeps it, `restore()` continues from it with the same bits. Random
-numbers are drawn from (seed, purpose, chunk number) and from nothing else.
+The state is a value: `snapshot()` gives it, a file keeps it, `restore()` continues from it with the
+same bits. Random numbers are drawn from (seed, purpose, chunk number) and from nothing else.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -38,7 +38,9 @@ from chameleon_jax.attention.cache import check_positions, withdraw
 from chameleon_jax.data.images import prepare_garment, prepare_reference
 
 SNAPSHOT_VERSION = 1
-NOT_RUNNING = "no stream is running: call start() or restore() first (a chunk that failed ends the stream)"
+NOT_RUNNING = (
+    "no stream is running: call start() or restore() first (a chunk that failed ends the stream)"
+)
 
 
 class SessionError(RuntimeError):
@@ -53,10 +55,14 @@ class SnapshotError(ValueError):
 class Mechanisms:
     """What a garment or reference switch does; each can be turned off for an ablation."""
 
-    refresh: bool = True  # write the new reference and garment into the cache; without it they stay unseen
+    refresh: bool = (
+        True  # write the new reference and garment into the cache; without it they stay unseen
+    )
     withdraw: bool = True  # forget the history
     disentangle: bool = True  # the last frame shown becomes the reference
-    drop_repeated_frame: bool = True  # leave out the first frame of the new clip, which repeats the last pose
+    drop_repeated_frame: bool = (
+        True  # leave out the first frame of the new clip, which repeats the last pose
+    )
 
     @classmethod
     def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> Mechanisms:
@@ -69,8 +75,13 @@ class Mechanisms:
         words = known if text.strip() == "full" else [word.strip() for word in text.split(",")]
         for word in words:
             if word not in known:
-                raise ValueError(f"unknown switch mechanism {word!r}; expected full, or a list of {', '.join(known)}")
-        return cls(**{word: word in words for word in known}, drop_repeated_frame=drop_repeated_frame)
+                raise ValueError(
+                    f"unknown switch mechanism {word!r}; expected full, or a list of"
+                    f" {', '.join(known)}"
+                )
+        return cls(
+            **{word: word in words for word in known}, drop_repeated_frame=drop_repeated_frame
+        )
 
 
 @dataclasses.dataclass
@@ -79,7 +90,9 @@ class Switch:
 
     kind: str  # garment, prompt or reference
     asked: int  # frames handed out when it was asked for
-    effective: int | None = None  # the first frame made with it; None while it waits, or if it was superseded
+    effective: int | None = (
+        None  # the first frame made with it; None while it waits, or if it was superseded
+    )
     superseded: bool = False  # a later switch of the same kind came before the next chunk
 
 
@@ -96,7 +109,8 @@ class Timing:
 class Session:
     """One running stream.
 
-    `switch_*` may be called at any time from any thread and never wait for the device. The other methods exclude each
+    `switch_*` may be called at any time from any thread and never wait for the device. The other
+    methods exclude each
     other: one thread drives the stream.
 
     Args:
@@ -105,7 +119,9 @@ class Session:
       measure: wait for the device after every stage and keep a `Timing` per chunk in `timings`.
     """
 
-    def __init__(self, pipeline: Any, mechanisms: Mechanisms | None = None, *, measure: bool = False):
+    def __init__(
+        self, pipeline: Any, mechanisms: Mechanisms | None = None, *, measure: bool = False
+    ):
         self.pipeline = pipeline
         self.mechanisms = mechanisms or Mechanisms(**pipeline.config.switch)
         self.timings: list[Timing] = []
@@ -122,7 +138,8 @@ class Session:
         """Begin a stream; one that was running is dropped, waiting switches with it.
 
         Args:
-          reference: picture of the person: a path, bytes, a Pillow image or an array; any size, mode, orientation.
+          reference: picture of the person: a path, bytes, a Pillow image or an array; any size,
+            mode, orientation.
           garment: picture of the garment, likewise.
           prompt: text in any language, possibly empty, or encoded states [1, l, m].
           seed: in [0, 2**32).
@@ -142,7 +159,9 @@ class Session:
             self.timings.clear()
             steps = self._steps
             text_kv = steps.text_kv(self.pipeline.encode_prompt(prompt))
-            z_reference, z_garment = (steps.encode_image(pictures[kind]) for kind in ("reference", "garment"))
+            z_reference, z_garment = (
+                steps.encode_image(pictures[kind]) for kind in ("reference", "garment")
+            )
             cache = steps.refresh(steps.new_cache(), z_reference, z_garment, text_kv)
             self._run(_State(int(seed), cache, text_kv, z_reference, z_garment), {}, [], frames=0)
 
@@ -155,13 +174,13 @@ class Session:
         """Let the waiting switches take effect, make one chunk and hand it out.
 
         Returns:
-          Frames uint8 [t, h, w, 3]. t is 4 times the latent frames of a chunk, 3 less at the start of a clip, and one
-          less again where the repeated frame is dropped.
+          Frames uint8 [t, h, w, 3]. t is 4 times the latent frames of a chunk, 3 less at the start
+          of a clip, and one less again where the repeated frame is dropped.
 
         Raises:
           SessionError: not started, or an earlier chunk failed.
-          PositionError: absolute positions, and the clip has become longer than they reach. The stream stays: a switch
-            that withdraws the history lets it go on.
+          PositionError: absolute positions, and the clip has become longer than they reach. The
+            stream stays: a switch that withdraws the history lets it go on.
         """
         with self._drive:
             state = self._started()
@@ -170,7 +189,9 @@ class Session:
                 check_positions(self._steps.cache_config, 0 if starts_clip else state.held)
                 pending, self._pending = self._pending, {}
             try:
-                frames = self._make_chunk(state, {kind: content for kind, (_, content) in pending.items()})
+                frames = self._make_chunk(
+                    state, {kind: content for kind, (_, content) in pending.items()}
+                )
             except BaseException:
                 self._stop()  # the caches may have been consumed
                 raise
@@ -196,14 +217,16 @@ class Session:
         return self._post("garment", prepare_garment(garment, self.pipeline.size))
 
     def switch_reference(self, reference: Any) -> Switch:
-        """Show another person from the next chunk on: this picture, not the last frame, becomes the reference.
+        """Show another person from the next chunk on: this picture, not the last frame, becomes the
+        reference.
 
         Arguments, result and errors as for `switch_garment`.
         """
         return self._post("reference", prepare_reference(reference, self.pipeline.size))
 
     def switch_prompt(self, prompt: Any) -> Switch:
-        """Follow another prompt from the next chunk on. Only the K, V of the text are computed anew.
+        """Follow another prompt from the next chunk on. Only the K, V of the text are computed
+        anew.
 
         Args:
           prompt: as in `start`.
@@ -244,18 +267,27 @@ class Session:
             return [dataclasses.replace(switch) for switch in self._switches]
 
     def snapshot(self) -> Snapshot:
-        """The whole state as a value, on the host; waits for the chunk in progress. The stream is not disturbed."""
+        """The whole state as a value, on the host; waits for the chunk in progress. The stream is
+        not disturbed.
+        """
         with self._drive:
             state = self._started()
             with self._mail:
                 pending, switches, frames = dict(self._pending), list(self._switches), self._frames
                 records = [dataclasses.asdict(switch) for switch in switches]
-            trees = {"cache": state.cache, "text_kv": state.text_kv, "decoder": state.decoder,
-                     "z_reference": state.z_reference, "z_garment": state.z_garment}  # fmt: skip
+            trees = {
+                "cache": state.cache,
+                "text_kv": state.text_kv,
+                "decoder": state.decoder,
+                "z_reference": state.z_reference,
+                "z_garment": state.z_garment,
+            }
             arrays = {name: np.array(leaf) for name, leaf in _named_leaves(trees).items()}
             if state.last_frame is not None:
                 arrays["last_frame"] = state.last_frame
-            arrays |= {f"pending.{kind}": np.array(content) for kind, (_, content) in pending.items()}
+            arrays |= {
+                f"pending.{kind}": np.array(content) for kind, (_, content) in pending.items()
+            }
             number = {id(switch): index for index, switch in enumerate(switches)}
             meta = {
                 "version": SNAPSHOT_VERSION,
@@ -273,7 +305,8 @@ class Session:
             return Snapshot(arrays, meta)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a snapshot, in this process or another, with the same bits: frames, switches and mechanisms.
+        """Continue from a snapshot, in this process or another, with the same bits: frames,
+        switches and mechanisms.
 
         Raises:
           SnapshotError: it was made with another model, size, cache or sampler.
@@ -281,17 +314,30 @@ class Session:
         meta = snapshot.meta
         theirs, ours = meta["config"], _identity(self.pipeline.config)
         if theirs != ours:
-            keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-            raise SnapshotError(f"the snapshot was made with another config; it differs in {', '.join(keys)}")
+            keys = sorted(
+                key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
+            )
+            raise SnapshotError(
+                f"the snapshot was made with another config; it differs in {', '.join(keys)}"
+            )
         arguments = self._steps.abstract_arguments()
         cache, frame, _, kv = arguments["refresh"]
         decoder = arguments["decode_next"][1] if meta["clip_started"] else None
-        trees = {"cache": cache, "text_kv": kv, "decoder": decoder, "z_reference": frame, "z_garment": frame}
+        trees = {
+            "cache": cache,
+            "text_kv": kv,
+            "decoder": decoder,
+            "z_reference": frame,
+            "z_garment": frame,
+        }
         with self._drive:
             self._stop()  # frees the old caches before the new ones are put on the device
             trees = _fill(trees, snapshot.arrays)
             switches = [Switch(**switch) for switch in meta["switches"]]
-            pending = {kind: (switches[i], snapshot.arrays[f"pending.{kind}"]) for kind, i in meta["pending"].items()}
+            pending = {
+                kind: (switches[i], snapshot.arrays[f"pending.{kind}"])
+                for kind, i in meta["pending"].items()
+            }
             self.mechanisms = Mechanisms(**meta["mechanisms"])
             self.timings.clear()
             counters = {name: meta[name] for name in ("seed", "chunk", "held")}
@@ -300,7 +346,12 @@ class Session:
 
     def _run(self, state: _State, pending: dict, switches: list[Switch], frames: int) -> None:
         with self._mail:
-            self._state, self._pending, self._switches, self._frames = state, pending, switches, frames
+            self._state, self._pending, self._switches, self._frames = (
+                state,
+                pending,
+                switches,
+                frames,
+            )
 
     def _stop(self) -> None:
         with self._mail:
@@ -323,11 +374,15 @@ class Session:
             return switch
 
     def _make_chunk(self, state: _State, switched: Mapping[str, Any]) -> np.ndarray:
-        """Apply the switches, make a chunk, bring `state` up to date. Returns the frames to hand out."""
+        """Apply the switches, make a chunk, bring `state` up to date. Returns the frames to hand
+        out.
+        """
         begin = time.perf_counter()
         repeats = self._apply(state, switched) if switched else False
         applied = self._wait(state.cache)
-        latents, state.cache = self._steps.chunk(state.cache, state.text_kv, state.seed, state.chunk)
+        latents, state.cache = self._steps.chunk(
+            state.cache, state.text_kv, state.seed, state.chunk
+        )
         denoised = self._wait(latents)
         decoder, state.decoder = state.decoder, None  # donated
         shown, state.decoder = self._steps.decode(latents, decoder)
@@ -339,17 +394,23 @@ class Session:
         state.held += 1
         state.last_frame = frames[-1].copy()
         if self._measure:
-            self.timings.append(Timing(len(frames), applied - begin, denoised - applied, done - denoised))
+            self.timings.append(
+                Timing(len(frames), applied - begin, denoised - applied, done - denoised)
+            )
         return frames
 
     def _apply(self, state: _State, switched: Mapping[str, Any]) -> bool:
-        """Let switches take effect on `state`. Returns whether the next frame repeats the pose that was shown last."""
+        """Let switches take effect on `state`. Returns whether the next frame repeats the pose that
+        was shown last.
+        """
         steps, does = self._steps, self.mechanisms
         if "prompt" in switched:
             state.text_kv = steps.text_kv(switched["prompt"])
         if switched.keys() == {"prompt"}:
             return False
-        disentangled = does.disentangle and "reference" not in switched and state.last_frame is not None
+        disentangled = (
+            does.disentangle and "reference" not in switched and state.last_frame is not None
+        )
         if "garment" in switched:
             state.z_garment = steps.encode_image(switched["garment"])
         if "reference" in switched:
@@ -359,7 +420,9 @@ class Session:
         if does.withdraw:
             state.cache, state.decoder, state.held = withdraw(state.cache), None, 0
         if does.refresh:
-            state.cache = steps.refresh(state.cache, state.z_reference, state.z_garment, state.text_kv)
+            state.cache = steps.refresh(
+                state.cache, state.z_reference, state.z_garment, state.text_kv
+            )
         return does.refresh and does.withdraw and disentangled
 
     def _wait(self, value: Any) -> float:
@@ -385,14 +448,18 @@ class _State:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The state of a session on the host: arrays by name, and counters, switches and config as JSON values."""
+    """The state of a session on the host: arrays by name, and counters, switches and config as JSON
+    values.
+    """
 
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, the JSON in its header; it appears complete or not at all."""
-        from chameleon_jax.weights.tensors import write_tensors  # a stream alone does without safetensors
+        from chameleon_jax.weights.tensors import (
+            write_tensors,
+        )  # a stream alone does without safetensors
 
         write_tensors(path, self.arrays, {"session": json.dumps(self.meta)})
 
@@ -406,7 +473,10 @@ class Snapshot:
         from chameleon_jax.weights.tensors import WeightsError, read_metadata, read_tensors
 
         try:
-            meta, arrays = json.loads(read_metadata(path).get("session", "null")), read_tensors(path)
+            meta, arrays = (
+                json.loads(read_metadata(path).get("session", "null")),
+                read_tensors(path),
+            )
         except (WeightsError, json.JSONDecodeError) as error:
             raise SnapshotError(f"not a readable snapshot: {error}") from None
         if not isinstance(meta, dict) or meta.get("version") != SNAPSHOT_VERSION:
@@ -419,7 +489,11 @@ def _identity(config: Any) -> dict[str, Any]:
     from chameleon_jax.config import flatten
 
     groups = {name: config[name] for name in ("model", "dtype", "video", "cache", "sampler")}
-    return json.loads(json.dumps(flatten({k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in groups.items()})))
+    return json.loads(
+        json.dumps(
+            flatten({k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in groups.items()})
+        )
+    )
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -430,8 +504,14 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 def _fill(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """`tree` of shapes with `arrays` put in its places."""
     names = _named_leaves(tree)
-    wrong = [name for name, leaf in names.items()
-             if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype)]  # fmt: skip
+    wrong = [
+        name
+        for name, leaf in names.items()
+        if name not in arrays
+        or (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype)
+    ]
     if wrong:
         raise SnapshotError(f"the snapshot lacks, or has in another shape: {', '.join(wrong)}")
-    return jax.tree.unflatten(jax.tree.structure(tree), [jax.numpy.array(arrays[name]) for name in names])
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [jax.numpy.array(arrays[name]) for name in names]
+    )

@@ -1,13 +1,15 @@
-"""Videos of several shots, streamed: LongLive-2.0 (arXiv 2605.18739), from prompts and possibly a first frame.
+"""Videos of several shots, streamed: LongLive-2.0 (arXiv 2605.18739), from prompts and possibly a
+first frame.
 
     streams = MultiShot(Pipeline.from_pretrained(FOLDER, load_config("configs/longlive2_5b.py")))
     shots = [Shot("a cat wakes up", 6), Shot("it walks out into the snow", 10)]
     for frames in streams.stream(shots, image="cat.png", seed=0):  # uint8 [t, h, w, 3]: 29 frames, then 32, 32, ...
         show(frames)
 
-Each chunk is told the prompt of its shot. Where a new shot begins there is a cut: its first chunk is told so in words,
-in front of the prompt, and the cache pins that chunk and moves on in time (attention/cache.py). A shot without a cut is
-the one before it going on with another prompt. Memory does not grow with the length of the video.
+Each chunk is told the prompt of its shot. Where a new shot begins there is a cut: its first chunk
+is told so in words, in front of the prompt, and the cache pins that chunk and moves on in time
+(attention/cache.py). A shot without a cut is the one before it going on with another prompt. Memory
+does not grow with the length of the video.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -25,7 +27,9 @@ from chameleon_jax.attention.cache import CacheConfig, check_positions
 from chameleon_jax.data.images import stretched
 from chameleon_jax.inference.pipeline import Pipeline
 
-CUT_WORDS = "The scene transitions. "  # what the published model was taught to hear in front of a cut
+CUT_WORDS = (
+    "The scene transitions. "  # what the published model was taught to hear in front of a cut
+)
 PROMPTS_KEPT = 4  # whose K, V stay on the device: those of a shot and of its first chunk, and as many of another
 
 
@@ -43,7 +47,8 @@ class Shot:
 
 
 class MultiShot:
-    """Makes videos of several shots with the networks of a pipeline. Holds prompts that were encoded, no video.
+    """Makes videos of several shots with the networks of a pipeline. Holds prompts that were
+    encoded, no video.
 
     Args:
       pipeline: networks, tokenizer and config, without condition frames.
@@ -56,7 +61,8 @@ class MultiShot:
         context = pipeline.config.cache.context
         if context:
             raise MultiShotError(
-                f"cache.context is {context}: that stream starts from condition frames, see inference/session.py; expected 0,"
+                f"cache.context is {context}: that stream starts from condition frames, see"
+                " inference/session.py; expected 0,"
                 " as in configs/longlive2_5b.py"
             )
         self.pipeline = pipeline
@@ -65,19 +71,22 @@ class MultiShot:
             lambda prompt: self._steps.text_kv(pipeline.encode_prompt(prompt))
         )
 
-    def stream(self, shots: Sequence[Shot], *, image: Any = None, seed: int = 0) -> Iterator[np.ndarray]:
+    def stream(
+        self, shots: Sequence[Shot], *, image: Any = None, seed: int = 0
+    ) -> Iterator[np.ndarray]:
         """Make a video, a chunk whenever the next one is asked for.
 
         Everything is checked before the first one. Several streams may go on side by side.
 
         Args:
           shots: one after the other.
-          image: the first frame: whatever `images.open_image` takes; see `stretched`. None: from the prompts alone.
+          image: the first frame: whatever `images.open_image` takes; see `stretched`. None: from
+            the prompts alone.
           seed: of the noise, in [0, 2**32).
 
         Returns:
-          Frames uint8 [t, h, w, 3] of one chunk after the other, on the host. t is 4 times the latent frames of a chunk
-          (Wan2.2's VAE), 3 less in the first one.
+          Frames uint8 [t, h, w, 3] of one chunk after the other, on the host. t is 4 times the
+          latent frames of a chunk (Wan2.2's VAE), 3 less in the first one.
 
         Raises:
           MultiShotError: no shots, or one that cannot be made; a seed out of range.
@@ -91,11 +100,15 @@ class MultiShot:
         picture = None if image is None else stretched(image, self.pipeline.size)
         return self._chunks(shots, picture, int(seed))
 
-    def _chunks(self, shots: list[Shot], picture: np.ndarray | None, seed: int) -> Iterator[np.ndarray]:
+    def _chunks(
+        self, shots: list[Shot], picture: np.ndarray | None, seed: int
+    ) -> Iterator[np.ndarray]:
         steps, cache, decoder = self._steps, self._steps.new_cache(), None
         image = None if picture is None else steps.encode_image(picture)
         for number, (prompt, cut) in enumerate(told(shots)):
-            latents, cache = steps.shot_chunk(cache, self._text_kv(prompt), seed, number, cut=cut, image=image)
+            latents, cache = steps.shot_chunk(
+                cache, self._text_kv(prompt), seed, number, cut=cut, image=image
+            )
             image = None  # from now on nothing is given
             shown, decoder = steps.decode(latents, decoder)
             yield np.array(shown)
@@ -112,10 +125,13 @@ def check_shots(shots: Sequence[Shot], cache: CacheConfig) -> None:
         raise MultiShotError("no shots; expected at least one")
     for index, shot in enumerate(shots):
         if not isinstance(shot.prompt, str):
-            raise MultiShotError(f"shot {index}: the prompt is {type(shot.prompt).__name__}; expected a string")
+            raise MultiShotError(
+                f"shot {index}: the prompt is {type(shot.prompt).__name__}; expected a string"
+            )
         if shot.prompt.startswith(CUT_WORDS):
             raise MultiShotError(
-                f"shot {index}: the prompt begins with {CUT_WORDS!r}, which is put in front of a cut for you; leave it"
+                f"shot {index}: the prompt begins with {CUT_WORDS!r}, which is put in front of a"
+                " cut for you; leave it"
                 " out"
             )
         if shot.chunks < 1:

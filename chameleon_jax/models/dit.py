@@ -1,19 +1,22 @@
-"""The diffusion transformer of Wan2.2-TI2V (Wan 2.1, arXiv 2503.20314) with in-context condition frames.
+"""The diffusion transformer of Wan2.2-TI2V (Wan 2.1, arXiv 2503.20314) with in-context condition
+frames.
 
-Latents, text and a timestep per latent frame go in, the velocity v = noise - x0 comes out. FashionChameleon (arXiv
-2605.15824) puts two clean frames, person and garment, in front of the video; they are ordinary frames at t = 0.
+Latents, text and a timestep per latent frame go in, the velocity v = noise - x0 comes out.
+FashionChameleon (arXiv 2605.15824) puts two clean frames, person and garment, in front of the
+video; they are ordinary frames at t = 0.
 
-One class, one set of weights, three ways to run. What differs is who sees whom, and that is a callable:
+One class, one set of weights, three ways to run. What differs is who sees whom, and that is a
+callable:
 
     bidirectional    everything sees everything              `bidirectional_forward`
     teacher forcing  clean and noisy copy, block-causal      `teacher_forcing_forward`
     streaming        one chunk against a ring cache          diffusion/rollout.py
 
-Norms, RoPE, softmax and modulation are computed in float32; what they return, and the residual stream, is kept in the
-computing dtype.
+Norms, RoPE, softmax and modulation are computed in float32; what they return, and the residual
+stream, is kept in the computing dtype.
 
-Axes: b batch, f latent frames, h w latent grid, c channels, p tokens of a frame, l query tokens (l = f p), s text
-tokens, n heads, d head dim, m width.
+Axes: b batch, f latent frames, h w latent grid, c channels, p tokens of a frame, l query tokens (l
+= f p), s text tokens, n heads, d head dim, m width.
 """
 
 from __future__ import annotations
@@ -47,23 +50,34 @@ class DiTConfig:
     layers: int  # blocks
     text_width: int  # channels of the text states
     text_length: int  # tokens of a prompt, padding included
-    patch: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns that make a token; 1 in time
+    patch: tuple[int, int, int] = (
+        1,
+        2,
+        2,
+    )  # latent frames, rows and columns that make a token; 1 in time
     freq_width: int = 256  # channels of the sinusoid of t
     eps: float = 1e-6  # added to variances and mean squares in the norms
     context: int = 2  # condition frames in front of the video
     block: int = 3  # latent frames of a chunk
-    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    remat: bool = (
+        False  # recompute each block in the backward pass instead of keeping its activations
+    )
     scan_layers: bool = False  # one compiled block in a loop: compiles faster; only without a cache
     attention: str | None = None  # "cudnn", "splash", "xla"; None chooses by platform
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
         if len(self.patch) != 3 or self.patch[0] != 1:
-            raise ValueError(f"patch is {self.patch}; expected (1, rows, columns): every latent frame has its own t")
+            raise ValueError(
+                f"patch is {self.patch}; expected (1, rows, columns): every latent frame has its"
+                " own t"
+            )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.freq_width % 2:
-            raise ValueError(f"freq_width {self.freq_width} is odd; expected as many cosines as sines")
+            raise ValueError(
+                f"freq_width {self.freq_width} is odd; expected as many cosines as sines"
+            )
         axis_dims(self.head_dim)
 
     @property
@@ -74,14 +88,21 @@ class DiTConfig:
     def wan22_ti2v_5b(cls, **changes: Any) -> DiTConfig:
         """Wan2.2-TI2V-5B: 825 tensors, 4,999,787,712 parameters."""
         sizes = {
-            "in_channels": 48, "width": 3072, "ffn": 14336, "heads": 24, "layers": 30,
-            "text_width": 4096, "text_length": 512,
-        }  # fmt: skip
+            "in_channels": 48,
+            "width": 3072,
+            "ffn": 14336,
+            "heads": 24,
+            "layers": 30,
+            "text_width": 4096,
+            "text_length": 512,
+        }
         return cls(**(sizes | changes))
 
 
 def timestep_embedding(t_bf: jax.Array, width: int) -> jax.Array:
-    """Sinusoid of the raw timestep (0 .. 1000): cosines, then sines, of t / 10000^(i / half); [b, f, width] float32."""
+    """Sinusoid of the raw timestep (0 .. 1000): cosines, then sines, of t / 10000^(i / half); [b,
+    f, width] float32.
+    """
     half = width // 2
     angle = t_bf.astype(jnp.float32)[..., None] * np.float32(10000.0 ** (-np.arange(half) / half))
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
@@ -94,8 +115,12 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + eps)
 
 
-def modulate(x_bfpm: jax.Array, shift_bfm: jax.Array, scale_bfm: jax.Array, eps: float) -> jax.Array:
-    """LN(x) (1 + scale) + shift (adaLN of DiT, arXiv 2212.09748), one shift and scale per frame; in the dtype of x."""
+def modulate(
+    x_bfpm: jax.Array, shift_bfm: jax.Array, scale_bfm: jax.Array, eps: float
+) -> jax.Array:
+    """LN(x) (1 + scale) + shift (adaLN of DiT, arXiv 2212.09748), one shift and scale per frame; in
+    the dtype of x.
+    """
     shift, scale = (y[:, :, None].astype(jnp.float32) for y in (shift_bfm, scale_bfm))
     return (layer_norm(x_bfpm, eps) * (1 + scale) + shift).astype(x_bfpm.dtype)
 
@@ -106,12 +131,18 @@ def gated(x_bfpm: jax.Array, y_bfpm: jax.Array, gate_bfm: jax.Array) -> jax.Arra
     return (x_bfpm.astype(jnp.float32) + step).astype(x_bfpm.dtype)
 
 
-def _linear(inputs: int, outputs: int, init: nnx.Initializer | None = None, **kw: Any) -> nnx.Linear:
+def _linear(
+    inputs: int, outputs: int, init: nnx.Initializer | None = None, **kw: Any
+) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, kernel_init=init or nnx.initializers.xavier_uniform(), **kw)
 
 
-def _text_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32, **_: Any) -> jax.Array:
-    """As published, deviation 0.02, where 3072 or more channels come in; with fewer, more, so that text is as loud."""
+def _text_init(
+    key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32, **_: Any
+) -> jax.Array:
+    """As published, deviation 0.02, where 3072 or more channels come in; with fewer, more, so that
+    text is as loud.
+    """
     fan_in = shape[0]
     return jax.random.normal(key, shape, dtype) * 0.02 * max(1.0, (3072 / fan_in) ** 0.5)
 
@@ -143,9 +174,13 @@ class LayerNorm(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel: one product per patch. [b, f, h, w, c] -> [b, f, p, m]."""
+    """A convolution whose stride is its kernel: one product per patch. [b, f, h, w, c] -> [b, f, p,
+    m].
+    """
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         shape = (*config.patch, config.in_channels, config.width)
         init = nnx.initializers.xavier_uniform()
         flat = init(rngs.params(), (int(np.prod(shape[:-1])), config.width), param_dtype)
@@ -156,7 +191,9 @@ class PatchEmbedding(nnx.Module):
     def __call__(self, x_bfhwc: jax.Array) -> jax.Array:
         kernel, bias = (p.get_value().astype(self.dtype) for p in (self.kernel, self.bias))
         _, i, j, _, m = kernel.shape
-        patches = rearrange(x_bfhwc.astype(self.dtype), "b f (h i) (w j) c -> b f (h w) (i j c)", i=i, j=j)
+        patches = rearrange(
+            x_bfhwc.astype(self.dtype), "b f (h i) (w j) c -> b f (h w) (i j c)", i=i, j=j
+        )
         return patches @ kernel.reshape(-1, m) + bias
 
 
@@ -164,7 +201,13 @@ class MLP(nnx.Module):
     """fc2(activation(fc1(x)))."""
 
     def __init__(
-        self, inputs: int, hidden: int, outputs: int, activation: Any, init: nnx.Initializer | None = None, **kw
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        activation: Any,
+        init: nnx.Initializer | None = None,
+        **kw,
     ):
         self.activation = activation
         self.fc1 = _linear(inputs, hidden, init, **kw)
@@ -182,11 +225,17 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """Projections and norms of an attention; who sees whom is not its business."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.heads = config.heads
-        self.q, self.k, self.v, self.o = (_linear(config.width, config.width, **kw) for _ in range(4))
-        self.norm_q, self.norm_k = (RMSNorm(config.width, config.eps, param_dtype=param_dtype) for _ in range(2))
+        self.q, self.k, self.v, self.o = (
+            _linear(config.width, config.width, **kw) for _ in range(4)
+        )
+        self.norm_q, self.norm_k = (
+            RMSNorm(config.width, config.eps, param_dtype=param_dtype) for _ in range(2)
+        )
 
     def queries(self, x_blm: jax.Array) -> jax.Array:
         """[b, l, n, d], normalised, not rotated."""
@@ -202,9 +251,13 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention and feed-forward, modulated by t; between them cross-attention to the text, which is not."""
+    """Self-attention and feed-forward, modulated by t; between them cross-attention to the text,
+    which is not.
+    """
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.modulation = nnx.Param(_modulation_init(rngs, 6, config.width, param_dtype))
@@ -239,7 +292,9 @@ class Block(nnx.Module):
 class Head(nnx.Module):
     """Tokens to patches of velocity: [b, f, p, m] -> [b, f, p, (row, column, channel)]."""
 
-    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.eps = config.eps
         self.modulation = nnx.Param(_modulation_init(rngs, 2, config.width, param_dtype))
@@ -252,10 +307,11 @@ class Head(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """The transformer. Initialised as published for Wan 2.1: the head is zero, so an untrained network says v = 0.
+    """The transformer. Initialised as published for Wan 2.1: the head is zero, so an untrained
+    network says v = 0.
 
-    One initialisation depends on the width, `text_embedding`: drawn for 4096 channels, it would hand a narrow network
-    text so quiet that training never hears the prompt.
+    One initialisation depends on the width, `text_embedding`: drawn for 4096 channels, it would
+    hand a narrow network text so quiet that training never hears the prompt.
 
     Args:
       config: sizes.
@@ -265,7 +321,12 @@ class DiT(nnx.Module):
     """
 
     def __init__(
-        self, config: DiTConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32
+        self,
+        config: DiTConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
     ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         m, small = config.width, nnx.initializers.normal(0.02)
@@ -281,8 +342,8 @@ class DiT(nnx.Module):
         """Keys and values of the cross-attention of every layer; once per prompt.
 
         Args:
-          text_bsm: text states [b, s, text_width], zero after the prompt. All s rows are seen, as released: there is no
-            mask, and the rows after the prompt become one constant vector.
+          text_bsm: text states [b, s, text_width], zero after the prompt. All s rows are seen, as
+            released: there is no mask, and the rows after the prompt become one constant vector.
         """
         states = self.text_embedding(text_bsm.astype(self.dtype))
         return tuple(block.cross_attn.keys_values(states) for block in self.blocks)
@@ -308,8 +369,8 @@ class DiT(nnx.Module):
           decoded: the frames whose velocity is wanted.
 
         Returns:
-          v [b, frames decoded, h, w, c] in the computing dtype, and the layers' caches as `attend` left them (None
-          without a cache).
+          v [b, frames decoded, h, w, c] in the computing dtype, and the layers' caches as `attend`
+          left them (None without a cache).
 
         Raises:
           ValueError: if shapes do not fit.
@@ -318,21 +379,31 @@ class DiT(nnx.Module):
         _, i, j = self.config.patch
         if c != self.config.in_channels or h % i or w % j:
             raise ValueError(
-                f"latents are [b, f, {h}, {w}, {c}]; expected {self.config.in_channels} channels on a grid that"
+                f"latents are [b, f, {h}, {w}, {c}]; expected {self.config.in_channels} channels on"
+                " a grid that"
                 f" patches of {i}x{j} divide"
             )
         if t_bf.shape != (b, f):
             raise ValueError(f"timesteps are {t_bf.shape}, expected one per frame, {(b, f)}")
-        e_bfm = self.time_embedding(timestep_embedding(t_bf, self.config.freq_width).astype(self.dtype))
+        e_bfm = self.time_embedding(
+            timestep_embedding(t_bf, self.config.freq_width).astype(self.dtype)
+        )
         e0_bf6m = rearrange(self.time_projection(jax.nn.silu(e_bfm)), "b f (r m) -> b f r m", r=6)
         x, cache = self._run_blocks(self.patch_embedding(x_bfhwc), e0_bf6m, text_kv, attend, cache)
         v = self.head(x[:, decoded], e_bfm[:, decoded])
         return rearrange(v, "b f (h w) (i j c) -> b f (h i) (w j) c", h=h // i, i=i, j=j), cache
 
     def _run_blocks(
-        self, x: jax.Array, e0: jax.Array, text_kv: TextKV, attend: Attend, cache: tuple[Any, ...] | None
+        self,
+        x: jax.Array,
+        e0: jax.Array,
+        text_kv: TextKV,
+        attend: Attend,
+        cache: tuple[Any, ...] | None,
     ) -> tuple[jax.Array, tuple[Any, ...] | None]:
-        """All blocks, as a loop of the compiler (scan) or of Python; without a cache possibly recomputed (remat)."""
+        """All blocks, as a loop of the compiler (scan) or of Python; without a cache possibly
+        recomputed (remat).
+        """
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
         def function(graph: nnx.GraphDef):
@@ -341,13 +412,21 @@ class DiT(nnx.Module):
 
             return jax.checkpoint(apply) if cache is None and self.config.remat else apply
 
-        applies = {graph: function(graph) for graph in graphs}  # one, unless layers were changed, see lora.attach
+        applies = {
+            graph: function(graph) for graph in graphs
+        }  # one, unless layers were changed, see lora.attach
         if cache is None and self.config.scan_layers:
             if len(applies) > 1:
-                raise ValueError("scan_layers needs blocks of one form; merge the LoRA, or leave scan_layers off")
+                raise ValueError(
+                    "scan_layers needs blocks of one form; merge the LoRA, or leave scan_layers off"
+                )
             (apply,) = applies.values()
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(states, text_kv, strict=True))
-            x, _ = jax.lax.scan(lambda x, layer: (apply(layer[0], x, layer[1], None)[0], None), x, stacked)
+            stacked = jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *zip(states, text_kv, strict=True)
+            )
+            x, _ = jax.lax.scan(
+                lambda x, layer: (apply(layer[0], x, layer[1], None)[0], None), x, stacked
+            )
             return x, None
         layers = []
         for index, (graph, state, kv) in enumerate(zip(graphs, states, text_kv, strict=True)):
@@ -363,7 +442,8 @@ def bidirectional_forward(
 
     Args:
       dit: the network.
-      z_context: clean latents [b, context, h, w, c] that stand in front at t = 0, or None (plain text-to-video).
+      z_context: clean latents [b, context, h, w, c] that stand in front at t = 0, or None (plain
+        text-to-video).
       z_t: noisy latents [b, f, h, w, c].
       t_bf: their timesteps.
       text_kv: from `dit.text_kv`.
@@ -391,31 +471,42 @@ def teacher_forcing_forward(
     *,
     cache: CacheConfig | None = None,
 ) -> jax.Array:
-    """Velocity of every noisy block given the clean blocks before it, all blocks at once: what streaming computes.
+    """Velocity of every noisy block given the clean blocks before it, all blocks at once: what
+    streaming computes.
 
     Args:
       dit: the network.
       z_context: clean latents [b, context, h, w, c], at t = 0.
-      z_clean: clean latents of the video [b, f, h, w, c], f a multiple of the block, at t = 0. The last block is not
-        read.
+      z_clean: clean latents of the video [b, f, h, w, c], f a multiple of the block, at t = 0. The
+        last block is not read.
       z_noisy: the same frames noisy.
       t_bf: timesteps of the noisy frames, equal within a block.
       text_kv: from `dit.text_kv`.
-      cache: layout of the cache to stream with; a block sees the earlier ones that it would hold. None: all of them.
+      cache: layout of the cache to stream with; a block sees the earlier ones that it would hold.
+        None: all of them.
 
     Returns:
       v of the noisy frames, [b, f, h, w, c].
 
     Raises:
-      ValueError: if the video is not a whole number of blocks, or the cache is not for this transformer.
+      ValueError: if the video is not a whole number of blocks, or the cache is not for this
+        transformer.
     """
     config, context = dit.config, z_context.shape[1]
     video = z_noisy.shape[1]
     kept = video - config.block  # see masks.kept_frames
-    x = jnp.concatenate([z.astype(z_noisy.dtype) for z in (z_context, z_clean[:, :kept], z_noisy)], axis=1)
+    x = jnp.concatenate(
+        [z.astype(z_noisy.dtype) for z in (z_context, z_clean[:, :kept], z_noisy)], axis=1
+    )
     t = jnp.pad(t_bf, ((0, 0), (context + kept, 0)))
     attend = teacher_forcing(
-        context, context + video, config.block, token_grid(config, x), config.head_dim, cache, backend=config.attention
+        context,
+        context + video,
+        config.block,
+        token_grid(config, x),
+        config.head_dim,
+        cache,
+        backend=config.attention,
     )
     return dit(x, t, text_kv, attend, decoded=slice(context + kept, None))[0]
 

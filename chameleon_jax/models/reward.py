@@ -1,10 +1,11 @@
 """The reward of GR-DMD (FashionChameleon, arXiv 2605.15824): how good a frame looks, as one number.
 
-The image side of CLIP ViT-L/14 (Radford et al., arXiv 2103.00020) embeds a frame; the LAION aesthetic predictor, a few
-linear layers on the normalised embedding, scores it. `Reward` is both, from pixels of any size to the score, on the
-device.
+The image side of CLIP ViT-L/14 (Radford et al., arXiv 2103.00020) embeds a frame; the LAION
+aesthetic predictor, a few linear layers on the normalised embedding, scores it. `Reward` is both,
+from pixels of any size to the score, on the device.
 
-Axes: b batch, h w pixels, c colours, l tokens (the class token and the patches), n heads, d head dim, m width.
+Axes: b batch, h w pixels, c colours, l tokens (the class token and the patches), n heads, d head
+dim, m width.
 """
 
 from __future__ import annotations
@@ -60,17 +61,20 @@ class ClipVisionConfig:
 
 
 def preprocess(frames: jax.Array, size: int = 224) -> jax.Array:
-    """Frames as CLIP wants them: shortest side to `size`, bicubic and antialiased, centre crop, normalised.
+    """Frames as CLIP wants them: shortest side to `size`, bicubic and antialiased, centre crop,
+    normalised.
 
-    The frame is rounded to 8 bits three times: as it comes, after its width and after its height were changed. Both
-    image processors of transformers 5 do so, that of Pillow and that of torchvision. With random weights the score then
-    stays within 2e-4 of the one and 6e-4 of the other; rounded once or not at all it strays by up to 2e-2. Where a frame
-    is more than twice as high as wide, Pillow from 13 on changes the height first; this does not, as torchvision.
+    The frame is rounded to 8 bits three times: as it comes, after its width and after its height
+    were changed. Both image processors of transformers 5 do so, that of Pillow and that of
+    torchvision. With random weights the score then stays within 2e-4 of the one and 6e-4 of the
+    other; rounded once or not at all it strays by up to 2e-2. Where a frame is more than twice as
+    high as wide, Pillow from 13 on changes the height first; this does not, as torchvision.
 
     The rounding passes no gradient.
 
     Args:
-      frames: [b, h, w, 3] of any size, RGB; uint8, or float in [0, 255], which is rounded to whole levels.
+      frames: [b, h, w, 3] of any size, RGB; uint8, or float in [0, 255], which is rounded to whole
+        levels.
       size: rows and columns of the result.
 
     Returns:
@@ -85,7 +89,9 @@ def preprocess(frames: jax.Array, size: int = 224) -> jax.Array:
         raise ValueError(f"frames are {frames.dtype}; expected uint8, or float in [0, 255]")
     b, h, w, _ = frames.shape
     rows, columns = (size * side // min(h, w) for side in (h, w))
-    x = jnp.clip(jnp.round(frames.astype(jnp.float32)), 0, 255)  # halves to even, as when frames are stored
+    x = jnp.clip(
+        jnp.round(frames.astype(jnp.float32)), 0, 255
+    )  # halves to even, as when frames are stored
     x = _whole_levels(jax.image.resize(x, (b, h, columns, 3), "cubic", antialias=True))
     x = _whole_levels(jax.image.resize(x, (b, rows, columns, 3), "cubic", antialias=True))
     top, left = (rows - size) // 2, (columns - size) // 2
@@ -106,20 +112,31 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 class SelfAttention(nnx.Module):
     """Multi-head attention of all tokens to all tokens."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.config = config
-        self.q, self.k, self.v, self.o = (nnx.Linear(config.width, config.width, **kw) for _ in range(4))
+        self.q, self.k, self.v, self.o = (
+            nnx.Linear(config.width, config.width, **kw) for _ in range(4)
+        )
 
     def __call__(self, x_blm: jax.Array) -> jax.Array:
-        q, k, v = (rearrange(f(x_blm), "b l (n d) -> b l n d", n=self.config.heads) for f in (self.q, self.k, self.v))
-        return self.o(rearrange(attention(q, k, v, backend=self.config.attention), "b l n d -> b l (n d)"))
+        q, k, v = (
+            rearrange(f(x_blm), "b l (n d) -> b l n d", n=self.config.heads)
+            for f in (self.q, self.k, self.v)
+        )
+        return self.o(
+            rearrange(attention(q, k, v, backend=self.config.attention), "b l n d -> b l (n d)")
+        )
 
 
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each with a residual."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.norm1 = LayerNorm(config.width, config.eps, param_dtype=param_dtype)
         self.attn = SelfAttention(config, **kw)
@@ -152,9 +169,15 @@ class ClipVision(nnx.Module):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         m, patch = config.width, (config.patch, config.patch)
         self.config, self.dtype = config, dtype
-        self.patch_embedding = nnx.Conv(3, m, patch, strides=patch, padding="VALID", use_bias=False, **kw)
-        self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (m,), param_dtype) * m**-0.5)
-        self.positions = nnx.Param(jax.random.normal(rngs.params(), (config.tokens, m), param_dtype) * m**-0.5)
+        self.patch_embedding = nnx.Conv(
+            3, m, patch, strides=patch, padding="VALID", use_bias=False, **kw
+        )
+        self.class_embedding = nnx.Param(
+            jax.random.normal(rngs.params(), (m,), param_dtype) * m**-0.5
+        )
+        self.positions = nnx.Param(
+            jax.random.normal(rngs.params(), (config.tokens, m), param_dtype) * m**-0.5
+        )
         self.norm_in = LayerNorm(m, config.eps, param_dtype=param_dtype)
         self.blocks = nnx.List([Block(config, **kw) for _ in range(config.layers)])
         self.norm_out = LayerNorm(m, config.eps, param_dtype=param_dtype)
@@ -175,10 +198,13 @@ class ClipVision(nnx.Module):
         expected = (self.config.image, self.config.image, 3)
         if x_bhwc.shape[1:] != expected:
             raise ValueError(
-                f"frames are {x_bhwc.shape}; expected [b, {', '.join(map(str, expected))}]; see preprocess"
+                f"frames are {x_bhwc.shape}; expected [b, {', '.join(map(str, expected))}]; see"
+                " preprocess"
             )
         patches = rearrange(self.patch_embedding(x_bhwc.astype(self.dtype)), "b h w m -> b (h w) m")
-        first, positions = (p.get_value().astype(self.dtype) for p in (self.class_embedding, self.positions))
+        first, positions = (
+            p.get_value().astype(self.dtype) for p in (self.class_embedding, self.positions)
+        )
         first = jnp.broadcast_to(first, (x_bhwc.shape[0], 1, self.config.width))
         x_blm = self.norm_in(jnp.concatenate([first, patches], axis=1) + positions)
         for block in self.blocks:
@@ -187,7 +213,8 @@ class ClipVision(nnx.Module):
 
 
 class AestheticHead(nnx.Module):
-    """The aesthetic predictor: linear layers without activations in between. Its dropouts act in its training only.
+    """The aesthetic predictor: linear layers without activations in between. Its dropouts act in
+    its training only.
 
     Args:
       inputs: channels of the embedding, 768 as published.
@@ -196,8 +223,14 @@ class AestheticHead(nnx.Module):
     """
 
     def __init__(self, inputs: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
-        # Always float32 and in full: it costs nothing, and the frames of a clip differ by tenths of a score.
-        kw = {"rngs": rngs, "dtype": jnp.float32, "param_dtype": param_dtype, "precision": jax.lax.Precision.HIGHEST}
+        # Always float32 and in full: it costs nothing, and the frames of a clip differ by tenths of
+        # a score.
+        kw = {
+            "rngs": rngs,
+            "dtype": jnp.float32,
+            "param_dtype": param_dtype,
+            "precision": jax.lax.Precision.HIGHEST,
+        }
         widths = itertools.pairwise((inputs, *HEAD_WIDTHS))
         self.layers = nnx.List([nnx.Linear(i, o, **kw) for i, o in widths])
 
@@ -233,7 +266,8 @@ class Reward(nnx.Module):
         """Score each frame by itself; under jit, one program per batch and frame size.
 
         Args:
-          frames: [b, h, w, 3] of any size, RGB; uint8, or float in [0, 255], which is rounded to whole levels.
+          frames: [b, h, w, 3] of any size, RGB; uint8, or float in [0, 255], which is rounded to
+            whole levels.
 
         Returns:
           [b] float32, higher is better; as published between 1 and 10 or nearly so.

@@ -1,19 +1,21 @@
 """TAEHV: a small encoder and decoder for the latents of Wan2.2's VAE, to preview and to stream.
 
-TAEHV (Ollin Boer Bohan, github.com/madebyollin/taehv) imitates a large video VAE at a fraction of its cost, with
-slightly worse pictures. `Taehv` can stand where `models.vae.Vae` stands: the same scaled latents and the same pixels go
-in and come out. Two decoders are published, "base" and, about twice as large, "super"; the encoder is the same.
+TAEHV (Ollin Boer Bohan, github.com/madebyollin/taehv) imitates a large video VAE at a fraction of
+its cost, with slightly worse pictures. `Taehv` can stand where `models.vae.Vae` stands: the same
+scaled latents and the same pixels go in and come out. Two decoders are published, "base" and, about
+twice as large, "super"; the encoder is the same.
 
-Every layer works on single frames. Time enters in three places: memory blocks, which also see the frame before, as it
-came into this block; pooling, which makes one frame of two; growth, which makes two of one. There is one path: a chunk
-of frames plus what the memory blocks remember gives a chunk of results plus what they remember then.
+Every layer works on single frames. Time enters in three places: memory blocks, which also see the
+frame before, as it came into this block; pooling, which makes one frame of two; growth, which makes
+two of one. There is one path: a chunk of frames plus what the memory blocks remember gives a chunk
+of results plus what they remember then.
 
-Decoding drops the first `temporal_factor - 1` frames of a stream, so latent frame i stands for the same pixel frames as
-in the VAE, with a factor of 4: 4i - 3 to 4i, and the first one for frame 0 alone. Encoding is shifted against it: see
-`Taehv.encode`.
+Decoding drops the first `temporal_factor - 1` frames of a stream, so latent frame i stands for the
+same pixel frames as in the VAE, with a factor of 4: 4i - 3 to 4i, and the first one for frame 0
+alone. Encoding is shifted against it: see `Taehv.encode`.
 
-Axes: b batch, t pixel frames or frames between the two, f latent frames, h w grid, c channels; in rearrangements r is
-the position in a group of frames, p and q are row and column in a patch.
+Axes: b batch, t pixel frames or frames between the two, f latent frames, h w grid, c channels; in
+rearrangements r is the position in a group of frames, p and q are row and column in a patch.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-# {"stages": [{"blocks": [array, ...]}, ...]}: of each memory block the last input frame [b, 1, h, w, c].
+# {"stages": [{"blocks": [array, ...]}, ...]}: of each memory block the last input frame [b, 1, h,
+# w, c].
 State = Any
 
 VARIANTS = ("base", "super")
@@ -40,8 +43,12 @@ class TaehvConfig:
     z_dim: int  # latent channels
     enc_width: int  # channels throughout the encoder
     dec_widths: tuple[int, ...]  # width of each decoder stage, then what its last convolution reads
-    temporal_down: tuple[bool, ...]  # for each encoder stage, all of which halve the grid: halve time as well?
-    temporal_up: tuple[bool, ...]  # for each decoder stage, all of which double the grid: double time as well?
+    temporal_down: tuple[
+        bool, ...
+    ]  # for each encoder stage, all of which halve the grid: halve time as well?
+    temporal_up: tuple[
+        bool, ...
+    ]  # for each decoder stage, all of which double the grid: double time as well?
     variant: str = "base"  # of the decoder: "base" or "super"
     blocks: int = 3  # memory blocks per stage
     patch: int = 2  # pixels of a patch x patch square become channels before the first convolution
@@ -54,12 +61,16 @@ class TaehvConfig:
             raise ValueError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}")
         if len(self.dec_widths) != len(self.temporal_up) + 1:
             raise ValueError(
-                f"dec_widths has {len(self.dec_widths)} entries for {len(self.temporal_up)} stages; expected one for each"
+                f"dec_widths has {len(self.dec_widths)} entries for {len(self.temporal_up)} stages;"
+                " expected one for each"
                 " stage and one for the last convolution"
             )
-        if len(self.temporal_down) != len(self.temporal_up) or sum(self.temporal_down) != sum(self.temporal_up):
+        if len(self.temporal_down) != len(self.temporal_up) or sum(self.temporal_down) != sum(
+            self.temporal_up
+        ):
             raise ValueError(
-                f"temporal_down is {self.temporal_down} and temporal_up is {self.temporal_up}; expected as many stages,"
+                f"temporal_down is {self.temporal_down} and temporal_up is {self.temporal_up};"
+                " expected as many stages,"
                 " and as many of them that change time, so that what is encoded can be decoded"
             )
 
@@ -77,9 +88,12 @@ class TaehvConfig:
     def taew2_2(cls) -> TaehvConfig:
         """For Wan2.2-TI2V-5B, the smaller one: 128 tensors, 11,418,108 parameters."""
         return cls(
-            z_dim=48, enc_width=64, dec_widths=(256, 128, 64, 64),
-            temporal_down=(True, True, False), temporal_up=(False, True, True),
-        )  # fmt: skip
+            z_dim=48,
+            enc_width=64,
+            dec_widths=(256, 128, 64, 64),
+            temporal_down=(True, True, False),
+            temporal_up=(False, True, True),
+        )
 
     @classmethod
     def taew2_2_super(cls) -> TaehvConfig:
@@ -91,7 +105,9 @@ class TaehvConfig:
 
 
 def fold_pixels(x_bthwc: jax.Array, patch: int) -> jax.Array:
-    """Squares of pixels to channels: channel = (colour * patch + row) * patch + column. The VAE has columns first."""
+    """Squares of pixels to channels: channel = (colour * patch + row) * patch + column. The VAE has
+    columns first.
+    """
     return rearrange(x_bthwc, "b t (h p) (w q) c -> b t h w (c p q)", p=patch, q=patch)
 
 
@@ -101,14 +117,18 @@ def unfold_pixels(x_bthwc: jax.Array, patch: int) -> jax.Array:
 
 
 def with_previous(x_bthwc: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every frame, followed by the frame before it: [b, t, h, w, 2c]. And the last frame, for the next chunk."""
+    """Every frame, followed by the frame before it: [b, t, h, w, 2c]. And the last frame, for the
+    next chunk.
+    """
     seen = jnp.concatenate([state, x_bthwc], axis=1)
     return jnp.concatenate([x_bthwc, seen[:, :-1]], axis=-1), seen[:, -1:]
 
 
 def repeat_last(x_bthwc: jax.Array, group: int) -> jax.Array:
     """The last frame is repeated until the frames are a multiple of `group`."""
-    return jnp.pad(x_bthwc, ((0, 0), (0, -x_bthwc.shape[1] % group), (0, 0), (0, 0), (0, 0)), mode="edge")
+    return jnp.pad(
+        x_bthwc, ((0, 0), (0, -x_bthwc.shape[1] % group), (0, 0), (0, 0), (0, 0)), mode="edge"
+    )
 
 
 # Layers
@@ -142,7 +162,8 @@ class MemoryBlock(nnx.Module):
 
 
 class SuperMemoryBlock(nnx.Module):
-    """The block of the super decoder: a 7x7 convolution per channel, a wide hidden layer, plus the current frame.
+    """The block of the super decoder: a 7x7 convolution per channel, a wide hidden layer, plus the
+    current frame.
 
     In the manner of ConvNeXt (arXiv 2201.03545), without a norm. State: as in `MemoryBlock`.
     """
@@ -151,7 +172,13 @@ class SuperMemoryBlock(nnx.Module):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.width, self.dtype = width, dtype
         self.depthwise = nnx.Conv(
-            2 * width, 2 * width, (7, 7), padding=3, feature_group_count=2 * width, use_bias=False, **kw
+            2 * width,
+            2 * width,
+            (7, 7),
+            padding=3,
+            feature_group_count=2 * width,
+            use_bias=False,
+            **kw,
         )
         self.expand = nnx.Linear(2 * width, 4 * width, **kw)
         self.contract = nnx.Linear(4 * width, width, use_bias=False, **kw)
@@ -187,7 +214,9 @@ class EncoderStage(nnx.Module):
 class DecoderStage(nnx.Module):
     """Memory blocks, then the grid is doubled and every frame grows to `frames` frames."""
 
-    def __init__(self, inputs: int, outputs: int, frames: int, blocks: int, variant: str, **kw: Any):
+    def __init__(
+        self, inputs: int, outputs: int, frames: int, blocks: int, variant: str, **kw: Any
+    ):
         self.frames, self.variant = frames, variant
         block = SuperMemoryBlock if variant == "super" else MemoryBlock
         self.blocks = nnx.List([block(inputs, **kw) for _ in range(blocks)])
@@ -205,7 +234,8 @@ class DecoderStage(nnx.Module):
         x, state = _run_blocks(self.blocks, x_bthwc, state)
         if self.variant == "super":
             return self._more_frames(unfold_pixels(jax.nn.relu(self.conv(x)), 2)), state
-        # The original copies pixels first. Growth looks at one pixel at a time, so that is the same for four times the work.
+        # The original copies pixels first. Growth looks at one pixel at a time, so that is the same
+        # for four times the work.
         x = self._more_frames(x)
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)), state
 
@@ -219,13 +249,15 @@ class Encoder(nnx.Module):
     def __init__(self, config: TaehvConfig, **kw: Any):
         width = config.enc_width
         self.conv_in = _conv(3 * config.patch**2, width, **kw)
-        self.stages = nnx.List([
-            EncoderStage(width, 1 + down, config.blocks, **kw) for down in config.temporal_down
-        ])  # fmt: skip
+        self.stages = nnx.List(
+            [EncoderStage(width, 1 + down, config.blocks, **kw) for down in config.temporal_down]
+        )
         self.conv_out = _conv(width, config.z_dim, **kw)
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        return {"stages": [stage.init_state(b, h >> i, w >> i) for i, stage in enumerate(self.stages)]}
+        return {
+            "stages": [stage.init_state(b, h >> i, w >> i) for i, stage in enumerate(self.stages)]
+        }
 
     def __call__(self, x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
         x, state = _run_stages(self.stages, jax.nn.relu(self.conv_in(x_bthwc)), state)
@@ -242,14 +274,18 @@ class Decoder(nnx.Module):
             self.conv_in = nnx.Linear(config.z_dim, widths[0], use_bias=False, **kw)
         else:
             self.conv_in = _conv(config.z_dim, widths[0], **kw)
-        self.stages = nnx.List([
-            DecoderStage(i, o, 1 + up, config.blocks, config.variant, **kw)
-            for i, o, up in zip(widths, widths[1:], config.temporal_up, strict=False)
-        ])  # fmt: skip
+        self.stages = nnx.List(
+            [
+                DecoderStage(i, o, 1 + up, config.blocks, config.variant, **kw)
+                for i, o, up in zip(widths, widths[1:], config.temporal_up, strict=False)
+            ]
+        )
         self.conv_out = _conv(widths[-1], 3 * config.patch**2, **kw)
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        return {"stages": [stage.init_state(b, h << i, w << i) for i, stage in enumerate(self.stages)]}
+        return {
+            "stages": [stage.init_state(b, h << i, w << i) for i, stage in enumerate(self.stages)]
+        }
 
     def __call__(self, z_bfhwc: jax.Array, state: State) -> tuple[jax.Array, State]:
         if self.variant == "super":
@@ -261,10 +297,11 @@ class Decoder(nnx.Module):
 
 
 class Taehv(nnx.Module):
-    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back, t = temporal_factor (f - 1) + 1.
+    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back, t =
+    temporal_factor (f - 1) + 1.
 
-    Latents are scaled ones, as the transformer sees them and as `Vae` hands them out. Inputs may have any float dtype,
-    results are float32.
+    Latents are scaled ones, as the transformer sees them and as `Vae` hands them out. Inputs may
+    have any float dtype, results are float32.
 
     Args:
       config: sizes.
@@ -289,10 +326,11 @@ class Taehv(nnx.Module):
     def encode(self, x_bthwc: jax.Array) -> jax.Array:
         """Scaled latents of a whole clip, or of images if t = 1.
 
-        Latent frame i is computed from the frames up to 4i + 3 (with a `temporal_factor` of 4), though it stands for
-        those up to 4i: the encoder looks three frames ahead. A clip is therefore padded behind its end, with its last
-        frame, to a multiple of 4. The 4k + 1 frames that `Vae` takes give k + 1 latent frames, as there; other
-        numbers of frames are taken too and give t / 4, rounded up.
+        Latent frame i is computed from the frames up to 4i + 3 (with a `temporal_factor` of 4),
+        though it stands for those up to 4i: the encoder looks three frames ahead. A clip is
+        therefore padded behind its end, with its last frame, to a multiple of 4. The 4k + 1 frames
+        that `Vae` takes give k + 1 latent frames, as there; other numbers of frames are taken too
+        and give t / 4, rounded up.
 
         Raises:
           ValueError: h or w is no multiple of `spatial_factor`, or the axes do not fit.
@@ -304,7 +342,8 @@ class Taehv(nnx.Module):
 
         Args:
           z_bfhwc: scaled latents.
-          clamp: keep the pixels in [-1, 1]; training goes without, as a clamped pixel has no gradient.
+          clamp: keep the pixels in [-1, 1]; training goes without, as a clamped pixel has no
+            gradient.
         """
         return self._decode(z_bfhwc, None, first=True, clamp=clamp)[0]
 
@@ -317,22 +356,28 @@ class Taehv(nnx.Module):
         """State before the first latent frame of a stream; h and w in latent pixels."""
         return self.decoder.init_state(b, h, w)
 
-    def encode_chunk(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
-        """The next frames of a stream; any split of a stream gives what `encode` gives for the whole of it.
+    def encode_chunk(
+        self, x_bthwc: jax.Array, state: State, first: bool
+    ) -> tuple[jax.Array, State]:
+        """The next frames of a stream; any split of a stream gives what `encode` gives for the
+        whole of it.
 
-        A latent frame needs all of its four frames (`temporal_factor`), so a stream goes on only behind a multiple of
-        four. This differs from `Vae`, whose first chunk has one frame more. A chunk with another number of frames ends
-        the stream: it is padded as `encode` pads, and there is no state to go on from. So 4k + 1 frames go in as k
-        groups of four, in any chunks, and the one frame at the end, alone or with the last of them.
+        A latent frame needs all of its four frames (`temporal_factor`), so a stream goes on only
+        behind a multiple of four. This differs from `Vae`, whose first chunk has one frame more. A
+        chunk with another number of frames ends the stream: it is padded as `encode` pads, and
+        there is no state to go on from. So 4k + 1 frames go in as k groups of four, in any chunks,
+        and the one frame at the end, alone or with the last of them.
 
         Args:
-          x_bthwc: t is a multiple of `temporal_factor`, or any number in the last chunk of a stream.
+          x_bthwc: t is a multiple of `temporal_factor`, or any number in the last chunk of a
+            stream.
           state: what the chunk before returned; in the first chunk `init_encode_state` or None.
           first: does the stream start with this chunk? Static.
 
         Returns:
-          Scaled latents, t / `temporal_factor` frames, rounded up; and the state for the next chunk, which has the same
-          shapes as the one before, or None if this chunk ended the stream.
+          Scaled latents, t / `temporal_factor` frames, rounded up; and the state for the next
+          chunk, which has the same shapes as the one before, or None if this chunk ended the
+          stream.
 
         Raises:
           ValueError: if the size does not fit, or the state is missing.
@@ -343,15 +388,19 @@ class Taehv(nnx.Module):
         group = self.config.temporal_factor
         if state is None:
             raise ValueError(
-                "state is None in a chunk that does not start the stream; hand in what the chunk before returned, which"
+                "state is None in a chunk that does not start the stream; hand in what the chunk"
+                " before returned, which"
                 f" must have had a multiple of {group} frames: another number ends the stream"
             )
         x = (repeat_last(x_bthwc, group).astype(jnp.float32) + 1) / 2
         z, new_state = self.encoder(fold_pixels(x, self.config.patch), state)
         return z.astype(jnp.float32), None if x_bthwc.shape[1] % group else new_state
 
-    def decode_chunk(self, z_bfhwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
-        """The next latent frames of a stream; any split of a stream gives what `decode` gives for the whole of it.
+    def decode_chunk(
+        self, z_bfhwc: jax.Array, state: State, first: bool
+    ) -> tuple[jax.Array, State]:
+        """The next latent frames of a stream; any split of a stream gives what `decode` gives for
+        the whole of it.
 
         Args:
           z_bfhwc: scaled latents, any number of frames.
@@ -359,22 +408,27 @@ class Taehv(nnx.Module):
           first: does the stream start with this chunk? Static.
 
         Returns:
-          Pixels in [-1, 1], `temporal_factor` frames for each latent frame, 1 for the first of the stream; and the state
-          for the next chunk, which has the same shapes as the one before.
+          Pixels in [-1, 1], `temporal_factor` frames for each latent frame, 1 for the first of the
+          stream; and the state for the next chunk, which has the same shapes as the one before.
 
         Raises:
           ValueError: if the channels do not fit, or the state is missing.
         """
         return self._decode(z_bfhwc, state, first, clamp=True)
 
-    def _decode(self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool) -> tuple[jax.Array, State]:
+    def _decode(
+        self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool
+    ) -> tuple[jax.Array, State]:
         if z_bfhwc.ndim != 5 or z_bfhwc.shape[1] < 1 or z_bfhwc.shape[-1] != self.config.z_dim:
-            raise ValueError(f"latents {z_bfhwc.shape}; expected [b, f, h, w, {self.config.z_dim}] with f >= 1")
+            raise ValueError(
+                f"latents {z_bfhwc.shape}; expected [b, f, h, w, {self.config.z_dim}] with f >= 1"
+            )
         if state is None and first:
             state = self.init_decode_state(z_bfhwc.shape[0], *z_bfhwc.shape[2:4])
         if state is None:
             raise ValueError(
-                "state is None in a chunk that does not start the stream; hand in what the chunk before returned"
+                "state is None in a chunk that does not start the stream; hand in what the chunk"
+                " before returned"
             )
         x, state = self.decoder(z_bfhwc.astype(jnp.float32), state)
         if first:
@@ -388,10 +442,14 @@ class Taehv(nnx.Module):
         h, w = x_bthwc.shape[2:4]
         unit = self.config.spatial_factor
         if h % unit or w % unit:
-            raise ValueError(f"frames of {h}x{w} pixels; expected multiples of {unit}: crop or pad them first")
+            raise ValueError(
+                f"frames of {h}x{w} pixels; expected multiples of {unit}: crop or pad them first"
+            )
 
 
-def _run_blocks(blocks: Sequence[nnx.Module], x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
+def _run_blocks(
+    blocks: Sequence[nnx.Module], x_bthwc: jax.Array, state: State
+) -> tuple[jax.Array, State]:
     states = []
     for block, block_state in zip(blocks, state["blocks"], strict=True):
         x_bthwc, block_state = block(x_bthwc, block_state)
@@ -399,7 +457,9 @@ def _run_blocks(blocks: Sequence[nnx.Module], x_bthwc: jax.Array, state: State) 
     return x_bthwc, {"blocks": states}
 
 
-def _run_stages(stages: Sequence[nnx.Module], x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
+def _run_stages(
+    stages: Sequence[nnx.Module], x_bthwc: jax.Array, state: State
+) -> tuple[jax.Array, State]:
     states = []
     for stage, stage_state in zip(stages, state["stages"], strict=True):
         x_bthwc, stage_state = stage(x_bthwc, stage_state)

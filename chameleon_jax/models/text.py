@@ -1,8 +1,9 @@
 """The text side: UMT5 encoder, tokenizer, and the cleaning of prompts.
 
-UMT5 (Chung et al., arXiv 2304.09151) is a T5 encoder (Raffel et al., arXiv 1910.10683; version 1.1 with the gated GELU
-of Shazeer, arXiv 2002.05202) in which every layer has a table of relative position biases of its own. Wan 2.1 (arXiv
-2503.20314) uses its XXL size. One class serves every size.
+UMT5 (Chung et al., arXiv 2304.09151) is a T5 encoder (Raffel et al., arXiv 1910.10683; version 1.1
+with the gated GELU of Shazeer, arXiv 2002.05202) in which every layer has a table of relative
+position biases of its own. Wan 2.1 (arXiv 2503.20314) uses its XXL size. One class serves every
+size.
 
 Axes: b batch, l query tokens, s key tokens, n heads, d head dim, m width.
 """
@@ -34,7 +35,9 @@ class TextConfig:
     head_dim: int  # channels of a head
     ffn: int  # hidden channels of the gated feed-forward
     layers: int  # blocks
-    buckets: int = 32  # relative distances told apart: half of them for keys ahead, half for keys behind
+    buckets: int = (
+        32  # relative distances told apart: half of them for keys ahead, half for keys behind
+    )
     max_distance: int = 128  # farther keys share the last bucket
     length: int = 512  # tokens of a prompt after padding or truncation
     eps: float = 1e-6  # added to the mean square in the norms
@@ -46,21 +49,30 @@ class TextConfig:
 
 
 def relative_buckets(length: int, buckets: int = 32, max_distance: int = 128) -> np.ndarray:
-    """Bucket of the distance key - query for every pair of positions, int32 [l, s] (arXiv 1910.10683, section 2.1).
+    """Bucket of the distance key - query for every pair of positions, int32 [l, s] (arXiv
+    1910.10683, section 2.1).
 
-    Half of the buckets are for keys ahead (distance > 0). Within a half of N, the first e = N/2 hold one distance
-    each; bucket e + k starts at the first distance d with d / e >= (max_distance / e)^(k / (N - e)), up to the last
-    bucket. The comparison is made in integers: logarithms would put distances such as 16 or 32 on the wrong side of an
-    edge.
+    Half of the buckets are for keys ahead (distance > 0). Within a half of N, the first e = N/2
+    hold one distance each; bucket e + k starts at the first distance d with d / e >= (max_distance
+    / e)^(k / (N - e)), up to the last bucket. The comparison is made in integers: logarithms would
+    put distances such as 16 or 32 on the wrong side of an edge.
     """
     half = buckets // 2
     exact = half // 2
     rest = half - exact
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     size = np.abs(distance)
-    edges = [next(d for d in range(exact, max_distance + 1) if d**rest * exact**k >= max_distance**k * exact**rest)
-             for k in range(1, rest)]  # fmt: skip
-    bucket = np.where(size < exact, size, exact + np.searchsorted(np.array(edges), size, side="right"))
+    edges = [
+        next(
+            d
+            for d in range(exact, max_distance + 1)
+            if d**rest * exact**k >= max_distance**k * exact**rest
+        )
+        for k in range(1, rest)
+    ]
+    bucket = np.where(
+        size < exact, size, exact + np.searchsorted(np.array(edges), size, side="right")
+    )
     return (bucket + half * (distance > 0)).astype(np.int32)
 
 
@@ -78,7 +90,13 @@ class RMSNorm(nnx.Module):
 
 
 def _linear(
-    inputs: int, outputs: int, std: float, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    inputs: int,
+    outputs: int,
+    std: float,
+    *,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype,
+    param_dtype: jnp.dtype,
 ) -> nnx.Linear:
     """A linear layer without bias, as all of them are here."""
     return nnx.Linear(
@@ -93,9 +111,13 @@ def _linear(
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention with a bias on the logits and no 1/sqrt(d): the initialisation of q stands in for it."""
+    """Multi-head attention with a bias on the logits and no 1/sqrt(d): the initialisation of q
+    stands in for it.
+    """
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         width, inner = config.width, config.heads * config.head_dim
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.heads = config.heads
@@ -105,7 +127,10 @@ class SelfAttention(nnx.Module):
         self.o = _linear(inner, width, inner**-0.5, **kw)
 
     def __call__(self, x_blm: jax.Array, mask_bs: jax.Array, bias_nls: jax.Array) -> jax.Array:
-        q, k, v = (rearrange(f(x_blm), "b l (n d) -> b l n d", n=self.heads) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(f(x_blm), "b l (n d) -> b l n d", n=self.heads)
+            for f in (self.q, self.k, self.v)
+        )
         logits = jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32) + bias_nls
         logits = jnp.where(mask_bs[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -115,7 +140,9 @@ class SelfAttention(nnx.Module):
 class FeedForward(nnx.Module):
     """fc2(gelu(gate(x)) * fc1(x)), with the tanh form of GELU."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.gate = _linear(config.width, config.ffn, config.width**-0.5, **kw)
         self.fc1 = _linear(config.width, config.ffn, config.width**-0.5, **kw)
@@ -126,18 +153,26 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each with a residual; the position biases belong to the block."""
+    """Pre-norm attention and feed-forward, each with a residual; the position biases belong to the
+    block.
+    """
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
+    def __init__(
+        self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
+    ):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.norm1 = RMSNorm(config.width, config.eps, param_dtype=param_dtype)
         self.attn = SelfAttention(config, **kw)
         self.norm2 = RMSNorm(config.width, config.eps, param_dtype=param_dtype)
         self.ffn = FeedForward(config, **kw)
         self.pos_embedding = nnx.Embed(
-            config.buckets, config.heads, embedding_init=nnx.initializers.normal(config.width**-0.5), dtype=jnp.float32,
-            param_dtype=param_dtype, rngs=rngs,
-        )  # fmt: skip
+            config.buckets,
+            config.heads,
+            embedding_init=nnx.initializers.normal(config.width**-0.5),
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x_blm: jax.Array, mask_bl: jax.Array, buckets_ls: np.ndarray) -> jax.Array:
         bias_nls = rearrange(self.pos_embedding(jnp.asarray(buckets_ls)), "l s n -> n l s")
@@ -165,7 +200,9 @@ class TextEncoder(nnx.Module):
     ):
         self.config = config
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.token_embedding = nnx.Embed(config.vocab, config.width, embedding_init=nnx.initializers.normal(1.0), **kw)
+        self.token_embedding = nnx.Embed(
+            config.vocab, config.width, embedding_init=nnx.initializers.normal(1.0), **kw
+        )
         self.blocks = nnx.List([Block(config, **kw) for _ in range(config.layers)])
         self.norm = RMSNorm(config.width, config.eps, param_dtype=param_dtype)
 
@@ -177,10 +214,13 @@ class TextEncoder(nnx.Module):
           mask_bl: True on the prompt and its end token, False on padding.
 
         Returns:
-          States [b, l, m] in the compute dtype; exactly zero on padding, where the transformer expects zeros.
+          States [b, l, m] in the compute dtype; exactly zero on padding, where the transformer
+          expects zeros.
         """
         mask_bl = mask_bl.astype(bool)
-        buckets_ls = relative_buckets(ids_bl.shape[1], self.config.buckets, self.config.max_distance)
+        buckets_ls = relative_buckets(
+            ids_bl.shape[1], self.config.buckets, self.config.max_distance
+        )
         x_blm = self.token_embedding(ids_bl)
         for block in self.blocks:
             x_blm = block(x_blm, mask_bl, buckets_ls)
@@ -190,9 +230,9 @@ class TextEncoder(nnx.Module):
 def clean_text(text: str) -> str:
     """Mend a prompt as Wan's training data were mended, before the tokenizer sees it.
 
-    Broken encodings and typographic characters are repaired (ftfy; full-width punctuation and curly quotes become
-    ASCII), HTML entities are resolved twice (scraped captions are often escaped twice), runs of white space become one
-    space.
+    Broken encodings and typographic characters are repaired (ftfy; full-width punctuation and curly
+    quotes become ASCII), HTML entities are resolved twice (scraped captions are often escaped
+    twice), runs of white space become one space.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
@@ -218,10 +258,13 @@ class Tokenizer:
         lacking = [name for name, number in ids.items() if number is None]
         if lacking:
             raise TokenizerError(
-                f"the tokenizer has no {' and no '.join(lacking)}; expected the special tokens of UMT5"
+                f"the tokenizer has no {' and no '.join(lacking)}; expected the special tokens of"
+                " UMT5"
             )
         if length < 1:
-            raise ValueError(f"length {length} leaves no room for the end token; expected at least 1")
+            raise ValueError(
+                f"length {length} leaves no room for the end token; expected at least 1"
+            )
         pieces.no_truncation()  # both are done here, so that settings saved in the file cannot interfere
         pieces.no_padding()
         self.pieces, self.length = pieces, length
@@ -254,14 +297,16 @@ class Tokenizer:
           prompts: any strings; the empty one becomes the end token alone.
 
         Returns:
-          ids_bl int32 [b, length], and mask_bl bool, True up to and including the end token. A prompt that is too long
-          loses its last pieces, never its end token.
+          ids_bl int32 [b, length], and mask_bl bool, True up to and including the end token. A
+          prompt that is too long loses its last pieces, never its end token.
         """
         if isinstance(prompts, str):
             raise TypeError("expected a list of prompts, got one string; wrap it in a list")
         ids = np.full((len(prompts), self.length), self.pad, np.int32)
         mask = np.zeros(ids.shape, bool)
-        encodings = self.pieces.encode_batch([clean_text(p) for p in prompts], add_special_tokens=False)
+        encodings = self.pieces.encode_batch(
+            [clean_text(p) for p in prompts], add_special_tokens=False
+        )
         for row, encoding in enumerate(encodings):
             tokens = [*encoding.ids[: self.length - 1], self.end]
             ids[row, : len(tokens)] = tokens

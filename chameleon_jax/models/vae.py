@@ -1,18 +1,22 @@
-"""The causal video VAE of Wan2.2: pixels to latents and back, for whole clips and for endless streams.
+"""The causal video VAE of Wan2.2: pixels to latents and back, for whole clips and for endless
+streams.
 
-Wan2.2's VAE follows that of Wan 2.1 (arXiv 2503.20314, section 4.1): convolutions over (time, row, column) that see no
-later frame, so that an image is a clip of one frame and a stream is a clip without an end. Around every stage that
-changes the resolution there is a shortcut without parameters (averages going down, copies going up).
+Wan2.2's VAE follows that of Wan 2.1 (arXiv 2503.20314, section 4.1): convolutions over (time, row,
+column) that see no later frame, so that an image is a clip of one frame and a stream is a clip
+without an end. Around every stage that changes the resolution there is a shortcut without
+parameters (averages going down, copies going up).
 
-There is one path: a chunk of frames plus the state of the stream gives a chunk of results plus the new state. A whole
-clip is the chunk that starts a stream, computed over all of its frames at once.
+There is one path: a chunk of frames plus the state of the stream gives a chunk of results plus the
+new state. A whole clip is the chunk that starts a stream, computed over all of its frames at once.
 
-The first frame is special. It stands alone: one pixel frame is one latent frame, every later latent frame stands for
-`temporal_factor` pixel frames. Down-sampling in time lets it pass and pairs the others; up-sampling in time lets it pass
-and doubles the others. These two layers, and their shortcuts, are the only places that ask whether a stream starts.
+The first frame is special. It stands alone: one pixel frame is one latent frame, every later latent
+frame stands for `temporal_factor` pixel frames. Down-sampling in time lets it pass and pairs the
+others; up-sampling in time lets it pass and doubles the others. These two layers, and their
+shortcuts, are the only places that ask whether a stream starts.
 
-Axes: b batch, t pixel frames or frames between the two, f latent frames, h w grid, c channels; in rearrangements r is
-the position in a group of frames, p and q are row and column in a patch; in kernels i and o are input and output.
+Axes: b batch, t pixel frames or frames between the two, f latent frames, h w grid, c channels; in
+rearrangements r is the position in a group of frames, p and q are row and column in a patch; in
+kernels i and o are input and output.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-# Nested dictionaries of arrays [b, frames, h, w, c], named as the layers are. None in its place: the input is a single
-# picture and nothing follows, so that what multiplies the empty past can be left out.
+# Nested dictionaries of arrays [b, frames, h, w, c], named as the layers are. None in its place:
+# the input is a single picture and nothing follows, so that what multiplies the empty past can be
+# left out.
 State = Any
 
 CONV_FORMS = ("auto", "conv3d", "stacked")
@@ -42,13 +47,19 @@ class VaeConfig:
     z_dim: int  # latent channels
     enc_width: int  # channels of the encoder's first stage, before `width_mult`
     dec_width: int  # channels of the decoder's last stage, before `width_mult`
-    width_mult: tuple[int, ...]  # width of each encoder stage; the decoder goes through them backwards
+    width_mult: tuple[
+        int, ...
+    ]  # width of each encoder stage; the decoder goes through them backwards
     enc_blocks: int  # residual blocks per encoder stage
     dec_blocks: int  # residual blocks per decoder stage
-    temporal_down: tuple[bool, ...]  # for each stage but the last, all of which halve the grid: halve time as well?
+    temporal_down: tuple[
+        bool, ...
+    ]  # for each stage but the last, all of which halve the grid: halve time as well?
     patch: int = 2  # pixels of a patch x patch square become channels before the first convolution
     latent_mean: tuple[float, ...] = ()  # of the encoder's means, per channel; empty: 0
-    latent_std: tuple[float, ...] = ()  # the same, empty: 1; latents handed out have about mean 0 and deviation 1
+    latent_std: tuple[
+        float, ...
+    ] = ()  # the same, empty: 1; latents handed out have about mean 0 and deviation 1
     conv: str = "auto"  # form of the convolutions over time, see `choose_conv`
 
     def __post_init__(self):
@@ -58,14 +69,19 @@ class VaeConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)) or fill.get(name, ()))
         if len(self.temporal_down) != len(self.width_mult) - 1:
             raise ValueError(
-                f"temporal_down has {len(self.temporal_down)} entries for {len(self.width_mult)} stages; expected one for"
+                f"temporal_down has {len(self.temporal_down)} entries for {len(self.width_mult)}"
+                " stages; expected one for"
                 " each stage but the last"
             )
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) != self.z_dim:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries, expected z_dim={self.z_dim}")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, expected z_dim={self.z_dim}"
+                )
         if min(self.latent_std) <= 0:
-            raise ValueError(f"latent_std has the entry {min(self.latent_std)}; expected positive numbers")
+            raise ValueError(
+                f"latent_std has the entry {min(self.latent_std)}; expected positive numbers"
+            )
         if self.conv not in CONV_FORMS:
             raise ValueError(f"conv is {self.conv!r}; expected one of {', '.join(CONV_FORMS)}")
 
@@ -83,9 +99,16 @@ class VaeConfig:
     def wan22(cls) -> VaeConfig:
         """The VAE of Wan2.2-TI2V-5B: 704,688,668 parameters, 16x in space, 4x in time, 48 channels."""
         return cls(
-            z_dim=48, enc_width=160, dec_width=256, width_mult=(1, 2, 4, 4), enc_blocks=2, dec_blocks=3,
-            temporal_down=(False, True, True), latent_mean=WAN22_LATENT_MEAN, latent_std=WAN22_LATENT_STD,
-        )  # fmt: skip
+            z_dim=48,
+            enc_width=160,
+            dec_width=256,
+            width_mult=(1, 2, 4, 4),
+            enc_blocks=2,
+            dec_blocks=3,
+            temporal_down=(False, True, True),
+            latent_mean=WAN22_LATENT_MEAN,
+            latent_std=WAN22_LATENT_STD,
+        )
 
 
 # Published with the weights of Wan2.2's VAE.
@@ -107,7 +130,9 @@ WAN22_LATENT_STD = (
 
 
 def patchify(x_bthwc: jax.Array, patch: int) -> jax.Array:
-    """Squares of pixels to channels: channel = (colour * patch + column) * patch + row. The column comes before the row."""
+    """Squares of pixels to channels: channel = (colour * patch + column) * patch + row. The column
+    comes before the row.
+    """
     return rearrange(x_bthwc, "b t (h p) (w q) c -> b t h w (c q p)", p=patch, q=patch)
 
 
@@ -116,11 +141,14 @@ def unpatchify(x_bthwc: jax.Array, patch: int) -> jax.Array:
     return rearrange(x_bthwc, "b t h w (c q p) -> b t (h p) (w q) c", p=patch, q=patch)
 
 
-def average_shortcut(x_bthwc: jax.Array, channels: int, factor_t: int, factor_s: int, first: bool) -> jax.Array:
-    """Around a stage of the encoder: means over groups of (channel, frame, row, column), in this order.
+def average_shortcut(
+    x_bthwc: jax.Array, channels: int, factor_t: int, factor_s: int, first: bool
+) -> jax.Array:
+    """Around a stage of the encoder: means over groups of (channel, frame, row, column), in this
+    order.
 
-    The first frame of a stream is paired with empty frames in front of it. Where the width grows by more than the
-    groups have members, channels are copied instead.
+    The first frame of a stream is paired with empty frames in front of it. Where the width grows by
+    more than the groups have members, channels are copied instead.
 
     Args:
       x_bthwc: t is a multiple of `factor_t`, or one more than that if `first`.
@@ -130,28 +158,36 @@ def average_shortcut(x_bthwc: jax.Array, channels: int, factor_t: int, factor_s:
     """
     if first:
         x_bthwc = jnp.pad(x_bthwc, ((0, 0), (factor_t - 1, 0), (0, 0), (0, 0), (0, 0)))
-    members = rearrange(x_bthwc, "b (t r) (h p) (w q) c -> b t h w (c r p q)", r=factor_t, p=factor_s, q=factor_s)
+    members = rearrange(
+        x_bthwc, "b (t r) (h p) (w q) c -> b t h w (c r p q)", r=factor_t, p=factor_s, q=factor_s
+    )
     if members.shape[-1] < channels:
         return jnp.repeat(members, channels // members.shape[-1], axis=-1)
     return rearrange(members, "b t h w (c g) -> b t h w c g", c=channels).mean(axis=-1)
 
 
-def copy_shortcut(x_bthwc: jax.Array, channels: int, factor_t: int, factor_s: int, first: bool) -> jax.Array:
-    """Around a stage of the decoder: every channel is copied over (channel, frame, row, column), in this order.
+def copy_shortcut(
+    x_bthwc: jax.Array, channels: int, factor_t: int, factor_s: int, first: bool
+) -> jax.Array:
+    """Around a stage of the decoder: every channel is copied over (channel, frame, row, column), in
+    this order.
 
     Of the first frame of a stream only the last copy in time is kept.
     """
     copies = jnp.repeat(x_bthwc, channels * factor_t * factor_s**2 // x_bthwc.shape[-1], axis=-1)
-    y = rearrange(copies, "b t h w (c r p q) -> b (t r) (h p) (w q) c", r=factor_t, p=factor_s, q=factor_s)
+    y = rearrange(
+        copies, "b t h w (c r p q) -> b (t r) (h p) (w q) c", r=factor_t, p=factor_s, q=factor_s
+    )
     return y[:, factor_t - 1 :] if first else y
 
 
 def choose_conv(form: str = "auto") -> str:
-    """How to compute convolutions over time: "conv3d", or "stacked" (the taps as channels of one 2-D convolution).
+    """How to compute convolutions over time: "conv3d", or "stacked" (the taps as channels of one
+    2-D convolution).
 
-    Both give the same up to rounding. XLA has fast 3-D convolutions for GPU and TPU; on a CPU the stacked form is
-    several times faster, in training most of all. "auto" asks for the default backend: to compile for another one than
-    that, name the form.
+    Both give the same up to rounding. XLA has fast 3-D convolutions for GPU and TPU; on a CPU the
+    stacked form is several times faster, in training most of all. "auto" asks for the default
+    backend: to compile for another one than that, name the form.
     """
     if form != "auto":
         return form
@@ -159,7 +195,8 @@ def choose_conv(form: str = "auto") -> str:
 
 
 def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str) -> jax.Array:
-    """Convolution without padding in time and with zeros around each frame, so that the grid stays as it is.
+    """Convolution without padding in time and with zeros around each frame, so that the grid stays
+    as it is.
 
     Args:
       x_bthwc: input.
@@ -174,21 +211,31 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
     pad = ((rows // 2, rows // 2), (columns // 2, columns // 2))
     if form == "conv3d":
         return jax.lax.conv_general_dilated(
-            x_bthwc, kernel, (stride_t, 1, 1), ((0, 0), *pad), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+            x_bthwc,
+            kernel,
+            (stride_t, 1, 1),
+            ((0, 0), *pad),
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
     b, t, h, w, _ = x_bthwc.shape
     steps = (t - taps) // stride_t + 1
     seen = [x_bthwc[:, k : k + stride_t * (steps - 1) + 1 : stride_t] for k in range(taps)]
     stacked = jnp.concatenate(seen, axis=-1).reshape(b * steps, h, w, -1)
     kernel_hwio = rearrange(kernel, "t h w i o -> h w (t i) o")
-    y = jax.lax.conv_general_dilated(stacked, kernel_hwio, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(
+        stacked, kernel_hwio, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     return y.reshape(b, steps, h, w, outputs)
 
 
-def conv_grid(x_bthwc: jax.Array, kernel: jax.Array, stride: int, pad: Sequence[tuple[int, int]]) -> jax.Array:
+def conv_grid(
+    x_bthwc: jax.Array, kernel: jax.Array, stride: int, pad: Sequence[tuple[int, int]]
+) -> jax.Array:
     """2-D convolution of every frame; kernel [row, column, in, out]."""
     x = rearrange(x_bthwc, "b t h w c -> (b t) h w c")
-    y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     return rearrange(y, "(b t) h w c -> b t h w c", b=x_bthwc.shape[0])
 
 
@@ -206,17 +253,23 @@ class Build:
 
     def linear(self, inputs: int, outputs: int, **kw: Any) -> nnx.Linear:
         """A convolution of one tap and one pixel."""
-        return nnx.Linear(inputs, outputs, rngs=self.rngs, dtype=self.dtype, param_dtype=self.param_dtype, **kw)
+        return nnx.Linear(
+            inputs, outputs, rngs=self.rngs, dtype=self.dtype, param_dtype=self.param_dtype, **kw
+        )
 
     def kernel(self, *shape: int) -> nnx.Param:
-        return nnx.Param(nnx.initializers.lecun_normal()(self.rngs.params(), shape, self.param_dtype))
+        return nnx.Param(
+            nnx.initializers.lecun_normal()(self.rngs.params(), shape, self.param_dtype)
+        )
 
     def bias(self, outputs: int) -> nnx.Param:
         return nnx.Param(jnp.zeros(outputs, self.param_dtype))
 
 
 class ChannelNorm(nnx.Module):
-    """x / max(|x|, 1e-12) * sqrt(channels) * scale, |x| over the channels, in float32; no mean, no bias."""
+    """x / max(|x|, 1e-12) * sqrt(channels) * scale, |x| over the channels, in float32; no mean, no
+    bias.
+    """
 
     def __init__(self, channels: int, *, build: Build):
         self.scale = nnx.Param(jnp.ones(channels, build.param_dtype))
@@ -230,7 +283,9 @@ class ChannelNorm(nnx.Module):
 
 
 class Conv2d(nnx.Module):
-    """3x3 convolution of every frame; `stride` 2 halves the grid, with zeros below and to the right only."""
+    """3x3 convolution of every frame; `stride` 2 halves the grid, with zeros below and to the right
+    only.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, build: Build):
         self.kernel, self.bias = build.kernel(3, 3, inputs, outputs), build.bias(outputs)
@@ -238,24 +293,37 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x_bthwc: jax.Array) -> jax.Array:
         pad = ((1, 1), (1, 1)) if self.stride == 1 else ((0, 1), (0, 1))
-        kernel, bias = self.kernel.get_value().astype(self.dtype), self.bias.get_value().astype(self.dtype)
+        kernel, bias = (
+            self.kernel.get_value().astype(self.dtype),
+            self.bias.get_value().astype(self.dtype),
+        )
         return conv_grid(x_bthwc, kernel, self.stride, pad) + bias
 
 
 class CausalConv3d(nnx.Module):
-    """Convolution over the current frame and the two before it. State: the last two input frames, zeros at the start."""
+    """Convolution over the current frame and the two before it. State: the last two input frames,
+    zeros at the start.
+    """
 
     TAPS = 3
 
     def __init__(self, inputs: int, outputs: int, *, size: int = 3, build: Build):
-        self.kernel, self.bias = build.kernel(self.TAPS, size, size, inputs, outputs), build.bias(outputs)
+        self.kernel, self.bias = (
+            build.kernel(self.TAPS, size, size, inputs, outputs),
+            build.bias(outputs),
+        )
         self.inputs, self.dtype, self.conv = inputs, build.dtype, build.conv
 
     def init_state(self, b: int, h: int, w: int) -> jax.Array:
         return jnp.zeros((b, self.TAPS - 1, h, w, self.inputs), self.dtype)
 
-    def __call__(self, x_bthwc: jax.Array, state: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        kernel, bias = self.kernel.get_value().astype(self.dtype), self.bias.get_value().astype(self.dtype)
+    def __call__(
+        self, x_bthwc: jax.Array, state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        kernel, bias = (
+            self.kernel.get_value().astype(self.dtype),
+            self.bias.get_value().astype(self.dtype),
+        )
         if state is None:
             return conv_frames(x_bthwc, kernel[-1:], 1, choose_conv(self.conv)) + bias, None
         seen = jnp.concatenate([state, x_bthwc], axis=1)
@@ -263,9 +331,11 @@ class CausalConv3d(nnx.Module):
 
 
 class StridedTimeConv(nnx.Module):
-    """Halves the frames with windows of three frames, two frames apart. State: the last input frame.
+    """Halves the frames with windows of three frames, two frames apart. State: the last input
+    frame.
 
-    A stream of 4k + 1 frames gives 2k + 1: the first frame passes, then come the windows (0, 1, 2), (2, 3, 4), ...
+    A stream of 4k + 1 frames gives 2k + 1: the first frame passes, then come the windows (0, 1, 2),
+    (2, 3, 4), ...
     """
 
     def __init__(self, channels: int, *, build: Build):
@@ -275,8 +345,13 @@ class StridedTimeConv(nnx.Module):
     def init_state(self, b: int, h: int, w: int) -> jax.Array:
         return jnp.zeros((b, 1, h, w, self.channels), self.dtype)
 
-    def __call__(self, x_bthwc: jax.Array, state: jax.Array | None, first: bool) -> tuple[jax.Array, jax.Array | None]:
-        kernel, bias = self.kernel.get_value().astype(self.dtype), self.bias.get_value().astype(self.dtype)
+    def __call__(
+        self, x_bthwc: jax.Array, state: jax.Array | None, first: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        kernel, bias = (
+            self.kernel.get_value().astype(self.dtype),
+            self.bias.get_value().astype(self.dtype),
+        )
         new_state = None if state is None else x_bthwc[:, -1:]
         if first and x_bthwc.shape[1] == 1:
             return x_bthwc, new_state
@@ -317,7 +392,9 @@ class AttentionBlock(nnx.Module):
         _, _, h, w, channels = x_bthwc.shape
         qkv = rearrange(self.qkv(self.norm(x_bthwc)), "b t h w c -> b t (h w) c")
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        logits = jnp.einsum("btlc,btsc->btls", q, k, preferred_element_type=jnp.float32) / math.sqrt(channels)
+        logits = jnp.einsum(
+            "btlc,btsc->btls", q, k, preferred_element_type=jnp.float32
+        ) / math.sqrt(channels)
         y = jnp.einsum("btls,btsc->btlc", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
         return x_bthwc + self.proj(rearrange(y, "b t (h w) c -> b t h w c", h=h, w=w))
 
@@ -331,7 +408,10 @@ class Middle(nnx.Module):
         self.block2 = ResidualBlock(channels, channels, build=build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        return {"block1": self.block1.init_state(b, h, w), "block2": self.block2.init_state(b, h, w)}
+        return {
+            "block1": self.block1.init_state(b, h, w),
+            "block2": self.block2.init_state(b, h, w),
+        }
 
     def __call__(self, x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
         x, state1 = self.block1(x_bthwc, _of(state, "block1"))
@@ -350,7 +430,11 @@ class Down(nnx.Module):
         self.time_conv = StridedTimeConv(channels, build=build) if temporal else None
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        return {} if self.time_conv is None else {"time_conv": self.time_conv.init_state(b, h // 2, w // 2)}
+        return (
+            {}
+            if self.time_conv is None
+            else {"time_conv": self.time_conv.init_state(b, h // 2, w // 2)}
+        )
 
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
         x = self.conv(x_bthwc)
@@ -363,12 +447,15 @@ class Down(nnx.Module):
 class Up(nnx.Module):
     """Doubles the frames if `temporal`, then the grid (nearest neighbour, then a convolution).
 
-    Frames are doubled by a causal convolution to twice the width, whose first half is the earlier frame. The first frame
-    of a stream passes by and is not part of the convolution's past either, which starts from zeros behind it.
+    Frames are doubled by a causal convolution to twice the width, whose first half is the earlier
+    frame. The first frame of a stream passes by and is not part of the convolution's past either,
+    which starts from zeros behind it.
     """
 
     def __init__(self, channels: int, temporal: bool, *, build: Build):
-        self.time_conv = CausalConv3d(channels, 2 * channels, size=1, build=build) if temporal else None
+        self.time_conv = (
+            CausalConv3d(channels, 2 * channels, size=1, build=build) if temporal else None
+        )
         self.conv = Conv2d(channels, channels, build=build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
@@ -388,17 +475,24 @@ class Up(nnx.Module):
 
 
 class EncoderStage(nnx.Module):
-    """Residual blocks and down-sampling (all stages but the last), with an averaging shortcut around all of it."""
+    """Residual blocks and down-sampling (all stages but the last), with an averaging shortcut
+    around all of it.
+    """
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, down: bool, temporal: bool, *, build: Build):
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, down: bool, temporal: bool, *, build: Build
+    ):
         widths = (inputs, *[outputs] * blocks)
-        self.blocks = nnx.List([ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)])
+        self.blocks = nnx.List(
+            [ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)]
+        )
         self.down = Down(outputs, temporal, build=build) if down else None
         self.outputs, self.factor_t, self.factor_s = outputs, 2 if temporal else 1, 2 if down else 1
         members = inputs * self.factor_t * self.factor_s**2
         if members % outputs and outputs % members:
             raise ValueError(
-                f"an encoder stage from {inputs} to {outputs} channels cannot average {members} values evenly"
+                f"an encoder stage from {inputs} to {outputs} channels cannot average {members}"
+                " values evenly"
             )
 
     def init_state(self, b: int, h: int, w: int) -> State:
@@ -409,19 +503,30 @@ class EncoderStage(nnx.Module):
         x, new_state = _run_blocks(self.blocks, x_bthwc, state)
         if self.down is not None:
             x, new_state["down"] = self.down(x, _of(state, "down"), first)
-        return x + average_shortcut(x_bthwc, self.outputs, self.factor_t, self.factor_s, first), new_state
+        return x + average_shortcut(
+            x_bthwc, self.outputs, self.factor_t, self.factor_s, first
+        ), new_state
 
 
 class DecoderStage(nnx.Module):
-    """Residual blocks and, in all stages but the last, up-sampling, with a copying shortcut around both."""
+    """Residual blocks and, in all stages but the last, up-sampling, with a copying shortcut around
+    both.
+    """
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, up: bool, temporal: bool, *, build: Build):
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, up: bool, temporal: bool, *, build: Build
+    ):
         widths = (inputs, *[outputs] * blocks)
-        self.blocks = nnx.List([ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)])
+        self.blocks = nnx.List(
+            [ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)]
+        )
         self.up = Up(outputs, temporal, build=build) if up else None
         self.outputs, self.factor_t = outputs, 2 if temporal else 1
         if up and outputs * self.factor_t * 4 % inputs:
-            raise ValueError(f"a decoder stage from {inputs} to {outputs} channels cannot copy its channels evenly")
+            raise ValueError(
+                f"a decoder stage from {inputs} to {outputs} channels cannot copy its channels"
+                " evenly"
+            )
 
     def init_state(self, b: int, h: int, w: int) -> State:
         state: dict[str, State] = {"blocks": [block.init_state(b, h, w) for block in self.blocks]}
@@ -442,10 +547,12 @@ class Encoder(nnx.Module):
         widths = [config.enc_width * m for m in (config.width_mult[0], *config.width_mult)]
         self.conv_in = CausalConv3d(3 * config.patch**2, widths[0], build=build)
         downs = (*config.temporal_down, None)
-        self.stages = nnx.List([
-            EncoderStage(i, o, config.enc_blocks, down is not None, bool(down), build=build)
-            for i, o, down in zip(widths, widths[1:], downs, strict=False)
-        ])  # fmt: skip
+        self.stages = nnx.List(
+            [
+                EncoderStage(i, o, config.enc_blocks, down is not None, bool(down), build=build)
+                for i, o, down in zip(widths, widths[1:], downs, strict=False)
+            ]
+        )
         self.middle = Middle(widths[-1], build=build)
         self.norm_out = ChannelNorm(widths[-1], build=build)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, build=build)
@@ -454,7 +561,9 @@ class Encoder(nnx.Module):
         grids = [(h >> i, w >> i) for i in range(len(self.stages))]
         return {
             "conv_in": self.conv_in.init_state(b, h, w),
-            "stages": [stage.init_state(b, *grid) for stage, grid in zip(self.stages, grids, strict=True)],
+            "stages": [
+                stage.init_state(b, *grid) for stage, grid in zip(self.stages, grids, strict=True)
+            ],
             "middle": self.middle.init_state(b, *grids[-1]),
             "conv_out": self.conv_out.init_state(b, *grids[-1]),
         }
@@ -479,10 +588,12 @@ class Decoder(nnx.Module):
         self.conv_in = CausalConv3d(config.z_dim, widths[0], build=build)
         self.middle = Middle(widths[0], build=build)
         ups = (*config.temporal_down[::-1], None)
-        self.stages = nnx.List([
-            DecoderStage(i, o, config.dec_blocks, up is not None, bool(up), build=build)
-            for i, o, up in zip(widths, widths[1:], ups, strict=False)
-        ])  # fmt: skip
+        self.stages = nnx.List(
+            [
+                DecoderStage(i, o, config.dec_blocks, up is not None, bool(up), build=build)
+                for i, o, up in zip(widths, widths[1:], ups, strict=False)
+            ]
+        )
         self.norm_out = ChannelNorm(widths[-1], build=build)
         self.conv_out = CausalConv3d(widths[-1], 3 * config.patch**2, build=build)
 
@@ -491,7 +602,9 @@ class Decoder(nnx.Module):
         return {
             "conv_in": self.conv_in.init_state(b, h, w),
             "middle": self.middle.init_state(b, h, w),
-            "stages": [stage.init_state(b, *grid) for stage, grid in zip(self.stages, grids, strict=True)],
+            "stages": [
+                stage.init_state(b, *grid) for stage, grid in zip(self.stages, grids, strict=True)
+            ],
             "conv_out": self.conv_out.init_state(b, *grids[-1]),
         }
 
@@ -507,10 +620,11 @@ class Decoder(nnx.Module):
 
 
 class Vae(nnx.Module):
-    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back, t = temporal_factor (f - 1) + 1.
+    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back, t =
+    temporal_factor (f - 1) + 1.
 
-    Latents handed out and taken in are scaled, (mean - latent_mean) / latent_std; there is no sampling. Inputs may have
-    any float dtype, results are float32.
+    Latents handed out and taken in are scaled, (mean - latent_mean) / latent_std; there is no
+    sampling. Inputs may have any float dtype, results are float32.
 
     Args:
       config: sizes.
@@ -538,12 +652,15 @@ class Vae(nnx.Module):
         """Scaled latents of a whole clip, or of images if t = 1.
 
         Raises:
-          ValueError: t is not 1 more than a multiple of `temporal_factor`, or h or w no multiple of `spatial_factor`.
+          ValueError: t is not 1 more than a multiple of `temporal_factor`, or h or w no multiple of
+            `spatial_factor`.
         """
         return self._scale(self.encode_moments(x_bthwc)[0])
 
     def encode_moments(self, x_bthwc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance of the posterior of a whole clip, both float32 and not scaled, for training."""
+        """Mean and log-variance of the posterior of a whole clip, both float32 and not scaled, for
+        training.
+        """
         b, t, h, w, _ = x_bthwc.shape
         state = None if t == 1 else self.init_encode_state(b, h, w)
         mean, logvar, _ = self._encode(x_bthwc, state, first=True)
@@ -554,7 +671,8 @@ class Vae(nnx.Module):
 
         Args:
           z_bfhwc: scaled latents.
-          clamp: keep the pixels in [-1, 1]; training goes without, as a clamped pixel has no gradient.
+          clamp: keep the pixels in [-1, 1]; training goes without, as a clamped pixel has no
+            gradient.
         """
         b, f, h, w, _ = z_bfhwc.shape
         state = None if f == 1 else self.init_decode_state(b, h, w)
@@ -569,8 +687,11 @@ class Vae(nnx.Module):
         """State before the first latent frame of a stream; h and w in latent pixels."""
         return self.decoder.init_state(b, h, w)
 
-    def encode_chunk(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
-        """The next frames of a stream; any split of a stream gives what `encode` gives for the whole of it.
+    def encode_chunk(
+        self, x_bthwc: jax.Array, state: State, first: bool
+    ) -> tuple[jax.Array, State]:
+        """The next frames of a stream; any split of a stream gives what `encode` gives for the
+        whole of it.
 
         Args:
           x_bthwc: t is a multiple of `temporal_factor`, and 1 more than one in the first chunk.
@@ -578,7 +699,8 @@ class Vae(nnx.Module):
           first: does the stream start with this chunk? Static.
 
         Returns:
-          Scaled latents, and the state for the next chunk, which has the same shapes as the one before.
+          Scaled latents, and the state for the next chunk, which has the same shapes as the one
+          before.
 
         Raises:
           ValueError: if the number of frames or the size does not fit, or the state is missing.
@@ -588,8 +710,11 @@ class Vae(nnx.Module):
         mean, _, state = self._encode(x_bthwc, _needed(state), first)
         return self._scale(mean), state
 
-    def decode_chunk(self, z_bfhwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
-        """The next latent frames of a stream; any split of a stream gives what `decode` gives for the whole of it.
+    def decode_chunk(
+        self, z_bfhwc: jax.Array, state: State, first: bool
+    ) -> tuple[jax.Array, State]:
+        """The next latent frames of a stream; any split of a stream gives what `decode` gives for
+        the whole of it.
 
         Args:
           z_bfhwc: scaled latents, any number of frames.
@@ -597,8 +722,8 @@ class Vae(nnx.Module):
           first: does the stream start with this chunk? Static.
 
         Returns:
-          Pixels in [-1, 1], `temporal_factor` frames for each latent frame, 1 for the first of the stream; and the state
-          for the next chunk, which has the same shapes as the one before.
+          Pixels in [-1, 1], `temporal_factor` frames for each latent frame, 1 for the first of the
+          stream; and the state for the next chunk, which has the same shapes as the one before.
 
         Raises:
           ValueError: if the channels do not fit, or the state is missing.
@@ -607,16 +732,22 @@ class Vae(nnx.Module):
             state = self.init_decode_state(z_bfhwc.shape[0], *z_bfhwc.shape[2:4])
         return self._decode(z_bfhwc, _needed(state), first, clamp=True)
 
-    def _encode(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, jax.Array, State]:
+    def _encode(
+        self, x_bthwc: jax.Array, state: State, first: bool
+    ) -> tuple[jax.Array, jax.Array, State]:
         self._check_pixels(x_bthwc, first)
         x = patchify(x_bthwc.astype(self.dtype), self.config.patch)
         x, state = self.encoder(x, state, first)
         mean, logvar = jnp.split(self.quant(x).astype(jnp.float32), 2, axis=-1)
         return mean, logvar, state
 
-    def _decode(self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool) -> tuple[jax.Array, State]:
+    def _decode(
+        self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool
+    ) -> tuple[jax.Array, State]:
         if z_bfhwc.ndim != 5 or z_bfhwc.shape[1] < 1 or z_bfhwc.shape[-1] != self.config.z_dim:
-            raise ValueError(f"latents {z_bfhwc.shape}; expected [b, f, h, w, {self.config.z_dim}] with f >= 1")
+            raise ValueError(
+                f"latents {z_bfhwc.shape}; expected [b, f, h, w, {self.config.z_dim}] with f >= 1"
+            )
         mean, std = jnp.array(self.config.latent_mean), jnp.array(self.config.latent_std)
         z = (z_bfhwc.astype(jnp.float32) * std + mean).astype(self.dtype)
         x, state = self.decoder(self.post_quant(z), state, first)
@@ -632,20 +763,28 @@ class Vae(nnx.Module):
         t, h, w = x_bthwc.shape[1:4]
         unit, group = self.config.spatial_factor, self.config.temporal_factor
         if h % unit or w % unit:
-            raise ValueError(f"frames of {h}x{w} pixels; expected multiples of {unit}: crop or pad them first")
+            raise ValueError(
+                f"frames of {h}x{w} pixels; expected multiples of {unit}: crop or pad them first"
+            )
         if t < 1 or (t - first) % group:
             expected = f"{group}k + 1" if first else f"{group}k"
-            raise ValueError(f"{t} frames; expected {expected}: leave out the last {(t - first) % group}")
+            raise ValueError(
+                f"{t} frames; expected {expected}: leave out the last {(t - first) % group}"
+            )
 
 
 def _quant_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Zero for means, -5 for log-variances: training starts with little noise, and does not have to unlearn it first."""
+    """Zero for means, -5 for log-variances: training starts with little noise, and does not have to
+    unlearn it first.
+    """
     del key
     return jnp.repeat(jnp.array([0.0, -5.0], dtype), shape[0] // 2)
 
 
 def _of(state: State, *keys: str | int) -> State:
-    """The part of a state that belongs to a layer; None if there is none, which is how pictures are computed."""
+    """The part of a state that belongs to a layer; None if there is none, which is how pictures are
+    computed.
+    """
     for key in keys:
         state = None if state is None else state[key]
     return state
@@ -654,7 +793,8 @@ def _of(state: State, *keys: str | int) -> State:
 def _needed(state: State) -> State:
     if state is None:
         raise ValueError(
-            "state is None in a chunk that does not start the stream; hand in what the chunk before returned"
+            "state is None in a chunk that does not start the stream; hand in what the chunk before"
+            " returned"
         )
     return state
 

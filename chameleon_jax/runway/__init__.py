@@ -1,6 +1,7 @@
 """Runway: a synthetic set of people in clothes, rendered from a seed, with exact ground truth.
 
-Adults only, always dressed. Needs the extra `runway` (numba and pillow). See `clip` for the interface.
+Adults only, always dressed. Needs the extra `runway` (numba and pillow). See `clip` for the
+interface.
 """
 
 from __future__ import annotations

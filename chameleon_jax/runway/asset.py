@@ -1,6 +1,8 @@
-"""The body data that ships with the package (CC0, see `assets/runway/LICENSE.md`), decoded once per process.
+"""The body data that ships with the package (CC0, see `assets/runway/LICENSE.md`), decoded once per
+process.
 
-Legend: v vertices, k shape coefficients, j bones. Metres; x to the person's left, y up, z to the front.
+Legend: v vertices, k shape coefficients, j bones. Metres; x to the person's left, y up, z to the
+front.
 """
 
 from __future__ import annotations
@@ -13,8 +15,18 @@ import numpy as np
 
 REGIONS = ("body", "tights", "skirt", "eyes")
 PHENOTYPE = (
-    "gender", "age", "muscle", "weight", "height", "proportions", "bust", "firmness", "african", "asian", "caucasian",
-)  # fmt: skip
+    "gender",
+    "age",
+    "muscle",
+    "weight",
+    "height",
+    "proportions",
+    "bust",
+    "firmness",
+    "african",
+    "asian",
+    "caucasian",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +44,8 @@ class Asset:
       triangles, ranges: by region name; indices are global, a range is (first, end).
       expressions, expression_vertices: offsets [6, n, 3] of the vertices [n].
       lips, ears, eyelids: masks of the body's vertices in [0, 1].
-      nearest, nearest_distance: nearest vertex of the subdivided tights for each body vertex, and how far it is.
+      nearest, nearest_distance: nearest vertex of the subdivided tights for each body vertex, and
+        how far it is.
       occlusion_body, occlusion_tights: share of the sky that each vertex sees.
     """
 
@@ -85,19 +98,28 @@ class Asset:
         return self.dense_weights(*self.ranges["body"])
 
     def body_share(self, *bones: str) -> np.ndarray:
-        """Summed skin weight of some bones for each body vertex; `.*` in a name stands for both sides."""
+        """Summed skin weight of some bones for each body vertex; `.*` in a name stands for both
+        sides.
+        """
         return self.body_weights[:, self.bone_indices(*bones)].sum(1)
 
     def bone_indices(self, *bones: str) -> list[int]:
         """Indices of bones by name; a name that ends in `.*` stands for its left and right bone."""
-        names = [name[:-1] + side for name in bones for side in ("LR" if name.endswith(".*") else name[-1])]
+        names = [
+            name[:-1] + side
+            for name in bones
+            for side in ("LR" if name.endswith(".*") else name[-1])
+        ]
         return [self.bone[name] for name in names]
 
 
 @functools.lru_cache(maxsize=1)
 def load() -> Asset:
     """Read the data file of the package."""
-    with resources.files("chameleon_jax").joinpath("assets/runway/body.npz").open("rb") as file, np.load(file) as npz:
+    with (
+        resources.files("chameleon_jax").joinpath("assets/runway/body.npz").open("rb") as file,
+        np.load(file) as npz,
+    ):
         data = {name: npz[name] for name in npz.files}
     weights = data["w"].astype(np.float32)
     body = slice(*data["range_body"])
@@ -113,8 +135,11 @@ def load() -> Asset:
         skin_index=data["widx"].astype(np.int32),
         skin_weight=weights / weights.sum(1, keepdims=True),
         triangles={name: data[f"tri_{name}"].astype(np.int32) for name in REGIONS},
-        ranges={name: (int(data[f"range_{name}"][0]), int(data[f"range_{name}"][1])) for name in REGIONS},
-        expressions=data["expr"].astype(np.float32) * data["expr_s"].astype(np.float32)[:, None, None],
+        ranges={
+            name: (int(data[f"range_{name}"][0]), int(data[f"range_{name}"][1])) for name in REGIONS
+        },
+        expressions=data["expr"].astype(np.float32)
+        * data["expr_s"].astype(np.float32)[:, None, None],
         expression_vertices=data["expr_idx"].astype(np.int32),
         lips=data["mask_lips"][body].astype(np.float32) / 255,
         ears=data["mask_ears"][body].astype(np.float32) / 255,

@@ -1,4 +1,6 @@
-"""Backgrounds: a floor plane and a back wall, ray-cast and drawn by rule, so parallax is right for every camera."""
+"""Backgrounds: a floor plane and a back wall, ray-cast and drawn by rule, so parallax is right for
+every camera.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def _floor(colour, place, x, z, distance, f):
     elif place.kind == _STREET:
         i, j = math.floor(x / 0.6), math.floor(z / 0.6 + 0.3)
         joint = band(x / 0.6, 0.965, f / 0.6) * band(z / 0.6 + 0.3, 0.965, f / 0.6)
-        value = (0.88 + 0.14 * lattice(i, j, 5)) * (0.8 + 0.2 * joint) * (0.95 + 0.1 * noise(11 * x, 11 * z, 8))
+        value = (
+            (0.88 + 0.14 * lattice(i, j, 5))
+            * (0.8 + 0.2 * joint)
+            * (0.95 + 0.1 * noise(11 * x, 11 * z, 8))
+        )
     else:
         value = 0.8 + 0.2 * noise(5 * x, 5 * z, 3) + 0.2 * noise(17 * x, 17 * z, 4)
     value *= 0.75 + 0.25 * step(8.0, 2.0, distance)
@@ -66,7 +72,9 @@ def _room_wall(colour, place, x, y):
         bars = step(0.005 - 0.5 * soft, 0.025 + 0.5 * soft, abs(x - place.window[0]))
         bars *= step(0.005 - 0.5 * soft, 0.025 + 0.5 * soft, abs(y - place.window[1]))
         inner = _frame(place.window, x, y, 0.05, soft) * bars
-        bright = 0.75 + 0.25 * step(place.window[1] - place.window[3], place.window[1] + place.window[3], y)
+        bright = 0.75 + 0.25 * step(
+            place.window[1] - place.window[3], place.window[1] + place.window[3], y
+        )
         for c in range(3):
             colour[c] += (place.frame[c] - colour[c]) * outer
             colour[c] += (place.sky[c] * bright - colour[c]) * inner
@@ -76,7 +84,9 @@ def _room_wall(colour, place, x, y):
         paint = noise(4 * (x - place.picture[0]) + 5, 4 * (y - place.picture[1]), place.seed)
         for c in range(3):
             colour[c] += (0.5 * place.frame[c] - colour[c]) * outer
-            colour[c] += (place.accent[c] * paint + 0.8 * place.sky[c] * (1 - paint) - colour[c]) * inner
+            colour[c] += (
+                place.accent[c] * paint + 0.8 * place.sky[c] * (1 - paint) - colour[c]
+            ) * inner
     glow = place.glow * math.exp(-((x - place.glow_x) ** 2 + (y - 1.7) ** 2) / 0.9)
     for c in range(3):
         colour[c] += glow * place.sky[c]
@@ -90,7 +100,9 @@ def _street_wall(colour, place, x, y):
     column, row = x / pitch, (y - 0.3) / (1.25 * pitch)
     i, j = math.floor(column), math.floor(row)
     soft = place.soft / pitch
-    pane = step(0.30 + soft, 0.30 - soft, abs(column - i - 0.5)) * step(0.33 + soft, 0.33 - soft, abs(row - j - 0.5))
+    pane = step(0.30 + soft, 0.30 - soft, abs(column - i - 0.5)) * step(
+        0.33 + soft, 0.33 - soft, abs(row - j - 0.5)
+    )
     shade = lattice(int(i), int(j), place.seed)
     stone = 0.9 + 0.2 * noise(1.5 * x, 1.5 * y, 4)
     for c in range(3):
@@ -102,7 +114,9 @@ def _street_wall(colour, place, x, y):
 @kernel
 def _park_wall(colour, place, x, y):
     """Unsharp foliage and the sky."""
-    outline = 0.6 * noise(0.8 * x, 0.8 * y, place.seed) + 0.4 * noise(2.1 * x, 2.1 * y, place.seed + 1)
+    outline = 0.6 * noise(0.8 * x, 0.8 * y, place.seed) + 0.4 * noise(
+        2.1 * x, 2.1 * y, place.seed + 1
+    )
     sky = step(1.2, 3.2, y + 1.6 * outline)
     leaves = 0.55 + 0.9 * noise(1.6 * x + 3, 1.6 * y, place.seed + 3)
     for c in range(3):
@@ -111,7 +125,9 @@ def _park_wall(colour, place, x, y):
 
 @kernel
 def _floor_shadow(x, y, z, shadow_map, matrix_34):
-    """Share of the key light that is blocked on the floor; a wide filter, because the floor is looked at from afar."""
+    """Share of the key light that is blocked on the floor; a wide filter, because the floor is
+    looked at from afar.
+    """
     edge = shadow_map.shape[0]
     u = matrix_34[0, 0] * x + matrix_34[0, 1] * y + matrix_34[0, 2] * z + matrix_34[0, 3]
     v = matrix_34[1, 0] * x + matrix_34[1, 1] * y + matrix_34[1, 2] * z + matrix_34[1, 3]
@@ -188,7 +204,9 @@ def shade_backdrop(
             light = 1.0
             if to_floor < _NOWHERE and (to_floor <= to_wall or place.kind == _STUDIO):
                 if floor_shadow > 0:
-                    light -= floor_shadow * _floor_shadow(px, place.floor_y, pz, shadow_map, shadow_34)
+                    light -= floor_shadow * _floor_shadow(
+                        px, place.floor_y, pz, shadow_map, shadow_34
+                    )
                 contact = 0.0
                 for q in range(feet.shape[0]):
                     square = (px - feet[q, 0]) ** 2 + (pz - feet[q, 1]) ** 2

@@ -3,7 +3,8 @@
 Rest bones are aligned with the world, so a bone's global rotation R_j moves its joint to
 pos_j = pos_parent + R_parent (rest_j - rest_parent) and its skin by [R_j | pos_j - R_j rest_j].
 
-Legend: j bones. Metres and radians; x to the person's left, y up, z to the front; side 0 is left, 1 is right.
+Legend: j bones. Metres and radians; x to the person's left, y up, z to the front; side 0 is left, 1
+is right.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Person:
         geometry.morph(data.mean_v3, data.basis_kv3, weights, points)
         body = points[data.region("body")]
         low, high = float(body[:, 1].min()), float(body[:, 1].max())
-        self.stretch = float(np.clip(high - low, SHORTEST, TALLEST)) / (high - low) if scale_height else 1.0
+        self.stretch = (
+            float(np.clip(high - low, SHORTEST, TALLEST)) / (high - low) if scale_height else 1.0
+        )
         points[:, 1] -= low
         points *= np.float32(self.stretch)
         self.vertices = points[: data.vertices]
@@ -69,7 +72,8 @@ class Pose:
     Attributes:
       root: x, z of the pelvis over the ground.
       drop: how far the pelvis is lowered on purpose (squats).
-      pelvis, spine, head: pitch, yaw, roll; the spine's and the head's are relative to what carries them.
+      pelvis, spine, head: pitch, yaw, roll; the spine's and the head's are relative to what carries
+        them.
       arms: [2, 5] abduction, forward flexion, humeral twist, elbow flexion, pronation.
       wrists: [2, 2] flexion, deviation.
       feet: [2, 5] x, z of the ball of the foot, lift, yaw, pitch (positive: on the toes).
@@ -108,11 +112,13 @@ def rotation(axis: np.ndarray, angle: float) -> np.ndarray:
     x, y, z = axis
     c, s = math.cos(angle), math.sin(angle)
     d = 1 - c
-    return np.array([
-        [c + x * x * d, x * y * d - z * s, x * z * d + y * s],
-        [y * x * d + z * s, c + y * y * d, y * z * d - x * s],
-        [z * x * d - y * s, z * y * d + x * s, c + z * z * d],
-    ])  # fmt: skip
+    return np.array(
+        [
+            [c + x * x * d, x * y * d - z * s, x * z * d + y * s],
+            [y * x * d + z * s, c + y * y * d, y * z * d - x * s],
+            [z * x * d - y * s, z * y * d + x * s, c + z * z * d],
+        ]
+    )
 
 
 def turned(pitch: float = 0.0, yaw: float = 0.0, roll: float = 0.0) -> np.ndarray:
@@ -125,8 +131,8 @@ def skeleton(person: Person, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       person: rest shape.
-      pose: posture. The pelvis is lowered as far as needed for both feet to reach the ground, which gives a walk its
-        bob.
+      pose: posture. The pelvis is lowered as far as needed for both feet to reach the ground, which
+        gives a walk its bob.
 
     Returns:
       Skin matrices, float32 [36, 3, 4], and joint positions [36, 3].
@@ -170,7 +176,9 @@ class _Bones:
 
     def matrices(self) -> np.ndarray:
         moved = np.einsum("jab,jb->ja", self.rotations, self.person.joints)
-        return np.concatenate([self.rotations, (self.positions - moved)[..., None]], 2).astype(np.float32)
+        return np.concatenate([self.rotations, (self.positions - moved)[..., None]], 2).astype(
+            np.float32
+        )
 
 
 def _ankle(person: Person, side: str, foot: np.ndarray) -> np.ndarray:
@@ -180,12 +188,18 @@ def _ankle(person: Person, side: str, foot: np.ndarray) -> np.ndarray:
 
 
 def _leg_lengths(person: Person, side: str) -> tuple[float, float]:
-    hip, knee, ankle = (person.joint(f"{name}.{side}") for name in ("upperleg01", "lowerleg01", "foot"))
+    hip, knee, ankle = (
+        person.joint(f"{name}.{side}") for name in ("upperleg01", "lowerleg01", "foot")
+    )
     return float(np.linalg.norm(knee - hip)), float(np.linalg.norm(ankle - knee))
 
 
-def _root_position(person: Person, pose: Pose, pelvis: np.ndarray, ankles: list[np.ndarray]) -> np.ndarray:
-    """Pelvis position: as high as wanted, but no higher than both legs reach (a soft minimum, so nothing snaps)."""
+def _root_position(
+    person: Person, pose: Pose, pelvis: np.ndarray, ankles: list[np.ndarray]
+) -> np.ndarray:
+    """Pelvis position: as high as wanted, but no higher than both legs reach (a soft minimum, so
+    nothing snaps).
+    """
     rest = person.joint("root")
     wanted = np.array([pose.root[0], rest[1] - pose.drop, pose.root[1]])
     heights = [wanted[1]]
@@ -196,19 +210,27 @@ def _root_position(person: Person, pose: Pose, pelvis: np.ndarray, ankles: list[
         across = math.hypot(hip[0] - ankle[0], hip[2] - ankle[2])
         heights.append(ankle[1] + math.sqrt(max(reach**2 - across**2, 0.05)) - offset[1])
     low = min(heights)
-    soft = low - _REACH_SOFTNESS * math.log(sum(math.exp((low - y) / _REACH_SOFTNESS) for y in heights))
+    soft = low - _REACH_SOFTNESS * math.log(
+        sum(math.exp((low - y) / _REACH_SOFTNESS) for y in heights)
+    )
     return np.array([wanted[0], soft, wanted[2]])
 
 
-def _pose_arm(bones: _Bones, number: int, chest: np.ndarray, angles: np.ndarray, wrist: np.ndarray) -> None:
+def _pose_arm(
+    bones: _Bones, number: int, chest: np.ndarray, angles: np.ndarray, wrist: np.ndarray
+) -> None:
     person, (side, sign) = bones.person, _SIDES[number]
     abduction, forward, twist, elbow, pronation = angles
-    direction = np.array([
-        sign * math.sin(abduction),
-        -math.cos(abduction) * math.cos(forward),
-        math.cos(abduction) * math.sin(forward),
-    ])  # fmt: skip
-    bend_towards = rotation(direction, sign * twist) @ np.array([0, math.sin(forward), math.cos(forward)])
+    direction = np.array(
+        [
+            sign * math.sin(abduction),
+            -math.cos(abduction) * math.cos(forward),
+            math.cos(abduction) * math.sin(forward),
+        ]
+    )
+    bend_towards = rotation(direction, sign * twist) @ np.array(
+        [0, math.sin(forward), math.cos(forward)]
+    )
     hinge = _unit(_cross(direction, bend_towards))
 
     elevation = math.acos(np.clip(-direction[1], -1, 1))
@@ -235,9 +257,16 @@ def _pose_arm(bones: _Bones, number: int, chest: np.ndarray, angles: np.ndarray,
 
 
 def _pose_leg(
-    bones: _Bones, number: int, pelvis: np.ndarray, pelvis_yaw: float, foot: np.ndarray, ankle: np.ndarray
+    bones: _Bones,
+    number: int,
+    pelvis: np.ndarray,
+    pelvis_yaw: float,
+    foot: np.ndarray,
+    ankle: np.ndarray,
 ) -> None:
-    """Two-bone inverse kinematics; the knee bends in a plane between those of the pelvis and of the foot."""
+    """Two-bone inverse kinematics; the knee bends in a plane between those of the pelvis and of the
+    foot.
+    """
     person, (side, sign) = bones.person, _SIDES[number]
     data = bones.data
     thigh, shin = _leg_lengths(person, side)
@@ -253,7 +282,9 @@ def _pose_leg(
     knee = hip + thigh_axis * thigh
     shin_axis = _unit(ankle - knee)
 
-    hip_rest, knee_rest, ankle_rest = (person.joint(f"{name}.{side}") for name in ("upperleg01", "lowerleg01", "foot"))
+    hip_rest, knee_rest, ankle_rest = (
+        person.joint(f"{name}.{side}") for name in ("upperleg01", "lowerleg01", "foot")
+    )
     hinge_rest = _cross(ankle_rest - hip_rest, Z)
     upper = _frame(thigh_axis, hinge) @ _frame(knee_rest - hip_rest, hinge_rest).T
     lower = _frame(shin_axis, hinge) @ _frame(ankle_rest - knee_rest, hinge_rest).T
@@ -265,7 +296,9 @@ def _pose_leg(
     bones.put(f"lowerleg02.{side}", lower)
     _, _, _, yaw, pitch = foot
     bones.put(f"foot.{side}", turned(pitch, yaw))
-    bones.put(f"toe2-1.{side}", turned(min(pitch, 0.0), yaw))  # on tiptoe the toes stay on the ground
+    bones.put(
+        f"toe2-1.{side}", turned(min(pitch, 0.0), yaw)
+    )  # on tiptoe the toes stay on the ground
 
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""What a clip is described with: plain English sentences about what stays (person, place, clothes) and what happens."""
+"""What a clip is described with: plain English sentences about what stays (person, place, clothes)
+and what happens.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,18 @@ from chameleon_jax.runway.hair import STYLES
 from chameleon_jax.runway.motion import MotionSpec
 from chameleon_jax.runway.scene import CameraSpec, SceneSpec
 
-_WOOD = {"oak": "an oak floor", "walnut": "a dark wooden floor", "pine": "a light wooden floor",
-         "cherry": "a reddish wooden floor", "bleached": "a pale wooden floor"}  # fmt: skip
-_FRAMING = {"full": "The whole body is in view.", "knee": "The person is seen from the knees up.",
-            "thigh": "The person is seen from the thighs up."}  # fmt: skip
+_WOOD = {
+    "oak": "an oak floor",
+    "walnut": "a dark wooden floor",
+    "pine": "a light wooden floor",
+    "cherry": "a reddish wooden floor",
+    "bleached": "a pale wooden floor",
+}
+_FRAMING = {
+    "full": "The whole body is in view.",
+    "knee": "The person is seen from the knees up.",
+    "thigh": "The person is seen from the thighs up.",
+}
 _NEARS = ("walk", "walk_turn", "approach")  # comes closer, so that a framing holds for the end
 _CAMERA = {
     "static": "The camera stands still.",
@@ -34,7 +44,12 @@ _GESTURE = {  # infinitive and participle with {their} for the possessive
     "pockets": ("puts both hands to {their} pockets", "takes both hands from {their} pockets"),
     "front": ("reaches forward with one arm", "lowers the arm that reached forward"),
 }
-_HEAD = {"tilt": "tilts {their} head", "nod": "nods", "look": "looks to {their} {side}", "glance_down": "glances down"}
+_HEAD = {
+    "tilt": "tilts {their} head",
+    "nod": "nods",
+    "look": "looks to {their} {side}",
+    "glance_down": "glances down",
+}
 
 
 def _words(person: PersonSpec) -> dict[str, str]:
@@ -84,12 +99,18 @@ def _place(scene: SceneSpec, long: bool) -> str:
         room = f"in a room with {indefinite(scene.wall)} wall"
         return f"{room} and {_WOOD[scene.floor]}" if long else room
     if scene.place == "street":
-        return f"on a paved street in front of {indefinite(scene.wall)} facade" if long else "on a street"
+        return (
+            f"on a paved street in front of {indefinite(scene.wall)} facade"
+            if long
+            else "on a street"
+        )
     return f"in a park with {scene.wall} foliage" if long else "in a park"
 
 
 def _clothes(outfit: Mapping[str, GarmentSpec], person: PersonSpec, long: bool) -> str:
-    items = [describe(outfit[slot]) for slot in ("outer", "dress", "top", "bottom") if slot in outfit]
+    items = [
+        describe(outfit[slot]) for slot in ("outer", "dress", "top", "bottom") if slot in outfit
+    ]
     if "outer" in outfit and len(items) > 1:
         items[:2] = [f"{items[0]} over {items[1]}"]
     if long:
@@ -116,7 +137,9 @@ def static_caption(
     return f"{text} {framing}"
 
 
-def dynamic_caption(person: PersonSpec, action: MotionSpec, camera: CameraSpec, long: bool = True) -> str:
+def dynamic_caption(
+    person: PersonSpec, action: MotionSpec, camera: CameraSpec, long: bool = True
+) -> str:
     """What the person and the camera do."""
     words = _words(person) | {"side": "left" if action.side > 0 else "right"}
     clauses = [_locomotion(action)]
@@ -137,13 +160,17 @@ def dynamic_caption(person: PersonSpec, action: MotionSpec, camera: CameraSpec, 
 
 
 def captions(
-    person: PersonSpec, scene: SceneSpec, outfit: Mapping[str, GarmentSpec], action: MotionSpec, camera: CameraSpec
+    person: PersonSpec,
+    scene: SceneSpec,
+    outfit: Mapping[str, GarmentSpec],
+    action: MotionSpec,
+    camera: CameraSpec,
 ) -> dict[str, str | tuple[str, str]]:
     """All captions of a clip.
 
     Returns:
-      `static` and `dynamic` (the long forms), and the pairs `en_long` and `en_short`, each (what happens, what it looks
-      like).
+      `static` and `dynamic` (the long forms), and the pairs `en_long` and `en_short`, each (what
+      happens, what it looks like).
     """
     static = static_caption(person, scene, outfit, action, camera)
     dynamic = dynamic_caption(person, action, camera)

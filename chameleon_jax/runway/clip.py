@@ -5,8 +5,9 @@
     other = spec.with_garment(garment)        # the same clip in other clothes
     clip = render_clip(other, shadows=False, ground_truth=True)
 
-Every purpose (person, motion, scene, camera, outfit) draws from its own stream of random numbers, so another garment
-changes nothing but the garment. Seeds decide the split: train below 800,000, validation below 900,000, test above.
+Every purpose (person, motion, scene, camera, outfit) draws from its own stream of random numbers,
+so another garment changes nothing but the garment. Seeds decide the split: train below 800,000,
+validation below 900,000, test above.
 
 Legend: t frames, h w pixels, j joints.
 """
@@ -72,11 +73,14 @@ class ClipSpec:
         """The same clip in another garment.
 
         Raises:
-          ValueError: nothing is worn in that garment's slot, so that swapping it would change the outfit.
+          ValueError: nothing is worn in that garment's slot, so that swapping it would change the
+            outfit.
         """
         if garment.slot not in self.outfit:
             worn = ", ".join(self.outfit)
-            raise ValueError(f"a {garment.slot} cannot replace anything in this clip; its slots are {worn}")
+            raise ValueError(
+                f"a {garment.slot} cannot replace anything in this clip; its slots are {worn}"
+            )
         return dataclasses.replace(self, outfit=self.outfit | {garment.slot: garment})
 
     def captions(self) -> dict[str, Any]:
@@ -103,7 +107,9 @@ class ClipSpec:
             motion=MotionSpec(**values["motion"]),
             scene=SceneSpec(**values["scene"]),
             camera=CameraSpec(**(camera | {"amounts": tuple(camera["amounts"])})),
-            outfit={slot: GarmentSpec.from_json(garment) for slot, garment in values["outfit"].items()},
+            outfit={
+                slot: GarmentSpec.from_json(garment) for slot, garment in values["outfit"].items()
+            },
             styling=Styling(**values["styling"]),
             slot=values["slot"],
             reference_garment=GarmentSpec.from_json(values["reference_garment"]),
@@ -117,8 +123,8 @@ class Clip:
     Attributes:
       frames: uint8 [t, h, w, 3].
       parts: uint8 [t, h, w], numbers in `parts.NAMES`: what most of a pixel shows.
-      touched: uint16 [t, h, w], bit p set where part p has at least one sub-sample in the pixel; for a garment also
-        where another garment lies over it.
+      touched: uint16 [t, h, w], bit p set where part p has at least one sub-sample in the pixel;
+        for a garment also where another garment lies over it.
       depth: float32 [t, h, w], metres along the view axis, infinite for the background.
       joints: [t, j, 3], metres; names in `asset.load().bones`.
       joints_2d: [t, j, 2], x and y in pixels, centres at .5.
@@ -146,7 +152,8 @@ class Triplet:
 
     Attributes:
       video: uint8 [t, h, w, 3].
-      reference: uint8 [h, w, 3], the first frame's person and pose in another garment of the same slot.
+      reference: uint8 [h, w, 3], the first frame's person and pose in another garment of the same
+        slot.
       garment: uint8 [h, w, 3], the garment of the video, alone on white.
       captions: see `captions.captions`.
       spec: what it was made from, as JSON.
@@ -171,7 +178,12 @@ def split_of(seed: int) -> str:
 
 
 def sample_spec(
-    seed: int, *, frames: int = 81, size: tuple[int, int] = (128, 80), fps: float = 16, split: str | None = None
+    seed: int,
+    *,
+    frames: int = 81,
+    size: tuple[int, int] = (128, 80),
+    fps: float = 16,
+    split: str | None = None,
 ) -> ClipSpec:
     """Draw a clip.
 
@@ -187,7 +199,10 @@ def sample_spec(
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     if frames < 1 or min(size) < 8 or fps <= 0:
-        raise ValueError(f"frames={frames}, size={size}, fps={fps}; expected at least 1 frame, 8 pixels, and fps > 0")
+        raise ValueError(
+            f"frames={frames}, size={size}, fps={fps}; expected at least 1 frame, 8 pixels, and fps"
+            " > 0"
+        )
     person = sample_person(_stream(seed, "person"))
     outfit, styling, slot, reference = _sample_outfit(_stream(seed, "outfit"), person, split)
     return ClipSpec(
@@ -219,20 +234,26 @@ def render_clip(
 
     Args:
       spec: what to render.
-      shadows: cast shadows. Without them a clip and the same clip in another garment are equal, bit for bit, in every
-        pixel that neither garment touches (see `Clip.mask`).
+      shadows: cast shadows. Without them a clip and the same clip in another garment are equal, bit
+        for bit, in every pixel that neither garment touches (see `Clip.mask`).
       ground_truth: fill in masks, depth, joints and cameras too.
       samples: sub-samples per pixel and axis.
       only: render these frames of the clip; None is all of them.
     """
-    return Stage(spec).clip(spec, range(spec.frames) if only is None else only, shadows, ground_truth, samples)
+    return Stage(spec).clip(
+        spec, range(spec.frames) if only is None else only, shadows, ground_truth, samples
+    )
 
 
-def render_triplet(seed: int, frames: int = 81, size: tuple[int, int] = (128, 80), fps: float = 16) -> Triplet:
+def render_triplet(
+    seed: int, frames: int = 81, size: tuple[int, int] = (128, 80), fps: float = 16
+) -> Triplet:
     """Render the triplet of a seed: a clip, its person in another garment, its garment alone."""
     spec = sample_spec(seed, frames=frames, size=size, fps=fps)
     stage = Stage(spec)
-    video = stage.clip(spec, range(spec.frames), shadows=True, ground_truth=False, samples=VIDEO_SAMPLES)
+    video = stage.clip(
+        spec, range(spec.frames), shadows=True, ground_truth=False, samples=VIDEO_SAMPLES
+    )
     return Triplet(
         video=video.frames,
         reference=stage.reference(spec),
@@ -243,18 +264,26 @@ def render_triplet(seed: int, frames: int = 81, size: tuple[int, int] = (128, 80
 
 
 class Stage:
-    """What a clip and its counterparts in other garments share: the person, the motion, the cameras, the setting."""
+    """What a clip and its counterparts in other garments share: the person, the motion, the
+    cameras, the setting.
+    """
 
     def __init__(self, spec: ClipSpec):
         self.figure = Figure(spec.person)
         self.motion = motion.animate(spec.motion, self.figure.person, spec.frames, spec.fps)
         self.swing = renderer.cloth_swing(self.motion)
         person, hair = self.figure.person, spec.person.hair.thickness
-        self.cameras = scene.make_cameras(spec.camera, spec.motion, person, hair, self.motion, spec.size)
+        self.cameras = scene.make_cameras(
+            spec.camera, spec.motion, person, hair, self.motion, spec.size
+        )
         self.light, self.backdrop = scene.make_light(spec.scene), scene.make_backdrop(spec.scene)
 
-    def clip(self, spec: ClipSpec, frames: Sequence[int], shadows: bool, ground_truth: bool, samples: int) -> Clip:
-        """Render some frames; see `render_clip`. `spec` may differ from the stage's own in its garments."""
+    def clip(
+        self, spec: ClipSpec, frames: Sequence[int], shadows: bool, ground_truth: bool, samples: int
+    ) -> Clip:
+        """Render some frames; see `render_clip`. `spec` may differ from the stage's own in its
+        garments.
+        """
         model = self.figure.dress(spec.outfit, spec.styling)
         artist = renderer.Renderer(model, spec.size, samples)
         setting = renderer.Setting(self.light, self.backdrop, shadows)
@@ -280,7 +309,9 @@ class Stage:
     def reference(self, spec: ClipSpec) -> np.ndarray:
         """The first frame in the reference garment, uint8 [h, w, 3]."""
         other = spec.with_garment(spec.reference_garment)
-        return self.clip(other, range(1), shadows=True, ground_truth=False, samples=PICTURE_SAMPLES).frames[0]
+        return self.clip(
+            other, range(1), shadows=True, ground_truth=False, samples=PICTURE_SAMPLES
+        ).frames[0]
 
 
 def project(points: np.ndarray, cameras: np.ndarray) -> np.ndarray:
@@ -297,12 +328,16 @@ def _stream(seed: int, purpose: str) -> np.random.Generator:
 def _sample_outfit(
     rng: np.random.Generator, person: PersonSpec, split: str
 ) -> tuple[dict[str, GarmentSpec], Styling, str, GarmentSpec]:
-    """Garments by slot, how they are worn, the slot that the triplet is about, and the reference's garment there."""
+    """Garments by slot, how they are worn, the slot that the triplet is about, and the reference's
+    garment there.
+    """
     skirts = 0.15 + 1.7 * person.phenotype["gender"] if person.feminine else 0.05
     dressed = bool(rng.random() < 0.30) and person.feminine
     layered = bool(rng.random() < 0.12) and not dressed
     slots = ["dress"] if dressed else ["top", "bottom"] + (["outer"] if layered else [])
-    shares = np.array([{"dress": 1.0, "top": 0.7, "bottom": 0.3, "outer": 0.6}[slot] for slot in slots])
+    shares = np.array(
+        [{"dress": 1.0, "top": 0.7, "bottom": 0.3, "outer": 0.6}[slot] for slot in slots]
+    )
     slot = str(rng.choice(slots, p=shares / shares.sum()))
     wants_held_out = split == "validation" and bool(rng.random() < _HELD_OUT_TARGETS)
 
@@ -321,7 +356,9 @@ def _sample_outfit(
     return outfit, styling, slot, reference
 
 
-def _calmer(top: GarmentSpec, bottom: GarmentSpec, slot: str, draw: Callable[..., GarmentSpec]) -> GarmentSpec:
+def _calmer(
+    top: GarmentSpec, bottom: GarmentSpec, slot: str, draw: Callable[..., GarmentSpec]
+) -> GarmentSpec:
     """A bottom that can be told from the top: of another colour, and plain if the top is not."""
     if slot == "bottom":
         return bottom
@@ -334,5 +371,7 @@ def _calmer(top: GarmentSpec, bottom: GarmentSpec, slot: str, draw: Callable[...
 
 
 def _differs(one: GarmentSpec, other: GarmentSpec) -> bool:
-    """Whether the difference between two garments can be seen: another type, pattern or main colour."""
+    """Whether the difference between two garments can be seen: another type, pattern or main
+    colour.
+    """
     return (one.type, one.pattern, one.colours[0]) != (other.type, other.pattern, other.colours[0])

@@ -1,4 +1,5 @@
-"""From the record of a garment to its meshes and its look: which cut each type has, where collars and pockets go.
+"""From the record of a garment to its meshes and its look: which cut each type has, where collars
+and pockets go.
 
 Lengths are for a person of 1.72 m; `fit.size` scales them.
 """
@@ -39,7 +40,9 @@ _COLLARED_NECK = (0.052, 0.0, 0.064)
 _EVERYWHERE = 9.0  # a height no garment reaches
 
 
-def make_garment(fit: Fit, garment: GarmentSpec, styling: Styling) -> tuple[list[ClothMesh], np.ndarray]:
+def make_garment(
+    fit: Fit, garment: GarmentSpec, styling: Styling
+) -> tuple[list[ClothMesh], np.ndarray]:
     """Cut a garment for a person.
 
     Args:
@@ -74,7 +77,8 @@ def _look(fit: Fit, garment: GarmentSpec) -> np.ndarray:
         period=garment.period,
         duty=garment.duty,
         pattern_seed=garment.seed % 1000,
-        pattern_u=garment.period * shift.get(garment.pattern, 0.0),  # symmetric about the centre line
+        pattern_u=garment.period
+        * shift.get(garment.pattern, 0.0),  # symmetric about the centre line
         trim=accent if garment.contrast_trim else 0.82 * main,
         print=prints.NAMES.index(garment.print) if garment.print else -1,
         print_v=fit.chest - fit.waist - 0.01,
@@ -96,7 +100,9 @@ def _light_buttons(garment: GarmentSpec) -> np.ndarray:
     return colours.linear((235, 235, 230)) if dark else colours.garment(garment.colours[3])
 
 
-def _top(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+def _top(
+    fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
+) -> tuple[list, np.ndarray]:
     size, fit_share, kind = fit.size, garment.fit, garment.type
     outer = garment.slot == "outer"
     depth, width = _neck(garment)
@@ -123,7 +129,11 @@ def _top(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Genera
             change = {"ease": 0.007 + 0.008 * fit_share, "sleeve_flare": 0.0}
     elif kind == "polo":
         look["neck_trim"], look["cuff_trim"], look["placket"] = 0.028, 0.02, 0.014
-        look["buttoned"], look["button_low"], look["button_high"] = 1, fit.neck - 0.16 - fit.waist, chest + 0.3
+        look["buttoned"], look["button_low"], look["button_high"] = (
+            1,
+            fit.neck - 0.16 - fit.waist,
+            chest + 0.3,
+        )
     elif kind == "shirt":
         change = {"sleeve_flare": 0.006}
         look["neck_trim"], look["cuff_trim"] = 0.026, 0.045 if garment.sleeve > 0.5 else 0.02
@@ -179,7 +189,9 @@ def _top(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Genera
     return [make_top(fit, cut, rng, parts.SLOTS[garment.slot])], look
 
 
-def _dress(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+def _dress(
+    fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
+) -> tuple[list, np.ndarray]:
     size, kind, length = fit.size, garment.type, garment.length
     hem = {
         "sundress": fit.knee + 0.12 * size * (1 - length) + 0.03,
@@ -234,11 +246,15 @@ def _dress(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Gene
     return [bodice, skirt], look
 
 
-def _bottom(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+def _bottom(
+    fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
+) -> tuple[list, np.ndarray]:
     return (_skirt if garment.type in SKIRTS else _trousers)(fit, garment, styling, rng)
 
 
-def _skirt(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+def _skirt(
+    fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
+) -> tuple[list, np.ndarray]:
     size, kind, length = fit.size, garment.type, garment.length
     hem = {
         "midi_skirt": fit.knee - 0.02 * size + 0.1 * size * (0.5 - length),
@@ -258,7 +274,9 @@ def _skirt(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Gene
         hem=hem,
         ease=0.014 if styling.tucked else 0.008,
         flare=flare + more * garment.flare,
-        flare_from=waist - 0.06 * size if styling.tucked else fit.crotch + 0.06 * size,  # below an untucked top
+        flare_from=waist - 0.06 * size
+        if styling.tucked
+        else fit.crotch + 0.06 * size,  # below an untucked top
         pleats=16 if kind == "pleated_skirt" else garment.pleats,
         pleat_depth=0.016 if kind == "pleated_skirt" else 0.003 + 0.012 * garment.pleat_depth,
     )
@@ -272,7 +290,9 @@ def _skirt(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Gene
     return [make_skirt(fit, cut, rng, parts.BOTTOM, waistband=True)], look
 
 
-def _trousers(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator) -> tuple[list, np.ndarray]:
+def _trousers(
+    fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
+) -> tuple[list, np.ndarray]:
     size, kind, share = fit.size, garment.type, garment.fit
     hem = {
         "jeans": fit.ankle - 0.005,
@@ -283,7 +303,9 @@ def _trousers(fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.G
         "leggings": fit.ankle + 0.02 + (0.15 * size if garment.length < 0.3 else 0.0),
     }[kind]
     ease, widen = {
-        "jeans": (0.004, -0.8) if garment.flare < 0.4 else (0.006 + 0.008 * share, -0.52 + 0.22 * share),
+        "jeans": (0.004, -0.8)
+        if garment.flare < 0.4
+        else (0.006 + 0.008 * share, -0.52 + 0.22 * share),
         "trousers": (0.010 + 0.008 * share, -0.46 + 0.24 * share),
         "shorts": (0.014 + 0.012 * share, 0.0),
         "joggers": (0.014, -0.45),
@@ -320,4 +342,9 @@ def _button_all_the_way(look: np.ndarray, garment: GarmentSpec) -> None:
 
 
 def _pockets(look: np.ndarray, u: float, v: float, width: float, height: float) -> None:
-    look["pocket_u"], look["pocket_v"], look["pocket_width"], look["pocket_height"] = u, v, width, height
+    look["pocket_u"], look["pocket_v"], look["pocket_width"], look["pocket_height"] = (
+        u,
+        v,
+        width,
+        height,
+    )

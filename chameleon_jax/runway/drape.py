@@ -1,8 +1,9 @@
 """Garments as meshes, cut and draped on a person in the rest pose.
 
-Nothing is remeshed: every vertex knows its signed distance to the neckline, the hem and the cuff or waistband, and the
-rasteriser drops what lies outside. The same distances draw collars, cuffs, seams and stitching. A garment's shape
-depends on the person, on itself and on how the outfit is worn (`Styling`), never on another garment.
+Nothing is remeshed: every vertex knows its signed distance to the neckline, the hem and the cuff or
+waistband, and the rasteriser drops what lies outside. The same distances draw collars, cuffs, seams
+and stitching. A garment's shape depends on the person, on itself and on how the outfit is worn
+(`Styling`), never on another garment.
 
 Legend: v vertices of the template. Metres in the rest pose.
 """
@@ -16,11 +17,27 @@ import numpy as np
 from chameleon_jax.runway import parts
 from chameleon_jax.runway.geometry import smoothstep
 from chameleon_jax.runway.measure import Fit, template
-from chameleon_jax.runway.parts import ANGLE, CUFF, FAR, HEM, NECK, OCCLUSION, SLEEVE, SLEEVE_U, SLEEVE_V, U, V
+from chameleon_jax.runway.parts import (
+    ANGLE,
+    CUFF,
+    FAR,
+    HEM,
+    NECK,
+    OCCLUSION,
+    SLEEVE,
+    SLEEVE_U,
+    SLEEVE_V,
+    U,
+    V,
+)
 
-# Width of the hollow between the body and an untucked top, for the waistband of whatever is worn below.
+# Width of the hollow between the body and an untucked top, for the waistband of whatever is worn
+# below.
 _WAISTBAND_ROOM = 0.009
-_LEG_OFFSET = {False: 0.008, True: 0.013}  # cloth of trousers above the crotch, by whether a top is tucked into them
+_LEG_OFFSET = {
+    False: 0.008,
+    True: 0.013,
+}  # cloth of trousers above the crotch, by whether a top is tucked into them
 _TUCKED_OFFSET = 0.007
 
 
@@ -101,7 +118,9 @@ class TopCut:
 
 @dataclasses.dataclass(frozen=True)
 class TrouserCut:
-    """Shape of anything with legs: heights of waist and hem, ease, how wide the leg becomes towards the hem, folds."""
+    """Shape of anything with legs: heights of waist and hem, ease, how wide the leg becomes towards
+    the hem, folds.
+    """
 
     waist: float
     hem: float
@@ -113,7 +132,8 @@ class TrouserCut:
 
 @dataclasses.dataclass(frozen=True)
 class SkirtCut:
-    """Shape of a skirt: heights of waist and hem, ease, flare (m per m), number and depth of pleats.
+    """Shape of a skirt: heights of waist and hem, ease, flare (m per m), number and depth of
+    pleats.
 
     `flare_from` is the height below which it flares.
     """
@@ -147,10 +167,18 @@ def make_top(fit: Fit, cut: TopCut, rng: np.random.Generator, part: int) -> Clot
         radius = np.where(low > 0, np.maximum(radius, radius * (1 - low) + hips * low), radius)
     if cut.tucked:
         low = smoothstep(fit.waist + 0.10 * size, fit.waist + 0.02 * size, y)
-        waist = fit.sample(fit.hang(0.004, 0.3, fit.waist + 0.02), fit.angle, y) + _TUCKED_OFFSET - 0.004
+        waist = (
+            fit.sample(fit.hang(0.004, 0.3, fit.waist + 0.02), fit.angle, y)
+            + _TUCKED_OFFSET
+            - 0.004
+        )
         radius = radius * (1 - low) + waist * low
-    draped = np.stack([np.sin(fit.angle) * radius, points[:, 1], fit.axis_z + np.cos(fit.angle) * radius], 1)
-    on_torso = smoothstep(fit.shoulder - 0.06 * size, fit.shoulder - 0.17 * size, y) * (1 - smoothstep(0.15, 0.5, arms))
+    draped = np.stack(
+        [np.sin(fit.angle) * radius, points[:, 1], fit.axis_z + np.cos(fit.angle) * radius], 1
+    )
+    on_torso = smoothstep(fit.shoulder - 0.06 * size, fit.shoulder - 0.17 * size, y) * (
+        1 - smoothstep(0.15, 0.5, arms)
+    )
     points = _blend(points, draped, on_torso)
 
     sleeve = cut.sleeve * fit.arm_length
@@ -158,7 +186,11 @@ def make_top(fit: Fit, cut: TopCut, rng: np.random.Generator, part: int) -> Clot
     from_axis = body - fit.arm_axis
     arm_radius = np.linalg.norm(from_axis, axis=1) + 1e-6
     along = np.clip(fit.arm_along / max(sleeve, 0.08), 0, 1)
-    room = (0.8 * ease + cut.sleeve_flare * along) * (1 - 0.55 * facing_up) + 0.003 + 0.8 * cut.folds * sleeve_folds
+    room = (
+        (0.8 * ease + cut.sleeve_flare * along) * (1 - 0.55 * facing_up)
+        + 0.003
+        + 0.8 * cut.folds * sleeve_folds
+    )
     sleeves = fit.arm_axis + from_axis * (1 + room / arm_radius)[:, None]
     on_sleeve = smoothstep(0.3, 0.8, arms)
     points = tights.smooth(_blend(points, sleeves, on_sleeve), 2, 0.45)
@@ -166,7 +198,9 @@ def make_top(fit: Fit, cut: TopCut, rng: np.random.Generator, part: int) -> Clot
     inside_neck = _neckline(fit, cut)
     if cut.sleeve > 0:
         inside_cuff = np.where(
-            arms > 0.5, sleeve - fit.arm_along, np.maximum(sleeve - fit.arm_along, 0.3 * (0.5 - arms) + 0.02)
+            arms > 0.5,
+            sleeve - fit.arm_along,
+            np.maximum(sleeve - fit.arm_along, 0.3 * (0.5 - arms) + 0.02),
         )
     else:
         inside_cuff = _armhole(fit)
@@ -204,7 +238,11 @@ def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int
     tights = template("tights")
     body, size = fit.tights, fit.size
     y = body[:, 1]
-    offset = np.minimum(0.5 * cut.ease + 0.004, _LEG_OFFSET[False]) + _LEG_OFFSET[cut.tucked] - _LEG_OFFSET[False]
+    offset = (
+        np.minimum(0.5 * cut.ease + 0.004, _LEG_OFFSET[False])
+        + _LEG_OFFSET[cut.tucked]
+        - _LEG_OFFSET[False]
+    )
     points = body + tights.normals(body) * offset
     below = np.clip(fit.crotch - y, 0, None)
     down = np.clip(below / max(fit.crotch - cut.hem, 0.1), 0, 1)
@@ -212,7 +250,9 @@ def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int
     side_x = np.zeros(len(tights))
     for side, sign in (("L", 1), ("R", -1)):
         mine = body[:, 0] * sign >= 0 if sign > 0 else body[:, 0] < 0
-        hip, knee, ankle = (fit.person.joint(f"{name}.{side}") for name in ("upperleg01", "lowerleg01", "foot"))
+        hip, knee, ankle = (
+            fit.person.joint(f"{name}.{side}") for name in ("upperleg01", "lowerleg01", "foot")
+        )
         thigh_axis = knee + (hip - knee) * ((y - knee[1]) / (hip[1] - knee[1]))[:, None]
         shin_axis = ankle + (knee - ankle) * ((y - ankle[1]) / (knee[1] - ankle[1]))[:, None]
         axis = np.where((y > knee[1])[:, None], thigh_axis, shin_axis)
@@ -220,11 +260,17 @@ def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int
         radius = np.linalg.norm(from_axis, axis=1) + 1e-6
         near_top = mine & (np.abs(y - (fit.crotch - 0.10 * size)) < 0.02)
         thigh = float(np.median(radius[near_top])) if near_top.any() else 0.08
-        folds = _folds(rng, np.arctan2(from_axis[:, 0], from_axis[:, 2]) / 6.28, 1.2 * y, (1, 3), (1, 3))
+        folds = _folds(
+            rng, np.arctan2(from_axis[:, 0], from_axis[:, 2]) / 6.28, 1.2 * y, (1, 3), (1, 3)
+        )
         hanging = thigh * (1 + cut.widen * down) + cut.ease
-        wanted = np.maximum(radius + cut.ease, hanging) + cut.folds * folds * (0.4 + 0.8 * smoothstep(0.5, 1, down))
+        wanted = np.maximum(radius + cut.ease, hanging) + cut.folds * folds * (
+            0.4 + 0.8 * smoothstep(0.5, 1, down)
+        )
         tube = axis + from_axis * (wanted / radius)[:, None]
-        tube[:, 0] = np.where(tube[:, 0] * sign < 0.003, 0.003 * sign, tube[:, 0])  # legs do not pass each other
+        tube[:, 0] = np.where(
+            tube[:, 0] * sign < 0.003, 0.003 * sign, tube[:, 0]
+        )  # legs do not pass each other
         tube[:, 1] = y
         points = _blend(points, tube, smoothstep(0.02 * size, 0.13 * size, below) * mine)
         angle = np.where(mine, np.arctan2(from_axis[:, 0] * sign, from_axis[:, 2]), angle)
@@ -234,7 +280,9 @@ def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int
     inside_waist = np.where(fit.arm_share > 0.25, -FAR, cut.waist - y)
     inside_hem = y - cut.hem
     round_leg = np.abs(angle)
-    leg_u = side_x + LEG_RADIUS * size * np.sign(angle) * np.where(round_leg < np.pi / 2, round_leg, np.pi - round_leg)
+    leg_u = side_x + LEG_RADIUS * size * np.sign(angle) * np.where(
+        round_leg < np.pi / 2, round_leg, np.pi - round_leg
+    )
     on_leg = smoothstep(fit.crotch + 0.05 * size, fit.crotch - 0.05 * size, y)
     torso_u = np.abs(fit.arc(fit.angle, y, body[:, 0]))
     attributes = np.zeros((len(tights), parts.ATTRIBUTES), np.float32)
@@ -252,7 +300,9 @@ def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int
     return _on_tights(points, attributes, np.minimum(inside_waist, inside_hem), part, wrinkle)
 
 
-def make_skirt(fit: Fit, cut: SkirtCut, rng: np.random.Generator, part: int, waistband: bool) -> ClothMesh:
+def make_skirt(
+    fit: Fit, cut: SkirtCut, rng: np.random.Generator, part: int, waistband: bool
+) -> ClothMesh:
     """Skirts, and the lower half of dresses."""
     skirt = template("skirt")
     y, angle = fit.skirt[:, 1], fit.skirt_angle
@@ -260,8 +310,13 @@ def make_skirt(fit: Fit, cut: SkirtCut, rng: np.random.Generator, part: int, wai
     radius = fit.sample(hips, angle, np.maximum(y, fit.crotch))
     radius = radius + cut.flare * np.clip(cut.flare_from - y, 0, None)
     phase = rng.uniform(0, 6.28)
-    waves = np.cos(cut.pleats * angle + phase) + 0.35 * np.cos((0.5 * cut.pleats + 1.3) * angle + 2 * phase)
-    radius = radius + cut.pleat_depth * np.clip((cut.flare_from + 0.06 * fit.size - y) / 0.35, 0, 1.3) * waves
+    waves = np.cos(cut.pleats * angle + phase) + 0.35 * np.cos(
+        (0.5 * cut.pleats + 1.3) * angle + 2 * phase
+    )
+    radius = (
+        radius
+        + cut.pleat_depth * np.clip((cut.flare_from + 0.06 * fit.size - y) / 0.35, 0, 1.3) * waves
+    )
     points = np.stack([np.sin(angle) * radius, y, fit.axis_z + np.cos(angle) * radius], 1)
     length = cut.waist - cut.hem
     hanging = np.clip((cut.waist - y) / max(length, 0.1), 0, 1.1)
@@ -301,7 +356,9 @@ def make_shoes(fit: Fit, shaft: float) -> ClothMesh:
     attributes[:, U] = body[:, 0]
     attributes[:, V] = points[:, 1]
     left, right = (fit.person.joint(f"foot.{side}")[2] for side in "LR")
-    attributes[:, SLEEVE_U] = body[:, 2] - np.where(body[:, 0] > 0, left, right)  # ahead of the ankle
+    attributes[:, SLEEVE_U] = body[:, 2] - np.where(
+        body[:, 0] > 0, left, right
+    )  # ahead of the ankle
     attributes[:, CUFF] = keep
     attributes[:, OCCLUSION] = 1
     return _on_tights(points, attributes, keep, parts.SHOES, None)
@@ -311,7 +368,11 @@ SOLE = -0.012  # height of the floor: shoes are thicker than bare feet
 
 
 def _on_tights(
-    points: np.ndarray, attributes: np.ndarray, keep: np.ndarray, part: int, wrinkle: np.ndarray | None
+    points: np.ndarray,
+    attributes: np.ndarray,
+    keep: np.ndarray,
+    part: int,
+    wrinkle: np.ndarray | None,
 ) -> ClothMesh:
     tights = template("tights")
     return ClothMesh(
@@ -344,7 +405,9 @@ def _folds(
     for _ in range(waves):
         a, b = rng.uniform(*across) * rng.choice([-1, 1]), rng.uniform(*along)
         phase = rng.uniform(0, 6.28)
-        warp = np.sin(2 * np.pi * (rng.uniform(0.5, 2) * v + rng.uniform(0.3, 1) * u) + rng.uniform(0, 6.28))
+        warp = np.sin(
+            2 * np.pi * (rng.uniform(0.5, 2) * v + rng.uniform(0.3, 1) * u) + rng.uniform(0, 6.28)
+        )
         total += np.sin(2 * np.pi * (a * u + b * v) + phase + 1.2 * warp)
     return total / np.sqrt(waves)
 

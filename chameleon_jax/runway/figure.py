@@ -1,7 +1,8 @@
-"""A person ready to be dressed: body with its underlayer, eyes, hair and shoes, and the wardrobe that goes on top.
+"""A person ready to be dressed: body with its underlayer, eyes, hair and shoes, and the wardrobe
+that goes on top.
 
-Everybody wears a plain one-piece from the chest to the thighs, drawn on the body itself: whatever a garment leaves open
-or a pose pushes apart, there is cloth under it.
+Everybody wears a plain one-piece from the chest to the thighs, drawn on the body itself: whatever a
+garment leaves open or a pose pushes apart, there is cloth under it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from chameleon_jax.runway.measure import Fit
 from chameleon_jax.runway.parts import EARS, EYELIDS, LIPS, OCCLUSION, UNDER
 
 _UNDERLAYER_OFFSET = 0.003
-_COVER = {"body": 0.030, "cloth": 0.020, "shoes": 0.012}  # what lies this far inside a garment's edge is covered
+_COVER = {
+    "body": 0.030,
+    "cloth": 0.020,
+    "shoes": 0.012,
+}  # what lies this far inside a garment's edge is covered
 _NONE = -1.0
 
 
@@ -165,7 +170,11 @@ class Figure:
         if self.base:
             layers += [self.base, [self.shoes]]
         cloths = np.zeros(parts.COUNT, looks.CLOTH)
-        order = ("top", "bottom", "dress", "outer") if styling.tucked else ("bottom", "top", "dress", "outer")
+        order = (
+            ("top", "bottom", "dress", "outer")
+            if styling.tucked
+            else ("bottom", "top", "dress", "outer")
+        )
         for slot in order:
             if slot in outfit:
                 meshes, look = make_garment(self.fit, outfit[slot], styling)
@@ -180,17 +189,20 @@ class Figure:
 class Model:
     """A dressed figure as flat arrays, ready to be posed and drawn.
 
-    Triangles are sorted by layer; layer 0 is body, eyes and hair, then shoes, then garments from the inside out.
-    Triangles that are cut away entirely are left out of `triangles`, but those next to visible ones still count for the
-    normals, so that a cut leaves no trace in the shading of what remains.
+    Triangles are sorted by layer; layer 0 is body, eyes and hair, then shoes, then garments from
+    the inside out. Triangles that are cut away entirely are left out of `triangles`, but those next
+    to visible ones still count for the normals, so that a cut leaves no trace in the shading of
+    what remains.
 
     Attributes:
       figure: who is dressed.
-      rest, skin_index, skin_weight, attributes, keep, sway, wrinkle: per vertex, see `drape.ClothMesh`.
+      rest, skin_index, skin_weight, attributes, keep, sway, wrinkle: per vertex, see
+        `drape.ClothMesh`.
       triangles, part: what is drawn.
       normal_triangles: what normals are computed from.
       layers: (part, first triangle, last triangle) of every layer.
-      covers: per layer, metres by which each vertex lies inside what the layer covers; -1 where it does not.
+      covers: per layer, metres by which each vertex lies inside what the layer covers; -1 where it
+        does not.
       starts, neighbours, rest_lengths: edges of the vertices that wrinkle.
       cloths: `looks.CLOTH` records by part.
       expression_index, expression_offsets: vertices that the face moves, offsets [6, n, 3].
@@ -206,16 +218,25 @@ class Model:
             rows = []
             for mesh, pick in zip(meshes, picked, strict=True):
                 values = getattr(mesh, name)
-                rows.append(np.zeros(len(pick.vertices)) if values is None else values[pick.vertices])
+                rows.append(
+                    np.zeros(len(pick.vertices)) if values is None else values[pick.vertices]
+                )
             return np.ascontiguousarray(np.concatenate(rows), dtype=kind)
 
         self.rest = join("rest", np.float32)
-        self.skin_index, self.skin_weight = join("skin_index", np.int32), join("skin_weight", np.float32)
+        self.skin_index, self.skin_weight = (
+            join("skin_index", np.int32),
+            join("skin_weight", np.float32),
+        )
         self.attributes, self.keep = join("attributes", np.float32), join("keep", np.float32)
         self.sway, self.wrinkle = join("sway", np.float32), join("wrinkle", np.float32)
         shifted = list(zip(picked, offsets, strict=False))
-        self.triangles = np.concatenate([pick.triangles + start for pick, start in shifted]).astype(np.int32)
-        self.normal_triangles = np.concatenate([pick.ring + start for pick, start in shifted]).astype(np.int32)
+        self.triangles = np.concatenate([pick.triangles + start for pick, start in shifted]).astype(
+            np.int32
+        )
+        self.normal_triangles = np.concatenate(
+            [pick.ring + start for pick, start in shifted]
+        ).astype(np.int32)
         counts = [len(pick.triangles) for pick in picked]
         self.part = np.repeat([mesh.part for mesh in meshes], counts).astype(np.uint8)
         self.layers, self.covers = [], []
@@ -243,18 +264,25 @@ class Model:
     def _prepare_face(self, picked: list[_Pick]) -> None:
         data = asset.load()
         if not self.figure.base:
-            self.expression_index, self.expression_offsets = np.zeros(0, np.int32), np.zeros((6, 0, 3), np.float32)
+            self.expression_index, self.expression_offsets = (
+                np.zeros(0, np.int32),
+                np.zeros((6, 0, 3), np.float32),
+            )
             return
         place = np.full(data.vertices, -1)
         start, end = data.ranges["body"]
         place[start:end][picked[0].vertices] = np.arange(len(picked[0].vertices))
         found = place[data.expression_vertices]
         self.expression_index = found[found >= 0].astype(np.int32)
-        self.expression_offsets = data.expressions[:, found >= 0] * np.float32(self.figure.person.stretch)
+        self.expression_offsets = data.expressions[:, found >= 0] * np.float32(
+            self.figure.person.stretch
+        )
 
 
 class _Pick:
-    """What is needed of a mesh: triangles not cut away, their neighbours for normals, and the vertices of both."""
+    """What is needed of a mesh: triangles not cut away, their neighbours for normals, and the
+    vertices of both.
+    """
 
     def __init__(self, mesh: ClothMesh):
         kept = (mesh.keep[mesh.triangles] >= 0).any(1)
@@ -270,7 +298,9 @@ class _Pick:
 
 
 def _cover(fit: Fit, layer: list[ClothMesh], below: ClothMesh) -> np.ndarray:
-    """Metres by which the vertices of `below` lie inside the region that a layer covers, [v]; positive is covered."""
+    """Metres by which the vertices of `below` lie inside the region that a layer covers, [v];
+    positive is covered.
+    """
     inside = np.full(len(below.rest), _NONE)
     for mesh in layer:
         inside = np.maximum(inside, _covered_by(fit, mesh, below))
@@ -286,7 +316,9 @@ def _covered_by(fit: Fit, mesh: ClothMesh, below: ClothMesh) -> np.ndarray:
     if below.part == parts.SKIN:
         if mesh.part == parts.SHOES:
             return _shoe_cover(fit, mesh)
-        return (_body_cover_tights(mesh) if mesh.source == "tights" else _body_cover_skirt(fit, mesh)) - margin
+        return (
+            _body_cover_tights(mesh) if mesh.source == "tights" else _body_cover_skirt(fit, mesh)
+        ) - margin
     if below.source == "tights":
         if mesh.source == "tights":
             return mesh.keep - margin
@@ -304,20 +336,26 @@ def _covered_by(fit: Fit, mesh: ClothMesh, below: ClothMesh) -> np.ndarray:
 
 
 def _body_cover_tights(mesh: ClothMesh) -> np.ndarray:
-    """Each body vertex is as far inside as the nearest vertex of the tights; chin and head stay free of collars."""
+    """Each body vertex is as far inside as the nearest vertex of the tights; chin and head stay
+    free of collars.
+    """
     data = asset.load()
     inside = np.where(data.nearest_distance < 0.06, mesh.keep[data.nearest], _NONE)
     if mesh.part == parts.BOTTOM:
         return inside
     head = data.body_share("head", "neck03")
     near = (data.nearest_distance < 0.02) & (head < 0.75)
-    return np.where(head > 0.05, np.minimum(inside, np.where(near, 0.08 - 0.1 * head, _NONE)), inside)
+    return np.where(
+        head > 0.05, np.minimum(inside, np.where(near, 0.08 - 0.1 * head, _NONE)), inside
+    )
 
 
 def _body_cover_skirt(fit: Fit, mesh: ClothMesh) -> np.ndarray:
     data = asset.load()
     y = fit.person.region("body")[:, 1]
-    arms = data.body_share("upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*")
+    arms = data.body_share(
+        "upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*"
+    )
     return np.where(arms < 0.1, np.minimum(mesh.waist - y - 0.01, y - mesh.hem - 0.02), _NONE)
 
 
@@ -326,7 +364,10 @@ def _shoe_cover(fit: Fit, mesh: ClothMesh) -> np.ndarray:
     y = fit.person.region("body")[:, 1]
     inside = np.where(y < 0.3, mesh.keep[asset.load().nearest], _NONE)
     foot = np.where(y < fit.ankle - 0.02, 0.2, _NONE)
-    return np.where((y < fit.ankle - 0.01) | (inside > 0), np.maximum(inside, foot), _NONE) - _COVER["shoes"]
+    return (
+        np.where((y < fit.ankle - 0.01) | (inside > 0), np.maximum(inside, foot), _NONE)
+        - _COVER["shoes"]
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -336,10 +377,14 @@ def _body_edges() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inside_underlayer(fit: Fit) -> np.ndarray:
-    """Metres inside the underlayer for each body vertex: torso from the chest down, and the top of the thighs."""
+    """Metres inside the underlayer for each body vertex: torso from the chest down, and the top of
+    the thighs.
+    """
     y = fit.person.region("body")[:, 1]
     data = asset.load()
-    arms = data.body_share("upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*")
+    arms = data.body_share(
+        "upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*"
+    )
     top = fit.shoulder - 0.085 * fit.size - y
     bottom = y - (fit.crotch - 0.075 * fit.size)
     return np.minimum(np.minimum(top, bottom), 0.25 * (0.22 - arms))
@@ -357,7 +402,11 @@ def _body(fit: Fit) -> ClothMesh:
     rest = rest + offset.astype(np.float32) * geometry.normals(rest, triangles)
     attributes = np.zeros((len(body), parts.ATTRIBUTES), np.float32)
     attributes[:, :3] = body - fit.person.region("eyes").mean(0)
-    attributes[:, LIPS], attributes[:, EARS], attributes[:, EYELIDS] = data.lips, data.ears, data.eyelids
+    attributes[:, LIPS], attributes[:, EARS], attributes[:, EYELIDS] = (
+        data.lips,
+        data.ears,
+        data.eyelids,
+    )
     attributes[:, UNDER] = under
     attributes[:, OCCLUSION] = data.occlusion_body
     region = data.region("body")
@@ -397,7 +446,11 @@ def _eyes(person: Person) -> tuple[ClothMesh, float]:
 
 def _looks(spec: PersonSpec, eye_x: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tone, hair = colours.skin(spec.skin), colours.linear(colours.HAIR_COLOURS[spec.hair.colour])
-    lips = tone * np.array([0.78, 0.58, 0.56]) if spec.lips < 0 else colours.linear(colours.LIP_COLOURS[spec.lips])
+    lips = (
+        tone * np.array([0.78, 0.58, 0.56])
+        if spec.lips < 0
+        else colours.linear(colours.LIP_COLOURS[spec.lips])
+    )
     skin = looks.record(
         looks.SKIN,
         tone=tone,

@@ -1,7 +1,8 @@
 """What a garment is: a plain record that can be drawn, named, compared and stored as JSON.
 
-About 10^5 garments can be told apart by colours, pattern and type alone. One in twenty combinations of type, pattern
-and main colour is held out: validation clips may contain it, training clips never do.
+About 10^5 garments can be told apart by colours, pattern and type alone. One in twenty combinations
+of type, pattern and main colour is held out: validation clips may contain it, training clips never
+do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class GarmentType:
     Attributes:
       slot, noun: where it is worn, and its name; plural nouns take no article.
       share: relative frequency.
-      sleeves: ranges of the sleeve's length as a share of the arm, one is drawn; (0, 0) is sleeveless.
+      sleeves: ranges of the sleeve's length as a share of the arm, one is drawn; (0, 0) is
+        sleeveless.
       necks: necklines, one is drawn.
       patterned: whether it can have a pattern.
       printable: whether a plain one can carry a print.
@@ -55,7 +57,9 @@ TYPES: dict[str, GarmentType] = {
     "hoodie": GarmentType("top", "sweatshirt", 1, ((1.0, 1.0),), ("crew",), printable=True),
     "polo": GarmentType("top", "polo shirt", 1, ((0.3, 0.4),), ("v",)),
     "turtleneck": GarmentType("top", "turtleneck", 1, ((0.99, 0.99),), ("turtle",)),
-    "blouse": GarmentType("top", "blouse", 1, ((0.2, 0.2), (0.55, 0.55), (0.95, 0.95)), ("v", "boat", "scoop")),
+    "blouse": GarmentType(
+        "top", "blouse", 1, ((0.2, 0.2), (0.55, 0.55), (0.95, 0.95)), ("v", "boat", "scoop")
+    ),
     "sundress": GarmentType("dress", "sleeveless dress", 1, ((0, 0),), ("scoop", "square", "v")),
     "tshirt_dress": GarmentType("dress", "T-shirt dress", 1, ((0.2, 0.4),), _ROUND, printable=True),
     "long_dress": GarmentType("dress", "long dress", 1, ((0.95, 0.95), (0.5, 0.5)), _ROUND),
@@ -76,7 +80,8 @@ TYPES: dict[str, GarmentType] = {
 # Shares of the patterns, for legs and for everything else, in the order of patterns.NAMES.
 _TROUSER_SHARES = (0.62, 0.0, 0.12, 0.05, 0.10, 0.0, 0.0, 0.0, 0.0, 0.0, 0.06, 0.05)
 _CLOTH_SHARES = (0.28, 0.16, 0.08, 0.08, 0.09, 0.09, 0.04, 0.05, 0.04, 0.06, 0.02, 0.01)
-# Lengths after which a pattern repeats, in metres; none below 3 cm, which would vanish in small pictures.
+# Lengths after which a pattern repeats, in metres; none below 3 cm, which would vanish in small
+# pictures.
 _PERIODS = {
     "plain": (0.05,),
     "horizontal stripes": (0.045, 0.06, 0.08, 0.11),
@@ -104,7 +109,8 @@ class GarmentSpec:
       colours: main, second, third and accent colour, names from `colours.GARMENT_COLOURS`.
       pattern, period, duty: name from `patterns.NAMES`, metres, share of the second colour.
       print, print_size: motif from `prints.NAMES` or "", half its height in metres.
-      sleeve, neck, neck_depth: length as a share of the arm, shape, and how deep within what the shape allows.
+      sleeve, neck, neck_depth: length as a share of the arm, shape, and how deep within what the
+        shape allows.
       length, fit: short to long and tight to loose, within what the type allows.
       contrast_trim, hem_trim: collars and cuffs in the accent colour; a band at the hem.
       raglan: sleeves in the third colour.
@@ -163,7 +169,10 @@ def held_out(garment: GarmentSpec) -> bool:
 
 
 def sample_garment(
-    rng: np.random.Generator, slot: str, skirts: float = 0.5, accept: Callable[[GarmentSpec], bool] | None = None
+    rng: np.random.Generator,
+    slot: str,
+    skirts: float = 0.5,
+    accept: Callable[[GarmentSpec], bool] | None = None,
 ) -> GarmentSpec:
     """Draw a garment.
 
@@ -229,7 +238,10 @@ def _draw(rng: np.random.Generator, slot: str, skirts: float) -> GarmentSpec:
         block_height=round(float(u[7]), 4),
         rib=bool(u[8] < 0.5) and plain and name in ("sweater", "turtleneck", "cardigan"),
         pocket=bool(u[9] < 0.5),
-        side_stripe=bool(u[10] < {"joggers": 0.6, "trousers": 0.15, "shorts": 0.2, "wide_trousers": 0.15}.get(name, 0)),
+        side_stripe=bool(
+            u[10]
+            < {"joggers": 0.6, "trousers": 0.15, "shorts": 0.2, "wide_trousers": 0.15}.get(name, 0)
+        ),
         belt=str(rng.choice(["", "tone", "contrast"], p=[0.4, 0.25, 0.35])),
         buckle=bool(u[11] < 0.5),
         open_width=round(float(rng.random()), 4),

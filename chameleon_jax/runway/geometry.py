@@ -1,12 +1,14 @@
 """Mesh kernels: shape, skinning, normals, smoothing, wrinkles, projection.
 
-Compiled without `fastmath`: every result depends on its own inputs only and not on the length of an array or on where a
-vertex lies in it, so a change of one garment leaves the bits of everything else as they are.
+Compiled without `fastmath`: every result depends on its own inputs only and not on the length of an
+array or on where a vertex lies in it, so a change of one garment leaves the bits of everything else
+as they are.
 
-Numba's disk cache looks at the file of the outermost function only: after a change to a kernel that is called from
-another file, remove `__pycache__`.
+Numba's disk cache looks at the file of the outermost function only: after a change to a kernel that
+is called from another file, remove `__pycache__`.
 
-Legend: v vertices, m triangles, j bones, e edges in compressed rows (`starts[v]:starts[v + 1]` index `neighbours`).
+Legend: v vertices, m triangles, j bones, e edges in compressed rows (`starts[v]:starts[v + 1]`
+index `neighbours`).
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def skin(rest_v3, index, weight, matrices_j34, out_v3):
 
 @kernel
 def sway(points_v3, share_v, root, shift_x, shift_z, turn):
-    """Swing hanging cloth in place: turn about the vertical axis through `root` and shift, both times `share_v`."""
+    """Swing hanging cloth in place: turn about the vertical axis through `root` and shift, both
+    times `share_v`.
+    """
     for v in range(points_v3.shape[0]):
         share = share_v[v]
         if share <= 0:
@@ -85,7 +89,9 @@ def vertex_normals(points_v3, triangles_m3, out_v3):
 
 @kernel
 def smooth(values_vc, starts, neighbours, strength_v, rounds):
-    """Laplacian smoothing: each round moves every value by `strength` of the way to the mean of its neighbours."""
+    """Laplacian smoothing: each round moves every value by `strength` of the way to the mean of its
+    neighbours.
+    """
     current = values_vc.copy()
     for _ in range(rounds):
         previous = current.copy()
@@ -117,7 +123,9 @@ def edge_lengths(points_v3, starts, neighbours, out_e):
 
 @kernel
 def wrinkle(points_v3, normals_v3, depth_v, starts, neighbours, rest_e, out_v3):
-    """Folds where the pose compresses the cloth: displacement along the normal, `depth` times the mean compression."""
+    """Folds where the pose compresses the cloth: displacement along the normal, `depth` times the
+    mean compression.
+    """
     for v in range(points_v3.shape[0]):
         push = 0.0
         count = starts[v + 1] - starts[v]
@@ -138,7 +146,9 @@ def wrinkle(points_v3, normals_v3, depth_v, starts, neighbours, rest_e, out_v3):
 
 @kernel
 def project(points_v3, camera_34, scale, out_v3):
-    """Pinhole projection to (x, y, 1 / depth), pixels times `scale`; 1 / depth is -1 behind the camera."""
+    """Pinhole projection to (x, y, 1 / depth), pixels times `scale`; 1 / depth is -1 behind the
+    camera.
+    """
     for v in range(points_v3.shape[0]):
         x, y, z = points_v3[v, 0], points_v3[v, 1], points_v3[v, 2]
         depth = camera_34[2, 0] * x + camera_34[2, 1] * y + camera_34[2, 2] * z + camera_34[2, 3]
@@ -159,7 +169,9 @@ def transform(points_v3, matrix_34, out_v3):
     for v in range(points_v3.shape[0]):
         x, y, z = points_v3[v, 0], points_v3[v, 1], points_v3[v, 2]
         for c in range(3):
-            out_v3[v, c] = matrix_34[c, 0] * x + matrix_34[c, 1] * y + matrix_34[c, 2] * z + matrix_34[c, 3]
+            out_v3[v, c] = (
+                matrix_34[c, 0] * x + matrix_34[c, 1] * y + matrix_34[c, 2] * z + matrix_34[c, 3]
+            )
 
 
 def normals(points_v3: np.ndarray, triangles_m3: np.ndarray) -> np.ndarray:
@@ -170,9 +182,15 @@ def normals(points_v3: np.ndarray, triangles_m3: np.ndarray) -> np.ndarray:
 
 
 def edges(triangles_m3: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours of each of `count` vertices in compressed rows: (starts int32 [count + 1], neighbours int32 [e])."""
-    pairs = np.concatenate([triangles_m3[:, [0, 1]], triangles_m3[:, [1, 2]], triangles_m3[:, [2, 0]]]).astype(np.int64)
-    keys = np.unique(np.concatenate([pairs[:, 0] * count + pairs[:, 1], pairs[:, 1] * count + pairs[:, 0]]))
+    """Neighbours of each of `count` vertices in compressed rows: (starts int32 [count + 1],
+    neighbours int32 [e]).
+    """
+    pairs = np.concatenate(
+        [triangles_m3[:, [0, 1]], triangles_m3[:, [1, 2]], triangles_m3[:, [2, 0]]]
+    ).astype(np.int64)
+    keys = np.unique(
+        np.concatenate([pairs[:, 0] * count + pairs[:, 1], pairs[:, 1] * count + pairs[:, 0]])
+    )
     starts = np.concatenate([[0], np.cumsum(np.bincount(keys // count, minlength=count))])
     return starts.astype(np.int32), (keys % count).astype(np.int32)
 

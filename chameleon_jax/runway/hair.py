@@ -1,4 +1,5 @@
-"""Hair: a dome over the skull, cut along a hairline, with a curtain, a bun or a ponytail where the style has one.
+"""Hair: a dome over the skull, cut along a hairline, with a curtain, a bun or a ponytail where the
+style has one.
 
 Legend: r c rows and columns of the dome's grid (polar angle from the crown, azimuth). Metres.
 """
@@ -22,16 +23,40 @@ _CURTAIN_FROM = 97  # degrees from the crown
 _CURTAIN_ROWS = 16
 
 # Hairline: (degrees from the front, degrees from the crown), symmetric.
-_SHORT = ((0, 70), (25, 70), (42, 74), (58, 92), (70, 112), (82, 116), (88, 101), (105, 103), (115, 120), (135, 130),
-          (180, 134))  # fmt: skip
-_TIED = ((0, 69), (25, 70), (42, 76), (58, 92), (72, 108), (84, 112), (90, 103), (105, 103), (115, 116), (135, 126),
-         (180, 128))  # fmt: skip
+_SHORT = (
+    (0, 70),
+    (25, 70),
+    (42, 74),
+    (58, 92),
+    (70, 112),
+    (82, 116),
+    (88, 101),
+    (105, 103),
+    (115, 120),
+    (135, 130),
+    (180, 134),
+)
+_TIED = (
+    (0, 69),
+    (25, 70),
+    (42, 76),
+    (58, 92),
+    (72, 108),
+    (84, 112),
+    (90, 103),
+    (105, 103),
+    (115, 116),
+    (135, 126),
+    (180, 128),
+)
 _LOOSE = ((0, 70), (22, 71), (38, 78), (50, 96), (60, 115), (70, 140), (180, 140))
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """A hairstyle: how it is called, its hairline, thickness, and length of the curtain (0 for none)."""
+    """A hairstyle: how it is called, its hairline, thickness, and length of the curtain (0 for
+    none).
+    """
 
     words: str
     hairline: tuple[tuple[int, int], ...]
@@ -41,24 +66,71 @@ class Style:
 
 
 STYLES = {
-    "buzz": Style("buzz-cut", ((0, 70), (25, 70), (42, 73), (58, 90), (70, 112), (82, 116), (88, 100), (105, 101),
-                               (115, 118), (135, 128), (180, 132)), 0.004),
+    "buzz": Style(
+        "buzz-cut",
+        (
+            (0, 70),
+            (25, 70),
+            (42, 73),
+            (58, 90),
+            (70, 112),
+            (82, 116),
+            (88, 100),
+            (105, 101),
+            (115, 118),
+            (135, 128),
+            (180, 132),
+        ),
+        0.004,
+    ),
     "short": Style("short", _SHORT, 0.020),
-    "side": Style("side-parted", ((0, 69), (25, 70), (42, 76), (58, 94), (70, 113), (82, 118), (90, 108), (105, 108),
-                                  (115, 122), (135, 130), (180, 134)), 0.024),
+    "side": Style(
+        "side-parted",
+        (
+            (0, 69),
+            (25, 70),
+            (42, 76),
+            (58, 94),
+            (70, 113),
+            (82, 118),
+            (90, 108),
+            (105, 108),
+            (115, 122),
+            (135, 130),
+            (180, 134),
+        ),
+        0.024,
+    ),
     "bob": Style("chin-length", _LOOSE, 0.024, curtain=0.12),
     "long": Style("long", _LOOSE, 0.022, curtain=0.38),
     "bun": Style("tied-up", _TIED, 0.010),
     "ponytail": Style("ponytailed", _TIED, 0.010),
-    "afro": Style("voluminous curly", ((0, 69), (25, 70), (42, 77), (55, 94), (68, 118), (84, 126), (100, 128),
-                                       (115, 132), (135, 136), (180, 138)), 0.075, curls=True),
+    "afro": Style(
+        "voluminous curly",
+        (
+            (0, 69),
+            (25, 70),
+            (42, 77),
+            (55, 94),
+            (68, 118),
+            (84, 126),
+            (100, 128),
+            (115, 132),
+            (135, 136),
+            (180, 138),
+        ),
+        0.075,
+        curls=True,
+    ),
     "curly_bob": Style("curly", _LOOSE, 0.045, curtain=0.13, curls=True),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class HairSpec:
-    """A person's hair: style, colour name, volume (about 1), fringe (degrees), length of long hair (m), seed."""
+    """A person's hair: style, colour name, volume (about 1), fringe (degrees), length of long hair
+    (m), seed.
+    """
 
     style: str
     colour: str
@@ -92,9 +164,13 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
     parting = rng.choice([-1, 1]) * rng.uniform(0, 5)
     limit = np.interp(around, *zip(*style.hairline, strict=True))
     limit = (
-        limit + parting * np.sin(theta) * np.exp(-((around / 50) ** 2)) + spec.fringe * np.exp(-((around / 34) ** 2))
+        limit
+        + parting * np.sin(theta) * np.exp(-((around / 50) ** 2))
+        + spec.fringe * np.exp(-((around / 34) ** 2))
     )
-    jagged = (0.3 if spec.style == "buzz" else 1.0) * (0.8 * np.sin(13 * theta + 1) + 0.5 * np.sin(29 * theta + 2))
+    jagged = (0.3 if spec.style == "buzz" else 1.0) * (
+        0.8 * np.sin(13 * theta + 1) + 0.5 * np.sin(29 * theta + 2)
+    )
     inside = np.radians(limit + jagged - np.degrees(psi)) * radius
 
     thickness = spec.thickness * size
@@ -103,7 +179,12 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
         taper = taper * (0.35 + 0.65 * smoothstep(100, 62, np.degrees(psi)))
     if spec.style == "side":
         thickness = thickness * (1 + 0.35 * np.sin(theta - 0.6) * np.sin(np.clip(psi, 0, 1.57)))
-    surface = radius + thickness * taper + 0.003 + _strands(spec.style, style.curls, theta, psi, taper, size)
+    surface = (
+        radius
+        + thickness * taper
+        + 0.003
+        + _strands(spec.style, style.curls, theta, psi, taper, size)
+    )
     points = centre + direction * surface[..., None]
 
     mesh = _Grid(points, inside, np.ones_like(theta), theta / (2 * np.pi), 0.11 * psi)
@@ -114,7 +195,9 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
 
 @dataclasses.dataclass
 class _Grid:
-    """A grid of points [r, c, 3]: metres inside the hairline, share of the head's motion, strand coordinates."""
+    """A grid of points [r, c, 3]: metres inside the hairline, share of the head's motion, strand
+    coordinates.
+    """
 
     points: np.ndarray
     inside: np.ndarray
@@ -128,7 +211,11 @@ def _skull(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     data = asset.load()
     body = fit.person.region("body")
     eyes = fit.person.region("eyes").mean(0)
-    chosen = (data.body_share("head") > 0.6) & (data.ears <= 60 / 255) & (body[:, 1] > eyes[1] - 0.07 * fit.size)
+    chosen = (
+        (data.body_share("head") > 0.6)
+        & (data.ears <= 60 / 255)
+        & (body[:, 1] > eyes[1] - 0.07 * fit.size)
+    )
     skull = body[chosen]
     back = skull[skull[:, 1] > eyes[1], 2].min()
     front = skull[skull[:, 1] > eyes[1] + 0.03 * fit.size, 2].max()
@@ -137,7 +224,9 @@ def _skull(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
 
 @geometry.kernel
 def _skull_radius(direction_rc3, offsets):
-    """Distance of the skull in each direction: a mean of nearby vertices, weighted by a narrow lobe."""
+    """Distance of the skull in each direction: a mean of nearby vertices, weighted by a narrow
+    lobe.
+    """
     rows, columns, _ = direction_rc3.shape
     length = np.sqrt((offsets * offsets).sum(1))
     out = np.zeros((rows, columns))
@@ -166,11 +255,18 @@ def _strands(
         return 0.010 * size / 2.4 * relief * taper * away_from_pole
     if name == "buzz":
         return 0.0
-    return 0.0018 * (np.sin(26 * theta + 2 * psi) + np.sin(47 * theta - psi)) * taper * away_from_pole
+    return (
+        0.0018 * (np.sin(26 * theta + 2 * psi) + np.sin(47 * theta - psi)) * taper * away_from_pole
+    )
 
 
 def _add_curtain(
-    dome: _Grid, fit: Fit, spec: HairSpec, centre: np.ndarray, azimuth: np.ndarray, polar: np.ndarray
+    dome: _Grid,
+    fit: Fit,
+    spec: HairSpec,
+    centre: np.ndarray,
+    azimuth: np.ndarray,
+    polar: np.ndarray,
 ) -> _Grid:
     """Hair that hangs from the sides and the back of the dome."""
     style, size = STYLES[spec.style], fit.size
@@ -178,7 +274,12 @@ def _add_curtain(
     cut = int(np.argmin(np.abs(np.degrees(polar) - _CURTAIN_FROM)))
     from_face = np.interp(np.degrees(np.abs(azimuth)), [0, 52, 60, 180], [-1, -1, 0.02, 0.05])
     rows = [
-        _Grid(*(np.asarray(part)[: cut + 1] for part in (dome.points, dome.inside, dome.head_share, dome.u, dome.v)))
+        _Grid(
+            *(
+                np.asarray(part)[: cut + 1]
+                for part in (dome.points, dome.inside, dome.head_share, dome.u, dome.v)
+            )
+        )
     ]
     rows[0].inside = np.minimum(rows[0].inside, 0.3)
     for number in range(1, _CURTAIN_ROWS + 1):
@@ -193,10 +294,14 @@ def _add_curtain(
             widen = 1 + 0.12 * np.sin(3 * t) - 0.05 * t
         row[:, [0, 2]] = (row[:, [0, 2]] - centre[[0, 2]]) * widen + centre[[0, 2]]
         share = 1.0
-        if spec.style == "long":  # behind the shoulders, outside the back; the tips follow the chest
+        if (
+            spec.style == "long"
+        ):  # behind the shoulders, outside the back; the tips follow the chest
             share = 1 - 0.75 * smoothstep(0.25, 1.0, t)
             y = row[:, 1]
-            back = fit.axis_z - fit.sample(fit.torso_radius, np.full_like(y, np.pi), y) - 0.022 * size
+            back = (
+                fit.axis_z - fit.sample(fit.torso_radius, np.full_like(y, np.pi), y) - 0.022 * size
+            )
             behind = np.minimum(row[:, 2], np.minimum(back, centre[2] - 0.055 * size))
             low = smoothstep(fit.neck + 0.06 * size, fit.neck - 0.03 * size, y)
             row[:, 2] = row[:, 2] * (1 - low) + behind * low
@@ -206,23 +311,42 @@ def _add_curtain(
         row[:, 2] += ripple * np.cos(azimuth)
         inside = np.minimum(from_face, (1 - t) * length + 0.006 * np.sin(37 * azimuth))
         u, v = dome.u[cut], dome.v[cut] + t * length
-        rows.append(_Grid(row[None], inside[None], np.full((1, len(azimuth)), share), u[None], v[None]))
-    return _Grid(*(np.concatenate([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(_Grid)))
+        rows.append(
+            _Grid(row[None], inside[None], np.full((1, len(azimuth)), share), u[None], v[None])
+        )
+    return _Grid(
+        *(np.concatenate([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(_Grid))
+    )
 
 
 def _blobs(name: str, centre: np.ndarray, size: float) -> list[_Grid]:
     """Ellipsoids: a bun, or the knot and the tail of a ponytail."""
     shapes = {
         "bun": [((0, 0.085, -0.095), (0.042, 0.038, 0.040))],
-        "ponytail": [((0, 0.04, -0.118), (0.028, 0.028, 0.028)), ((0, -0.075, -0.150), (0.036, 0.135, 0.030))],
+        "ponytail": [
+            ((0, 0.04, -0.118), (0.028, 0.028, 0.028)),
+            ((0, -0.075, -0.150), (0.036, 0.135, 0.030)),
+        ],
     }.get(name, [])
     grids = []
     for offset, radii in shapes:
         turn, tilt = np.meshgrid(np.linspace(-np.pi, np.pi, 21), np.linspace(0, np.pi, 13))
-        ball = np.stack([np.sin(tilt) * np.sin(turn), np.cos(tilt), np.sin(tilt) * np.cos(turn)], -1)
+        ball = np.stack(
+            [np.sin(tilt) * np.sin(turn), np.cos(tilt), np.sin(tilt) * np.cos(turn)], -1
+        )
         grooves = 1 + 0.03 * np.sin(9 * turn) * np.sin(tilt)
-        points = centre + np.array(offset) * size + np.array(radii) * size * ball * grooves[..., None]
-        grids.append(_Grid(points, np.full(turn.shape, 0.1), np.ones(turn.shape), turn / (2 * np.pi), 0.04 * tilt))
+        points = (
+            centre + np.array(offset) * size + np.array(radii) * size * ball * grooves[..., None]
+        )
+        grids.append(
+            _Grid(
+                points,
+                np.full(turn.shape, 0.1),
+                np.ones(turn.shape),
+                turn / (2 * np.pi),
+                0.04 * tilt,
+            )
+        )
     return grids
 
 
@@ -231,7 +355,10 @@ def _to_mesh(grids: list[_Grid]) -> ClothMesh:
     for grid in grids:
         index = start + np.arange(grid.u.size).reshape(grid.u.shape)
         a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]
-        triangles += [np.stack([a, d, b], -1).reshape(-1, 3), np.stack([b, d, c], -1).reshape(-1, 3)]
+        triangles += [
+            np.stack([a, d, b], -1).reshape(-1, 3),
+            np.stack([b, d, c], -1).reshape(-1, 3),
+        ]
         start += grid.u.size
 
     def flat(name: str) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Taking a person's measurements: the cloth template on their body, and where arms, legs and torso run under it.
+"""Taking a person's measurements: the cloth template on their body, and where arms, legs and torso
+run under it.
 
-Cloth is cut from two templates of the asset that follow every body shape: the tights, once subdivided, for everything
-that wraps the body, and the skirt.
+Cloth is cut from two templates of the asset that follow every body shape: the tights, once
+subdivided, for everything that wraps the body, and the skirt.
 
 Legend: v template vertices, a h polar grid of the torso (angle, height). Metres in the rest pose.
 """
@@ -52,7 +53,9 @@ class Template:
         """Laplacian smoothing of [v] or [v, c]."""
         columns = np.ascontiguousarray(values.reshape(len(self), -1), dtype=np.float32)
         share = np.full(len(self), strength, np.float32)
-        return geometry.smooth(columns, self.starts, self.neighbours, share, rounds).reshape(values.shape)
+        return geometry.smooth(columns, self.starts, self.neighbours, share, rounds).reshape(
+            values.shape
+        )
 
     def normals(self, points: np.ndarray) -> np.ndarray:
         """Unit normals of the whole template."""
@@ -76,7 +79,9 @@ def template(region: str) -> Template:
 
 
 def largest_weights(weights: np.ndarray, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest of dense skin weights, scaled to sum to one: indices int32 and weights float32 [v, count]."""
+    """The `count` largest of dense skin weights, scaled to sum to one: indices int32 and weights
+    float32 [v, count].
+    """
     order = np.argsort(-weights, axis=1, kind="stable")[:, :count]
     picked = np.take_along_axis(weights, order, 1)
     return order.astype(np.int32), (picked / picked.sum(1, keepdims=True)).astype(np.float32)
@@ -109,8 +114,8 @@ class Fit:
       tights, skirt: rest positions of the two templates, [v, 3].
       neck, waist, knee, ankle, chest, shoulder, crotch: heights.
       arm_share: how much a vertex of the tights belongs to the arms, [v] in [0, 1].
-      arm_along, arm_angle, arm_axis: distance along the arm from the shoulder (-1 on the far side), angle about it, and
-        the nearest point of its axis.
+      arm_along, arm_angle, arm_axis: distance along the arm from the shoulder (-1 on the far side),
+        angle about it, and the nearest point of its axis.
       arm_length: shoulder to wrist.
       torso_radius: polar grid [HEIGHTS, ANGLES] of the torso about the axis x = 0, z = `axis_z`.
       angle, skirt_angle: polar angle of each vertex of the templates.
@@ -130,10 +135,14 @@ class Fit:
         self.ankle = float(joint("foot.L")[1])
         self.chest = float(joint("spine01")[1])
         self.shoulder = float(joint("upperarm01.L")[1])
-        between_legs = (np.abs(x) < 0.012) & (y < joint("root")[1] + 0.02) & (y > 0.3 * person.height)
+        between_legs = (
+            (np.abs(x) < 0.012) & (y < joint("root")[1] + 0.02) & (y > 0.3 * person.height)
+        )
         self.crotch = float(y[between_legs].min())
 
-        self.arm_share = tights.share("upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*")
+        self.arm_share = tights.share(
+            "upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*"
+        )
         self._measure_arms()
 
         torso = (self.arm_share < 0.35) & (y > self.crotch - 0.06)
@@ -151,12 +160,16 @@ class Fit:
         self.arm_angle = np.zeros(len(points), np.float32)
         self.arm_axis = np.zeros_like(points)
         for side, sign in (("L", 1), ("R", -1)):
-            shoulder, elbow, wrist = (joint(f"{name}.{side}") for name in ("upperarm01", "lowerarm01", "wrist"))
+            shoulder, elbow, wrist = (
+                joint(f"{name}.{side}") for name in ("upperarm01", "lowerarm01", "wrist")
+            )
             upper, lower = np.linalg.norm(elbow - shoulder), np.linalg.norm(wrist - elbow)
             upper_axis, lower_axis = (elbow - shoulder) / upper, (wrist - elbow) / lower
             on_upper, on_lower = (points - shoulder) @ upper_axis, (points - elbow) @ lower_axis
             past_elbow = smoothstep(-0.05, 0.05, 0.5 * (on_upper - upper + on_lower))
-            along = (1 - past_elbow) * np.minimum(on_upper, upper + 0.05) + past_elbow * (upper + on_lower)
+            along = (1 - past_elbow) * np.minimum(on_upper, upper + 0.05) + past_elbow * (
+                upper + on_lower
+            )
             axis = shoulder + np.clip(along, -0.1, upper)[:, None] * upper_axis
             axis = axis + np.clip(along - upper, 0, None)[:, None] * lower_axis
             sideways = np.cross(upper_axis, [0, 0, 1.0])
@@ -176,7 +189,9 @@ class Fit:
         return np.arctan2(x, z).astype(np.float32), np.hypot(x, z).astype(np.float32)
 
     def _polar_grid(self, torso: np.ndarray) -> np.ndarray:
-        """Largest radius of the torso for every angle and height: the tights, rasterised in polar coordinates."""
+        """Largest radius of the torso for every angle and height: the tights, rasterised in polar
+        coordinates.
+        """
         triangles = template("tights").triangles
         triangles = triangles[torso[triangles].all(1)]
         angle, radius = self.polar(self.tights)
@@ -192,7 +207,9 @@ class Fit:
             drawn = raster.Fragments(HEIGHTS, ANGLES)
             keep = np.ones(len(screen), np.float32)
             raster.rasterise(screen, connected, 0, len(connected), keep, *drawn.arrays)
-            radii = drawn.inverse_depth if seam_behind else np.roll(drawn.inverse_depth, ANGLES // 2, 1)
+            radii = (
+                drawn.inverse_depth if seam_behind else np.roll(drawn.inverse_depth, ANGLES // 2, 1)
+            )
             grid = np.maximum(grid, radii)
         columns = np.arange(ANGLES)
         for number, line in enumerate(grid):
@@ -211,16 +228,22 @@ class Fit:
         across = column - left
         top, down = self._row(y)
         upper = grid[top, left % ANGLES] * (1 - across) + grid[top, (left + 1) % ANGLES] * across
-        lower = grid[top + 1, left % ANGLES] * (1 - across) + grid[top + 1, (left + 1) % ANGLES] * across
+        lower = (
+            grid[top + 1, left % ANGLES] * (1 - across)
+            + grid[top + 1, (left + 1) % ANGLES] * across
+        )
         return upper * (1 - down) + lower * down
 
     def _row(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        row = np.clip((self._top - y) / (self._top - self._bottom) * HEIGHTS - 0.5, 0, HEIGHTS - 1.001)
+        row = np.clip(
+            (self._top - y) / (self._top - self._bottom) * HEIGHTS - 0.5, 0, HEIGHTS - 1.001
+        )
         return row.astype(int), row - row.astype(int)
 
     def hang(self, ease: float, taper: float, start: float) -> np.ndarray:
-        """Drape cloth over the torso: `ease` from the body, and below `start` the radius shrinks by at most `taper` per
-        metre downwards, as gravity lets cloth fall straight from wherever the body is widest.
+        """Drape cloth over the torso: `ease` from the body, and below `start` the radius shrinks by
+        at most `taper` per metre downwards, as gravity lets cloth fall straight from wherever the
+        body is widest.
         """
         grid = self.torso_radius + ease
         step = (self._top - self._bottom) / HEIGHTS
@@ -233,7 +256,9 @@ class Fit:
         return np.maximum(grid, self.torso_radius + min(ease, 0.004)).astype(np.float32)
 
     def _measure_arcs(self) -> np.ndarray:
-        """Distance along the torso from the nearer of the front and back centre lines, [HEIGHTS, half + 1]."""
+        """Distance along the torso from the nearer of the front and back centre lines, [HEIGHTS,
+        half + 1].
+        """
         step = 2 * np.pi / ANGLES
         slope = (np.roll(self.torso_radius, -1, 1) - np.roll(self.torso_radius, 1, 1)) / (2 * step)
         length = np.sqrt(self.torso_radius**2 + slope**2) * step
@@ -245,7 +270,9 @@ class Fit:
         return np.minimum(arcs, arcs[:, -1:] - arcs).astype(np.float32)
 
     def arc(self, angle: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Horizontal pattern coordinate: signed arc length from the centre lines, planar at the shoulders."""
+        """Horizontal pattern coordinate: signed arc length from the centre lines, planar at the
+        shoulders.
+        """
         half = ANGLES // 2
         column = np.clip(np.abs(angle) / np.pi * half, 0, half - 1e-3)
         left = column.astype(int)

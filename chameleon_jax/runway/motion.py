@@ -1,7 +1,7 @@
 """What the person does: where they go, where the feet land, what arms, head and face do.
 
-One planner serves every motion: the body follows a path over the ground, and the feet take turns to step whenever their
-place under the body has moved away. Arms blend between key poses.
+One planner serves every motion: the body follows a path over the ground, and the feet take turns to
+step whenever their place under the body has moved away. Arms blend between key poses.
 
 Legend: t frames, side 0 left, 1 right. Metres, radians, seconds.
 """
@@ -15,7 +15,8 @@ import numpy as np
 
 from chameleon_jax.runway.body import Person, Pose
 
-# Key poses of an arm: abduction, forward flexion, humeral twist, elbow, pronation; wrist flexion, deviation.
+# Key poses of an arm: abduction, forward flexion, humeral twist, elbow, pronation; wrist flexion,
+# deviation.
 ARM_POSES = {
     "relax": (0.13, 0.03, 0.10, 0.24, -0.05, 0.0, 0.0),
     "hip": (0.75, -0.35, 0.95, 1.75, 0.90, 0.35, 0.2),
@@ -90,7 +91,9 @@ class MotionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """A posture per frame; fields as in `Pose` with a leading frame axis, and the path x, z, yaw [t, 3]."""
+    """A posture per frame; fields as in `Pose` with a leading frame axis, and the path x, z, yaw
+    [t, 3].
+    """
 
     root: np.ndarray
     drop: np.ndarray
@@ -109,7 +112,9 @@ class Motion:
 
     def pose(self, frame: int) -> Pose:
         """The posture of one frame."""
-        return Pose(**{field.name: getattr(self, field.name)[frame] for field in dataclasses.fields(Pose)})
+        return Pose(
+            **{field.name: getattr(self, field.name)[frame] for field in dataclasses.fields(Pose)}
+        )
 
 
 def sample_motion(rng: np.random.Generator) -> MotionSpec:
@@ -143,7 +148,9 @@ def animate(spec: MotionSpec, person: Person, frames: int, fps: float) -> Motion
     def at_frames(values: np.ndarray) -> np.ndarray:
         return np.interp(time, margin_time, values)
 
-    feet = np.stack([[at_frames(feet_fine[:, side, i]) for i in range(5)] for side in (0, 1)]).transpose(2, 0, 1)
+    feet = np.stack(
+        [[at_frames(feet_fine[:, side, i]) for i in range(5)] for side in (0, 1)]
+    ).transpose(2, 0, 1)
     walking = at_frames(np.clip(np.abs(np.gradient(z, margin_time)) / (0.5 * size), 0, 1.3))
     # > 0 while the left foot swings: weight is on the right one
     swing = np.clip(feet_fine[:, :, 2] / (0.05 * size), 0, 1)
@@ -159,22 +166,33 @@ def animate(spec: MotionSpec, person: Person, frames: int, fps: float) -> Motion
     # how far each foot is ahead of the body drives hips and arms
     ahead = np.stack([feet[:, side, 1] - z for side in (0, 1)], 1) - 0.03 * size
     stride = (ahead[:, 0] - ahead[:, 1]) * walking / size
-    root = np.stack([
-        x - 0.028 * size * shift + breathe(0.010 * idle, 3.1, 0) * np.cos(yaw),
-        z + breathe(0.006, 2.3, 1),
-    ], 1)  # fmt: skip
+    root = np.stack(
+        [
+            x - 0.028 * size * shift + breathe(0.010 * idle, 3.1, 0) * np.cos(yaw),
+            z + breathe(0.006, 2.3, 1),
+        ],
+        1,
+    )
     roll = -0.05 * shift * (0.4 + walking) + breathe(0.018 * idle, 3.1, 0)
-    pelvis = np.stack([0.03 + 0.5 * drop, yaw - 0.22 * stride + breathe(0.025 * idle, 3.7, 2), roll], 1)
-    spine = np.stack([
-        0.02 + breathe(0.02, 2.9, 3) + 0.35 * drop,
-        0.40 * stride - breathe(0.04 * idle, 3.7, 2),
-        -0.9 * roll,
-    ], 1)  # fmt: skip
-    head = np.stack([
-        breathe(0.05, 3.3, 4) - 0.5 * drop,
-        -0.6 * spine[:, 1] + breathe(0.08, 4.1, 5),
-        breathe(0.03, 3.0, 6),
-    ], 1)  # fmt: skip
+    pelvis = np.stack(
+        [0.03 + 0.5 * drop, yaw - 0.22 * stride + breathe(0.025 * idle, 3.7, 2), roll], 1
+    )
+    spine = np.stack(
+        [
+            0.02 + breathe(0.02, 2.9, 3) + 0.35 * drop,
+            0.40 * stride - breathe(0.04 * idle, 3.7, 2),
+            -0.9 * roll,
+        ],
+        1,
+    )
+    head = np.stack(
+        [
+            breathe(0.05, 3.3, 4) - 0.5 * drop,
+            -0.6 * spine[:, 1] + breathe(0.08, 4.1, 5),
+            breathe(0.03, 3.0, 6),
+        ],
+        1,
+    )
     head += _head_motion(spec, time, yaw)
     arms, wrists = _arm_motion(spec, rng, time, ahead, walking, breathe(0.03, 2.7, 7), size)
     return Motion(
@@ -211,7 +229,9 @@ def _blur(values: np.ndarray, seconds: float, rate: float) -> np.ndarray:
 
 
 def _path(spec: MotionSpec, rng: np.random.Generator, whole: float, size: float):
-    """A function of time that gives x, z, yaw of the body and the depth of a squat, for a clip of `whole` seconds."""
+    """A function of time that gives x, z, yaw of the body and the depth of a squat, for a clip of
+    `whole` seconds.
+    """
     speed = rng.uniform(0.38, 0.65) * size
     angle = spec.side * rng.uniform(0.8, 1.57)
     distance = rng.uniform(0.3, 0.5) * size
@@ -232,14 +252,21 @@ def _path(spec: MotionSpec, rng: np.random.Generator, whole: float, size: float)
             z = speed * (np.minimum(t, 0.5 * whole) - 0.5 * whole)
             yaw = angle * smootherstep((t - 0.5 * whole) / max(0.4 * whole, 1.2))
         elif kind == "turn":
-            yaw = angle * (smootherstep((t - 0.3) / 1.5) - returns * smootherstep((t - 0.55 * whole) / 1.5))
+            yaw = angle * (
+                smootherstep((t - 0.3) / 1.5) - returns * smootherstep((t - 0.55 * whole) / 1.5)
+            )
         elif kind == "spin":
             yaw = spec.side * 2 * np.pi * smootherstep((t - 0.3) / max(whole - 0.6, 3.2))
         elif kind == "sidestep":
-            there, back = smootherstep((t - 0.3) / 1.4), smootherstep((t - max(0.55 * whole, 1.7)) / 1.4)
+            there, back = (
+                smootherstep((t - 0.3) / 1.4),
+                smootherstep((t - max(0.55 * whole, 1.7)) / 1.4),
+            )
             x = spec.side * distance * (there - back)
         elif kind == "squat":
-            drop = depth * (smootherstep((t - 0.4) / 1.1) - smootherstep((t - max(0.55 * whole, 1.6)) / 1.1))
+            drop = depth * (
+                smootherstep((t - 0.4) / 1.1) - smootherstep((t - max(0.55 * whole, 1.6)) / 1.1)
+            )
         return x, z, yaw, drop
 
     return at
@@ -260,9 +287,16 @@ class _Step:
 
 
 def _plan_feet(
-    rng: np.random.Generator, time: np.ndarray, x: np.ndarray, z: np.ndarray, yaw: np.ndarray, size: float
+    rng: np.random.Generator,
+    time: np.ndarray,
+    x: np.ndarray,
+    z: np.ndarray,
+    yaw: np.ndarray,
+    size: float,
 ) -> np.ndarray:
-    """x, z, lift, yaw, pitch of both feet, [time, 2, 5]: each foot may step every other beat, and does if it has to."""
+    """x, z, lift, yaw, pitch of both feet, [time, 2, 5]: each foot may step every other beat, and
+    does if it has to.
+    """
     beat = rng.uniform(0.44, 0.54)
     gap = rng.uniform(0.075, 0.095) * size
     toes_out = rng.uniform(0.08, 0.25)
@@ -274,7 +308,9 @@ def _plan_feet(
         px, pz, turn = (float(np.interp(t, time, values)) for values in (x, z, yaw))
         right, front = sign * gap, 0.03 * size + sign * stagger
         c, s = math.cos(turn), math.sin(turn)
-        return np.array([px + c * right + s * front, pz - s * right + c * front, turn + sign * toes_out])
+        return np.array(
+            [px + c * right + s * front, pz - s * right + c * front, turn + sign * toes_out]
+        )
 
     standing = [home(0, time[0]), home(1, time[0])]
     steps: list[list[_Step]] = [[], []]
@@ -287,28 +323,42 @@ def _plan_feet(
         if math.hypot(moved[0], moved[1]) > 0.03 or moved[2] > 0.10:
             steps[side].append(_Step(start, end, standing[side], target))
             standing[side] = target
-    return np.stack([_follow_steps(steps[side], home(side, time[0]), time, size) for side in (0, 1)], 1)
+    return np.stack(
+        [_follow_steps(steps[side], home(side, time[0]), time, size) for side in (0, 1)], 1
+    )
 
 
-def _follow_steps(steps: list[_Step], start: np.ndarray, time: np.ndarray, size: float) -> np.ndarray:
+def _follow_steps(
+    steps: list[_Step], start: np.ndarray, time: np.ndarray, size: float
+) -> np.ndarray:
     """x, z, lift, yaw, pitch of one foot, [time, 5]."""
     place = np.tile(start, (len(time), 1))
     lift, pitch = np.zeros(len(time)), np.zeros(len(time))
     for step in steps:
         vigour = min(step.length / 0.6, 1.0)
         u = (time - step.start) / (step.end - step.start)
-        place = np.where((u >= 0)[:, None], step.origin + (step.target - step.origin) * smootherstep(u)[:, None], place)
+        place = np.where(
+            (u >= 0)[:, None],
+            step.origin + (step.target - step.origin) * smootherstep(u)[:, None],
+            place,
+        )
         swing = (u >= 0) & (u < 1)
-        arc = (0.035 + 0.05 * min(step.length, 0.6)) * size * np.sin(np.pi * np.clip(u, 0, 1)) ** 1.2
+        arc = (
+            (0.035 + 0.05 * min(step.length, 0.6)) * size * np.sin(np.pi * np.clip(u, 0, 1)) ** 1.2
+        )
         lift = np.where(swing, arc, lift)
-        roll_off = _TOE_OFF * (1 - smootherstep(1.9 * u)) + _HEEL_STRIKE * smootherstep((u - 0.35) / 0.5)
+        roll_off = _TOE_OFF * (1 - smootherstep(1.9 * u)) + _HEEL_STRIKE * smootherstep(
+            (u - 0.35) / 0.5
+        )
         pitch = np.where(swing, vigour * roll_off, pitch)
         before = (time >= step.start - 0.22) & (time < step.start)
         heel_off = vigour * _TOE_OFF * smootherstep((time - step.start + 0.22) / 0.22)
         pitch = np.where(before, heel_off, pitch)
         after = (time >= step.end) & (time < step.end + 0.12)
         pitch = np.where(after, vigour * _HEEL_STRIKE * (1 - (time - step.end) / 0.12), pitch)
-    lift = lift + 0.17 * size * np.sin(np.clip(-pitch, 0, None))  # toes up: the foot turns about its heel
+    lift = lift + 0.17 * size * np.sin(
+        np.clip(-pitch, 0, None)
+    )  # toes up: the foot turns about its heel
     return np.stack([place[:, 0], place[:, 1], lift, place[:, 2], pitch], 1)
 
 
@@ -359,9 +409,13 @@ def _arm_motion(
         if name == "wave":
             angles[:, 2] += 0.35 * np.sin(2 * np.pi * 1.3 * (time - spec.start)) * share[:, 0]
         angles[:, :5] += jitter[side] * 0.6 * loose[:, None]
-        swing = -0.75 * (ahead[:, side] - ahead.mean(1)) * walking / size  # arms swing against the legs
+        swing = (
+            -0.75 * (ahead[:, side] - ahead.mean(1)) * walking / size
+        )  # arms swing against the legs
         angles[:, 1] += loose * (swing + idle)
-        angles[:, 3] += loose * np.clip(0.25 * walking + 0.5 * np.maximum(0, -ahead[:, side]), 0, 0.5)
+        angles[:, 3] += loose * np.clip(
+            0.25 * walking + 0.5 * np.maximum(0, -ahead[:, side]), 0, 0.5
+        )
         arms[:, side], wrists[:, side] = angles[:, :5], angles[:, 5:]
     return arms, wrists
 
@@ -375,4 +429,6 @@ def _face(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
     change = rng.uniform(0.5, 3.5)
     blink = np.exp(-(((time[:, None] - blinks) / 0.07) ** 2)).max(1)
     smiling = smile + (later - smile) * smootherstep((time - change) / 0.8)
-    return np.stack([smiling, blink, 0.12 + 0.1 * smiling, 0 * time, 0.5 * smiling, wide * (1 - blink)], 1)
+    return np.stack(
+        [smiling, blink, 0.12 + 0.1 * smiling, 0 * time, 0.5 * smiling, wide * (1 - blink)], 1
+    )

@@ -1,4 +1,5 @@
-"""Procedural patterns and noise, filtered by the footprint of a sub-sample. Called from the shading kernels.
+"""Procedural patterns and noise, filtered by the footprint of a sub-sample. Called from the shading
+kernels.
 
 Lengths are metres on the cloth; `footprint` is the width that one sub-sample covers there.
 """
@@ -10,12 +11,33 @@ import math
 from chameleon_jax.runway.geometry import kernel
 
 NAMES = (
-    "plain", "horizontal stripes", "vertical stripes", "gingham", "tartan", "polka dots", "diagonal stripes", "zigzag",
-    "argyle", "floral", "camouflage", "houndstooth",
-)  # fmt: skip
+    "plain",
+    "horizontal stripes",
+    "vertical stripes",
+    "gingham",
+    "tartan",
+    "polka dots",
+    "diagonal stripes",
+    "zigzag",
+    "argyle",
+    "floral",
+    "camouflage",
+    "houndstooth",
+)
 (
-    PLAIN, HORIZONTAL, VERTICAL, GINGHAM, TARTAN, DOTS, DIAGONAL, ZIGZAG, ARGYLE, FLORAL, CAMOUFLAGE, HOUNDSTOOTH,
-) = range(12)  # fmt: skip
+    PLAIN,
+    HORIZONTAL,
+    VERTICAL,
+    GINGHAM,
+    TARTAN,
+    DOTS,
+    DIAGONAL,
+    ZIGZAG,
+    ARGYLE,
+    FLORAL,
+    CAMOUFLAGE,
+    HOUNDSTOOTH,
+) = range(12)
 
 
 @kernel
@@ -47,7 +69,9 @@ def noise(x, y, seed):
 
 @kernel
 def band(x, duty, footprint):
-    """Stripes of period 1, one on [0, duty); fades to its mean where the footprint nears the period."""
+    """Stripes of period 1, one on [0, duty); fades to its mean where the footprint nears the
+    period.
+    """
     if footprint > 0.7:
         return duty
     x -= math.floor(x)
@@ -85,7 +109,9 @@ def flowers(x, y, f, seed):
             dy = y - (j + 0.5 + 0.5 * (lattice(i, j, seed + 7) - 0.5))
             size = 0.26 + 0.12 * lattice(i, j, seed + 3)
             distance = math.sqrt(dx * dx + dy * dy)
-            if distance > size + 0.6 * f + 0.02:  # beyond the petals: spares most of the trigonometry
+            if (
+                distance > size + 0.6 * f + 0.02
+            ):  # beyond the petals: spares most of the trigonometry
                 continue
             angle = math.atan2(dy, dx) + 2 * math.pi * lattice(i, j, seed + 5)
             edge = size * (0.72 + 0.28 * math.cos(5 * angle))
@@ -132,7 +158,9 @@ def pattern(kind, u, v, footprint, period, duty, seed):
     if kind == CAMOUFLAGE:
         first = noise(1.1 * x, 1.1 * y, seed) + 0.5 * noise(2.3 * x, 2.3 * y, seed + 1)
         second = noise(1.2 * x + 9, 1.2 * y, seed + 2) + 0.5 * noise(2.1 * x, 2.1 * y, seed + 3)
-        return step(0.78 - 0.3 * f, 0.82 + 0.3 * f, first), step(0.92 - 0.3 * f, 0.96 + 0.3 * f, second)
+        return step(0.78 - 0.3 * f, 0.82 + 0.3 * f, first), step(
+            0.92 - 0.3 * f, 0.96 + 0.3 * f, second
+        )
     if kind == HOUNDSTOOTH:
         dark = band(x, 0.5, f) * band(y, 0.5, f)
         light = (1 - band(x, 0.5, f)) * (1 - band(y, 0.5, f))

@@ -15,7 +15,9 @@ def _star(draw: ImageDraw.ImageDraw, s: float) -> None:
     points = []
     for i in range(10):
         radius = s * 0.46 * (1 if i % 2 == 0 else 0.42)
-        points.append((s / 2 + radius * math.sin(i * math.pi / 5), s / 2 - radius * math.cos(i * math.pi / 5)))
+        points.append(
+            (s / 2 + radius * math.sin(i * math.pi / 5), s / 2 - radius * math.cos(i * math.pi / 5))
+        )
     draw.polygon(points, fill=255)
 
 
@@ -42,7 +44,10 @@ def _triangle(draw: ImageDraw.ImageDraw, s: float) -> None:
 
 
 def _diamond(draw: ImageDraw.ImageDraw, s: float) -> None:
-    draw.polygon([(s * 0.5, s * 0.04), (s * 0.86, s * 0.5), (s * 0.5, s * 0.96), (s * 0.14, s * 0.5)], fill=255)
+    draw.polygon(
+        [(s * 0.5, s * 0.04), (s * 0.86, s * 0.5), (s * 0.5, s * 0.96), (s * 0.14, s * 0.5)],
+        fill=255,
+    )
 
 
 def _lightning(draw: ImageDraw.ImageDraw, s: float) -> None:
@@ -73,9 +78,17 @@ def _character(draw: ImageDraw.ImageDraw, s: float, text: str) -> None:
 
 
 _SHAPES = {
-    "star": _star, "heart": _heart, "circle": _circle, "ring": _ring, "triangle": _triangle, "diamond": _diamond,
-    "lightning bolt": _lightning, "cross": _cross, "triple bar": _bars, "moon": _moon,
-}  # fmt: skip
+    "star": _star,
+    "heart": _heart,
+    "circle": _circle,
+    "ring": _ring,
+    "triangle": _triangle,
+    "diamond": _diamond,
+    "lightning bolt": _lightning,
+    "cross": _cross,
+    "triple bar": _bars,
+    "moon": _moon,
+}
 _CHARACTERS = {f"letter {c}" if c.isalpha() else f"number {c}": c for c in "ARKBNMXZ0379"}
 NAMES = (*_SHAPES, *_CHARACTERS)
 

@@ -1,7 +1,9 @@
-"""Rasteriser: triangles to fragments, layers of clothing on top of each other, sub-samples to pixels.
+"""Rasteriser: triangles to fragments, layers of clothing on top of each other, sub-samples to
+pixels.
 
-A frame is drawn at `samples` x `samples` sub-samples a pixel. A fragment is (inverse depth, triangle, two barycentric
-coordinates); the buffers hold one fragment per sub-sample, triangle -1 where there is none.
+A frame is drawn at `samples` x `samples` sub-samples a pixel. A fragment is (inverse depth,
+triangle, two barycentric coordinates); the buffers hold one fragment per sub-sample, triangle -1
+where there is none.
 
 Legend: h w sub-sample grid (h p p grid for pixels), v vertices, m triangles.
 """
@@ -21,7 +23,8 @@ class Fragments:
     Attributes:
       inverse_depth: float32 [h, w], 0 where nothing was drawn.
       triangle: int32 [h, w], -1 where nothing was drawn.
-      weight1, weight2: float32 [h, w], perspective-correct weights of the triangle's second and third corner.
+      weight1, weight2: float32 [h, w], perspective-correct weights of the triangle's second and
+        third corner.
     """
 
     def __init__(self, height: int, width: int):
@@ -42,15 +45,18 @@ class Fragments:
 
 
 @kernel
-def rasterise(screen_v3, triangles_m3, first, last, keep_v, inverse_depth, triangle, weight1, weight2):
+def rasterise(
+    screen_v3, triangles_m3, first, last, keep_v, inverse_depth, triangle, weight1, weight2
+):
     """Draw triangles first..last with a depth test.
 
     Args:
-      screen_v3: x, y in sub-samples (centres at .5) and inverse depth, larger is nearer; below zero is not drawn.
+      screen_v3: x, y in sub-samples (centres at .5) and inverse depth, larger is nearer; below zero
+        is not drawn.
       triangles_m3: corner indices.
       first, last: range of triangles.
-      keep_v: signed distance inside the cut; where its interpolated value is negative nothing is drawn, which cuts
-        necklines and hems exactly, wherever the mesh has its edges.
+      keep_v: signed distance inside the cut; where its interpolated value is negative nothing is
+        drawn, which cuts necklines and hems exactly, wherever the mesh has its edges.
       inverse_depth, triangle, weight1, weight2: the buffers of `Fragments`, updated in place.
     """
     height, width = inverse_depth.shape
@@ -103,13 +109,26 @@ def rasterise(screen_v3, triangles_m3, first, last, keep_v, inverse_depth, trian
 
 @kernel
 def lay_over(
-    triangles_m3, cover_v, bit, samples, below_z, below_t, below_1, below_2, layer_z, layer_t, layer_1, layer_2, touched
+    triangles_m3,
+    cover_v,
+    bit,
+    samples,
+    below_z,
+    below_t,
+    below_1,
+    below_2,
+    layer_z,
+    layer_t,
+    layer_1,
+    layer_2,
+    touched,
 ):
     """Put a layer of clothing over what is drawn already.
 
-    Where the layer has a fragment it wins if it is nearer, or if the fragment in front of it belongs to something that
-    this garment covers (`cover_v` > 0): skin that a pose pushed through the cloth. What is covered gives way to the
-    cloth only, never to what is behind it, so outside the garment's own fragments the picture does not depend on it.
+    Where the layer has a fragment it wins if it is nearer, or if the fragment in front of it
+    belongs to something that this garment covers (`cover_v` > 0): skin that a pose pushed through
+    the cloth. What is covered gives way to the cloth only, never to what is behind it, so outside
+    the garment's own fragments the picture does not depend on it.
 
     Args:
       triangles_m3: corner indices.
@@ -118,7 +137,8 @@ def lay_over(
       samples: sub-samples per pixel and axis.
       below_z ... below_2: buffers so far, updated in place.
       layer_z ... layer_2: buffers of the layer.
-      touched: uint16 [pixel rows, pixel columns]; gets `bit` wherever a sub-sample of the pixel went to the layer.
+      touched: uint16 [pixel rows, pixel columns]; gets `bit` wherever a sub-sample of the pixel
+        went to the layer.
     """
     height, width = below_z.shape
     for y in range(height):
@@ -150,7 +170,9 @@ SRGB = _transfer_table(1 << 14)
 
 @kernel
 def resolve(light_hw3, samples, srgb, out_hw3):
-    """Linear light to 8-bit sRGB: soft shoulder above 0.8, box filter over the sub-samples, `srgb` table."""
+    """Linear light to 8-bit sRGB: soft shoulder above 0.8, box filter over the sub-samples, `srgb`
+    table.
+    """
     height, width, _ = out_hw3.shape
     for y in range(height):
         for x in range(width):
@@ -159,15 +181,19 @@ def resolve(light_hw3, samples, srgb, out_hw3):
                 for j in range(samples):
                     for i in range(samples):
                         value = light_hw3[y * samples + j, x * samples + i, c]
-                        total += value if value < 0.8 else 0.8 + 0.2 * (1 - math.exp(-(value - 0.8) / 0.2))
+                        total += (
+                            value
+                            if value < 0.8
+                            else 0.8 + 0.2 * (1 - math.exp(-(value - 0.8) / 0.2))
+                        )
                 value = max(0.0, min(1.0, total / (samples * samples)))
                 out_hw3[y, x, c] = srgb[int(value * (srgb.shape[0] - 1) + 0.5)]
 
 
 @kernel
 def pixel_labels(part_hw, inverse_depth, samples, parts, labels_hw, depth_hw, touched_hw):
-    """Per pixel: the part with the most sub-samples (the lower number wins a tie), the depth of the nearest one, and a
-    bit for every part that is there.
+    """Per pixel: the part with the most sub-samples (the lower number wins a tie), the depth of the
+    nearest one, and a bit for every part that is there.
     """
     height, width = labels_hw.shape
     for y in range(height):

@@ -28,7 +28,9 @@ _PICTURE_MARGIN = 1.14
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What surrounds a figure: `looks.LIGHT` and `looks.BACKDROP` records, and whether shadows are cast."""
+    """What surrounds a figure: `looks.LIGHT` and `looks.BACKDROP` records, and whether shadows are
+    cast.
+    """
 
     light: np.ndarray
     backdrop: np.ndarray
@@ -42,8 +44,8 @@ class Frame:
     Attributes:
       image: uint8 [h, w, 3].
       part: uint8 [h, w], the part with most sub-samples of the pixel.
-      touched: uint16 [h, w], bit p set where any sub-sample of the pixel belongs to part p; for a garment, where it was
-        drawn, be it covered again by a garment over it.
+      touched: uint16 [h, w], bit p set where any sub-sample of the pixel belongs to part p; for a
+        garment, where it was drawn, be it covered again by a garment over it.
       depth: float32 [h, w], metres along the view axis, infinite for the background.
       joints: [36, 3], metres.
     """
@@ -72,7 +74,9 @@ class Renderer:
         self._light = np.zeros((height, width, 3), np.float32)
         self._part = np.zeros((height, width), np.uint8)
         count = len(model.rest)
-        self._points, self._wrinkled, self._screen = (np.zeros((count, 3), np.float32) for _ in range(3))
+        self._points, self._wrinkled, self._screen = (
+            np.zeros((count, 3), np.float32) for _ in range(3)
+        )
         self._normals = np.zeros((count, 3), np.float32)
         self._rest = model.rest.copy()
         self._atlas = prints.atlas(96 if size[0] >= 256 else 32)
@@ -91,7 +95,9 @@ class Renderer:
 
     @property
     def samples_drawn(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the last frame, per sub-sample: number of the part, and triangle of the model (-1 for the background)."""
+        """Of the last frame, per sub-sample: number of the part, and triangle of the model (-1 for
+        the background).
+        """
         return self._part, self._drawn.triangle
 
     def pose(self, pose: body.Pose, swing: np.ndarray) -> np.ndarray:
@@ -105,7 +111,9 @@ class Renderer:
         matrices, joints = body.skeleton(model.figure.person, pose)
         moved = model.expression_index
         if len(moved):
-            offset = np.einsum("e,enc->nc", pose.expression.astype(np.float32), model.expression_offsets)
+            offset = np.einsum(
+                "e,enc->nc", pose.expression.astype(np.float32), model.expression_offsets
+            )
             self._rest[moved] = model.rest[moved] + offset
         geometry.skin(self._rest, model.skin_index, model.skin_weight, matrices, self._points)
         geometry.sway(self._points, model.sway, joints[0], *(float(s) for s in swing))
@@ -122,8 +130,12 @@ class Renderer:
         geometry.vertex_normals(self._wrinkled, model.normal_triangles, self._normals)
         return joints
 
-    def draw(self, camera: Camera, setting: Setting, joints: np.ndarray, ground_truth: bool = True) -> Frame:
-        """Draw the posed model; without `ground_truth`, part and depth stay empty, which saves time."""
+    def draw(
+        self, camera: Camera, setting: Setting, joints: np.ndarray, ground_truth: bool = True
+    ) -> Frame:
+        """Draw the posed model; without `ground_truth`, part and depth stay empty, which saves
+        time.
+        """
         model, samples, (height, width) = self.model, self.samples, self.size
         touched = np.zeros((height, width), np.uint16)
         drawn, layer = self._drawn, self._layer
@@ -137,7 +149,9 @@ class Renderer:
             if number:
                 bit = np.uint16(1 << part)
                 cover = model.covers[number]
-                raster.lay_over(model.triangles, cover, bit, samples, *drawn.arrays, *layer.arrays, touched)
+                raster.lay_over(
+                    model.triangles, cover, bit, samples, *drawn.arrays, *layer.arrays, touched
+                )
 
         light = setting.light if setting.shadows else _without_shadows(setting.light)
         to_light = self._draw_shadows(light, joints) if setting.shadows else np.zeros((3, 4))
@@ -150,18 +164,43 @@ class Renderer:
         )
         shadow_map = self._shadow.inverse_depth
         shade_surfaces(
-            *drawn.arrays, self._wrinkled, self._normals, model.attributes, model.triangles, model.part,
-            *self._looks, model.cloths, self._atlas, *view, light, SOLE, shadow_map, to_light, self._light, self._part,
-        )  # fmt: skip
+            *drawn.arrays,
+            self._wrinkled,
+            self._normals,
+            model.attributes,
+            model.triangles,
+            model.part,
+            *self._looks,
+            model.cloths,
+            self._atlas,
+            *view,
+            light,
+            SOLE,
+            shadow_map,
+            to_light,
+            self._light,
+            self._part,
+        )
         feet = self._feet(joints)
         floor_shadow = float(light["floor_shadow"][0])
-        shade_backdrop(drawn.triangle, *view, setting.backdrop, floor_shadow, feet, shadow_map, to_light, self._light)
+        shade_backdrop(
+            drawn.triangle,
+            *view,
+            setting.backdrop,
+            floor_shadow,
+            feet,
+            shadow_map,
+            to_light,
+            self._light,
+        )
 
         image = np.zeros((height, width, 3), np.uint8)
         raster.resolve(self._light, samples, raster.SRGB, image)
         part, depth = np.zeros((height, width), np.uint8), np.zeros((height, width), np.float32)
         if ground_truth:
-            raster.pixel_labels(self._part, drawn.inverse_depth, samples, parts.COUNT, part, depth, touched)
+            raster.pixel_labels(
+                self._part, drawn.inverse_depth, samples, parts.COUNT, part, depth, touched
+            )
         return Frame(image, part, touched, depth, joints)
 
     def _draw_shadows(self, light: np.ndarray, joints: np.ndarray) -> np.ndarray:
@@ -172,7 +211,9 @@ class Renderer:
         matrix = light_matrix(light["key_direction"][0].astype(np.float64), centre, span)
         geometry.transform(self._wrinkled, matrix, self._screen)
         self._shadow.clear()
-        raster.rasterise(self._screen, model.triangles, 0, len(model.triangles), model.keep, *self._shadow.arrays)
+        raster.rasterise(
+            self._screen, model.triangles, 0, len(model.triangles), model.keep, *self._shadow.arrays
+        )
         return matrix
 
     def _feet(self, joints: np.ndarray) -> np.ndarray:
@@ -184,7 +225,9 @@ class Renderer:
 
 
 def light_matrix(direction: np.ndarray, centre: np.ndarray, span: float) -> np.ndarray:
-    """Parallel projection along the light: column and row of the shadow map, and depth, larger nearer to it."""
+    """Parallel projection along the light: column and row of the shadow map, and depth, larger
+    nearer to it.
+    """
     across = np.cross([0, 1.0, 0], direction)
     across /= np.linalg.norm(across)
     up = np.cross(direction, across)
@@ -197,7 +240,8 @@ def light_matrix(direction: np.ndarray, centre: np.ndarray, span: float) -> np.n
 def cloth_swing(motion: Motion) -> np.ndarray:
     """How hanging cloth lags behind the body: x, z (m) and turn (rad) per frame, [t, 3].
 
-    A damped spring, driven by the acceleration and the speed of the body's path, in equilibrium at the first frame.
+    A damped spring, driven by the acceleration and the speed of the body's path, in equilibrium at
+    the first frame.
     """
     dt = 1 / motion.fps
     path = motion.path
@@ -221,7 +265,8 @@ def cloth_swing(motion: Motion) -> np.ndarray:
 def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 3) -> np.ndarray:
     """The garment alone, worn by nobody, on white: uint8 [h, w, 3].
 
-    It is cut for the mean body, so it tells nothing about the person, the pose or the light of a clip.
+    It is cut for the mean body, so it tells nothing about the person, the pose or the light of a
+    clip.
     """
     model = _mean_figure().dress({garment.slot: garment}, Styling())
     renderer = Renderer(model, size, samples)
@@ -233,7 +278,9 @@ def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 
     extent = high - low
     span = _PICTURE_MARGIN * max(extent[1], extent[0] * height / width)
     centre, distance = 0.5 * (low + high).astype(np.float64), 6.0
-    camera = scene.look_at(centre + np.array([0, 0, distance]), centre, height * distance / span, size)
+    camera = scene.look_at(
+        centre + np.array([0, 0, distance]), centre, height * distance / span, size
+    )
     setting = Setting(scene.picture_light(), scene.blank_backdrop())
     return renderer.draw(camera, setting, joints).image
 

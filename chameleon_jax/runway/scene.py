@@ -1,4 +1,6 @@
-"""Where it happens: backdrop, light, and a camera that looks at the body's path and never at the clothes."""
+"""Where it happens: backdrop, light, and a camera that looks at the body's path and never at the
+clothes.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,32 @@ from chameleon_jax.runway.drape import SOLE
 from chameleon_jax.runway.motion import Motion, MotionSpec
 
 PLACES = ("studio", "room", "street", "park")
-FRAMINGS = {"full": (-0.09, 1.83), "knee": (0.44, 1.82), "thigh": (0.70, 1.82)}  # lowest and highest point in sight
+FRAMINGS = {
+    "full": (-0.09, 1.83),
+    "knee": (0.44, 1.82),
+    "thigh": (0.70, 1.82),
+}  # lowest and highest point in sight
 MOVES = ("static", "dolly", "pan", "orbit", "handheld")
 DISTANCE = 3.6
 _USUAL_HAIR = 0.03  # thickness that the framings have room for
-_ROOM_FOR_ARMS = {"up": 0.98, "wave": 1.02, "hips": 0.98, "open": 1.05, "hair": 0.95, "hip": 0.95, "side": 1.34,
-                  "front": 0.95, "chest": 0.90}  # fmt: skip
-_STONES = {"sandstone": (178, 150, 128), "brick": (164, 110, 88), "concrete": (190, 184, 176),
-           "slate": (140, 146, 156), "limestone": (206, 190, 160)}  # fmt: skip
+_ROOM_FOR_ARMS = {
+    "up": 0.98,
+    "wave": 1.02,
+    "hips": 0.98,
+    "open": 1.05,
+    "hair": 0.95,
+    "hip": 0.95,
+    "side": 1.34,
+    "front": 0.95,
+    "chest": 0.90,
+}
+_STONES = {
+    "sandstone": (178, 150, 128),
+    "brick": (164, 110, 88),
+    "concrete": (190, 184, 176),
+    "slate": (140, 146, 156),
+    "limestone": (206, 190, 160),
+}
 _FOLIAGE = {"green": (92, 128, 70), "summery": (120, 140, 80), "autumnal": (150, 120, 60)}
 
 
@@ -51,7 +71,9 @@ class SceneSpec:
 
 @dataclasses.dataclass(frozen=True)
 class CameraSpec:
-    """A camera: framing, movement, its amount and phases in [-1, 1], and how much it follows a walk (0 to 1)."""
+    """A camera: framing, movement, its amount and phases in [-1, 1], and how much it follows a walk
+    (0 to 1).
+    """
 
     framing: str
     move: str
@@ -61,7 +83,8 @@ class CameraSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """Pinhole camera of one frame: x right, y down, z ahead, pixel (x, y) = K (R p + t) with square pixels.
+    """Pinhole camera of one frame: x right, y down, z ahead, pixel (x, y) = K (R p + t) with square
+    pixels.
 
     Attributes:
       focal, centre: pixels.
@@ -145,8 +168,12 @@ def picture_light() -> np.ndarray:
 def make_backdrop(spec: SceneSpec) -> np.ndarray:
     """One `looks.BACKDROP` record."""
     rng = np.random.default_rng((spec.seed, 1))
-    place = looks.record(looks.BACKDROP, kind=backdrop.KINDS.index(spec.place), floor_y=SOLE, seed=rng.integers(100))
-    place["wall_z"] = -rng.uniform(1.8, 3.0) if spec.place in ("studio", "room") else -rng.uniform(5, 8)
+    place = looks.record(
+        looks.BACKDROP, kind=backdrop.KINDS.index(spec.place), floor_y=SOLE, seed=rng.integers(100)
+    )
+    place["wall_z"] = (
+        -rng.uniform(1.8, 3.0) if spec.place in ("studio", "room") else -rng.uniform(5, 8)
+    )
     if spec.place in ("studio", "room"):
         base = np.array(colours.WALL_COLOURS[spec.wall]) * rng.uniform(0.92, 1.04)
         place["wall"] = colours.linear(base)
@@ -158,10 +185,18 @@ def make_backdrop(spec: SceneSpec) -> np.ndarray:
         side = rng.choice([-1, 1])
         accent = ((60, 90, 120), (180, 90, 60), (70, 110, 80), (200, 160, 70))[int(rng.integers(4))]
         place["floor"] = colours.linear(colours.FLOOR_COLOURS[spec.floor])
-        place["frame"], place["sky"] = colours.linear((238, 234, 226)), colours.linear((228, 238, 250))
+        place["frame"], place["sky"] = (
+            colours.linear((238, 234, 226)),
+            colours.linear((228, 238, 250)),
+        )
         place["accent"], place["soft"] = colours.linear(accent), 0.012
         place["glow_x"], place["glow"] = rng.uniform(-1.2, 1.2), rng.uniform(0, 0.12)
-        window = (side * rng.uniform(0.7, 1.1), 1.55, rng.uniform(0.35, 0.5), rng.uniform(0.55, 0.75))
+        window = (
+            side * rng.uniform(0.7, 1.1),
+            1.55,
+            rng.uniform(0.35, 0.5),
+            rng.uniform(0.55, 0.75),
+        )
         picture = (
             -side * rng.uniform(0.6, 1.0),
             rng.uniform(1.45, 1.75),
@@ -173,7 +208,10 @@ def make_backdrop(spec: SceneSpec) -> np.ndarray:
     elif spec.place == "street":
         paving = ((150, 148, 146), (168, 160, 150), (128, 130, 136))[int(rng.integers(3))]
         place["wall"], place["floor"] = colours.linear(_STONES[spec.wall]), colours.linear(paving)
-        place["frame"], place["sky"] = colours.linear((110, 130, 150)), colours.linear((190, 212, 236))
+        place["frame"], place["sky"] = (
+            colours.linear((110, 130, 150)),
+            colours.linear((190, 212, 236)),
+        )
         place["accent"], place["soft"] = colours.linear((250, 222, 160)), 0.09
         place["facade"], place["window_pitch"] = rng.uniform(3.0, 6.5), rng.uniform(1.1, 1.8)
     else:
@@ -189,7 +227,12 @@ def blank_backdrop() -> np.ndarray:
 
 
 def make_cameras(
-    spec: CameraSpec, action: MotionSpec, person: Person, hair: float, motion: Motion, size: tuple[int, int]
+    spec: CameraSpec,
+    action: MotionSpec,
+    person: Person,
+    hair: float,
+    motion: Motion,
+    size: tuple[int, int],
 ) -> list[Camera]:
     """The camera of every frame.
 
@@ -230,10 +273,15 @@ def make_cameras(
             target[0] += 0.10 * a[2] * u
         elif spec.move == "orbit":
             angle = 0.35 * a[2] * u
-            eye[0], eye[2] = target[0] + distance * math.sin(angle), target[2] + distance * math.cos(angle)
+            eye[0], eye[2] = (
+                target[0] + distance * math.sin(angle),
+                target[2] + distance * math.cos(angle),
+            )
         elif spec.move == "handheld":
             t = 2 * math.pi * frame / motion.fps / 5
-            eye[:2] += 0.012 * np.array([math.sin(2.1 * t + 3 * a[3]), math.sin(2.7 * t + 3 * a[4])])
+            eye[:2] += 0.012 * np.array(
+                [math.sin(2.1 * t + 3 * a[3]), math.sin(2.7 * t + 3 * a[4])]
+            )
             target[:2] += 0.010 * np.array([math.sin(1.7 * t + a[4]), math.sin(2.3 * t + a[5])])
         cameras.append(look_at(eye, target, focal, size))
     return cameras

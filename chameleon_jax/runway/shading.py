@@ -1,7 +1,9 @@
-"""Deferred shading of people: the colour of each fragment from what it belongs to, then the light on it.
+"""Deferred shading of people: the colour of each fragment from what it belongs to, then the light
+on it.
 
-Everything is computed in linear light, at the sub-samples, from the fragment's own triangle: nothing looks at
-neighbouring fragments, so one garment cannot change another's pixels except by the shadow it casts.
+Everything is computed in linear light, at the sub-samples, from the fragment's own triangle:
+nothing looks at neighbouring fragments, so one garment cannot change another's pixels except by the
+shadow it casts.
 
 Legend: h w sub-samples, v vertices, m triangles, a attributes (see `parts`), p parts.
 """
@@ -35,7 +37,13 @@ from chameleon_jax.runway.parts import (
 )
 from chameleon_jax.runway.patterns import band, noise, pattern, step
 
-_SKIN, _EYES, _HAIR, _UNDERLAYER, _SHOES = parts.SKIN, parts.EYES, parts.HAIR, parts.UNDERLAYER, parts.SHOES
+_SKIN, _EYES, _HAIR, _UNDERLAYER, _SHOES = (
+    parts.SKIN,
+    parts.EYES,
+    parts.HAIR,
+    parts.UNDERLAYER,
+    parts.SHOES,
+)
 _TWO_PI = 2 * math.pi
 
 
@@ -53,7 +61,9 @@ def _scale(colour, factor):
 
 @kernel
 def _paint_skin(colour, a, look, f):
-    """Skin with lips, blush, brows, lashes and stubble, drawn at rest positions relative to the eyes (metres)."""
+    """Skin with lips, blush, brows, lashes and stubble, drawn at rest positions relative to the
+    eyes (metres).
+    """
     x, y, z = a[FACE_X], a[FACE_Y], a[FACE_Z]
     colour[:] = look.tone
     front = step(-0.02, 0.02, z + 0.035)
@@ -67,20 +77,28 @@ def _paint_skin(colour, a, look, f):
 
     along = abs(x) - look.brow_x - 0.002
     arch = 0.0205 + 0.0045 * (1 - ((along - 0.004) / 0.020) ** 2)
-    width = look.brow_width * (0.55 + 0.45 * step(-0.022, -0.010, along)) * (1 - 0.60 * step(0.004, 0.024, along))
+    width = (
+        look.brow_width
+        * (0.55 + 0.45 * step(-0.022, -0.010, along))
+        * (1 - 0.60 * step(0.004, 0.024, along))
+    )
     brow = step(width + 0.0016 + 0.4 * f, width - 0.0016 - 0.4 * f, abs(y - arch))
     brow *= step(0.024 + 0.3 * f, 0.020 - 0.3 * f, abs(along)) * front
     _mix(colour, look.hair, 0.85 * brow)
     _scale(colour, 1 - 0.45 * a[EYELIDS] * front * look.lashes)
     if look.stubble > 0:
-        beard = step(-0.045, -0.075, y) * step(-0.055, -0.01, z) * (1 - lips) * step(-0.165, -0.13, y)
+        beard = (
+            step(-0.045, -0.075, y) * step(-0.055, -0.01, z) * (1 - lips) * step(-0.165, -0.13, y)
+        )
         moustache = math.exp(-(((y + 0.062) / 0.008) ** 2) - (x / 0.026) ** 2)
         _mix(colour, look.hair, max(beard, 0.8 * moustache) * look.stubble * front)
 
 
 @kernel
 def _paint_eye(colour, a, look, f):
-    """White, iris with a darker rim, pupil; the upper lid shades the ball. Positions relative to its centre."""
+    """White, iris with a darker rim, pupil; the upper lid shades the ball. Positions relative to
+    its centre.
+    """
     radius = math.sqrt(a[0] * a[0] + a[1] * a[1])
     iris = step(0.0066 + 0.3 * f, 0.0060 - 0.3 * f, radius) if a[2] > 0 else 0.0
     pupil = step(0.0030 + 0.2 * f, 0.0024 - 0.2 * f, radius) * iris
@@ -96,7 +114,9 @@ def _paint_hair(colour, a, look, f):
     """Strands as noise stretched along the hair, slightly lighter tips. Returns the strand's shine."""
     coarse, fine = noise(230 * a[U], 14 * a[V], 11), noise(620 * a[U], 22 * a[V], 12)
     contrast = 1 / (1 + 220 * f)
-    value = 1 + (0.55 * (coarse - 0.5) + 0.45 * (fine - 0.5)) * contrast + 0.15 * step(0.05, 0.25, a[V])
+    value = (
+        1 + (0.55 * (coarse - 0.5) + 0.45 * (fine - 0.5)) * contrast + 0.15 * step(0.05, 0.25, a[V])
+    )
     for c in range(3):
         colour[c] = look.colour[c] * value
     return 0.5 + coarse
@@ -141,10 +161,18 @@ def _paint_details(colour, look, atlas, u, v, f):
             ) * fy
             _mix(colour, look.print_colour, ink)
     if look.buttoned > 0 and look.button_low < v < look.button_high:
-        _scale(colour, 1 - 0.35 * step(0.0022 + 0.5 * f, 0.0, abs(abs(u) - look.placket)) * min(1.0, 0.004 / f))
+        _scale(
+            colour,
+            1
+            - 0.35 * step(0.0022 + 0.5 * f, 0.0, abs(abs(u) - look.placket)) * min(1.0, 0.004 / f),
+        )
         above = v / 0.085
         dy = (above - math.floor(above) - 0.5) * 0.085
-        _mix(colour, look.button, step(0.0075 + 0.6 * f, 0.0055 - 0.4 * f, math.sqrt(u * u + dy * dy)))
+        _mix(
+            colour,
+            look.button,
+            step(0.0075 + 0.6 * f, 0.0055 - 0.4 * f, math.sqrt(u * u + dy * dy)),
+        )
     if look.pocket_height > 0:
         across, up = abs(abs(u) - look.pocket_u), abs(v - look.pocket_v)
         if across <= look.pocket_width + 0.002 and up <= look.pocket_height + 0.002:
@@ -157,7 +185,11 @@ def _unwrapped(values, w0, w1, w2, turn):
     """Interpolate an angle-like coordinate with period `turn` across its seam."""
     q0, q1, q2 = values
     if max(q0, q1, q2) - min(q0, q1, q2) > 0.5 * turn:
-        q0, q1, q2 = (q0 + turn if q0 < 0 else q0), (q1 + turn if q1 < 0 else q1), (q2 + turn if q2 < 0 else q2)
+        q0, q1, q2 = (
+            (q0 + turn if q0 < 0 else q0),
+            (q1 + turn if q1 < 0 else q1),
+            (q2 + turn if q2 < 0 else q2),
+        )
     return w0 * q0 + w1 * q1 + w2 * q2
 
 
@@ -166,7 +198,9 @@ def _paint_cloth(colour, a, torso_u, sleeve_u, look, atlas, f):
     """The whole garment: pattern, blocks, print, fastening, borders, seams, belt."""
     sleeve = look.sleeves > 0 and a[SLEEVE] > 0
     u, v = (sleeve_u, -a[SLEEVE_V]) if sleeve else (torso_u, a[V])
-    second, third = pattern(look.pattern, u + look.pattern_u, v, f, look.period, look.duty, look.pattern_seed)
+    second, third = pattern(
+        look.pattern, u + look.pattern_u, v, f, look.period, look.duty, look.pattern_seed
+    )
     if look.banded > 0:
         inside = step(look.band_low - 0.004 - 0.5 * f, look.band_low + 0.004 + 0.5 * f, v)
         inside *= step(look.band_high + 0.004 + 0.5 * f, look.band_high - 0.004 - 0.5 * f, v)
@@ -181,17 +215,28 @@ def _paint_cloth(colour, a, torso_u, sleeve_u, look, atlas, f):
         soft = f + look.block_soft
         _mix(colour, look.block, step(look.block_v + soft, look.block_v - soft, v))
     if look.stripe_width > 0:
-        _mix(colour, look.stripe, _edge(look.stripe_width, f, abs(a[ANGLE] - 0.5 * math.pi) * look.wrap_radius))
+        _mix(
+            colour,
+            look.stripe,
+            _edge(look.stripe_width, f, abs(a[ANGLE] - 0.5 * math.pi) * look.wrap_radius),
+        )
     if look.grain > 0:
         threads = 0.5 * noise(420 * u, 60 * v, 3) + 0.5 * noise(60 * u, 25 * v, 4)
         _scale(colour, 1 + look.grain * (threads - 0.5) * (0.3 + 0.7 / (1 + 160 * f)))
     if look.rib > 0:
-        _scale(colour, 1 - 0.22 * look.rib * (0.5 + 0.5 * math.cos(u * _TWO_PI / 0.012)) / (1 + 500 * f))
+        _scale(
+            colour,
+            1 - 0.22 * look.rib * (0.5 + 0.5 * math.cos(u * _TWO_PI / 0.012)) / (1 + 500 * f),
+        )
     front = abs(a[ANGLE]) < 1.45 and not sleeve
     if front:
         _paint_details(colour, look, atlas, u, v, f)
 
-    trim = max(_edge(look.neck_trim, f, a[NECK]), _edge(look.hem_trim, f, a[HEM]), _edge(look.cuff_trim, f, a[CUFF]))
+    trim = max(
+        _edge(look.neck_trim, f, a[NECK]),
+        _edge(look.hem_trim, f, a[HEM]),
+        _edge(look.cuff_trim, f, a[CUFF]),
+    )
     _mix(colour, look.trim, trim)
     seam = _line(0.0022, f, min(abs(a[HEM] - 0.018), abs(a[CUFF] - 0.016)), 0.22)
     if a[NECK] < 0.25:
@@ -203,7 +248,11 @@ def _paint_cloth(colour, a, torso_u, sleeve_u, look, atlas, f):
         _mix(colour, look.belt, _edge(look.belt_width, f, abs(v - look.belt_v)))
         if front and look.buckled > 0:
             across = step(0.022 + 0.4 * f, 0.020 - 0.4 * f, abs(u))
-            _mix(colour, look.buckle, across * _edge(1.15 * look.belt_width, 0.8 * f, abs(v - look.belt_v)))
+            _mix(
+                colour,
+                look.buckle,
+                across * _edge(1.15 * look.belt_width, 0.8 * f, abs(v - look.belt_v)),
+            )
 
 
 @kernel
@@ -230,10 +279,32 @@ def _shadow_at(x, y, z, facing, shadow_map, matrix_34):
 
 @kernel
 def shade_surfaces(
-    inverse_depth, triangle, weight1, weight2, points_v3, normals_v3, attributes_va, triangles_m3, part_m,
-    skin, hair, shoes, cloths_p, atlas, focal, centre_x, centre_y, rotation_33, eye_3,
-    light, floor_y, shadow_map, shadow_34, out_hw3, part_hw,
-):  # fmt: skip
+    inverse_depth,
+    triangle,
+    weight1,
+    weight2,
+    points_v3,
+    normals_v3,
+    attributes_va,
+    triangles_m3,
+    part_m,
+    skin,
+    hair,
+    shoes,
+    cloths_p,
+    atlas,
+    focal,
+    centre_x,
+    centre_y,
+    rotation_33,
+    eye_3,
+    light,
+    floor_y,
+    shadow_map,
+    shadow_34,
+    out_hw3,
+    part_hw,
+):
     """Shade every sub-sample that has a fragment.
 
     Args:
@@ -245,7 +316,8 @@ def shade_surfaces(
       rotation_33, eye_3: world to camera (x right, y down, z ahead), and where the camera is.
       light: array with one `looks.LIGHT` record.
       floor_y: height of the floor.
-      shadow_map, shadow_34: depth towards the light, larger is nearer to it, and the map from the world to it.
+      shadow_map, shadow_34: depth towards the light, larger is nearer to it, and the map from the
+        world to it.
       out_hw3: linear light, written.
       part_hw: number of the part, written.
     """
@@ -291,7 +363,11 @@ def shade_surfaces(
                 scale = -scale
             nx, ny, nz = nx * scale, ny * scale, nz * scale
             for k in range(parts.ATTRIBUTES):
-                a[k] = attributes_va[i0, k] * w0 + attributes_va[i1, k] * w1 + attributes_va[i2, k] * w2
+                a[k] = (
+                    attributes_va[i0, k] * w0
+                    + attributes_va[i1, k] * w1
+                    + attributes_va[i2, k] * w2
+                )
             f = 1.6 * depth / focal
             ambient = a[OCCLUSION]
 
@@ -318,7 +394,11 @@ def shade_surfaces(
                 look = cloths_p[part]
                 corners = attributes_va[i0, U], attributes_va[i1, U], attributes_va[i2, U]
                 torso_u = _unwrapped(corners, w0, w1, w2, _TWO_PI * look.wrap_radius)
-                corners = attributes_va[i0, SLEEVE_U], attributes_va[i1, SLEEVE_U], attributes_va[i2, SLEEVE_U]
+                corners = (
+                    attributes_va[i0, SLEEVE_U],
+                    attributes_va[i1, SLEEVE_U],
+                    attributes_va[i2, SLEEVE_U],
+                )
                 sleeve_u = _unwrapped(corners, w0, w1, w2, _TWO_PI * look.sleeve_radius)
                 _paint_cloth(colour, a, torso_u, sleeve_u, look, atlas, f)
                 ambient *= 0.80 + 0.20 * step(0.0, 0.02, min(a[NECK], a[HEM], a[CUFF]))
@@ -331,7 +411,11 @@ def shade_surfaces(
             shadow = 0.0
             if lit.shadow > 0:
                 shadow = _shadow_at(px, py, pz, towards, shadow_map, shadow_34)
-            diffuse = max(0.0, (towards + wrap) / (1 + wrap)) * (1 - lit.shadow * shadow) * (0.5 + 0.5 * ambient)
+            diffuse = (
+                max(0.0, (towards + wrap) / (1 + wrap))
+                * (1 - lit.shadow * shadow)
+                * (0.5 + 0.5 * ambient)
+            )
             specular = 0.0
             if towards > 0:
                 hx, hy, hz = lx + vx, ly + vy, lz + vz
@@ -340,7 +424,10 @@ def shade_surfaces(
             grazing = 1 - max(0.0, nx * vx + ny * vy + nz * vz)
             rim = grazing**3 * lit.rim * (0.3 + 0.7 * max(0.5 + 0.5 * ny, 0.0))
             fill = lit.fill * max(
-                0.0, nx * lit.fill_direction[0] + ny * lit.fill_direction[1] + nz * lit.fill_direction[2]
+                0.0,
+                nx * lit.fill_direction[0]
+                + ny * lit.fill_direction[1]
+                + nz * lit.fill_direction[2],
             )
             up = 0.5 + 0.5 * ny
             near_floor = 0.55 + 0.45 * step(floor_y - 0.02, floor_y + 0.45, py)

@@ -1,6 +1,8 @@
-"""Checkpoints of a training run, through Orbax: asynchronous, complete or not there at all, restorable onto any mesh.
+"""Checkpoints of a training run, through Orbax: asynchronous, complete or not there at all,
+restorable onto any mesh.
 
-A checkpoint holds the arrays of the state by name, and a JSON part: the stage, the position in the data, the config.
+A checkpoint holds the arrays of the state by name, and a JSON part: the stage, the position in the
+data, the config.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Checkpoints:
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only and jax.process_count() == 1,  # what a killed run left behind
+            cleanup_tmp_directories=not read_only
+            and jax.process_count() == 1,  # what a killed run left behind
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -62,7 +65,9 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), about=ocp.args.JsonSave(about))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_named(state)), about=ocp.args.JsonSave(about)
+        )
         self._manager.save(step, args=args)
 
     def wait(self) -> None:
@@ -71,14 +76,17 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
+            "about"
+        ]
 
     def restore(self, step: int, like: Any, stage: str) -> tuple[Any, dict[str, Any]]:
         """Read a checkpoint.
 
         Args:
           step: one that exists.
-          like: tree of `jax.ShapeDtypeStruct` with the shardings wanted; the mesh may differ from the one of the save.
+          like: tree of `jax.ShapeDtypeStruct` with the shardings wanted; the mesh may differ from
+            the one of the save.
           stage: name of the stage that goes on.
 
         Returns:
@@ -90,11 +98,15 @@ class Checkpoints:
         about = self.about(step)
         if about["stage"] != stage:
             raise CheckpointError(
-                f"{self.folder} holds checkpoints of the stage {about['stage']!r}, this run is {stage!r}; choose "
+                f"{self.folder} holds checkpoints of the stage {about['stage']!r}, this run is"
+                f" {stage!r}; choose "
                 "another workdir, and name the earlier stage's exported weights in init_from"
             )
         wanted = _named(like)
-        stored = {name: tuple(leaf.shape) for name, leaf in self._manager.item_metadata(step)["state"].items()}
+        stored = {
+            name: tuple(leaf.shape)
+            for name, leaf in self._manager.item_metadata(step)["state"].items()
+        }
         faults = [f"missing {name}" for name in wanted if name not in stored]
         faults += [f"unexpected {name}" for name in stored if name not in wanted]
         faults += [
@@ -105,11 +117,14 @@ class Checkpoints:
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise CheckpointError(
-                f"{self.folder}: step {step} was saved with another model or optimiser: {'; '.join(faults[:5])}{more}"
+                f"{self.folder}: step {step} was saved with another model or optimiser:"
+                f" {'; '.join(faults[:5])}{more}"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         restored = self._manager.restore(step, args=args)["state"]
-        return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted]), about
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [restored[name] for name in wanted]
+        ), about
 
 
 def _named(tree: Any) -> dict[str, Any]:

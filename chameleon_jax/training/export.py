@@ -35,14 +35,17 @@ def export(
       state: of the run.
       stage: of the run.
       config: of the run; `export_dtype` is that of the trained networks' weights.
-      streaming: config of inference at this size; its `model`, `cache` and `video` sizes are taken from `config`.
+      streaming: config of inference at this size; its `model`, `cache` and `video` sizes are taken
+        from `config`.
       tokenizer: tokenizer.json to copy.
 
     Raises:
       ConfigError: an unknown `export_dtype`.
     """
     if config.export_dtype not in DTYPES:
-        raise ConfigError(f"export_dtype is {config.export_dtype!r}; expected one of {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"export_dtype is {config.export_dtype!r}; expected one of {', '.join(DTYPES)}"
+        )
     folder, dtype = Path(folder), DTYPES[config.export_dtype]
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in stage.trained.items():
@@ -95,7 +98,10 @@ def stored_model(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
 def on_host(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Whole arrays, also where every process holds only a part."""
     if jax.process_count() > 1:
-        return {name: jnp.asarray(multihost_utils.process_allgather(v, tiled=True)) for name, v in params.items()}
+        return {
+            name: jnp.asarray(multihost_utils.process_allgather(v, tiled=True))
+            for name, v in params.items()
+        }
     return {name: jnp.asarray(np.asarray(value)) for name, value in params.items()}
 
 

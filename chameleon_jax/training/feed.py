@@ -1,7 +1,8 @@
-"""From loaders to what a training step takes: tokenised, cropped, NumPy arrays only; resumable to the batch.
+"""From loaders to what a training step takes: tokenised, cropped, NumPy arrays only; resumable to
+the batch.
 
-A stage may train on several kinds of batch in turn (pictures, short crops, long crops): batch n comes from part
-n mod parts. Each kind has shapes of its own and so a compiled step of its own.
+A stage may train on several kinds of batch in turn (pictures, short crops, long crops): batch n
+comes from part n mod parts. Each kind has shapes of its own and so a compiled step of its own.
 Axes: b batch, t pixel frames, h w pixels, c channels.
 """
 
@@ -78,7 +79,8 @@ class Feed(Iterator):
         have, want = len(state["parts"]), len(self._batches)
         if have != want:
             raise ConfigError(
-                f"the run to go on from drew {have} kind(s) of batches in turn, this config describes {want}; restore"
+                f"the run to go on from drew {have} kind(s) of batches in turn, this config"
+                f" describes {want}; restore"
                 " the config, or start another run from its export (another workdir, init_from)"
             )
         self._count = state["count"]
@@ -87,7 +89,8 @@ class Feed(Iterator):
 
 
 def crop(video: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random window of `size` (height, width) of every clip [b, t, h, w, c], another one for each.
+    """A random window of `size` (height, width) of every clip [b, t, h, w, c], another one for
+    each.
 
     Raises:
       ValueError: the window is larger than the clip.
@@ -99,5 +102,7 @@ def crop(video: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> 
     if not rows and not columns:
         return video
     top, left = rng.integers(0, rows + 1, len(video)), rng.integers(0, columns + 1, len(video))
-    windows = [clip[:, y : y + height, x : x + width] for clip, y, x in zip(video, top, left, strict=True)]
+    windows = [
+        clip[:, y : y + height, x : x + width] for clip, y, x in zip(video, top, left, strict=True)
+    ]
     return np.stack(windows)

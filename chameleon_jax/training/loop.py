@@ -1,7 +1,8 @@
 """The loop that trains every stage: placement, steps, checkpoints, metrics, previews, interruption.
 
-A stage brings its networks, its loss and its preview (`state.Stage`); the config brings the numbers. Resume is
-automatic: a run whose folder holds a checkpoint goes on from it, to the bit. In order of preference a run starts from
+A stage brings its networks, its loss and its preview (`state.Stage`); the config brings the
+numbers. Resume is automatic: a run whose folder holds a checkpoint goes on from it, to the bit. In
+order of preference a run starts from
 
   1. the newest checkpoint in its own folder,
   2. the exported weights in `init_from`,
@@ -60,15 +61,19 @@ class Outcome:
     reason: str  # "finished", "time" (max_minutes is over) or "signal" (SIGTERM or SIGINT)
 
 
-def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[HostBatch] = ()) -> Outcome:
-    """Train until the last step, the time limit or a signal; the final state is saved in all three cases.
+def train(
+    config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[HostBatch] = ()
+) -> Outcome:
+    """Train until the last step, the time limit or a signal; the final state is saved in all three
+    cases.
 
     Args:
-      config: groups `train`, `optimizer`, `schedule`, `ema`, `mesh`, `weights` and the keys `workdir`, `seed`,
-        `init_from`; see configs/.
+      config: groups `train`, `optimizer`, `schedule`, `ema`, `mesh`, `weights` and the keys
+        `workdir`, `seed`, `init_from`; see configs/.
       stage: what to train.
       feed: endless batches.
-      eval_batches: held-out batches for the loss without dropout of chance (fixed keys) and for the preview.
+      eval_batches: held-out batches for the loss without dropout of chance (fixed keys) and for the
+        preview.
 
     Raises:
       TrainingDivergedError: the loss became NaN or infinite.
@@ -78,13 +83,25 @@ def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[H
     mesh = sharding.make_mesh(config.mesh)
     schedule = optim.make_schedule(config.schedule, limits.steps)
     optimizer = optim.make_optimizer(config.optimizer, schedule)
-    frozen = {name: _load(net, config.weights[name], name, mesh) for name, net in stage.frozen.items()}
+    frozen = {
+        name: _load(net, config.weights[name], name, mesh) for name, net in stage.frozen.items()
+    }
     create, like = _blueprint(config, stage, optimizer, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, like)
     step_function = jax.jit(
-        make_step(stage, optimizer, seed=config.seed, ema_decay=config.ema.decay, ema_start=config.ema.start),
+        make_step(
+            stage,
+            optimizer,
+            seed=config.seed,
+            ema_decay=config.ema.decay,
+            ema_start=config.ema.start,
+        ),
         # The state goes in and out in the same places, and its memory is used again.
-        in_shardings=(placement, sharding.param_shardings(frozen, mesh), jax.NamedSharding(mesh, sharding.BATCH)),
+        in_shardings=(
+            placement,
+            sharding.param_shardings(frozen, mesh),
+            jax.NamedSharding(mesh, sharding.BATCH),
+        ),
         out_shardings=(placement, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -102,7 +119,10 @@ def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[H
             state, about = checkpoints.restore(start, like, stage.name)
             feed.set_state(about["data"])
             log.info("going on from step %d in %s", start, workdir)
-        about = {"stage": stage.name, "config": {key: str(value) for key, value in flatten(config).items()}}
+        about = {
+            "stage": stage.name,
+            "config": {key: str(value) for key, value in flatten(config).items()},
+        }
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
         log.info("stage %s: %.2f M parameters, mesh %s", stage.name, count / 1e6, dict(mesh.shape))
 
@@ -117,12 +137,16 @@ def train(config: ConfigDict, stage: Stage, feed: Feed, eval_batches: Sequence[H
                 reporter.add(step, metrics, next(iter(batch.values())).shape[0])
                 if _due(step, limits.eval_every, limits.steps) and fixed:
                     with reporter.paused():
-                        writer.scalars(step, _evaluate(eval_function, state, frozen, fixed, config.seed))
+                        writer.scalars(
+                            step, _evaluate(eval_function, state, frozen, fixed, config.seed)
+                        )
                 if _due(step, limits.preview_every, limits.steps):
                     with reporter.paused():
                         key = purpose_key(config.seed, "preview")
                         shown = fixed[0] if fixed else batch
-                        writer.picture(step, stage.preview(state.inference_params, frozen, shown, key))
+                        writer.picture(
+                            step, stage.preview(state.inference_params, frozen, shown, key)
+                        )
                 reason = stop.reason(step, limits.max_minutes)
                 if reason or _due(step, limits.checkpoint_every, limits.steps):
                     reporter.drain()  # never save a state that is not known to be finite
@@ -147,7 +171,9 @@ def load_state(config: ConfigDict, stage: Stage) -> TrainState:
       CheckpointError: there is none, or it is not of this stage, model and optimiser.
     """
     mesh = sharding.make_mesh(config.mesh)
-    optimizer = optim.make_optimizer(config.optimizer, optim.make_schedule(config.schedule, config.train.steps))
+    optimizer = optim.make_optimizer(
+        config.optimizer, optim.make_schedule(config.schedule, config.train.steps)
+    )
     _, like = _blueprint(config, stage, optimizer, mesh)
     with Checkpoints(Path(config.workdir) / "checkpoints", read_only=True) as checkpoints:
         newest = checkpoints.latest()
@@ -159,7 +185,8 @@ def load_state(config: ConfigDict, stage: Stage) -> TrainState:
 class StopRequest:
     """Turns SIGTERM and SIGINT into a question the loop asks after each step; a context manager.
 
-    With several processes all of them get the same answer at the same step, or their collectives would wait for ever.
+    With several processes all of them get the same answer at the same step, or their collectives
+    would wait for ever.
     """
 
     def __init__(self):
@@ -191,14 +218,20 @@ class StopRequest:
         asked = self._asked
         if jax.process_count() > 1:
             asked = multihost_utils.reached_preemption_sync_point(step)
-            over = bool(max_minutes) and bool(np.any(multihost_utils.process_allgather(np.array(over))))
+            over = bool(max_minutes) and bool(
+                np.any(multihost_utils.process_allgather(np.array(over)))
+            )
         return "signal" if asked else "time" if over else ""
 
 
 class _Reporter:
-    """Collects metrics one step late, so that the host never waits for the step it has just started."""
+    """Collects metrics one step late, so that the host never waits for the step it has just
+    started.
+    """
 
-    def __init__(self, writer: MetricsWriter, schedule: Callable[[int], Any], start: int, limits: ConfigDict):
+    def __init__(
+        self, writer: MetricsWriter, schedule: Callable[[int], Any], start: int, limits: ConfigDict
+    ):
         self._writer, self._schedule, self._limits = writer, schedule, limits
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._sums: dict[str, list[float]] = collections.defaultdict(list)
@@ -225,7 +258,8 @@ class _Reporter:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise TrainingDivergedError(
-                f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before. Lower schedule.peak "
+                f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before."
+                " Lower schedule.peak "
                 "or optimizer.clip and start again"
             )
         for name, value in values.items():
@@ -242,7 +276,10 @@ class _Reporter:
         means["learning_rate"] = float(self._schedule(step - 1))
         text = f"step {step}/{self._limits.steps} loss {means['loss']:.4f} grad {means['grad_norm']:.3g}"
         if self._steps:
-            means |= {"steps_per_second": self._steps / seconds, "samples_per_second": self._samples / seconds}
+            means |= {
+                "steps_per_second": self._steps / seconds,
+                "samples_per_second": self._samples / seconds,
+            }
             left = (self._limits.steps - step) * seconds / self._steps
             text += f" | {means['steps_per_second']:.3g} steps/s, {means['samples_per_second']:.3g} samples/s"
             text += f" | {_hours(left)} left"
@@ -269,16 +306,26 @@ class _Pause:
 
 
 def _evaluate(
-    loss: Callable[..., Any], state: TrainState, frozen: ParamTree, batches: Iterable[dict], seed: int
+    loss: Callable[..., Any],
+    state: TrainState,
+    frozen: ParamTree,
+    batches: Iterable[dict],
+    seed: int,
 ) -> dict[str, float]:
-    """Mean loss and metrics of the averaged parameters over held-out batches, always with the same noise."""
+    """Mean loss and metrics of the averaged parameters over held-out batches, always with the same
+    noise.
+    """
     found = collections.defaultdict(list)
     for index, batch in enumerate(batches):
-        value, metrics = loss(state.inference_params, frozen, batch, purpose_key(seed, "eval", index))
+        value, metrics = loss(
+            state.inference_params, frozen, batch, purpose_key(seed, "eval", index)
+        )
         for name, number in jax.device_get({"loss": value, **metrics}).items():
             found[f"eval/{name}"].append(float(number))
     means = {name: sum(values) / len(values) for name, values in found.items()}
-    log.info("  held out: %s", ", ".join(f"{name[5:]} {value:.4f}" for name, value in means.items()))
+    log.info(
+        "  held out: %s", ", ".join(f"{name[5:]} {value:.4f}" for name, value in means.items())
+    )
     return means
 
 
@@ -292,10 +339,14 @@ def _blueprint(
 
     shapes = jax.eval_shape(create, {name: net.shapes for name, net in stage.trained.items()})
     placement = sharding.param_shardings(shapes, mesh)
-    return create, jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement)
+    return create, jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placement
+    )
 
 
-def _start(network: Network, name: str, config: ConfigDict, mesh: Mesh, index: int) -> dict[str, jax.Array]:
+def _start(
+    network: Network, name: str, config: ConfigDict, mesh: Mesh, index: int
+) -> dict[str, jax.Array]:
     """Parameters of a trained network before the first step: from `init_from`, else random."""
     if config.init_from:
         return _load(network, config.init_from, name, mesh)
@@ -307,7 +358,9 @@ def _load(network: Network, folder: str, name: str, mesh: Mesh) -> dict[str, jax
     """Parameters from `<folder>/<name>.safetensors`, placed on the mesh."""
     dtype = next(iter(network.shapes.values())).dtype
     path = Path(folder)
-    params = network.load(path if path.suffix == ".safetensors" else path / f"{name}.safetensors", dtype)
+    params = network.load(
+        path if path.suffix == ".safetensors" else path / f"{name}.safetensors", dtype
+    )
     return jax.device_put(params, sharding.param_shardings(params, mesh))
 
 

@@ -1,7 +1,8 @@
-"""Networks as training sees them: a fixed structure, and parameters as a flat dict {dotted path: array}.
+"""Networks as training sees them: a fixed structure, and parameters as a flat dict {dotted path:
+array}.
 
-Flat names are what sharding rules match, what checkpoints store and what safetensors files hold, so one name follows a
-parameter through all of them.
+Flat names are what sharding rules match, what checkpoints store and what safetensors files hold, so
+one name follows a parameter through all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Network:
         self.abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         self._graph, state, rest = nnx.split(self.abstract, nnx.Param, ...)
         if jax.tree.leaves(rest):
-            raise TypeError(f"{type(self.abstract).__name__} holds arrays that are not parameters: {rest}")
+            raise TypeError(
+                f"{type(self.abstract).__name__} holds arrays that are not parameters: {rest}"
+            )
         paths, self._tree = jax.tree_util.tree_flatten_with_path(state)
         self._names = [_dotted(path) for path, _ in paths]
         self.shapes = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
@@ -41,11 +44,14 @@ class Network:
     def init(self, key: jax.Array) -> Params:
         """Random parameters, made on the host.
 
-        In one program without optimisation: with it, that of a small VAE takes half a minute to compile on a CPU.
+        In one program without optimisation: with it, that of a small VAE takes half a minute to
+        compile on a CPU.
         """
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return jax.jit(lambda key: flat_params(self.build(nnx.Rngs(key))), compiler_options=options)(key)
+            return jax.jit(
+                lambda key: flat_params(self.build(nnx.Rngs(key))), compiler_options=options
+            )(key)
 
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
         """The module with these parameters. Can be traced; costs nothing at run time."""
@@ -68,7 +74,8 @@ def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Net
 
     Args:
       name: "vae", "dit" or "text".
-      config: with `model` (sizes), `dtype` (of the computation) and `train.remat`, `train.scan_layers`.
+      config: with `model` (sizes), `dtype` (of the computation) and `train.remat`,
+        `train.scan_layers`.
       frozen: parameters in the computing dtype; trained ones are float32 masters.
     """
     compute = DTYPES[config.dtype]
@@ -82,7 +89,11 @@ def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Net
         from chameleon_jax.models.dit import DiT, DiTConfig
 
         known = {field.name for field in dataclasses.fields(DiTConfig)}
-        sizes |= {key: config.train[key] for key in ("remat", "scan_layers") if key in config.train and key in known}
+        sizes |= {
+            key: config.train[key]
+            for key in ("remat", "scan_layers")
+            if key in config.train and key in known
+        }
         return Network(lambda rngs: DiT(DiTConfig(**sizes), rngs=rngs, **kw))
     if name == "text":
         from chameleon_jax.models.text import TextConfig, TextEncoder

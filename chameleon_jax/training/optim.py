@@ -1,8 +1,9 @@
 """Optimisers and learning rates from the config.
 
-AdamW is that of arXiv 1711.05101; with beta1 = 0, as in teacher forcing and distillation, the first moment is the
-gradient itself and is not stored. Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982) orthogonalises the
-momentum of every kernel; norms, biases, tables and embeddings go to Adam.
+AdamW is that of arXiv 1711.05101; with beta1 = 0, as in teacher forcing and distillation, the first
+moment is the gradient itself and is not stored. Muon (Jordan et al., 2024; scaled as in arXiv
+2502.16982) orthogonalises the momentum of every kernel; norms, biases, tables and embeddings go to
+Adam.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def scale_by_second_moment(b2: float = 0.999, eps: float = 1e-8) -> optax.Gradie
     def init(params: Any) -> SecondMomentState:
         return SecondMomentState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: SecondMomentState, params: Any = None) -> tuple[Any, SecondMomentState]:
+    def update(
+        updates: Any, state: SecondMomentState, params: Any = None
+    ) -> tuple[Any, SecondMomentState]:
         del params
         count = state.count + 1
         nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * jnp.square(g), state.nu, updates)
@@ -81,29 +84,41 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     """Gradient clipping by global norm, then the optimiser.
 
     Args:
-      config: `name` ("adamw" or "muon"), `clip` (0: none), `b1`, `b2`, `eps`, `weight_decay`, `momentum` (Muon).
-      schedule: learning rate; for Muon that of both halves, since updates are scaled to Adam's size.
+      config: `name` ("adamw" or "muon"), `clip` (0: none), `b1`, `b2`, `eps`, `weight_decay`,
+        `momentum` (Muon).
+      schedule: learning rate; for Muon that of both halves, since updates are scaled to Adam's
+        size.
 
     Raises:
       ConfigError: another name.
     """
     c = config
     if c.name == "adamw":
-        moments = optax.scale_by_adam(c.b1, c.b2, c.eps) if c.b1 else scale_by_second_moment(c.b2, c.eps)
+        moments = (
+            optax.scale_by_adam(c.b1, c.b2, c.eps) if c.b1 else scale_by_second_moment(c.b2, c.eps)
+        )
         decay = optax.add_decayed_weights(c.weight_decay)
         optimizer = optax.chain(moments, decay, optax.scale_by_learning_rate(schedule))
     elif c.name == "muon":
         optimizer = muon(
-            schedule, beta=c.momentum, weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2, eps=c.eps,
-            muon_weight_dimension_numbers=_matrices, consistent_rms=0.2,
-        )  # fmt: skip
+            schedule,
+            beta=c.momentum,
+            weight_decay=c.weight_decay,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            eps=c.eps,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
     else:
         raise ConfigError(f"optimizer.name is {c.name!r}; expected adamw or muon")
     return optax.chain(optax.clip_by_global_norm(c.clip), optimizer) if c.clip else optimizer
 
 
 def _matrices(params: Any) -> Any:
-    """Which parameters Muon takes: kernels [..., in, out], as matrices from all axes but the last to the last."""
+    """Which parameters Muon takes: kernels [..., in, out], as matrices from all axes but the last
+    to the last.
+    """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
         if not str(path[-1].key).endswith("kernel") or leaf.ndim < 2:

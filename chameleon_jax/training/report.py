@@ -1,4 +1,6 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, preview pictures. Only the first process writes."""
+"""What a run writes down: metrics.jsonl, TensorBoard events, preview pictures. Only the first
+process writes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class MetricsWriter:
 
     Args:
       folder: gets metrics.jsonl, tensorboard/ and previews/.
-      step: where the run goes on; what an interrupted run wrote for later steps is removed, for it will come again.
+      step: where the run goes on; what an interrupted run wrote for later steps is removed, for it
+        will come again.
     """
 
     def __init__(self, folder: str | os.PathLike, step: int):
@@ -31,12 +34,19 @@ class MetricsWriter:
         path = self.folder / "metrics.jsonl"
         _keep_until(path, step)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._board = SummaryWriter(
+            str(self.folder / "tensorboard"), purge_step=step + 1, flush_secs=30
+        )
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         if self._writes:
             self._file.close()
             self._board.close()
@@ -61,7 +71,9 @@ class MetricsWriter:
 def picture_grid(rows: list[list[np.ndarray]], gap: int = 2) -> np.ndarray:
     """Pictures uint8 [h, w, 3] of one size in rows, with white between them: uint8 [H, W, 3]."""
     pad = ((0, gap), (0, gap), (0, 0))
-    lines = [np.concatenate([np.pad(p, pad, constant_values=255) for p in row], axis=1) for row in rows]
+    lines = [
+        np.concatenate([np.pad(p, pad, constant_values=255) for p in row], axis=1) for row in rows
+    ]
     return np.concatenate(lines, axis=0)
 
 

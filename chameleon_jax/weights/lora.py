@@ -1,7 +1,9 @@
-"""Low-rank changes of a transformer's linear layers: W' = W + strength alpha / r A B (LoRA, Hu et al., arXiv 2106.09685).
+"""Low-rank changes of a transformer's linear layers: W' = W + strength alpha / r A B (LoRA, Hu et
+al., arXiv 2106.09685).
 
-A file holds, for each changed layer, `<layer>.lora_a` [in, r], `<layer>.lora_b` [r, out] and `<layer>.alpha`, named as
-the layers of the network are: `blocks.0.self_attn.q`. The converters make it from the published layouts.
+A file holds, for each changed layer, `<layer>.lora_a` [in, r], `<layer>.lora_b` [r, out] and
+`<layer>.alpha`, named as the layers of the network are: `blocks.0.self_attn.q`. The converters make
+it from the published layouts.
 
     lora = Lora.load("lora.safetensors")
     attach(dit, lora, 0.8)         kept apart: two thin products more in each layer; detach(dit) takes them off again
@@ -64,10 +66,23 @@ class Lora:
             if part not in PARTS:
                 faults.append(f"unexpected {name}")
             layers.setdefault(layer, {})[part] = value
-        faults += [f"missing {layer}.{part}" for layer, parts in layers.items() for part in PARTS if part not in parts]
+        faults += [
+            f"missing {layer}.{part}"
+            for layer, parts in layers.items()
+            for part in PARTS
+            if part not in parts
+        ]
         if faults or not layers:
-            raise WeightsError(f"{path}: not a LoRA in this project's layout: {'; '.join(faults[:5]) or 'it is empty'}")
-        return cls({layer: Change(p["lora_a"], p["lora_b"], float(p["alpha"])) for layer, p in layers.items()})
+            raise WeightsError(
+                f"{path}: not a LoRA in this project's layout:"
+                f" {'; '.join(faults[:5]) or 'it is empty'}"
+            )
+        return cls(
+            {
+                layer: Change(p["lora_a"], p["lora_b"], float(p["alpha"]))
+                for layer, p in layers.items()
+            }
+        )
 
 
 def merge(module: nnx.Module, lora: Lora, strength: float = 1.0) -> None:
@@ -78,30 +93,42 @@ def merge(module: nnx.Module, lora: Lora, strength: float = 1.0) -> None:
     """
     for _, _, linear, change in _layers(module, lora):
         kernel = linear.kernel.get_value()
-        linear.kernel.set_value((kernel.astype(jnp.float32) + change.delta(strength)).astype(kernel.dtype))
+        linear.kernel.set_value(
+            (kernel.astype(jnp.float32) + change.delta(strength)).astype(kernel.dtype)
+        )
 
 
 def attach(module: nnx.Module, lora: Lora, strength: float = 1.0) -> None:
-    """Put a LoRA beside the kernels, in place: the layers become `nnx.LoRALinear`, the kernels stay as they are.
+    """Put a LoRA beside the kernels, in place: the layers become `nnx.LoRALinear`, the kernels stay
+    as they are.
 
     Raises:
       WeightsError: as `merge`; or a LoRA is attached already.
     """
     for parent, key, linear, change in _layers(module, lora):
         if isinstance(linear, nnx.LoRALinear):
-            raise WeightsError("a LoRA is attached already; detach it first, or merge one of the two")
+            raise WeightsError(
+                "a LoRA is attached already; detach it first, or merge one of the two"
+            )
         kernel = linear.kernel.get_value()
         changed = nnx.eval_shape(
             lambda linear=linear, change=change: nnx.LoRALinear(
-                *linear.kernel.get_value().shape, lora_rank=change.rank, use_bias=linear.bias is not None,
-                dtype=linear.dtype, lora_dtype=linear.dtype, param_dtype=linear.param_dtype,
-                lora_param_dtype=linear.param_dtype, rngs=nnx.Rngs(0),
+                *linear.kernel.get_value().shape,
+                lora_rank=change.rank,
+                use_bias=linear.bias is not None,
+                dtype=linear.dtype,
+                lora_dtype=linear.dtype,
+                param_dtype=linear.param_dtype,
+                lora_param_dtype=linear.param_dtype,
+                rngs=nnx.Rngs(0),
             )
-        )  # fmt: skip
+        )
         changed.kernel, changed.bias = linear.kernel, linear.bias
         scale = np.float32(strength * change.alpha / change.rank)
         changed.lora.lora_a.set_value(jnp.asarray(change.a, kernel.dtype))
-        changed.lora.lora_b.set_value(jnp.asarray(change.b.astype(np.float32) * scale, kernel.dtype))
+        changed.lora.lora_b.set_value(
+            jnp.asarray(change.b.astype(np.float32) * scale, kernel.dtype)
+        )
         setattr(parent, key, changed)
 
 
@@ -112,10 +139,13 @@ def detach(module: nnx.Module) -> None:
             if isinstance(child, nnx.LoRALinear):
                 linear = nnx.eval_shape(
                     lambda child=child: nnx.Linear(
-                        *child.kernel.get_value().shape, use_bias=child.bias is not None, dtype=child.dtype,
-                        param_dtype=child.param_dtype, rngs=nnx.Rngs(0),
+                        *child.kernel.get_value().shape,
+                        use_bias=child.bias is not None,
+                        dtype=child.dtype,
+                        param_dtype=child.param_dtype,
+                        rngs=nnx.Rngs(0),
                     )
-                )  # fmt: skip
+                )
                 linear.kernel, linear.bias = child.kernel, child.bias
                 setattr(parent, key, linear)
 
@@ -134,8 +164,13 @@ def _layers(module: nnx.Module, lora: Lora) -> Iterator[tuple[Any, str, nnx.Line
         except (AttributeError, IndexError, KeyError):
             faults.append(f"there is no layer {path}")
             continue
-        if shape != (change.a.shape[0], change.b.shape[1]) or change.a.shape[1] != change.b.shape[0]:
-            faults.append(f"{path} is {shape}, the LoRA changes {change.a.shape} x {change.b.shape}")
+        if (
+            shape != (change.a.shape[0], change.b.shape[1])
+            or change.a.shape[1] != change.b.shape[0]
+        ):
+            faults.append(
+                f"{path} is {shape}, the LoRA changes {change.a.shape} x {change.b.shape}"
+            )
         found.append((parent, key, linear, change))
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""

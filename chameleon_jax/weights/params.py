@@ -1,4 +1,6 @@
-"""Weights of a module to and from a safetensors file: one flat name per parameter, such as `blocks.0.self_attn.q.kernel`."""
+"""Weights of a module to and from a safetensors file: one flat name per parameter, such as
+`blocks.0.self_attn.q.kernel`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from chameleon_jax.weights.tensors import LazyTensor, WeightsError, open_tensors
 
 
 def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
-    """Every parameter of `module` by its dotted path, in a stable order. Works on abstract modules too."""
+    """Every parameter of `module` by its dotted path, in a stable order. Works on abstract modules
+    too.
+    """
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(part) for part in path): leaf.get_value() for path, leaf in flat}
 
@@ -33,7 +37,9 @@ def param_count(module: nnx.Module) -> int:
 
 
 def set_params(
-    module: nnx.Module, tensors: Mapping[str, np.ndarray | jax.Array], dtype: jnp.dtype | None = None
+    module: nnx.Module,
+    tensors: Mapping[str, np.ndarray | jax.Array],
+    dtype: jnp.dtype | None = None,
 ) -> None:
     """Put `tensors` in the place of the module's parameters.
 
@@ -48,7 +54,8 @@ def set_params(
     state = nnx.state(module, nnx.Param)
     flat = {".".join(str(part) for part in path): leaf for path, leaf in nnx.to_flat_state(state)}
     check_fit(
-        {name: tuple(leaf.get_value().shape) for name, leaf in flat.items()}, {k: v.shape for k, v in tensors.items()}
+        {name: tuple(leaf.get_value().shape) for name, leaf in flat.items()},
+        {k: v.shape for k, v in tensors.items()},
     )
     for name, leaf in flat.items():
         leaf.set_value(jnp.asarray(tensors[name], dtype=dtype or leaf.get_value().dtype))
@@ -56,7 +63,9 @@ def set_params(
 
 
 def check_fit(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str = "weights"
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    what: str = "weights",
 ) -> None:
     """Raise WeightsError with every missing, unexpected and mis-shaped tensor, if there is one."""
     faults = []
@@ -66,12 +75,18 @@ def check_fit(
             faults.append(f"missing {name} {shape}" + (f" (nearest: {near[0]})" if near else ""))
         elif tuple(found[name]) != tuple(shape):
             faults.append(f"{name} is {tuple(found[name])}, expected {tuple(shape)}")
-    faults += [f"unexpected {name} {tuple(shape)}" for name, shape in found.items() if name not in expected]
+    faults += [
+        f"unexpected {name} {tuple(shape)}" for name, shape in found.items() if name not in expected
+    ]
     if faults:
-        raise WeightsError(f"{what}: {len(faults)} tensors do not fit the config: " + "; ".join(faults))
+        raise WeightsError(
+            f"{what}: {len(faults)} tensors do not fit the config: " + "; ".join(faults)
+        )
 
 
-def save_params(path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | None = None) -> None:
+def save_params(
+    path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | None = None
+) -> None:
     """Write the parameters of `module` to `path`; the file appears complete or not at all.
 
     Args:
@@ -83,23 +98,31 @@ def save_params(path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | 
 
 
 def load_params(
-    path: str | os.PathLike, module: nnx.Module, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+    path: str | os.PathLike,
+    module: nnx.Module,
+    dtype: jnp.dtype | None = None,
+    mesh: Mesh | None = None,
 ) -> None:
-    """Fill the parameters of `module` from `path`, one at a time: the host never holds more than one of them.
+    """Fill the parameters of `module` from `path`, one at a time: the host never holds more than
+    one of them.
 
     Args:
       path: a `.safetensors` file written by `save_params` or by the converters.
       module: built or abstract module; changed in place.
       dtype: dtype of the parameters afterwards; None keeps each parameter's own.
-      mesh: place every parameter on its shards, by the rules of `sharding`; each process reads its own parts only. None:
-        on the default device.
+      mesh: place every parameter on its shards, by the rules of `sharding`; each process reads its
+        own parts only. None: on the default device.
 
     Raises:
       WeightsError: if the file is unreadable or does not fit; all mismatches are listed.
     """
     tensors = open_tensors(path)
     check_fit(param_shapes(module), {k: v.shape for k, v in tensors.items()}, what=str(path))
-    odd = [f"{name} is {v.dtype.name}" for name, v in tensors.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
+    odd = [
+        f"{name} is {v.dtype.name}"
+        for name, v in tensors.items()
+        if not jnp.issubdtype(v.dtype, jnp.floating)
+    ]
     if odd:
         raise WeightsError(f"{path}: expected floating-point weights: {'; '.join(odd)}")
     state = nnx.state(module, nnx.Param)
@@ -116,4 +139,6 @@ def _place(name: str, tensor: LazyTensor, dtype: jnp.dtype, mesh: Mesh | None) -
     sharding = NamedSharding(mesh, spec_of(name, tensor.shape, mesh))
     # Several processes need parts; one process needs all of it, and reads that in one go.
     stored = tensor.array() if jax.process_count() > 1 else tensor.read()
-    return jax.make_array_from_callback(tensor.shape, sharding, lambda part: np.array(stored[part], dtype))
+    return jax.make_array_from_callback(
+        tensor.shape, sharding, lambda part: np.array(stored[part], dtype)
+    )

@@ -1,7 +1,8 @@
-"""Tensors in safetensors files: read one by one from where they lie, written one by one, never all at once in memory.
+"""Tensors in safetensors files: read one by one from where they lie, written one by one, never all
+at once in memory.
 
-A 10 GB file is opened in milliseconds and costs no memory until a tensor is asked for. A file appears under its name when
-it is complete, or not at all.
+A 10 GB file is opened in milliseconds and costs no memory until a tensor is asked for. A file
+appears under its name when it is complete, or not at all.
 
     tensors = open_tensors("dit.safetensors")         or an index of shards, ....safetensors.index.json
     tensors["head.proj.bias"].shape, tensors["head.proj.bias"].read()
@@ -78,15 +79,21 @@ class LazyTensor:
             return np.array(self.array()[rows] if self.shape else self.array())
         start, stop, _ = rows.indices(self.shape[0])
         row = self.nbytes // self.shape[0]
-        raw = np.fromfile(self.path, np.uint8, (stop - start) * row, offset=self.offset + start * row)
+        raw = np.fromfile(
+            self.path, np.uint8, (stop - start) * row, offset=self.offset + start * row
+        )
         return raw.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
     def array(self) -> np.ndarray:
-        """A read-only view of the file; pages are read as they are touched and given back with the array."""
+        """A read-only view of the file; pages are read as they are touched and given back with the
+        array.
+        """
         if self.nbytes == 0:
             return np.zeros(self.shape, self.dtype)
         strides = self.strides or _c_strides(self.shape, self.dtype.itemsize)
-        extent = self.dtype.itemsize + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True))
+        extent = self.dtype.itemsize + sum(
+            (n - 1) * s for n, s in zip(self.shape, strides, strict=True)
+        )
         raw = np.memmap(self.path, np.uint8, "r", self.offset, (extent,))
         return np.ndarray(self.shape, self.dtype, raw, 0, strides)
 
@@ -120,7 +127,8 @@ def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, or of the shards that an index names. Reads headers only.
 
     Raises:
-      WeightsError: a file is missing (of shards, all that are missing are named), truncated, or not what it says.
+      WeightsError: a file is missing (of shards, all that are missing are named), truncated, or not
+        what it says.
     """
     path = Path(path)
     return _open_index(path) if path.name.endswith(".json") else _open_file(path)
@@ -146,13 +154,14 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor about to be written: what the header must know, and how to get the numbers when its turn comes.
+    """A tensor about to be written: what the header must know, and how to get the numbers when its
+    turn comes.
 
     Attributes:
       name: in the file.
       shape, dtype: in the file.
-      load: gives the rows asked for of its first axis (a scalar: itself), in any order in memory and any dtype; they are
-        cast as they are written.
+      load: gives the rows asked for of its first axis (a scalar: itself), in any order in memory
+        and any dtype; they are cast as they are written.
     """
 
     name: str
@@ -176,9 +185,15 @@ class Entry:
             piece = self.load(slice(start, min(start + step, rows)))
             expected = (min(step, rows - start), *self.shape[1:]) if self.shape else ()
             if piece.shape != expected:
-                raise ValueError(f"{self.name}: got rows of the shape {piece.shape}, expected {expected}")
+                raise ValueError(
+                    f"{self.name}: got rows of the shape {piece.shape}, expected {expected}"
+                )
             same = piece.dtype == self.dtype
-            yield np.ascontiguousarray(as_bits(piece)).view(self.dtype) if same else piece.astype(self.dtype, order="C")
+            yield (
+                np.ascontiguousarray(as_bits(piece)).view(self.dtype)
+                if same
+                else piece.astype(self.dtype, order="C")
+            )
 
 
 def write_tensors(
@@ -224,7 +239,8 @@ def write_entries(
       path: overwritten.
       entries: what to write; loaded one at a time.
       metadata: for the header.
-      on_piece: told the tensor's name and the bytes of each piece that was written, in their order in the file.
+      on_piece: told the tensor's name and the bytes of each piece that was written, in their order
+        in the file.
 
     Raises:
       OSError: the disk is full, or the file cannot be written.
@@ -234,8 +250,11 @@ def write_entries(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for entry in ordered:
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape),
-                              "data_offsets": [start, start + entry.nbytes]}  # fmt: skip
+        header[entry.name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, start + entry.nbytes],
+        }
         start += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -256,18 +275,25 @@ def raw(piece: np.ndarray) -> memoryview:
 
 
 def as_bits(value: np.ndarray) -> np.ndarray:
-    """The same memory as plain integers: NumPy moves them several times as fast as the types it does not know itself."""
+    """The same memory as plain integers: NumPy moves them several times as fast as the types it
+    does not know itself.
+    """
     return value if value.dtype.isbuiltin == 1 else value.view(f"u{value.dtype.itemsize}")
 
 
 def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
-    """Are two arrays the same, bit for bit? Compared in pieces, so that no third array of their size is made."""
+    """Are two arrays the same, bit for bit? Compared in pieces, so that no third array of their
+    size is made.
+    """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if a.ndim == 0 or a.size == 0:
         return a.tobytes() == b.tobytes()
     bits, rows = f"u{a.dtype.itemsize}", max(1, PIECE * len(a) // a.nbytes)
-    return all(np.array_equal(a[i : i + rows].view(bits), b[i : i + rows].view(bits)) for i in range(0, len(a), rows))
+    return all(
+        np.array_equal(a[i : i + rows].view(bits), b[i : i + rows].view(bits))
+        for i in range(0, len(a), rows)
+    )
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
@@ -277,7 +303,9 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         if name == "__metadata__":
             continue
         if about["dtype"] not in DTYPES:
-            raise WeightsError(f"{path}: {name} is of type {about['dtype']}; expected one of {', '.join(DTYPES)}")
+            raise WeightsError(
+                f"{path}: {name} is of type {about['dtype']}; expected one of {', '.join(DTYPES)}"
+            )
         tensors[name] = LazyTensor(
             path, start + about["data_offsets"][0], tuple(about["shape"]), DTYPES[about["dtype"]]
         )
@@ -285,7 +313,9 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, checked by the library (sizes, overlaps, length of the file), and where the data start."""
+    """The header, checked by the library (sizes, overlaps, length of the file), and where the data
+    start.
+    """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected a .safetensors file")
     try:
@@ -303,22 +333,32 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(place.values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{path}: not an index of shards, which has a weight_map ({error!r})") from None
+        raise WeightsError(
+            f"{path}: not an index of shards, which has a weight_map ({error!r})"
+        ) from None
     outside = [name for name in files if Path(name).name != name]
     if outside:
         raise WeightsError(f"{path}: names files outside its folder: {', '.join(outside)}")
     missing = [name for name in files if not (path.parent / name).is_file()]
     if missing:
         raise WeightsError(
-            f"{path}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}; put them beside the index"
+            f"{path}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}; put"
+            " them beside the index"
         )
     shards = {name: _open_file(path.parent / name) for name in files}
-    faults = [f"{name} is not in {file}" for name, file in place.items() if name not in shards[file]]
+    faults = [
+        f"{name} is not in {file}" for name, file in place.items() if name not in shards[file]
+    ]
     faults += [
-        f"{name} of {file} is not in the index" for file, shard in shards.items() for name in shard if name not in place
+        f"{name} of {file} is not in the index"
+        for file, shard in shards.items()
+        for name in shard
+        if name not in place
     ]
     if faults:
-        raise WeightsError(f"{path}: index and shards disagree: {'; '.join(faults[:5])}" + _more(faults, 5))
+        raise WeightsError(
+            f"{path}: index and shards disagree: {'; '.join(faults[:5])}" + _more(faults, 5)
+        )
     return {name: shards[file][name] for name, file in place.items()}
 
 

@@ -22,7 +22,9 @@ LAYOUTS = [
 
 
 def listed(config, chunk):
-    """Chunks that a list would hold while `chunk` is in flight: appended, and the oldest behind the sink dropped."""
+    """Chunks that a list would hold while `chunk` is in flight: appended, and the oldest behind the
+    sink dropped.
+    """
     held = []
     for number in range(chunk + 1):
         held.append(number)
@@ -57,7 +59,9 @@ def test_slots_hold_what_a_list_holds(layout):
         for place, number in enumerate(held):  # without gaps, oldest first
             slot = next(s for s, n in slots.items() if n == number)
             first = config.context + config.block * place
-            assert list(relative[slot : slot + config.block]) == list(range(first, first + config.block))
+            assert list(relative[slot : slot + config.block]) == list(
+                range(first, first + config.block)
+            )
         assert relative.max() < config.frames
         first = np.arange(config.block) + config.context
         np.testing.assert_array_equal(frames[chunk], first + config.block * chunk)
@@ -67,8 +71,14 @@ def test_slots_hold_what_a_list_holds(layout):
 def rotated(x_blnd, frames):
     """The rotation as a product of complex numbers."""
     time, row, column = rope_table(DIM)
-    angle = np.array([np.concatenate([time[f], row[i], column[j]])
-                      for f in frames for i in range(GRID[0]) for j in range(GRID[1])])  # fmt: skip
+    angle = np.array(
+        [
+            np.concatenate([time[f], row[i], column[j]])
+            for f in frames
+            for i in range(GRID[0])
+            for j in range(GRID[1])
+        ]
+    )
     z = (x_blnd[..., 0::2] + 1j * x_blnd[..., 1::2]) * np.exp(1j * angle)[None, :, None]
     return np.stack([z.real, z.imag], axis=-1).reshape(x_blnd.shape)
 
@@ -106,7 +116,9 @@ def _qkv(rng, frames):
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_streaming_equals_a_list_of_frames(layout, positions):
-    """Over more than three rounds of the ring, two passes a chunk, with a refresh and a withdrawal on the way."""
+    """Over more than three rounds of the ring, two passes a chunk, with a refresh and a withdrawal
+    on the way.
+    """
     config = CacheConfig(**layout, positions=positions)
     cache = init_cache(config, 1, 1, GRID, HEADS, DIM)
     reference = FrameList(config)
@@ -146,7 +158,9 @@ def test_streaming_equals_a_list_of_frames(layout, positions):
 
 
 def kept(config, cuts, chunks):
-    """Chunks held after each chunk of a list that never forgets the sink nor the chunk that opened the latest shot."""
+    """Chunks held after each chunk of a list that never forgets the sink nor the chunk that opened
+    the latest shot.
+    """
     held, pinned, rows = [], None, []
     for number in range(chunks):
         if len(held) == config.chunks:
@@ -157,7 +171,9 @@ def kept(config, cuts, chunks):
     return rows
 
 
-@pytest.mark.parametrize("cuts", [(), (1,), (5,), (4, 5), (2, 3, 9, 10, 11, 14), tuple(range(1, 20))])
+@pytest.mark.parametrize(
+    "cuts", [(), (1,), (5,), (4, 5), (2, 3, 9, 10, 11, 14), tuple(range(1, 20))]
+)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -191,7 +207,9 @@ def test_without_a_cut_a_pinning_cache_writes_where_others_do():
     cache = init_cache(pinning, 0, 1, GRID, HEADS, DIM)
     for number in range(12):
         cache = ring.open_shot(cache, number == 0)  # the first chunk opens no new shot
-        assert int(ring.write_slot(pinning, number, cache.shots)) == int(ring.write_slot(plain, number))
+        assert int(ring.write_slot(pinning, number, cache.shots)) == int(
+            ring.write_slot(plain, number)
+        )
         cache = ring.finish_chunk(cache)
     assert int(cache.shots.number) == 0 and int(cache.shots.pinned) == -1
 
@@ -201,7 +219,9 @@ def test_an_offset_alone_pins_nothing():
     cache = init_cache(config, 0, 1, GRID, HEADS, DIM)
     for number in range(12):
         cache = ring.open_shot(cache, number in (4, 5))
-        assert int(ring.write_slot(config, number, cache.shots)) == int(ring.write_slot(CacheConfig(frames=14), number))
+        assert int(ring.write_slot(config, number, cache.shots)) == int(
+            ring.write_slot(CacheConfig(frames=14), number)
+        )
         cache = ring.finish_chunk(cache)
     assert list(ring.query_frames(config, 12, cache.shots)) == [2 + 36 + 8 + i for i in range(3)]
 
@@ -233,18 +253,25 @@ def test_withdrawing_touches_no_buffer():
 
 def test_the_cache_is_a_pytree_with_a_static_layout():
     cache = init_cache(CacheConfig(), 2, 3, GRID, HEADS, DIM, jnp.bfloat16)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(cache)[0]]
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(cache)[0]
+    ]
     assert paths == [".k[0]", ".k[1]", ".v[0]", ".v[1]", ".chunk"]
     assert cache.k[0].shape == (3, 23 * 6, HEADS, DIM) and cache.k[0].dtype == jnp.bfloat16
-    assert len({x.unsafe_buffer_pointer() for x in cache.k + cache.v}) == 4  # or they could not be donated
+    assert (
+        len({x.unsafe_buffer_pointer() for x in cache.k + cache.v}) == 4
+    )  # or they could not be donated
 
 
 def test_shots_are_four_small_arrays_more():
     cache = init_cache(CacheConfig(pin=True), 1, 1, GRID, HEADS, DIM)
     leaves = jax.tree_util.tree_flatten_with_path(cache)[0]
     assert [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves[3:]] == [
-        (".shots.number", ()), (".shots.opening", ()), (".shots.pinned", ()), (".shots.held", (7,))
-    ]  # fmt: skip
+        (".shots.number", ()),
+        (".shots.opening", ()),
+        (".shots.pinned", ()),
+        (".shots.held", (7,)),
+    ]
     assert len({leaf.unsafe_buffer_pointer() for _, leaf in leaves}) == 7
 
 
@@ -258,7 +285,10 @@ def test_shots_are_four_small_arrays_more():
         ({"sink": -3}, "none may be negative"),
         ({"shot_offset": -1}, "expected 0 or more latent frames"),
         ({"frames": 8, "pin": True}, "cache.pin needs two"),
-        ({"positions": "relative", "pin": True}, "neither a pinned chunk nor an offset keeps its place"),
+        (
+            {"positions": "relative", "pin": True},
+            "neither a pinned chunk nor an offset keeps its place",
+        ),
         ({"positions": "relative", "shot_offset": 8}, "choose 'absolute'"),
     ],
 )
@@ -282,6 +312,7 @@ def test_the_offset_of_shots_counts_as_positions():
     ring.check_positions(config, 117, shot=10)  # frames 1016 .. 1023
     for chunk, shot in ((128, 0), (118, 10), (0, 128)):
         with pytest.raises(
-            PositionError, match=f"chunk {chunk} of the video, in shot {shot}, is beyond the {128 - shot} "
+            PositionError,
+            match=f"chunk {chunk} of the video, in shot {shot}, is beyond the {128 - shot} ",
         ):
             ring.check_positions(config, chunk, shot)

@@ -1,4 +1,6 @@
-"""Attention: the plain form against NumPy, the TPU kernel in the interpreter against the plain form, the choice."""
+"""Attention: the plain form against NumPy, the TPU kernel in the interpreter against the plain
+form, the choice.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from chameleon_jax.attention.core import BackendError, attention, choose_backend
 
 def _qkv(b=2, l=5, s=9, n=3, d=8, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, (b, x, n, d), dtype) for key, x in zip(keys, (l, s, s), strict=True))
+    return tuple(
+        jax.random.normal(key, (b, x, n, d), dtype) for key, x in zip(keys, (l, s, s), strict=True)
+    )
 
 
 def _numpy(q, k, v):
@@ -56,7 +60,9 @@ def test_half_precision_sums_in_float32():
 @pytest.mark.parametrize("shape", [{"l": 130, "s": 300, "d": 64}, {"l": 8, "s": 128, "d": 128}])
 @pytest.mark.parametrize("length", [None, 1, 100])
 def test_tpu_kernel_agrees(shape, length, monkeypatch):
-    """The Pallas kernel in interpreter mode: padded queries, keys and heads, and a length that is not a whole tile."""
+    """The Pallas kernel in interpreter mode: padded queries, keys and heads, and a length that is
+    not a whole tile.
+    """
     monkeypatch.setattr(core, "_installed", lambda name: True)
     q, k, v = _qkv(b=1, n=2, **shape)
     with pltpu.force_tpu_interpret_mode():
@@ -69,7 +75,9 @@ def test_tpu_kernel_has_the_same_gradient(monkeypatch):
     qkv = _qkv(b=1, l=130, s=150, n=2, d=64)
 
     def gradients(backend):
-        return jax.grad(lambda *x: jnp.sin(attention(*x, backend=backend)).sum(), argnums=(0, 1, 2))(*qkv)
+        return jax.grad(
+            lambda *x: jnp.sin(attention(*x, backend=backend)).sum(), argnums=(0, 1, 2)
+        )(*qkv)
 
     with pltpu.force_tpu_interpret_mode():
         got = gradients("splash")

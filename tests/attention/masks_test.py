@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from chameleon_jax.attention.cache import CacheConfig
-from chameleon_jax.attention.masks import block_causal_table, kept_frames, teacher_forcing_slices, teacher_forcing_table
+from chameleon_jax.attention.masks import (
+    block_causal_table,
+    kept_frames,
+    teacher_forcing_slices,
+    teacher_forcing_table,
+)
 
-# Two context frames and two blocks of three, clean copy then noisy copy; row = who looks, column = what is seen.
+# Two context frames and two blocks of three, clean copy then noisy copy; row = who looks, column =
+# what is seen.
 TABLE = """
     11 000 000  00 000 000
     11 000 000  00 000 000
@@ -31,7 +37,9 @@ TABLE = """
 
 
 def _literal(text):
-    return np.array([[c == "1" for c in line.replace(" ", "")] for line in text.split("\n") if line.strip()])
+    return np.array(
+        [[c == "1" for c in line.replace(" ", "")] for line in text.split("\n") if line.strip()]
+    )
 
 
 def _expand(rows, size):
@@ -60,8 +68,18 @@ def _cache(frames: int, sink: int) -> CacheConfig:
 
 @pytest.mark.parametrize(
     ("shape", "cache"),
-    [((2, 8, 3), None), ((2, 5, 3), None), ((2, 23, 3), None), ((1, 9, 2), None), ((0, 6, 3), None), ((3, 7, 1), None)]
-    + [((2, 23, 3), _cache(*layout)) for layout in ((23, 3), (11, 3), (8, 3), (8, 0), (5, 0), (14, 6), (17, 0))],
+    [
+        ((2, 8, 3), None),
+        ((2, 5, 3), None),
+        ((2, 23, 3), None),
+        ((1, 9, 2), None),
+        ((0, 6, 3), None),
+        ((3, 7, 1), None),
+    ]
+    + [
+        ((2, 23, 3), _cache(*layout))
+        for layout in ((23, 3), (11, 3), (8, 3), (8, 0), (5, 0), (14, 6), (17, 0))
+    ],
 )
 def test_the_slices_say_what_the_table_says(shape, cache):
     context, frames, _ = shape
@@ -71,8 +89,12 @@ def test_the_slices_say_what_the_table_says(shape, cache):
     left_out = np.setdiff1d(np.arange(2 * frames), kept)
     assert not table[np.ix_(kept, left_out)].any()  # nobody who is kept looks at who is not
     assert set(range(frames + context, 2 * frames)) <= set(kept)  # all that is decoded
-    assert all(runs[-1].stop == queries.stop for queries, runs in rows)  # one's own frames come last
-    assert [q.start for q, _ in rows[1:]] == [q.stop for q, _ in rows[:-1]] and rows[-1][0].stop == len(kept)
+    assert all(
+        runs[-1].stop == queries.stop for queries, runs in rows
+    )  # one's own frames come last
+    assert [q.start for q, _ in rows[1:]] == [q.stop for q, _ in rows[:-1]] and rows[-1][
+        0
+    ].stop == len(kept)
 
 
 def test_what_is_forgotten_is_not_seen():
@@ -82,7 +104,9 @@ def test_what_is_forgotten_is_not_seen():
     np.testing.assert_array_equal(table[13], [True] * 5 + [False] * 3 + [True] * 6)
 
 
-@pytest.mark.parametrize("cache", [CacheConfig(context=1, frames=10), CacheConfig(block=1, frames=10)])
+@pytest.mark.parametrize(
+    "cache", [CacheConfig(context=1, frames=10), CacheConfig(block=1, frames=10)]
+)
 def test_a_cache_for_another_transformer_is_an_error(cache):
     with pytest.raises(ValueError, match="expected 2 and 3"):
         teacher_forcing_slices(2, 8, 3, cache)

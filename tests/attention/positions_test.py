@@ -42,8 +42,13 @@ def test_rotation_is_a_complex_product():
     rng = np.random.default_rng(0)
     frames, head_dim = np.array([0, 7, 1023]), 20
     x = rng.standard_normal((2, 3 * 2 * 3, 4, head_dim))
-    angles = [np.concatenate([t[f], r[i], c[j]]) for t, r, c in [rope_table(head_dim)]
-              for f in frames for i in range(2) for j in range(3)]  # fmt: skip
+    angles = [
+        np.concatenate([t[f], r[i], c[j]])
+        for t, r, c in [rope_table(head_dim)]
+        for f in frames
+        for i in range(2)
+        for j in range(3)
+    ]
     z = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.array(angles))[None, :, None]
     expected = np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
     got = apply_rope(jnp.asarray(x, jnp.float32), rope(frames, 2, 3, head_dim))

@@ -1,4 +1,6 @@
-"""The converter as a whole: every network through every layout, in the reference library, and back, bit for bit."""
+"""The converter as a whole: every network through every layout, in the reference library, and back,
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,13 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors":
-            found |= {f"{path.relative_to(folder)}/{name}": x for name, x in read_tensors(path).items()}
+            found |= {
+                f"{path.relative_to(folder)}/{name}": x for name, x in read_tensors(path).items()
+            }
         elif path.suffix in (".pth", ".pt"):
             found |= {
-                f"{path.relative_to(folder)}/{name}": np.array(t.array()) for name, t in open_pickle(path).items()
+                f"{path.relative_to(folder)}/{name}": np.array(t.array())
+                for name, t in open_pickle(path).items()
             }
     return found
 
@@ -71,11 +76,19 @@ def test_a_pipeline_goes_out_and_comes_back_bit_for_bit(source, tmp_path, layout
     run(tmp_path / layout, "--to", "jax", "--out", tmp_path / "again")
     assert len(tensors_of(tmp_path / "ours")) == 203
     assert_same(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "ours"))
-    assert (tmp_path / "again/tokenizer.json").read_text() == (tmp_path / "ours/tokenizer.json").read_text()
-    ours, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "again"))
-    assert tuple(ours["model"]["vae"]["latent_mean"]) == tiny_wan.VAE.latent_mean  # only the config.json knows them
+    assert (tmp_path / "again/tokenizer.json").read_text() == (
+        tmp_path / "ours/tokenizer.json"
+    ).read_text()
+    ours, again = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "again")
+    )
+    assert (
+        tuple(ours["model"]["vae"]["latent_mean"]) == tiny_wan.VAE.latent_mean
+    )  # only the config.json knows them
     assert tuple(ours["model"]["vae"]["latent_std"]) == tiny_wan.VAE.latent_std
-    if layout == "official":  # its VAE comes without a config: statistics of the latents are lost for unpublished sizes
+    if (
+        layout == "official"
+    ):  # its VAE comes without a config: statistics of the latents are lost for unpublished sizes
         for key in ("latent_mean", "latent_std"):
             del ours["model"]["vae"][key], again["model"]["vae"][key]
     assert ours == again
@@ -85,7 +98,10 @@ def test_diffusers_loads_what_is_written_for_it(source, tmp_path):
     run(source, "--to", "official", "--out", tmp_path / "official")
     run(source, "--to", "jax", "--out", tmp_path / "ours")
     run(tmp_path / "ours", "--to", "diffusers", "--out", tmp_path / "theirs")
-    theirs, original = WanPipeline.from_pretrained(tmp_path / "theirs"), WanPipeline.from_pretrained(source)
+    theirs, original = (
+        WanPipeline.from_pretrained(tmp_path / "theirs"),
+        WanPipeline.from_pretrained(source),
+    )
     for name in ("transformer", "vae", "text_encoder"):
         got, expected = getattr(theirs, name).state_dict(), getattr(original, name).state_dict()
         assert got.keys() == expected.keys()
@@ -93,7 +109,13 @@ def test_diffusers_loads_what_is_written_for_it(source, tmp_path):
     assert theirs.config.expand_timesteps and theirs.scheduler.config.flow_shift == 5.0
     prompt = "a “cat” &amp; a dog"
     assert theirs.tokenizer(prompt).input_ids == original.tokenizer(prompt).input_ids
-    picture = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 12}
+    picture = {
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "num_inference_steps": 2,
+        "max_sequence_length": 12,
+    }
     same = [
         made(prompt, **picture, generator=torch.Generator().manual_seed(0), output_type="np").frames
         for made in (theirs, original)
@@ -105,19 +127,31 @@ def test_the_official_files_are_what_the_original_code_opens(source, tmp_path):
     """config.json and safetensors for the transformer; one flat dictionary in each .pth."""
     run(source, "--to", "official", "--out", tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert (config["dim"], config["num_heads"], config["num_layers"], config["text_dim"]) == (60, 3, 2, 16)
+    assert (config["dim"], config["num_heads"], config["num_layers"], config["text_dim"]) == (
+        60,
+        3,
+        2,
+        16,
+    )
     vae = torch.load(tmp_path / "out/Wan2.2_VAE.pth", weights_only=True)
-    encoder = torch.load(tmp_path / "out/models_t5_umt5-xxl-enc-bf16.pth", weights_only=True, mmap=True)
+    encoder = torch.load(
+        tmp_path / "out/models_t5_umt5-xxl-enc-bf16.pth", weights_only=True, mmap=True
+    )
     assert (
-        vae["conv2.weight"].shape == (4, 4, 1, 1, 1) and "encoder.downsamples.0.downsamples.0.residual.0.gamma" in vae
+        vae["conv2.weight"].shape == (4, 4, 1, 1, 1)
+        and "encoder.downsamples.0.downsamples.0.residual.0.gamma" in vae
     )
     assert encoder["blocks.0.pos_embedding.embedding.weight"].shape == (32, 2)
     reference = WanTransformer3DModel.from_pretrained(source / "transformer").state_dict()
     ours = open_tensors(tmp_path / "out/diffusion_pytorch_model.safetensors")
-    assert np.array_equal(ours["blocks.1.cross_attn.k.weight"].array(), reference["blocks.1.attn2.to_k.weight"])
+    assert np.array_equal(
+        ours["blocks.1.cross_attn.k.weight"].array(), reference["blocks.1.attn2.to_k.weight"]
+    )
 
 
-def random_checkpoint(network: networks.Network, config, layout: str, seed: int = 0) -> dict[str, np.ndarray]:
+def random_checkpoint(
+    network: networks.Network, config, layout: str, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random tensors in a public layout."""
     shapes = shapes_in(invert(network.layouts[layout].rules(config)), network.expected(config))
     rng = np.random.default_rng(seed)
@@ -127,10 +161,16 @@ def random_checkpoint(network: networks.Network, config, layout: str, seed: int 
 def tiny_clip() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14,
-            projection_dim=20, hidden_act="quick_gelu",
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=28,
+            patch_size=14,
+            projection_dim=20,
+            hidden_act="quick_gelu",
         )
-    )  # fmt: skip
+    )
 
 
 def test_clip_goes_out_and_comes_back_in_transformers(tmp_path):
@@ -145,19 +185,33 @@ def test_clip_goes_out_and_comes_back_in_transformers(tmp_path):
 
 
 SMALL = {
-    "taehv": TaehvConfig(z_dim=4, enc_width=8, dec_widths=(16, 8, 4, 4), temporal_down=(True, True, False),
-                         temporal_up=(False, True, True)),
-    "taehv_super": TaehvConfig(z_dim=4, enc_width=8, dec_widths=(32, 16, 8, 4), temporal_down=(True, True, False),
-                               temporal_up=(False, True, True), variant="super"),
+    "taehv": TaehvConfig(
+        z_dim=4,
+        enc_width=8,
+        dec_widths=(16, 8, 4, 4),
+        temporal_down=(True, True, False),
+        temporal_up=(False, True, True),
+    ),
+    "taehv_super": TaehvConfig(
+        z_dim=4,
+        enc_width=8,
+        dec_widths=(32, 16, 8, 4),
+        temporal_down=(True, True, False),
+        temporal_up=(False, True, True),
+        variant="super",
+    ),
     "aesthetic": networks.HeadConfig(24),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_single_networks_go_out_and_come_back(tmp_path, name, suffix):
     network = networks.NETWORKS[name]
-    tensors = {key: torch.from_numpy(x) for key, x in random_checkpoint(network, SMALL[name], "official").items()}
+    tensors = {
+        key: torch.from_numpy(x)
+        for key, x in random_checkpoint(network, SMALL[name], "official").items()
+    }
     path = tmp_path / f"some_name{suffix}"
     torch.save(tensors, path) if suffix == ".pth" else save_file(tensors, path)
     run(path, "--to", "jax", "--out", tmp_path / "ours")
@@ -165,7 +219,9 @@ def test_single_networks_go_out_and_come_back(tmp_path, name, suffix):
     assert part.network is network and part.config == SMALL[name]
     run(tmp_path / "ours", "--to", "official", "--out", tmp_path / "back")
     back = torch.load(tmp_path / "back" / network.layouts["official"].file, weights_only=True)
-    assert back.keys() == tensors.keys() and all(torch.equal(back[key], x) for key, x in tensors.items())
+    assert back.keys() == tensors.keys() and all(
+        torch.equal(back[key], x) for key, x in tensors.items()
+    )
 
 
 def test_a_cast_is_that_of_the_dtype_and_no_cast_changes_nothing(source, tmp_path):
@@ -187,9 +243,14 @@ def test_large_networks_are_cut_into_shards_that_diffusers_reads(source, tmp_pat
     monkeypatch.setattr(convert, "SHARD", 100_000)
     run(source, "--to", "diffusers", "--out", tmp_path / "theirs")
     names = sorted(path.name for path in (tmp_path / "theirs/transformer").glob("*.safetensors"))
-    assert len(names) > 3 and names[0] == f"diffusion_pytorch_model-00001-of-{len(names):05d}.safetensors"
+    assert (
+        len(names) > 3
+        and names[0] == f"diffusion_pytorch_model-00001-of-{len(names):05d}.safetensors"
+    )
     theirs = WanTransformer3DModel.from_pretrained(tmp_path / "theirs/transformer").state_dict()
-    for name, x in WanTransformer3DModel.from_pretrained(source / "transformer").state_dict().items():
+    for name, x in (
+        WanTransformer3DModel.from_pretrained(source / "transformer").state_dict().items()
+    ):
         assert torch.equal(theirs[name], x)
     run(tmp_path / "theirs", "--to", "jax", "--out", tmp_path / "again")
     run(source, "--to", "jax", "--out", tmp_path / "ours")
@@ -208,7 +269,9 @@ def write_about(folder: Path) -> None:
 
 WRAPPED = {
     "model": lambda name: f"model.{name}",
-    "FSDP": lambda name: f"model._fsdp_wrapped_module.{name.replace('blocks.1.', 'blocks.1._fsdp_wrapped_module.')}",
+    "FSDP": lambda name: (
+        f"model._fsdp_wrapped_module.{name.replace('blocks.1.', 'blocks.1._fsdp_wrapped_module.')}"
+    ),
     "torch.compile": lambda name: f"_orig_mod.{name}",
     "checkpointing": lambda name: name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
     "DDP": lambda name: f"module.{name}",
@@ -222,15 +285,31 @@ def test_prefixes_and_wrappers_are_taken_off(tmp_path, wrapped):
     torch.save({WRAPPED[wrapped](name): x for name, x in plain.items()}, tmp_path / "model.pt")
     write_about(tmp_path)
     (part,) = recognise([tmp_path / "model.pt"])
-    assert part.network is networks.DIT and part.layout == "official" and part.tensors.keys() == plain.keys()
+    assert (
+        part.network is networks.DIT
+        and part.layout == "official"
+        and part.tensors.keys() == plain.keys()
+    )
     assert all(np.array_equal(part.tensors[name].array(), x.numpy()) for name, x in plain.items())
 
 
-def test_of_a_training_checkpoint_the_average_is_taken_unless_another_part_is_named(tmp_path, capsys):
-    """Four stages' worth of parts, and beside them what is not a network: a step, an optimiser's state."""
-    parts = {name: official_dit(seed) for seed, name in enumerate(("generator", "critic", "generator_ema"))}
-    stored = {name: {f"model.{key}": x for key, x in tensors.items()} for name, tensors in parts.items()}
-    optimiser = {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-4}]}
+def test_of_a_training_checkpoint_the_average_is_taken_unless_another_part_is_named(
+    tmp_path, capsys
+):
+    """Four stages' worth of parts, and beside them what is not a network: a step, an optimiser's
+    state.
+    """
+    parts = {
+        name: official_dit(seed)
+        for seed, name in enumerate(("generator", "critic", "generator_ema"))
+    }
+    stored = {
+        name: {f"model.{key}": x for key, x in tensors.items()} for name, tensors in parts.items()
+    }
+    optimiser = {
+        "state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(7.0)}},
+        "param_groups": [{"lr": 1e-4}],
+    }
     torch.save(stored | {"step": 3, "optimizer": optimiser}, tmp_path / "model.pt")
     write_about(tmp_path)
     run(tmp_path / "model.pt", "--to", "official", "--out", tmp_path / "default")
@@ -244,9 +323,20 @@ def test_of_a_training_checkpoint_the_average_is_taken_unless_another_part_is_na
 
 
 def test_the_layout_of_training_checkpoints_goes_out_and_comes_back(source, tmp_path):
-    run(source / "transformer", "--to", "training", "--part", "generator_ema", "--out", tmp_path / "out")
+    run(
+        source / "transformer",
+        "--to",
+        "training",
+        "--part",
+        "generator_ema",
+        "--out",
+        tmp_path / "out",
+    )
     content = torch.load(tmp_path / "out/model.pt", weights_only=True)
-    assert content.keys() == {"generator_ema"} and "model.blocks.0.self_attn.q.weight" in content["generator_ema"]
+    assert (
+        content.keys() == {"generator_ema"}
+        and "model.blocks.0.self_attn.q.weight" in content["generator_ema"]
+    )
     run(tmp_path / "out/model.pt", "--to", "diffusers", "--out", tmp_path / "back")
     back = read_tensors(tmp_path / "back/transformer/diffusion_pytorch_model.safetensors")
     assert_same(back, read_tensors(source / "transformer/diffusion_pytorch_model.safetensors"))
@@ -258,14 +348,19 @@ def test_the_table_that_names_everything_finds_the_published_sizes():
     listings = {
         "dit": ["wan22_ti2v_5b_dit_official", "wan22_ti2v_5b_dit_diffusers"],
         "vae": ["wan22_vae_official", "wan22_vae_diffusers"],
-        "text": ["umt5_xxl_encoder_official", "umt5_xxl_encoder_hf"], "taehv": ["taehv_taew2_2"],
-        "taehv_super": ["taehv_taew2_2_super"], "clip": ["clip_vit_l14_vision_hf"],
-    }  # fmt: skip
+        "text": ["umt5_xxl_encoder_official", "umt5_xxl_encoder_hf"],
+        "taehv": ["taehv_taew2_2"],
+        "taehv_super": ["taehv_taew2_2_super"],
+        "clip": ["clip_vit_l14_vision_hf"],
+    }
     full = {
-        "dit": networks.DiTConfig.wan22_ti2v_5b(), "vae": networks.VaeConfig.wan22(),
-        "text": networks.TextConfig.umt5_xxl(), "taehv": TaehvConfig.taew2_2(),
-        "taehv_super": TaehvConfig.taew2_2_super(), "clip": networks.ClipVisionConfig.vit_l14(),
-    }  # fmt: skip
+        "dit": networks.DiTConfig.wan22_ti2v_5b(),
+        "vae": networks.VaeConfig.wan22(),
+        "text": networks.TextConfig.umt5_xxl(),
+        "taehv": TaehvConfig.taew2_2(),
+        "taehv_super": TaehvConfig.taew2_2_super(),
+        "clip": networks.ClipVisionConfig.vit_l14(),
+    }
     for name, files in listings.items():
         for file in files:
             listing = json.loads((folder / f"{file}.json").read_text())["tensors"]
@@ -273,7 +368,9 @@ def test_the_table_that_names_everything_finds_the_published_sizes():
             layout = networks.NETWORKS[name].layouts[
                 "official" if "official" in file or "taehv" in name else "diffusers"
             ]
-            assert networks.NETWORKS[name].sizes(networks.our_shapes(layout, shapes), {}) == full[name]
+            assert (
+                networks.NETWORKS[name].sizes(networks.our_shapes(layout, shapes), {}) == full[name]
+            )
 
 
 @pytest.mark.parametrize("piece", [64, 4096])
@@ -290,15 +387,22 @@ def test_tensors_written_in_pieces_are_whole(tmp_path, monkeypatch, piece):
         "empty": np.zeros((0, 4), np.float16),
     }
     tensors.write_tensors(tmp_path / "x.safetensors", values, {"who": "me"})
-    assert_same({k: np.ascontiguousarray(v) for k, v in read_tensors(tmp_path / "x.safetensors").items()},
-                {k: np.ascontiguousarray(v) for k, v in values.items()})  # fmt: skip
+    assert_same(
+        {k: np.ascontiguousarray(v) for k, v in read_tensors(tmp_path / "x.safetensors").items()},
+        {k: np.ascontiguousarray(v) for k, v in values.items()},
+    )
     assert tensors.read_metadata(tmp_path / "x.safetensors") == {"who": "me"}
 
 
 def test_a_strided_or_shared_tensor_of_a_pickle_is_read_as_torch_reads_it(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    content = {"turned": base.T, "rows": base[1:3], "column": base[:, 2], "parameter": torch.nn.Parameter(base[0].clone()),
-               "nested": {"list": [torch.ones(2, dtype=torch.bfloat16)]}}  # fmt: skip
+    content = {
+        "turned": base.T,
+        "rows": base[1:3],
+        "column": base[:, 2],
+        "parameter": torch.nn.Parameter(base[0].clone()),
+        "nested": {"list": [torch.ones(2, dtype=torch.bfloat16)]},
+    }
     torch.save(content, tmp_path / "x.pt")
     found = open_pickle(tmp_path / "x.pt")
     for name in ("turned", "rows", "column", "parameter"):
@@ -306,7 +410,9 @@ def test_a_strided_or_shared_tensor_of_a_pickle_is_read_as_torch_reads_it(tmp_pa
     np.testing.assert_array_equal(found["nested.list.0"].array().astype(np.float32), [1, 1])
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_the_next_one_clears_it_away(source, tmp_path):
+def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_the_next_one_clears_it_away(
+    source, tmp_path
+):
     """Killed while it writes: the first tensor takes for ever."""
     script = (
         "import sys, time; from converters import convert, __main__ as command\n"
@@ -371,11 +477,17 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, monkeypatch):
     """Five layers of the 5B transformer, 1.8 GB in bfloat16, with less than half of that resident."""
     from tests.converters import full_size
 
-    monkeypatch.setitem(full_size.SIZES, "dit", dataclasses.replace(networks.DiTConfig.wan22_ti2v_5b(), layers=5))
+    monkeypatch.setitem(
+        full_size.SIZES, "dit", dataclasses.replace(networks.DiTConfig.wan22_ti2v_5b(), layers=5)
+    )
     nbytes = full_size.write_random("dit", "official", "BF16", tmp_path / "public")
-    *_, there = full_size.measure(str(tmp_path / "public"), "--to", "jax", "--out", str(tmp_path / "ours"))
+    *_, there = full_size.measure(
+        str(tmp_path / "public"), "--to", "jax", "--out", str(tmp_path / "ours")
+    )
     shutil.rmtree(tmp_path / "public")
-    *_, back = full_size.measure(str(tmp_path / "ours"), "--to", "official", "--out", str(tmp_path / "back"))
+    *_, back = full_size.measure(
+        str(tmp_path / "ours"), "--to", "official", "--out", str(tmp_path / "back")
+    )
     assert nbytes > 1.75e9 and max(there, back) < 0.85
 
 
@@ -388,7 +500,8 @@ def test_the_public_checkpoint_is_what_the_5b_configs_ask_for(config):
         "text": networks.TextConfig.umt5_xxl(),
     }
     parts = {
-        name: Part(networks.NETWORKS[name], "official", {}, sizes, Path("x"), "", "") for name, sizes in full.items()
+        name: Part(networks.NETWORKS[name], "official", {}, sizes, Path("x"), "", "")
+        for name, sizes in full.items()
     }
     stored = json.loads(json.dumps(convert.our_config(parts)))
     asked = check_config(load_config(f"{Path(__file__).parents[2]}/configs/{config}.py"))
@@ -401,13 +514,20 @@ def test_files_from_several_places_make_one_pipeline(source, tmp_path):
     run(source, "--to", "official", "--out", tmp_path / "base")
     tensors = official_dit(seed=5)
     torch.save(
-        {"generator": {f"model.{name}": x for name, x in tensors.items()}, "merged_lora": True}, tmp_path / "model.pt"
+        {"generator": {f"model.{name}": x for name, x in tensors.items()}, "merged_lora": True},
+        tmp_path / "model.pt",
     )
     write_about(tmp_path)
-    files = [tmp_path / "base" / name for name in ("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")]
+    files = [
+        tmp_path / "base" / name for name in ("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
+    ]
     run(tmp_path / "model.pt", *files, "--to", "jax", "--out", tmp_path / "ours")
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
-        "config.json", "dit.safetensors", "text.safetensors", "tokenizer.json", "vae.safetensors",
-    ]  # fmt: skip
+        "config.json",
+        "dit.safetensors",
+        "text.safetensors",
+        "tokenizer.json",
+        "vae.safetensors",
+    ]
     kernel = read_tensors(tmp_path / "ours/dit.safetensors")["blocks.1.ffn.fc1.kernel"]
     np.testing.assert_array_equal(kernel, tensors["blocks.1.ffn.0.weight"].numpy().T)

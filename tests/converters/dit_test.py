@@ -1,4 +1,6 @@
-"""The transformer's tables: the full-size listings in both directions, and the two layouts of the same weights."""
+"""The transformer's tables: the full-size listings in both directions, and the two layouts of the
+same weights.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from converters.rules import ConversionError, invert, rename
 from tests import tiny_dit
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
-TABLES = {"official": (dit.OFFICIAL_RULES, dit.from_official), "diffusers": (dit.DIFFUSERS_RULES, dit.from_diffusers)}
+TABLES = {
+    "official": (dit.OFFICIAL_RULES, dit.from_official),
+    "diffusers": (dit.DIFFUSERS_RULES, dit.from_diffusers),
+}
 
 
 @pytest.mark.parametrize("layout", TABLES)
@@ -26,9 +31,15 @@ def test_the_full_size_fits_the_published_listing_exactly(layout):
     expected = dit.expected_shapes(config)
     published = {name: tuple(shape) for name, shape in listing["tensors"].items()}
     assert len(published) == len(expected) == 825
-    assert sum(int(np.prod(shape)) for shape in expected.values()) == listing["num_params"] == 4_999_787_712
+    assert (
+        sum(int(np.prod(shape)) for shape in expected.values())
+        == listing["num_params"]
+        == 4_999_787_712
+    )
     # broadcast views stand for the tensors: the right shapes without the memory
-    ours = convert({name: np.broadcast_to(np.float32(0), shape) for name, shape in published.items()}, config)
+    ours = convert(
+        {name: np.broadcast_to(np.float32(0), shape) for name, shape in published.items()}, config
+    )
     assert {name: x.shape for name, x in ours.items()} == expected
     back = dit.to_layout(ours, rules, published)
     assert {name: x.shape for name, x in back.items()} == published
@@ -39,7 +50,10 @@ def test_there_and_back_gives_the_same_tensors(layout):
     rules, convert = TABLES[layout]
     params = {name: np.asarray(x) for name, x in flat_params(tiny_dit.tiny_dit()).items()}
     targets = rename(params, invert(rules))[0]
-    shapes = {target: transform.forward(params[name]).shape for name, (target, transform) in targets.items()}
+    shapes = {
+        target: transform.forward(params[name]).shape
+        for name, (target, transform) in targets.items()
+    }
     theirs = dit.to_layout(params, rules, shapes)
     assert len(theirs) == len(params)
     again = convert(theirs, tiny_dit.CONFIG)
@@ -51,7 +65,9 @@ def test_every_fault_is_listed():
     config = tiny_dit.CONFIG
     params = {name: np.asarray(x) for name, x in flat_params(tiny_dit.tiny_dit()).items()}
     targets = rename(params, invert(dit.OFFICIAL_RULES))[0]
-    theirs = {target: transform.forward(params[name]) for name, (target, transform) in targets.items()}
+    theirs = {
+        target: transform.forward(params[name]) for name, (target, transform) in targets.items()
+    }
     theirs["blocks.0.ffn.0.weight"] = theirs["blocks.0.ffn.0.weight"].T
     theirs["blocks.2.modulation"] = theirs["blocks.1.modulation"]
     theirs["img_emb.proj.0.weight"] = np.ones(3)

@@ -1,10 +1,12 @@
-"""The converters at full size: random checkpoints in the real layouts, there and back, compared tensor by tensor.
+"""The converters at full size: random checkpoints in the real layouts, there and back, compared
+tensor by tensor.
 
     python -m tests.converters.full_size --network dit --layout official --folder /big/disk
 
-Writes a checkpoint of random bits (10 GB for the transformer in bfloat16), converts it to our layout and back in processes
-of their own, compares every tensor with the first file, and deletes all of it. Prints a table and JSON: seconds and peak
-resident memory of each conversion. Not part of the tests: it needs 2 to 3 times the checkpoint on the disk.
+Writes a checkpoint of random bits (10 GB for the transformer in bfloat16), converts it to our
+layout and back in processes of their own, compares every tensor with the first file, and deletes
+all of it. Prints a table and JSON: seconds and peak resident memory of each conversion. Not part of
+the tests: it needs 2 to 3 times the checkpoint on the disk.
 """
 
 from __future__ import annotations
@@ -61,10 +63,13 @@ def write_random(network: str, layout: str, dtype: str, folder: Path) -> int:
 def measure(*arguments: str) -> tuple[float, float, float]:
     """Seconds, seconds of processor, and peak gigabytes of a conversion in a process of its own.
 
-    The peak is what the command says of itself: the system's accounts of a child begin with the size of its parent.
+    The peak is what the command says of itself: the system's accounts of a child begin with the
+    size of its parent.
     """
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "converters", *arguments], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "converters", *arguments], stdout=subprocess.PIPE, text=True
+    )
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"the conversion failed: {arguments}")
@@ -86,7 +91,9 @@ def compare(a: Path, b: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=SIZES, required=True)
     parser.add_argument("--layout", choices=("official", "diffusers"), required=True)
     parser.add_argument("--dtype", choices=("BF16", "F32"), default="BF16")
@@ -98,18 +105,29 @@ def main() -> None:
     try:
         nbytes = write_random(options.network, options.layout, options.dtype, work / "public")
         rows = {"to jax": measure(str(work / "public"), "--to", "jax", "--out", str(work / "ours"))}
-        rows["back"] = measure(str(work / "ours"), "--to", options.layout, "--out", str(work / "back"))
+        rows["back"] = measure(
+            str(work / "ours"), "--to", options.layout, "--out", str(work / "back")
+        )
         tensors = compare(work / "public", work / "back")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(f"{options.network}, {options.layout}, {options.dtype}: {nbytes / 1e9:.2f} GB, {tensors} tensors the same")
+    print(
+        f"{options.network}, {options.layout}, {options.dtype}: {nbytes / 1e9:.2f} GB, {tensors}"
+        " tensors the same"
+    )
     for name, (seconds, processor, peak) in rows.items():
         print(f"  {name:8s} {seconds:7.1f} s, processor {processor:7.1f} s   peak {peak:5.2f} GB")
     keys = ("seconds", "processor_seconds", "peak_gb")
     figures = {name: dict(zip(keys, row, strict=True)) for name, row in rows.items()}
     print(
         json.dumps(
-            {"network": options.network, "layout": options.layout, "bytes": nbytes, "tensors": tensors} | figures
+            {
+                "network": options.network,
+                "layout": options.layout,
+                "bytes": nbytes,
+                "tensors": tensors,
+            }
+            | figures
         )
     )
 

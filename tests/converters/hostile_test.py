@@ -1,4 +1,6 @@
-"""What people really have on their disks: each is refused with a message that says what it is, and nothing is written."""
+"""What people really have on their disks: each is refused with a message that says what it is, and
+nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,19 @@ def shapes_of(config, layout: str = "official") -> dict[str, tuple[int, ...]]:
 def good() -> dict[str, np.ndarray]:
     """A transformer that fits, in the original layout."""
     rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes_of(tiny_wan.DIT).items()}
+    return {
+        name: rng.standard_normal(shape, np.float32)
+        for name, shape in shapes_of(tiny_wan.DIT).items()
+    }
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Where the hostile thing lies, with the config.json of the tiny transformer."""
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/config.json").write_text(json.dumps(DIT.layouts["official"].about(tiny_wan.DIT)))
+    (tmp_path / "in/config.json").write_text(
+        json.dumps(DIT.layouts["official"].about(tiny_wan.DIT))
+    )
     return tmp_path / "in"
 
 
@@ -93,7 +100,9 @@ def test_a_header_that_is_not_true(folder, refused):
         ["x"],
     ):
         text = json.dumps(about).encode()
-        (folder / "dit.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
+        (folder / "dit.safetensors").write_bytes(
+            len(text).to_bytes(8, "little") + text + b"\0" * 16
+        )
         assert "not a readable safetensors file" in refused(folder / "dit.safetensors")
 
 
@@ -104,8 +113,12 @@ def test_wrong_dtype(good, folder, refused):
 
 
 def test_transposed_matrix(good, folder, refused):
-    write_tensors(folder / "x.safetensors", good | {"blocks.1.ffn.2.weight": good["blocks.1.ffn.2.weight"].T})
-    assert "blocks.1.ffn.2.weight is (96, 60), expected (60, 96): it is transposed" in refused(folder)
+    write_tensors(
+        folder / "x.safetensors", good | {"blocks.1.ffn.2.weight": good["blocks.1.ffn.2.weight"].T}
+    )
+    assert "blocks.1.ffn.2.weight is (96, 60), expected (60, 96): it is transposed" in refused(
+        folder
+    )
 
 
 def test_all_faults_come_together(good, folder, refused):
@@ -132,7 +145,9 @@ def _shards(good, folder: Path, lacking: int | None = None, index: bool = True) 
         if i != lacking:
             write_tensors(folder / name, part)
     if index:
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": place})
+        )
 
 
 def test_a_missing_shard(good, folder, refused):
@@ -154,7 +169,12 @@ def test_an_index_that_lies(good, folder, refused):
     path = folder / "diffusion_pytorch_model.safetensors.index.json"
     place = json.loads(path.read_text())["weight_map"]
     path.write_text(
-        json.dumps({"weight_map": place | {"blocks.9.x": "diffusion_pytorch_model-00001-of-00003.safetensors"}})
+        json.dumps(
+            {
+                "weight_map": place
+                | {"blocks.9.x": "diffusion_pytorch_model-00001-of-00003.safetensors"}
+            }
+        )
     )
     assert "index and shards disagree: blocks.9.x is not in" in refused(folder)
     path.write_text(json.dumps({"weight_map": place | {"a": "../../secret.safetensors"}}))
@@ -168,7 +188,11 @@ def _sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     header, start = {}, 0
     for name, shape in shapes.items():
         size = 2 * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, start + size]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(shape),
+            "data_offsets": [start, start + size],
+        }
         start += size
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
@@ -176,7 +200,9 @@ def _sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def test_a_14b_checkpoint_given_for_5b(folder, refused):
-    big = DiTConfig(in_channels=16, width=5120, ffn=13824, heads=40, layers=1, text_width=4096, text_length=512)
+    big = DiTConfig(
+        in_channels=16, width=5120, ffn=13824, heads=40, layers=1, text_width=4096, text_length=512
+    )
     _sparse(folder / "x.safetensors", shapes_of(big))
     (folder / "config.json").unlink()
     said = refused(folder)
@@ -185,9 +211,16 @@ def test_a_14b_checkpoint_given_for_5b(folder, refused):
 
 
 def test_a_vae_2_1_given_for_2_2(folder, refused):
-    names = {"encoder.conv1.weight": (96, 3, 3, 3, 3), "encoder.downsamples.0.residual.0.gamma": (96, 1, 1, 1)}
-    torch.save({name: torch.ones(shape) for name, shape in names.items()}, folder / "Wan2.1_VAE.pth")
-    assert "this is the VAE of Wan 2.1 (16 latent channels, 8x in space)" in refused(folder / "Wan2.1_VAE.pth")
+    names = {
+        "encoder.conv1.weight": (96, 3, 3, 3, 3),
+        "encoder.downsamples.0.residual.0.gamma": (96, 1, 1, 1),
+    }
+    torch.save(
+        {name: torch.ones(shape) for name, shape in names.items()}, folder / "Wan2.1_VAE.pth"
+    )
+    assert "this is the VAE of Wan 2.1 (16 latent channels, 8x in space)" in refused(
+        folder / "Wan2.1_VAE.pth"
+    )
 
 
 class Evil:
@@ -222,9 +255,13 @@ def test_a_pickle_with_code_in_other_wrappings(folder, refused):
 
 
 def test_a_web_page_saved_as_pth(folder, refused):
-    (folder / "x.pth").write_text("\n\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>")
+    (folder / "x.pth").write_text(
+        "\n\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>"
+    )
     assert "a web page, not a checkpoint; download the file itself" in refused(folder / "x.pth")
-    (folder / "y.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 134217728\n")
+    (folder / "y.pth").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 134217728\n"
+    )
     assert "a Git LFS pointer" in refused(folder / "y.pth")
 
 
@@ -238,7 +275,9 @@ def test_a_truncated_pth(good, folder, refused, kept):
 
 def test_a_folder_without_anything_and_a_file_of_something_else(folder, refused):
     assert "no checkpoint in it" in refused(folder)
-    write_tensors(folder / "x.safetensors", {"layers.0.attention.wq.weight": np.ones((4, 4), np.float32)})
+    write_tensors(
+        folder / "x.safetensors", {"layers.0.attention.wq.weight": np.ones((4, 4), np.float32)}
+    )
     said = refused(folder)
     assert "not a checkpoint that is known here" in said and "layers.0.attention.wq.weight" in said
     assert "no such file or folder" in refused(folder / "nothing")
@@ -248,10 +287,20 @@ def test_a_folder_without_anything_and_a_file_of_something_else(folder, refused)
 
 def test_two_copies_of_a_network_are_ambiguous(good, folder, refused):
     write_tensors(folder / "a.safetensors", good)
-    write_tensors(folder / "a.fp16.safetensors", {name: x.astype(np.float16) for name, x in good.items()})
+    write_tensors(
+        folder / "a.fp16.safetensors", {name: x.astype(np.float16) for name, x in good.items()}
+    )
     said = refused(folder)
-    assert "ambiguous: 2 candidates" in said and "a.fp16.safetensors" in said and "Name the one file" in said
-    pair = {f"{part}.{name}": torch.from_numpy(x) for part in ("left", "right") for name, x in good.items()}
+    assert (
+        "ambiguous: 2 candidates" in said
+        and "a.fp16.safetensors" in said
+        and "Name the one file" in said
+    )
+    pair = {
+        f"{part}.{name}": torch.from_numpy(x)
+        for part in ("left", "right")
+        for name, x in good.items()
+    }
     torch.save(pair, folder / "pair.pt")
     said = refused(folder / "pair.pt")
     assert "ambiguous, 2 copies" in said and "'left', 'right'" in said and "--part" in said
@@ -293,7 +342,8 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(good, folder):
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        f"sys.argv = ['converters', {str(folder)!r}, '--to', 'jax', '--out', {str(folder.parent / 'out')!r}]\n"
+        f"sys.argv = ['converters', {str(folder)!r}, '--to', 'jax', '--out',"
+        f" {str(folder.parent / 'out')!r}]\n"
         "from converters import __main__ as command; command.main()"
     )
     done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True)

@@ -24,7 +24,9 @@ from converters.rules import ConversionError
 from tests import tiny_dit, tiny_wan
 
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.fc1", "text_embedding.fc2")
-KERNELS = {name: x.shape for name, x in flat_params(tiny_dit.tiny_dit()).items() if name.endswith("kernel")}
+KERNELS = {
+    name: x.shape for name, x in flat_params(tiny_dit.tiny_dit()).items() if name.endswith("kernel")
+}
 
 
 def run(*arguments) -> None:
@@ -38,7 +40,9 @@ def changes(seed: int = 0, dtype=np.float32) -> dict[str, Change]:
     for i, layer in enumerate(LAYERS):
         inputs, outputs = KERNELS[f"{layer}.kernel"]
         a, b = rng.standard_normal((inputs, 2 + i)), rng.standard_normal((2 + i, outputs))
-        made[layer] = Change((0.3 * a).astype(dtype), (0.3 * b).astype(dtype), (4.0, 4.0, 8.0, 2.0)[i])
+        made[layer] = Change(
+            (0.3 * a).astype(dtype), (0.3 * b).astype(dtype), (4.0, 4.0, 8.0, 2.0)[i]
+        )
     return made
 
 
@@ -47,7 +51,9 @@ def save(path: Path, layout: str, **kw) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: as_torch(x) for name, x in tensors.items()}, path, metadata)
     if layout == "peft":
-        (path.parent / "adapter_config.json").write_text(json.dumps(lora.adapter_config(changes(**kw), layout)))
+        (path.parent / "adapter_config.json").write_text(
+            json.dumps(lora.adapter_config(changes(**kw), layout))
+        )
     return path
 
 
@@ -95,12 +101,18 @@ def test_names_are_those_that_the_others_use(tmp_path):
 
 
 def test_spellings_that_others_mix_are_read(tmp_path):
-    """`lora_down` behind dotted names, PEFT's adapter name, halves in bfloat16, a training checkpoint's prefix."""
+    """`lora_down` behind dotted names, PEFT's adapter name, halves in bfloat16, a training
+    checkpoint's prefix.
+    """
     tensors = lora.to_layout(changes(), "official")[0]
     mixed = {}
     for name, x in tensors.items():
         name = name.replace("diffusion_model.", "generator_lora.base_model.model.")
-        mixed[name.replace(".lora_A.weight", ".lora_A.default.weight").replace(".lora_B.", ".lora_up.")] = x
+        mixed[
+            name.replace(".lora_A.weight", ".lora_A.default.weight").replace(
+                ".lora_B.", ".lora_up."
+            )
+        ] = x
     save_file({name: as_torch(x) for name, x in mixed.items()}, tmp_path / "x.safetensors")
     (part,) = recognise([tmp_path / "x.safetensors"])
     assert_same(part.changes, changes())
@@ -109,22 +121,33 @@ def test_spellings_that_others_mix_are_read(tmp_path):
     assert_same(part.changes, changes())
 
 
-def test_of_a_training_checkpoint_with_two_the_generators_is_taken_unless_the_other_is_named(tmp_path):
+def test_of_a_training_checkpoint_with_two_the_generators_is_taken_unless_the_other_is_named(
+    tmp_path,
+):
     """As LongLive-2.0 saves them, in dictionaries."""
     stored = {}
     for seed, part in enumerate(("generator_lora", "critic_lora")):
-        stored[part] = {name: as_torch(x) for name, x in lora.to_layout(changes(seed), "official")[0].items()}
-        stored[part] = {name.replace("diffusion_model.", "base_model.model."): x for name, x in stored[part].items()}
+        stored[part] = {
+            name: as_torch(x) for name, x in lora.to_layout(changes(seed), "official")[0].items()
+        }
+        stored[part] = {
+            name.replace("diffusion_model.", "base_model.model."): x
+            for name, x in stored[part].items()
+        }
     torch.save(stored | {"step": 3}, tmp_path / "x.pt")
     for wanted, seed in ((None, 0), ("generator", 0), ("critic", 1), ("critic_lora", 1)):
         (part,) = recognise([tmp_path / "x.pt"], wanted)
         assert_same(part.changes, changes(seed))
-    with pytest.raises(WeightsError, match="no part 'teacher_lora'; it has critic_lora, generator_lora"):
+    with pytest.raises(
+        WeightsError, match="no part 'teacher_lora'; it has critic_lora, generator_lora"
+    ):
         recognise([tmp_path / "x.pt"], "teacher")
 
 
 def test_without_an_alpha_the_product_counts_once(tmp_path):
-    tensors = {k: v for k, v in lora.to_layout(changes(), "official")[0].items() if not k.endswith("alpha")}
+    tensors = {
+        k: v for k, v in lora.to_layout(changes(), "official")[0].items() if not k.endswith("alpha")
+    }
     save_file({name: as_torch(x) for name, x in tensors.items()}, tmp_path / "x.safetensors")
     (part,) = recognise([tmp_path / "x.safetensors"])
     assert all(change.alpha == change.rank for change in part.changes.values())
@@ -132,7 +155,9 @@ def test_without_an_alpha_the_product_counts_once(tmp_path):
 
 def _forward(dit) -> np.ndarray:
     text_kv = dit.text_kv(tiny_dit.prompt())
-    return np.asarray(bidirectional_forward(dit, None, tiny_dit.latents(1, 3), jnp.full((1, 3), 500.0), text_kv))
+    return np.asarray(
+        bidirectional_forward(dit, None, tiny_dit.latents(1, 3), jnp.full((1, 3), 500.0), text_kv)
+    )
 
 
 def test_kept_apart_computes_what_merged_computes_and_comes_off_again():
@@ -144,7 +169,10 @@ def test_kept_apart_computes_what_merged_computes_and_comes_off_again():
     assert np.abs(expected - before).max() > 0.1
     np.testing.assert_allclose(_forward(apart), expected, atol=1e-4)
     assert len(lora_params(apart)) == 2 * len(LAYERS)
-    kernel = flat_params(merged)["blocks.0.self_attn.q.kernel"] - flat_params(plain)["blocks.0.self_attn.q.kernel"]
+    kernel = (
+        flat_params(merged)["blocks.0.self_attn.q.kernel"]
+        - flat_params(plain)["blocks.0.self_attn.q.kernel"]
+    )
     change = changes()["blocks.0.self_attn.q"]
     np.testing.assert_allclose(kernel, 0.7 * 4 / 2 * change.a @ change.b, atol=1e-6)
     with pytest.raises(WeightsError, match="attached already"):
@@ -163,9 +191,9 @@ def test_a_lora_of_another_network_is_refused_with_every_fault():
     for function in (merge, attach):
         with pytest.raises(WeightsError) as error:
             function(dit, Lora(adapter))
-        assert "there is no layer blocks.7.ffn.fc1" in str(error.value) and "blocks.0.ffn.fc2 is (96, 60)" in str(
+        assert "there is no layer blocks.7.ffn.fc1" in str(
             error.value
-        )
+        ) and "blocks.0.ffn.fc2 is (96, 60)" in str(error.value)
     np.testing.assert_array_equal(_forward(dit), before)  # nothing was changed
 
 
@@ -205,20 +233,41 @@ def test_merged_by_the_converter_it_is_what_diffusers_fuses(base, tmp_path):
 def test_what_peft_saves_is_read_and_computes_the_same(base, tmp_path):
     model = WanTransformer3DModel.from_pretrained(base / "transformer")
     wrapped = get_peft_model(
-        model, LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "ffn.net.2"], rank_pattern={"blocks.1.attn2.to_q": 5},
-                          alpha_pattern={"blocks.1.attn2.to_q": 20}, init_lora_weights=False),
-    )  # fmt: skip
+        model,
+        LoraConfig(
+            r=3,
+            lora_alpha=6,
+            target_modules=["to_q", "ffn.net.2"],
+            rank_pattern={"blocks.1.attn2.to_q": 5},
+            alpha_pattern={"blocks.1.attn2.to_q": 20},
+            init_lora_weights=False,
+        ),
+    )
     wrapped.save_pretrained(tmp_path / "adapter")
     (part,) = recognise([tmp_path / "adapter"])
     assert part.layout == "diffusers" and len(part.changes) == 6
-    assert (part.changes["blocks.1.cross_attn.q"].rank, part.changes["blocks.1.cross_attn.q"].alpha) == (5, 20.0)
+    assert (
+        part.changes["blocks.1.cross_attn.q"].rank,
+        part.changes["blocks.1.cross_attn.q"].alpha,
+    ) == (5, 20.0)
     expected = {k: v.numpy() for k, v in get_peft_model_state_dict(wrapped).items()}
     np.testing.assert_array_equal(
-        part.changes["blocks.0.ffn.fc2"].a.T, expected["base_model.model.blocks.0.ffn.net.2.lora_A.weight"]
+        part.changes["blocks.0.ffn.fc2"].a.T,
+        expected["base_model.model.blocks.0.ffn.net.2.lora_A.weight"],
     )
-    run(base / "transformer", "--lora", tmp_path / "adapter", "--to", "diffusers", "--out", tmp_path / "ours")
+    run(
+        base / "transformer",
+        "--lora",
+        tmp_path / "adapter",
+        "--to",
+        "diffusers",
+        "--out",
+        tmp_path / "ours",
+    )
     merged = wrapped.merge_and_unload().state_dict()
-    for name, x in read_tensors(tmp_path / "ours/transformer/diffusion_pytorch_model.safetensors").items():
+    for name, x in read_tensors(
+        tmp_path / "ours/transformer/diffusion_pytorch_model.safetensors"
+    ).items():
         np.testing.assert_allclose(x, merged[name].numpy(), atol=1e-6)
 
 
@@ -227,7 +276,10 @@ def test_what_peft_saves_is_read_and_computes_the_same(base, tmp_path):
     [
         ("diffusion_model.blocks.0.self_attn.q.dora_scale", "this is DoRA; only plain LoRA"),
         ("lora_unet_blocks_0_self_attn_q.hada_w1_a", "this is LoHa"),
-        ("diffusion_model.blocks.0.self_attn.q.lora_B.weight", "missing: blocks.0.self_attn.q.lora_A"),
+        (
+            "diffusion_model.blocks.0.self_attn.q.lora_B.weight",
+            "missing: blocks.0.self_attn.q.lora_A",
+        ),
         ("diffusion_model.down_blocks.0.lora_A.weight", "unexpected: down_blocks.0"),
     ],
 )
@@ -243,9 +295,23 @@ def test_a_lora_without_a_transformer_or_of_another_size_is_refused(base, tmp_pa
     path = save(tmp_path / "lora.safetensors", "official")
     with pytest.raises(command.RecognitionError, match="no transformer"):
         run(base / "vae", "--lora", path, "--to", "jax", "--out", tmp_path / "out")
-    wide = {"blocks.0.self_attn.q": Change(np.ones((5120, 4), np.float32), np.ones((4, 5120), np.float32), 4.0)}
+    wide = {
+        "blocks.0.self_attn.q": Change(
+            np.ones((5120, 4), np.float32), np.ones((4, 5120), np.float32), 4.0
+        )
+    }
     tensors = lora.to_layout(wide, "official")[0]
     save_file({key: as_torch(x) for key, x in tensors.items()}, tmp_path / "wide.safetensors")
-    with pytest.raises(ConversionError, match=r"blocks.0.self_attn.q is \(60, 60\), the LoRA changes \(5120, 4\)"):
-        run(base / "transformer", "--lora", tmp_path / "wide.safetensors", "--to", "jax", "--out", tmp_path / "out")
+    with pytest.raises(
+        ConversionError, match=r"blocks.0.self_attn.q is \(60, 60\), the LoRA changes \(5120, 4\)"
+    ):
+        run(
+            base / "transformer",
+            "--lora",
+            tmp_path / "wide.safetensors",
+            "--to",
+            "jax",
+            "--out",
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()

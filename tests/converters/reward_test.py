@@ -1,4 +1,6 @@
-"""The reward's tables: parity with transformers through the converter, and the full-size listings in both directions."""
+"""The reward's tables: parity with transformers through the converter, and the full-size listings
+in both directions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ TINY = ClipVisionConfig(width=32, ffn=56, heads=4, layers=3, projection=24, patc
 
 
 def _clip() -> CLIPVisionModelWithProjection:
-    """Random weights that keep the scale, norms and biases too; the class token listens to the patches."""
+    """Random weights that keep the scale, norms and biases too; the class token listens to the
+    patches.
+    """
     config = CLIPVisionConfig(
         hidden_size=TINY.width,
         intermediate_size=TINY.ffn,
@@ -50,17 +54,22 @@ def _clip() -> CLIPVisionModelWithProjection:
 
 
 class _Head(torch.nn.Module):
-    """The aesthetic predictor from the facts: linear layers, and dropouts that do nothing after training."""
+    """The aesthetic predictor from the facts: linear layers, and dropouts that do nothing after
+    training.
+    """
 
     def __init__(self, inputs: int):
         super().__init__()
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(inputs, 1024), torch.nn.Dropout(0.2),
-            torch.nn.Linear(1024, 128), torch.nn.Dropout(0.2),
-            torch.nn.Linear(128, 64), torch.nn.Dropout(0.1),
+            torch.nn.Linear(inputs, 1024),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(1024, 128),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(128, 64),
+            torch.nn.Dropout(0.1),
             torch.nn.Linear(64, 16),
             torch.nn.Linear(16, 1),
-        )  # fmt: skip
+        )
         torch.manual_seed(1)
         with torch.no_grad():
             for x in self.parameters():
@@ -77,13 +86,19 @@ def _tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def _frames(h: int, w: int) -> np.ndarray:
-    """Tinted blotches under stripes as fine as pixels, which only an antialiased resize takes well; uint8 [4, h, w, 3]."""
+    """Tinted blotches under stripes as fine as pixels, which only an antialiased resize takes well;
+    uint8 [4, h, w, 3].
+    """
     rng = np.random.default_rng(3)
     frames = []
     for i in range(4):
         few = (rng.integers(0, 256, (5, 4, 3)) * rng.uniform(size=3)).astype(np.uint8)
-        blotches = np.asarray(Image.fromarray(few).resize((w, h), Image.Resampling.BICUBIC), np.float32)
-        stripes = np.sign(np.sin(np.arange(h)[:, None] * (2.7 - 0.2 * i) + np.arange(w) * (0.4 + 0.3 * i)))
+        blotches = np.asarray(
+            Image.fromarray(few).resize((w, h), Image.Resampling.BICUBIC), np.float32
+        )
+        stripes = np.sign(
+            np.sin(np.arange(h)[:, None] * (2.7 - 0.2 * i) + np.arange(w) * (0.4 + 0.3 * i))
+        )
         frames.append(np.clip(blotches + 60 * stripes[:, :, None], 0, 255))
     return np.stack(frames).astype(np.uint8)
 
@@ -109,13 +124,21 @@ def test_the_embedding_agrees_with_transformers(clip):
     np.testing.assert_allclose(vision(jnp.asarray(pixels)), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(1280, 704), (300, 300), (224, 224), (250, 401), (96, 60), (225, 640)])
+@pytest.mark.parametrize(
+    "size", [(1280, 704), (300, 300), (224, 224), (250, 401), (96, 60), (225, 640)]
+)
 def test_the_score_of_raw_frames_agrees_with_transformers(clip, head, size):
-    """Its image processor and its CLIP, and a head in torch. Of sizes that Pillow 13 too resizes width first."""
+    """Its image processor and its CLIP, and a head in torch. Of sizes that Pillow 13 too resizes
+    width first.
+    """
     ours = Reward(TINY, rngs=nnx.Rngs(0))
-    set_params(ours, reward.from_hf(_tensors(clip), TINY) | reward.from_aesthetic(_tensors(head), TINY))
+    set_params(
+        ours, reward.from_hf(_tensors(clip), TINY) | reward.from_aesthetic(_tensors(head), TINY)
+    )
     frames = _frames(*size)
-    pixels = CLIPImageProcessorPil()(images=list(frames), return_tensors="pt", input_data_format="channels_last")
+    pixels = CLIPImageProcessorPil()(
+        images=list(frames), return_tensors="pt", input_data_format="channels_last"
+    )
     with torch.no_grad():
         expected = head(clip(**pixels).image_embeds).numpy()
     assert np.abs(expected[:, None] - expected)[np.triu_indices(4, 1)].min() > 0.03
@@ -127,7 +150,9 @@ def test_there_and_back_gives_the_same_tensors(clip, head):
         (_tensors(clip), reward.HF_RULES, reward.from_hf),
         (_tensors(head), reward.AESTHETIC_RULES, reward.from_aesthetic),
     ):
-        back = reward.to_layout(to_ours(theirs, TINY), rules, {name: x.shape for name, x in theirs.items()})
+        back = reward.to_layout(
+            to_ours(theirs, TINY), rules, {name: x.shape for name, x in theirs.items()}
+        )
         assert back.keys() == theirs.keys()
         for name, x in theirs.items():
             np.testing.assert_array_equal(back[name], x)
@@ -142,9 +167,13 @@ def test_the_full_size_fits_the_published_listings_exactly():
         published = json.loads((LISTINGS / f"{listing}.json").read_text())
         shapes = {name: tuple(shape) for name, shape in published["tensors"].items()}
         assert len(shapes) == count
-        assert sum(math.prod(shape) for shape in shapes.values()) == published["num_params"] == scalars
+        assert (
+            sum(math.prod(shape) for shape in shapes.values()) == published["num_params"] == scalars
+        )
         # broadcast views stand for the tensors: the right shapes without the memory
-        part = to_ours({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}, config)
+        part = to_ours(
+            {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}, config
+        )
         back = reward.to_layout(part, rules, shapes)
         assert {name: x.shape for name, x in back.items()} == shapes
         ours |= part
@@ -178,7 +207,8 @@ def test_every_fault_is_listed(clip, head):
     for line in (
         "missing: vision_model.post_layernorm.bias",
         "unexpected: visual_projection.bias",
-        "wrong shape: vision_model.embeddings.position_embedding.weight is (50, 32), expected (65, 32)",
+        "wrong shape: vision_model.embeddings.position_embedding.weight is (50, 32), expected (65,"
+        " 32)",
     ):
         assert line in str(error.value)
     tensors = _tensors(head)

@@ -1,4 +1,6 @@
-"""TAEHV's table: parity with a torch implementation through the converter, and the full-size listings in both directions."""
+"""TAEHV's table: parity with a torch implementation through the converter, and the full-size
+listings in both directions.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,15 @@ FULL = {"taew2_2": TaehvConfig.taew2_2(), "taew2_2_super": TaehvConfig.taew2_2_s
 COUNTS = {"taew2_2": (128, 11_418_108), "taew2_2_super": (112, 20_487_996)}
 # An eighth of every width.
 TINY = {
-    name: dataclasses.replace(config, z_dim=6, enc_width=8, dec_widths=tuple(n // 8 for n in config.dec_widths))
+    name: dataclasses.replace(
+        config, z_dim=6, enc_width=8, dec_widths=tuple(n // 8 for n in config.dec_widths)
+    )
     for name, config in FULL.items()
 }
-GROWTH = {"taew2_2": ("7", "13", "19"), "taew2_2_super": ("7", "14", "21")}  # layers in which the frames grow
+GROWTH = {
+    "taew2_2": ("7", "13", "19"),
+    "taew2_2_super": ("7", "14", "21"),
+}  # layers in which the frames grow
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -39,9 +46,11 @@ def _listing(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(name: str) -> dict[str, np.ndarray]:
-    """A random checkpoint with an eighth of every width: names and kernel sizes are those of the public listing.
+    """A random checkpoint with an eighth of every width: names and kernel sizes are those of the
+    public listing.
 
-    Biases are not zero; latents have about unit scale; pixels are spread around the middle of their range.
+    Biases are not zero; latents have about unit scale; pixels are spread around the middle of their
+    range.
     """
     rng = np.random.default_rng(0)
     tensors = {}
@@ -54,7 +63,8 @@ def _tensors(name: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-# The network as a function of one clip: frames are the batch [t, c, h, w], weights are looked up by their public names.
+# The network as a function of one clip: frames are the batch [t, c, h, w], weights are looked up by
+# their public names.
 
 
 def _conv(weights: Weights, layer: str, x: torch.Tensor, **kw) -> torch.Tensor:
@@ -81,7 +91,12 @@ def _super_memory(weights: Weights, layer: int | str, x: torch.Tensor) -> torch.
 
 
 def _grow(weights: Weights, layer: str, x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([torch.stack(torch.chunk(y, len(y) // x.shape[1])) for y in _conv(weights, f"{layer}.conv", x)])
+    return torch.cat(
+        [
+            torch.stack(torch.chunk(y, len(y) // x.shape[1]))
+            for y in _conv(weights, f"{layer}.conv", x)
+        ]
+    )
 
 
 def _decode(weights: Weights, z: torch.Tensor) -> torch.Tensor:
@@ -99,7 +114,11 @@ def _super_decode(weights: Weights, z: torch.Tensor) -> torch.Tensor:
     for blocks, conv, grow in (((1, 2, 3), 4, 7), ((8, 9, 10), 11, 14), ((15, 16, 17), 18, 21)):
         for i in blocks:
             x = _super_memory(weights, f"decoder.{i}", x)
-        x = _grow(weights, f"decoder.{grow}", F.pixel_shuffle(F.relu(_conv(weights, f"decoder.{conv}", x)), 2))
+        x = _grow(
+            weights,
+            f"decoder.{grow}",
+            F.pixel_shuffle(F.relu(_conv(weights, f"decoder.{conv}", x)), 2),
+        )
     return _pixels(_conv(weights, "decoder.22", x))
 
 
@@ -112,7 +131,11 @@ def _encode(weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
     while len(x) % 4:
         x = torch.cat([x, x[-1:]])
     x = F.relu(_conv(weights, "encoder.0", F.pixel_unshuffle(x, 2)))
-    for pool, frames, conv, blocks in ((2, 2, 3, (4, 5, 6)), (7, 2, 8, (9, 10, 11)), (12, 1, 13, (14, 15, 16))):
+    for pool, frames, conv, blocks in (
+        (2, 2, 3, (4, 5, 6)),
+        (7, 2, 8, (9, 10, 11)),
+        (12, 1, 13, (14, 15, 16)),
+    ):
         x = torch.stack([torch.cat(list(group)) for group in torch.split(x, frames)])
         x = _conv(weights, f"encoder.{conv}", _conv(weights, f"encoder.{pool}.conv", x), stride=2)
         for i in blocks:
@@ -126,13 +149,18 @@ DECODE = {"taew2_2": _decode, "taew2_2_super": _super_decode}
 def _by_torch(function, weights: Weights, x_bthwc: np.ndarray) -> np.ndarray:
     """`function` of every clip of a batch, from channel-last and back to it."""
     with torch.no_grad():
-        clips = [function(weights, torch.from_numpy(clip.transpose(0, 3, 1, 2).copy())) for clip in x_bthwc]
+        clips = [
+            function(weights, torch.from_numpy(clip.transpose(0, 3, 1, 2).copy()))
+            for clip in x_bthwc
+        ]
     return torch.stack(clips).numpy().transpose(0, 1, 3, 4, 2)
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_parity_with_torch(name):
-    """Decoding 1 and 4 latent frames, encoding 1, 5 and 8 frames, within 1e-4 on outputs of about unit scale."""
+    """Decoding 1 and 4 latent frames, encoding 1, 5 and 8 frames, within 1e-4 on outputs of about
+    unit scale.
+    """
     tensors = _tensors(name)
     weights = {key: torch.from_numpy(x) for key, x in tensors.items()}
     net = nnx.eval_shape(lambda: Taehv(TINY[name], rngs=nnx.Rngs(0)))
@@ -146,7 +174,9 @@ def test_parity_with_torch(name):
         z = rng.normal(size=(2, f, 3, 2, 6)).astype(np.float32)
         expected = _by_torch(DECODE[name], weights, z)
         assert expected.shape == (2, 4 * f - 3, 48, 32, 3)
-        assert expected.std() > 0.2 and (np.abs(expected) == 1).mean() < 0.5  # most are not hidden by the clamp
+        assert (
+            expected.std() > 0.2 and (np.abs(expected) == 1).mean() < 0.5
+        )  # most are not hidden by the clamp
         np.testing.assert_allclose(decode(params, z), expected, rtol=0, atol=1e-4)
     for t in (1, 5, 8):
         x = rng.uniform(-1, 1, (2, t, 48, 32, 3)).astype(np.float32)
@@ -161,8 +191,12 @@ def test_full_size_table_fits_the_public_listing_in_both_directions(name):
     config, shapes = FULL[name], _listing(name)
     assert (len(shapes), sum(math.prod(shape) for shape in shapes.values())) == COUNTS[name]
     mapping, faults = rename(shapes, taehv.rules(config))
-    assert not faults and len({target for target, _ in mapping.values()}) == len(taehv.rules(config)) == len(shapes)
-    empty = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}  # takes no memory
+    assert not faults and len({target for target, _ in mapping.values()}) == len(
+        taehv.rules(config)
+    ) == len(shapes)
+    empty = {
+        key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()
+    }  # takes no memory
     ours = taehv.from_official(empty, config)
     assert {key: x.shape for key, x in ours.items()} == taehv.expected_shapes(config)
     assert len(ours) == len(shapes)
@@ -174,7 +208,9 @@ def test_full_size_table_fits_the_public_listing_in_both_directions(name):
 def test_there_and_back_gives_the_same_numbers(name):
     tensors = _tensors(name)
     params = taehv.from_official(tensors, TINY[name])
-    back = taehv.to_layout(params, taehv.rules(TINY[name]), {key: x.shape for key, x in tensors.items()})
+    back = taehv.to_layout(
+        params, taehv.rules(TINY[name]), {key: x.shape for key, x in tensors.items()}
+    )
     assert list(back) == list(tensors)
     for key, x in tensors.items():
         np.testing.assert_array_equal(back[key], x)
@@ -183,7 +219,11 @@ def test_there_and_back_gives_the_same_numbers(name):
 def test_the_table_follows_the_number_of_stages_and_blocks():
     """In a network of two stages with one block each, the numbers of the layers counted by hand."""
     small = dataclasses.replace(
-        TINY["taew2_2"], blocks=1, dec_widths=(16, 8, 8), temporal_down=(True, False), temporal_up=(False, True)
+        TINY["taew2_2"],
+        blocks=1,
+        dec_widths=(16, 8, 8),
+        temporal_down=(True, False),
+        temporal_up=(False, True),
     )
     found = {rule.target: rule.source for rule in taehv.rules(small)}
     assert found["encoder.stages.1.blocks.0.conv3.kernel"] == "encoder.7.conv.4.weight"
@@ -232,17 +272,26 @@ def test_half_a_frame_too_much_and_too_few_frames_are_faults(name):
         (
             "taew2_2",
             "taew2_2_super",
-            ("unexpected: decoder.0.weight", "unexpected: decoder.3.conv.1.bias", "missing: decoder.1.bias",
-             "missing: decoder.19.conv.weight", "wrong shape: decoder.3.conv.0.weight is (128, 1, 7, 7)"),
+            (
+                "unexpected: decoder.0.weight",
+                "unexpected: decoder.3.conv.1.bias",
+                "missing: decoder.1.bias",
+                "missing: decoder.19.conv.weight",
+                "wrong shape: decoder.3.conv.0.weight is (128, 1, 7, 7)",
+            ),
         ),
         (
             "taew2_2_super",
             "taew2_2",
-            ("unexpected: decoder.20.weight", "missing: decoder.0.weight",
-             "missing: decoder.1.conv.1.bias", "wrong shape: decoder.3.conv.0.weight is (32, 64, 3, 3)"),
+            (
+                "unexpected: decoder.20.weight",
+                "missing: decoder.0.weight",
+                "missing: decoder.1.conv.1.bias",
+                "wrong shape: decoder.3.conv.0.weight is (32, 64, 3, 3)",
+            ),
         ),
     ],
-)  # fmt: skip
+)
 def test_a_checkpoint_of_the_other_variant_is_refused_with_every_fault(name, other, faults):
     with pytest.raises(ConversionError) as error:
         taehv.from_official(_tensors(other), TINY[name])

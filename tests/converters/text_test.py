@@ -1,4 +1,6 @@
-"""The UMT5 tables: parity with transformers through the converter, and the full-size listings in both directions."""
+"""The UMT5 tables: parity with transformers through the converter, and the full-size listings in
+both directions.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,15 @@ def _reference() -> UMT5EncoderModel:
     torch.manual_seed(0)
     model = UMT5EncoderModel(config).eval()
     with torch.no_grad():
-        for name, x in model.named_parameters():  # norms and biases away from their initial ones and zeros
-            x.copy_(1 + 0.2 * torch.randn_like(x) if "norm" in name else torch.randn_like(x) * x.shape[-1] ** -0.5)
+        for (
+            name,
+            x,
+        ) in model.named_parameters():  # norms and biases away from their initial ones and zeros
+            x.copy_(
+                1 + 0.2 * torch.randn_like(x)
+                if "norm" in name
+                else torch.randn_like(x) * x.shape[-1] ** -0.5
+            )
     return model
 
 
@@ -57,7 +66,9 @@ def test_parity_with_transformers():
     ids = rng.integers(0, 97, (3, 150))  # long enough for the last, open bucket
     mask = np.arange(150)[None, :] < np.array([[150], [1], [40]])
     with torch.no_grad():
-        expected = model(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))).last_hidden_state.numpy()
+        expected = model(
+            torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+        ).last_hidden_state.numpy()
     got = np.asarray(encoder(jnp.asarray(ids), jnp.asarray(mask)))
     assert np.sqrt(np.mean(expected**2)) > 0.5
     np.testing.assert_allclose(got[mask], expected[mask], atol=1e-4)
@@ -66,10 +77,15 @@ def test_parity_with_transformers():
 
 def test_the_two_layouts_give_the_same_parameters():
     params = text.from_hf(_tensors(_reference()), TINY)
-    shapes = {name: params[target].T.shape if "kernel" in target else params[target].shape
-              for target, (name, _) in rename(params, invert(text.OFFICIAL_RULES))[0].items()}  # fmt: skip
+    shapes = {
+        name: params[target].T.shape if "kernel" in target else params[target].shape
+        for target, (name, _) in rename(params, invert(text.OFFICIAL_RULES))[0].items()
+    }
     official = text.to_layout(params, text.OFFICIAL_RULES, shapes)
-    assert "blocks.2.ffn.gate.0.weight" in official and "blocks.0.pos_embedding.embedding.weight" in official
+    assert (
+        "blocks.2.ffn.gate.0.weight" in official
+        and "blocks.0.pos_embedding.embedding.weight" in official
+    )
     again = text.from_official(official, TINY)
     for name, x in params.items():
         np.testing.assert_array_equal(again[name], x)
@@ -81,14 +97,20 @@ def test_the_token_table_may_have_either_name_or_both():
     expected = text.from_hf(tensors, TINY)["token_embedding.embedding"]
     for name in ("shared.weight", "encoder.embed_tokens.weight"):
         one = {k: v for k, v in tensors.items() if k != name}
-        np.testing.assert_array_equal(text.from_hf(one, TINY)["token_embedding.embedding"], expected)
+        np.testing.assert_array_equal(
+            text.from_hf(one, TINY)["token_embedding.embedding"], expected
+        )
     with pytest.raises(ConversionError, match="differ; expected one tied token table"):
         text.from_hf({**tensors, "shared.weight": expected + 1}, TINY)
 
 
 def test_a_decoder_is_left_out_and_faults_are_listed():
     tensors = _tensors(_reference())
-    whole = {**tensors, "decoder.block.0.layer.0.layer_norm.weight": np.ones(32), "lm_head.weight": np.ones((97, 32))}
+    whole = {
+        **tensors,
+        "decoder.block.0.layer.0.layer_norm.weight": np.ones(32),
+        "lm_head.weight": np.ones((97, 32)),
+    }
     assert text.from_hf(whole, TINY).keys() == text.from_hf(tensors, TINY).keys()
     del tensors["encoder.final_layer_norm.weight"]
     tensors["encoder.block.0.layer.0.SelfAttention.q.bias"] = np.ones(24)
@@ -102,8 +124,14 @@ def test_a_decoder_is_left_out_and_faults_are_listed():
 def test_the_full_size_encoder_fits_the_published_listing_exactly(layout):
     listing = json.loads((LISTINGS / f"umt5_xxl_encoder_{layout}.json").read_text())
     expected = text.expected_shapes(TextConfig.umt5_xxl())
-    assert sum(int(np.prod(shape)) for shape in expected.values()) == listing["num_params"] == 5_680_910_336
-    published = {name: tuple(shape) for name, shape in listing["tensors"].items() if name != text.HF_TIED}
+    assert (
+        sum(int(np.prod(shape)) for shape in expected.values())
+        == listing["num_params"]
+        == 5_680_910_336
+    )
+    published = {
+        name: tuple(shape) for name, shape in listing["tensors"].items() if name != text.HF_TIED
+    }
     assert len(published) == len(expected) == 242
     rules = text.OFFICIAL_RULES if layout == "official" else text.HF_RULES
     # broadcast views stand for the tensors: the right shapes without the memory

@@ -1,4 +1,6 @@
-"""The VAE's tables: parity with diffusers through the converter, and the full-size listings in both directions."""
+"""The VAE's tables: parity with diffusers through the converter, and the full-size listings in both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,32 @@ LISTINGS = Path(__file__).parent.parent / "data_files"
 # Wan2.2's own pattern of stages, and one in which the first stage halves time too.
 CONFIGS = {
     "wan22": VaeConfig(
-        z_dim=4, enc_width=8, dec_width=12, width_mult=(1, 2, 4, 4), enc_blocks=2, dec_blocks=3,
-        temporal_down=(False, True, True), latent_mean=(0.3, -0.2, 0.1, 0.0), latent_std=(0.5, 1.5, 0.8, 1.1),
+        z_dim=4,
+        enc_width=8,
+        dec_width=12,
+        width_mult=(1, 2, 4, 4),
+        enc_blocks=2,
+        dec_blocks=3,
+        temporal_down=(False, True, True),
+        latent_mean=(0.3, -0.2, 0.1, 0.0),
+        latent_std=(0.5, 1.5, 0.8, 1.1),
     ),
     "three stages": VaeConfig(
-        z_dim=4, enc_width=8, dec_width=8, width_mult=(1, 2, 2), enc_blocks=1, dec_blocks=2, temporal_down=(True, True),
+        z_dim=4,
+        enc_width=8,
+        dec_width=8,
+        width_mult=(1, 2, 2),
+        enc_blocks=1,
+        dec_blocks=2,
+        temporal_down=(True, True),
     ),
-}  # fmt: skip
+}
 
 
 def _reference(config: VaeConfig) -> AutoencoderKLWan:
-    """diffusers' network of this config, with random weights that keep the scale: gains and biases too."""
+    """diffusers' network of this config, with random weights that keep the scale: gains and biases
+    too.
+    """
     model = AutoencoderKLWan(
         base_dim=config.enc_width,
         decoder_base_dim=config.dec_width,
@@ -58,7 +75,9 @@ def _reference(config: VaeConfig) -> AutoencoderKLWan:
                 x.normal_(0, 0.1)
             else:
                 x.normal_(0, math.prod(x.shape[1:]) ** -0.5)
-        model.quant_conv.weight.mul_(3)  # latents of unit scale, though a picture meets a third of the taps
+        model.quant_conv.weight.mul_(
+            3
+        )  # latents of unit scale, though a picture meets a third of the taps
     return model
 
 
@@ -81,7 +100,9 @@ def _from_torch(x: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parity_with_diffusers(name):
-    """Images and clips of 5, 9 and 17 frames, both ways, within 1e-4 on outputs of about unit scale."""
+    """Images and clips of 5, 9 and 17 frames, both ways, within 1e-4 on outputs of about unit
+    scale.
+    """
     config = CONFIGS[name]
     reference = _reference(config)
     net = Vae(config, rngs=nnx.Rngs(0))
@@ -121,7 +142,9 @@ def test_full_size_tables_fit_the_public_listing_in_both_directions(layout):
     assert len(shapes) == 196 and sum(math.prod(shape) for shape in shapes.values()) == 704_688_668
     to_ours = {"official": vae.from_official, "diffusers": vae.from_diffusers}[layout]
     rules = {"official": vae.official_rules, "diffusers": vae.diffusers_rules}[layout](config)
-    empty = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # takes no memory
+    empty = {
+        name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()
+    }  # takes no memory
     ours = to_ours(empty, config)
     assert {name: x.shape for name, x in ours.items()} == vae.expected_shapes(config)
     assert len(ours) == 196
@@ -133,7 +156,8 @@ def test_the_two_layouts_give_the_same_parameters():
     config = CONFIGS["wan22"]
     public = _tensors(_reference(config))
     params = vae.from_diffusers(public, config)
-    # What the original layout looks like at this size: names from the full-size listing, shapes by way of the table.
+    # What the original layout looks like at this size: names from the full-size listing, shapes by
+    # way of the table.
     full = VaeConfig.wan22()
     official_of = _names(full, "official", vae.official_rules(full))
     diffusers_of = _names(full, "diffusers", vae.diffusers_rules(full))
@@ -144,7 +168,9 @@ def test_the_two_layouts_give_the_same_parameters():
         np.testing.assert_array_equal(again[name], x)
     for target in params:  # names only: no number is changed between the layouts
         np.testing.assert_array_equal(official[official_of[target]], public[diffusers_of[target]])
-    back = vae.to_layout(params, vae.diffusers_rules(config), {name: x.shape for name, x in public.items()})
+    back = vae.to_layout(
+        params, vae.diffusers_rules(config), {name: x.shape for name, x in public.items()}
+    )
     for name, x in public.items():
         np.testing.assert_array_equal(back[name], x)
 
@@ -165,4 +191,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_every_fault():
     message = str(error.value)
     assert "unexpected: encoder.conv_im.weight (nearest: encoder.conv_in.weight)" in message
     assert "missing: encoder.conv_in.weight (nearest: encoder.conv_im.weight)" in message
-    assert "wrong shape: decoder.conv_in.weight is (48, 4, 3, 3, 3), expected (64, 4, 3, 3, 3)" in message
+    assert (
+        "wrong shape: decoder.conv_in.weight is (48, 4, 3, 3, 3), expected (64, 4, 3, 3, 3)"
+        in message
+    )

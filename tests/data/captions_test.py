@@ -30,7 +30,8 @@ def test_long_english_is_used():
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "{", "[1]", "{}", '{"en_long": ["a"]}', '{"en_long": ["a", 3]}', '{"fr": ["a", "b"]}']
+    "bad",
+    ["", "{", "[1]", "{}", '{"en_long": ["a"]}', '{"en_long": ["a", 3]}', '{"fr": ["a", "b"]}'],
 )
 def test_bad_prompts_are_refused(bad):
     with pytest.raises(CaptionError):
@@ -39,7 +40,10 @@ def test_bad_prompts_are_refused(bad):
 
 def test_shares():
     spoken = {"dynamic": "walks", "static": "street"}
-    draws = [captions.choose(spoken, "mixed", np.random.default_rng([0, i]), dropout=0.1) for i in range(4000)]
+    draws = [
+        captions.choose(spoken, "mixed", np.random.default_rng([0, i]), dropout=0.1)
+        for i in range(4000)
+    ]
     share = {text: draws.count(text) / len(draws) for text in set(draws)}
     assert share.keys() == {"", "walks", "walks street"}
     assert abs(share[""] - 0.1) < 0.02

@@ -1,4 +1,6 @@
-"""A stand-in for the renderer: a moving square, made in no time, different for every seed. Workers can import it."""
+"""A stand-in for the renderer: a moving square, made in no time, different for every seed. Workers
+can import it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def render(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleN
     garment[height // 4 : -height // 4, width // 4 : -width // 4] = colour
     captions = {"static": f"A person in garment {seed}.", "dynamic": f"Walks {seed} steps."}
     reference = video[0][::-1].copy()
-    return SimpleNamespace(video=video, reference=reference, garment=garment, captions=captions, spec={"seed": seed})
+    return SimpleNamespace(
+        video=video, reference=reference, garment=garment, captions=captions, spec={"seed": seed}
+    )
 
 
 def slow(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleNamespace:

@@ -1,4 +1,6 @@
-"""Pictures: everything a user may hold is either made into RGB of the right size or refused in one line."""
+"""Pictures: everything a user may hold is either made into RGB of the right size or refused in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def picture(height: int = 40, width: int = 30) -> np.ndarray:
 
 def encoded(image: np.ndarray | Image.Image, form: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, form, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        buffer, form, **options
+    )
     return buffer.getvalue()
 
 
@@ -31,17 +35,24 @@ def png_of_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds hardly any data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
     )
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 def test_lossless_formats_come_back_exactly(form):
-    opened = images.open_image(encoded(picture(), form, lossless=True) if form == "WEBP" else encoded(picture()))
+    opened = images.open_image(
+        encoded(picture(), form, lossless=True) if form == "WEBP" else encoded(picture())
+    )
     np.testing.assert_array_equal(np.asarray(opened), picture())
     assert opened.mode == "RGB"
 
@@ -54,7 +65,9 @@ def test_format_is_told_by_content_not_by_extension(tmp_path):
 
 def test_arrays_and_pillow_images_are_taken():
     np.testing.assert_array_equal(np.asarray(images.open_image(picture())), picture())
-    np.testing.assert_array_equal(np.asarray(images.open_image(Image.fromarray(picture()))), picture())
+    np.testing.assert_array_equal(
+        np.asarray(images.open_image(Image.fromarray(picture()))), picture()
+    )
     grey = images.open_image(picture()[..., :1])
     np.testing.assert_array_equal(np.asarray(grey), picture()[..., :1].repeat(3, -1))
 
@@ -86,7 +99,9 @@ def test_palette_with_transparency_goes_over_white():
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     expected = np.arange(256).reshape(16, 16)
-    np.testing.assert_array_equal(np.asarray(images.open_image(encoded(Image.fromarray(ramp))))[..., 0], expected)
+    np.testing.assert_array_equal(
+        np.asarray(images.open_image(encoded(Image.fromarray(ramp))))[..., 0], expected
+    )
     np.testing.assert_array_equal(np.asarray(images.open_image(ramp))[..., 2], expected)
 
 
@@ -219,7 +234,9 @@ def test_training_garment_is_whole_and_centred_on_white():
     out = images.prepare_training_garment(np.zeros((20, 10, 3), np.uint8), (20, 15))
     assert out[:, 2:12].max() == 0  # five white columns: two left, the odd one right
     assert out[:, :2].min() == 255 and out[:, 12:].min() == 255
-    out = images.prepare_training_garment(np.zeros((7, 10, 3), np.uint8), (20, 15))  # int(10.5) rows
+    out = images.prepare_training_garment(
+        np.zeros((7, 10, 3), np.uint8), (20, 15)
+    )  # int(10.5) rows
     assert (out[..., 0] == 0).all(1).sum() == 10 and out[4].min() == 255 and out[5].max() == 0
 
 
@@ -243,4 +260,6 @@ def test_pixels_to_model_and_back():
 
 
 def test_encode_image_is_lossless():
-    np.testing.assert_array_equal(np.asarray(images.open_image(images.encode_image(picture()))), picture())
+    np.testing.assert_array_equal(
+        np.asarray(images.open_image(images.encode_image(picture()))), picture()
+    )

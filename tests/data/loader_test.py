@@ -34,7 +34,14 @@ class NumberSource:
             raise sources.SourceError(f"record {index} is damaged")
         full = np.full((frames, *size, 3), index % 256, np.uint8)
         spoken = {"static": f"static {index}", "dynamic": f"dynamic {index}"}
-        return {"video": full, "reference": full[0], "garment": full[0], "captions": spoken, "fps": 16, "seed": index}
+        return {
+            "video": full,
+            "reference": full[0],
+            "garment": full[0],
+            "captions": spoken,
+            "fps": 16,
+            "seed": index,
+        }
 
 
 def config(**changes) -> LoaderConfig:
@@ -90,9 +97,10 @@ def test_batches_have_one_bucket_and_incomplete_ones_are_dropped():
     batches = take(iter(loader), 30)
     for batch in batches:
         size = batch["video"].shape[2:4]
-        assert {tuple(buckets[loader_lib.nearest_bucket(source.sizes[[i]], buckets)[0]]) for i in batch["index"]} == {
-            size
-        }
+        assert {
+            tuple(buckets[loader_lib.nearest_bucket(source.sizes[[i]], buckets)[0]])
+            for i in batch["index"]
+        } == {size}
     assert {batch["video"].shape[2:4] for batch in batches} == {(32, 16), (16, 32)}
 
 
@@ -100,7 +108,10 @@ def test_processes_share_a_batch():
     buckets = ((32, 16), (16, 32))
     source = NumberSource([(32, 16)] * 20 + [(16, 32)] * 20)
     whole = take(iter(Loader(source, config(buckets=buckets))), 8)
-    parts = [take(iter(Loader(source, config(buckets=buckets), process_index=p, process_count=2)), 8) for p in range(2)]
+    parts = [
+        take(iter(Loader(source, config(buckets=buckets), process_index=p, process_count=2)), 8)
+        for p in range(2)
+    ]
     for step in range(8):
         assert parts[0][step]["video"].shape == parts[1][step]["video"].shape
         joined = {k: np.concatenate([parts[0][step][k], parts[1][step][k]]) for k in whole[step]}
@@ -146,7 +157,9 @@ def test_state_survives_a_killed_process(tmp_path, monkeypatch):
 
     def run(state: str, count: int) -> list[str]:
         command = [sys.executable, "-c", program, str(tmp_path), str(tmp_path / state), str(count)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=HERE.parents[1])
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, cwd=HERE.parents[1]
+        )
         assert done.returncode == -9, done.stderr
         return done.stdout.splitlines()
 
@@ -196,7 +209,9 @@ def test_random_start_takes_other_frames(tmp_path, monkeypatch):
 
 def test_captions_and_dropout():
     source = NumberSource([SIZE] * 400)
-    prompts = [p for batch in take(iter(Loader(source, config(frames=1))), 300) for p in batch["prompt"]]
+    prompts = [
+        p for batch in take(iter(Loader(source, config(frames=1))), 300) for p in batch["prompt"]
+    ]
     assert abs(prompts.count("") / len(prompts) - 0.1) < 0.03
     spoken = [p for p in prompts if p]
     assert abs(sum("static" not in p for p in spoken) / len(spoken) - 0.7) < 0.05
@@ -213,7 +228,9 @@ def test_records_and_latents_give_the_same_order(tmp_path, monkeypatch):
     make = records.RunwayExamples(size=SIZE, frames=9, fps=8, render=fake_renderer.render)
     records.prepare_runway(tmp_path / "clips", 10, make, workers=0, shard_size=4)
     clips = sources.open_sources(tmp_path / "clips")
-    encode = records.LatentExamples(clips, lambda x: x[:, ::4, ::8, ::8] / np.float32(255), SIZE, 9, batch=4)
+    encode = records.LatentExamples(
+        clips, lambda x: x[:, ::4, ::8, ::8] / np.float32(255), SIZE, 9, batch=4
+    )
     records.write_latents(tmp_path / "latents", "train", encode)
     pixels = next(iter(Loader(clips, config())))
     latents = next(iter(Loader(sources.open_sources(tmp_path / "latents"), config())))

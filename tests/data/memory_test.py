@@ -28,7 +28,10 @@ def test_answers_like_the_source(folder, frames, start):
     assert (memory.kind, len(memory)) == (source.kind, len(source))
     np.testing.assert_array_equal(memory.sizes, source.sizes)
     for index in (0, 5):
-        expected, found = source.load(index, frames, SIZE, start), memory.load(index, frames, SIZE, start)
+        expected, found = (
+            source.load(index, frames, SIZE, start),
+            memory.load(index, frames, SIZE, start),
+        )
         assert expected.keys() == found.keys()
         for name in ("video", "reference", "garment"):
             np.testing.assert_array_equal(expected[name], found[name])
@@ -56,7 +59,14 @@ class HalfBroken:
         if index == 1:
             raise sources.SourceError("record 1 is damaged")
         z = np.arange(3, dtype=np.float16).reshape(3, 1, 1, 1)
-        return {"z_video": z, "z_reference": z[:1], "z_garment": z[:1], "captions": {}, "fps": 16.0, "seed": 0}
+        return {
+            "z_video": z,
+            "z_reference": z[:1],
+            "z_garment": z[:1],
+            "captions": {},
+            "fps": 16.0,
+            "seed": 0,
+        }
 
 
 def test_broken_records_raise_when_they_are_loaded_and_latents_are_cut():

@@ -35,9 +35,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["runway"], "--out, the folder to write, is missing"),
         (["runway", "--out", "OUT", "--size", "128"], "--size=128: expected HEIGHTxWIDTH"),
         (["runway", "--out", "OUT", "--frames", "32"], "4k + 1"),
-        (["runway", "--out", "OUT", "--seed_start", "799999", "--clips", "2"], "belong to several splits"),
+        (
+            ["runway", "--out", "OUT", "--seed_start", "799999", "--clips", "2"],
+            "belong to several splits",
+        ),
         (["runway", "--out", "OUT", "--match", "("], "'(' is not a regular expression"),
-        (["runway", "--out", "OUT", "--slot", "hat"], "slot 'hat'; expected one of top, bottom, dress, outer"),
+        (
+            ["runway", "--out", "OUT", "--slot", "hat"],
+            "slot 'hat'; expected one of top, bottom, dress, outer",
+        ),
         (["latents", "--out", "OUT"], "latents needs --data and --weights"),
     ],
 )
@@ -54,7 +60,9 @@ def test_wrong_use_is_one_line_and_exit_code_two(tmp_path, capsys, arguments, ex
 def test_runway_command_renders_the_split_of_its_seeds(tmp_path):
     out = str(tmp_path / "clips")
     small = ["--frames", "5", "--size", "64x40", "--fps", "8"]
-    done = run("runway", "--out", out, "--clips", "2", "--seed_start", "800000", "--workers", "0", *small)
+    done = run(
+        "runway", "--out", out, "--clips", "2", "--seed_start", "800000", "--workers", "0", *small
+    )
     assert done.returncode == 0, done.stderr
     assert "2 clips in split validation" in done.stderr and "2/2 records" in done.stderr
     source = sources.RecordSource(out, "validation")
@@ -76,14 +84,30 @@ def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatc
     config = "configs/runway_tiny.py:smoke"
     vae_config = VaeConfig(**load_config(str(ROOT / config)).model.vae.to_dict())
     vae, rng = nnx.eval_shape(lambda: Vae(vae_config, rngs=nnx.Rngs(0))), np.random.default_rng(0)
-    set_params(vae, {name: rng.normal(0, 0.2, shape) for name, shape in param_shapes(vae).items()}, jnp.float32)
+    set_params(
+        vae,
+        {name: rng.normal(0, 0.2, shape) for name, shape in param_shapes(vae).items()},
+        jnp.float32,
+    )
     weights = tmp_path / "vae.safetensors"
     save_params(weights, vae)
     out = str(tmp_path / "latents")
-    command = ["latents", "--data", str(tmp_path / "clips"), "--out", out, "--config", config, "--size", "32x16"]
+    command = [
+        "latents",
+        "--data",
+        str(tmp_path / "clips"),
+        "--out",
+        out,
+        "--config",
+        config,
+        "--size",
+        "32x16",
+    ]
     done = run(*command, "--weights", str(weights), "--frames", "9", "--fps", "8", "--batch", "2")
     assert done.returncode == 0, done.stderr
-    clip, latent = (sources.RecordSource(folder).load(2, 9, (32, 16)) for folder in (tmp_path / "clips", out))
+    clip, latent = (
+        sources.RecordSource(folder).load(2, 9, (32, 16)) for folder in (tmp_path / "clips", out)
+    )
     for name, pixels in (("z_video", clip["video"]), ("z_garment", clip["garment"][None])):
         expected = nnx.jit(Vae.encode)(vae, images.to_model(pixels[None]))[0]
         np.testing.assert_allclose(latent[name], expected, rtol=2e-3, atol=2e-3)

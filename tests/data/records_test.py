@@ -1,4 +1,6 @@
-"""Records: what the writer makes is what `tensorflow_datasets` reads, however often the writer was killed."""
+"""Records: what the writer makes is what `tensorflow_datasets` reads, however often the writer was
+killed.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,17 @@ def examples(render) -> RunwayExamples:
 
 
 def contents(folder: Path) -> tuple[dict[str, bytes], list[dict]]:
-    """The descriptions, byte for byte, and the records (whose fields protobuf orders differently in each process)."""
+    """The descriptions, byte for byte, and the records (whose fields protobuf orders differently in
+    each process).
+    """
     described = {path.name: path.read_bytes() for path in folder.glob("*.json")}
     return described, list(tfds.builder_from_directory(folder).as_data_source("train"))
 
 
 def test_records_come_back_through_tfds(tmp_path, renderer):
-    assert records.prepare_runway(tmp_path, 5, examples(renderer.render), workers=0, shard_size=2) == ("train", 5)
+    assert records.prepare_runway(
+        tmp_path, 5, examples(renderer.render), workers=0, shard_size=2
+    ) == ("train", 5)
     builder = tfds.builder_from_directory(tmp_path)
     assert builder.info.splits["train"].shard_lengths == [2, 2, 1]
     data = builder.as_data_source("train")
@@ -50,31 +56,53 @@ def test_records_come_back_through_tfds(tmp_path, renderer):
     for seed in range(5):
         record, triplet = data[seed], renderer.render(seed, 9, SIZE, 8)
         assert record["seed"] == seed and record["fps"] == 8 and record["frames"] == 9
-        assert json.loads(record["captions"]) == triplet.captions and json.loads(record["spec"]) == {"seed": seed}
-        np.testing.assert_array_equal(np.asarray(images.open_image(record["reference"])), triplet.reference)
-        np.testing.assert_array_equal(np.asarray(images.open_image(record["garment"])), triplet.garment)
+        assert json.loads(record["captions"]) == triplet.captions and json.loads(
+            record["spec"]
+        ) == {"seed": seed}
+        np.testing.assert_array_equal(
+            np.asarray(images.open_image(record["reference"])), triplet.reference
+        )
+        np.testing.assert_array_equal(
+            np.asarray(images.open_image(record["garment"])), triplet.garment
+        )
         error = np.abs(video.read_video(record["video"]).astype(int) - triplet.video)
         assert error.mean() < 3
 
 
 def test_splits_follow_the_seeds(tmp_path, renderer):
     assert [records.split_of(s) for s in (0, 799_999, 800_000, 899_999, 900_000)] == [
-        "train", "train", "validation", "validation", "test",
-    ]  # fmt: skip
+        "train",
+        "train",
+        "validation",
+        "validation",
+        "test",
+    ]
     make = examples(renderer.render)
     records.prepare_runway(tmp_path, 3, make, workers=0)
-    assert records.prepare_runway(tmp_path, 2, make, seed_start=800_000, workers=0) == ("validation", 2)
+    assert records.prepare_runway(tmp_path, 2, make, seed_start=800_000, workers=0) == (
+        "validation",
+        2,
+    )
     info = tfds.builder_from_directory(tmp_path).info
-    assert {name: split.num_examples for name, split in info.splits.items()} == {"train": 3, "validation": 2}
+    assert {name: split.num_examples for name, split in info.splits.items()} == {
+        "train": 3,
+        "validation": 2,
+    }
     assert tfds.builder_from_directory(tmp_path).as_data_source("validation")[1]["seed"] == 800_001
     with pytest.raises(RecordError, match="several splits"):
         records.prepare_runway(tmp_path, 2, make, seed_start=799_999, workers=0)
 
 
-def test_clips_are_chosen_by_caption_and_slot_before_they_are_rendered(tmp_path, renderer, monkeypatch):
-    make = dataclasses.replace(examples(renderer.render), match="sways gently.*camera stands still", slot="top")
+def test_clips_are_chosen_by_caption_and_slot_before_they_are_rendered(
+    tmp_path, renderer, monkeypatch
+):
+    make = dataclasses.replace(
+        examples(renderer.render), match="sways gently.*camera stands still", slot="top"
+    )
     assert records.prepare_runway(tmp_path, 3, make, seed_start=50, workers=0) == ("train", 3)
-    seeds = [record["seed"] for record in tfds.builder_from_directory(tmp_path).as_data_source("train")]
+    seeds = [
+        record["seed"] for record in tfds.builder_from_directory(tmp_path).as_data_source("train")
+    ]
     wanted = []
     for seed in range(50, max(seeds) + 1):
         spec = runway.sample_spec(seed, frames=9, size=SIZE, fps=8)
@@ -82,8 +110,13 @@ def test_clips_are_chosen_by_caption_and_slot_before_they_are_rendered(tmp_path,
         if spec.slot == "top" and "sways gently" in moves and "camera stands still" in moves:
             wanted.append(seed)
     assert seeds == wanted
-    with pytest.raises(RecordError, match=r"made otherwise \(match: sways.* None asked; slot: top there, None asked\)"):
-        records.prepare_runway(tmp_path, 3, examples(renderer.render), seed_start=800_000, workers=0)
+    with pytest.raises(
+        RecordError,
+        match=r"made otherwise \(match: sways.* None asked; slot: top there, None asked\)",
+    ):
+        records.prepare_runway(
+            tmp_path, 3, examples(renderer.render), seed_start=800_000, workers=0
+        )
     with pytest.raises(RecordError, match="several splits"):
         make.seeds(799_995, 3)
     monkeypatch.setattr(records, "RAREST", 20)
@@ -92,7 +125,8 @@ def test_clips_are_chosen_by_caption_and_slot_before_they_are_rendered(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("chosen", "message"), [({"match": "("}, "regular expression"), ({"slot": "hat"}, "top, bottom, dress, outer")]
+    ("chosen", "message"),
+    [({"match": "("}, "regular expression"), ({"slot": "hat"}, "top, bottom, dress, outer")],
 )
 def test_impossible_choices_are_refused(chosen, message):
     with pytest.raises(RecordError, match=message):
@@ -107,11 +141,15 @@ def test_same_command_continues_and_another_is_refused(tmp_path, renderer):
     content = shards[1].read_bytes()
     shards[1].unlink()
     seen = []
-    records.prepare_runway(tmp_path, 6, make, workers=0, shard_size=2, progress=lambda *args: seen.append(args))
+    records.prepare_runway(
+        tmp_path, 6, make, workers=0, shard_size=2, progress=lambda *args: seen.append(args)
+    )
     assert seen == [(4, 4, 6), (5, 4, 6), (6, 4, 6)]
     assert shards[0].stat().st_mtime_ns == kept and shards[1].read_bytes() == content
     with pytest.raises(RecordError, match="frames: 9 there, 5 asked"):
-        records.prepare_runway(tmp_path, 6, RunwayExamples(SIZE, 5, 8, render=renderer.render), workers=0, shard_size=2)
+        records.prepare_runway(
+            tmp_path, 6, RunwayExamples(SIZE, 5, 8, render=renderer.render), workers=0, shard_size=2
+        )
     with pytest.raises(RecordError, match="clips: 6 there, 7 asked"):
         records.prepare_runway(tmp_path, 7, make, workers=0, shard_size=2)
     other = RunwayExamples((16, 16), 9, 8, render=renderer.render)
@@ -131,8 +169,10 @@ def test_killed_run_continues_to_the_same_records(tmp_path, renderer):
         "import fake_renderer\n"
         "from chameleon_jax.data import records\n"
         "if __name__ == '__main__':\n"
-        "    make = records.RunwayExamples(size=(32, 16), frames=9, fps=8, render=fake_renderer.slow)\n"
-        f"    records.prepare_runway({str(tmp_path / 'killed')!r}, 24, make, workers=2, shard_size=4)\n"
+        "    make = records.RunwayExamples(size=(32, 16), frames=9, fps=8,"
+        " render=fake_renderer.slow)\n"
+        f"    records.prepare_runway({str(tmp_path / 'killed')!r}, 24, make, workers=2,"
+        " shard_size=4)\n"
     )
     script = tmp_path / "run.py"
     script.write_text(program)
@@ -149,7 +189,9 @@ def test_killed_run_continues_to_the_same_records(tmp_path, renderer):
         sources.RecordSource(tmp_path / "killed")
     assert 0 < len(list(tmp_path.glob("killed/*-of-00006"))) < 6
     subprocess.run(command, env=env, check=True, timeout=60)
-    records.prepare_runway(tmp_path / "whole", 24, examples(renderer.render), workers=0, shard_size=4)
+    records.prepare_runway(
+        tmp_path / "whole", 24, examples(renderer.render), workers=0, shard_size=4
+    )
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -157,9 +199,16 @@ def test_broken_scenes_are_left_out_and_counted(tmp_path, renderer):
     few, make = tmp_path / "few", examples(renderer.broken)
     seeds = [0, 101, *range(200, 1000, 4)]  # one of 202 fails
     features = records.clip_features()
-    assert records.write_records(few, "train", seeds, make, features, name="runway_garment", shard_size=100) == 201
+    assert (
+        records.write_records(
+            few, "train", seeds, make, features, name="runway_garment", shard_size=100
+        )
+        == 201
+    )
     source = sources.RecordSource(few)
-    assert [source.load(i, 1, SIZE)["seed"] for i in range(3)] == [0, 200, 204] and len(source) == 201
+    assert [source.load(i, 1, SIZE)["seed"] for i in range(3)] == [0, 200, 204] and len(
+        source
+    ) == 201
     for workers in (0, 2):
         many = tmp_path / f"many{workers}"
         with pytest.raises(RecordError, match="records of split train failed, of at most 1% of 8"):
@@ -167,7 +216,10 @@ def test_broken_scenes_are_left_out_and_counted(tmp_path, renderer):
         with pytest.raises(sources.SourceError, match="not finished"):
             sources.RecordSource(many)
         mended = examples(renderer.render)
-        assert records.prepare_runway(many, 8, mended, workers=workers, shard_size=4) == ("train", 8)
+        assert records.prepare_runway(many, 8, mended, workers=workers, shard_size=4) == (
+            "train",
+            8,
+        )
 
 
 def test_a_split_of_several_folders_is_what_those_have_that_have_it(tmp_path, renderer):
@@ -206,11 +258,15 @@ def test_latents_come_back_exactly(tmp_path, renderer):
     for index in range(5):
         clip, latent = source.load(index, 9, SIZE), latents.load(index, 9, SIZE)
         assert latent["z_video"].dtype == np.float16
-        np.testing.assert_array_equal(latent["z_video"], encode(clip["video"][None])[0].astype(np.float16))
+        np.testing.assert_array_equal(
+            latent["z_video"], encode(clip["video"][None])[0].astype(np.float16)
+        )
         np.testing.assert_array_equal(
             latent["z_reference"], encode(clip["reference"][None, None])[0].astype(np.float16)
         )
-        np.testing.assert_array_equal(latent["z_garment"], encode(clip["garment"][None, None])[0].astype(np.float16))
+        np.testing.assert_array_equal(
+            latent["z_garment"], encode(clip["garment"][None, None])[0].astype(np.float16)
+        )
         assert latent["captions"] == clip["captions"] and latent["seed"] == index
     assert latents.load(0, 5, SIZE)["z_video"].shape == (2, 4, 2, 3)
     assert latents.load(0, 5, SIZE)["z_reference"].shape == (1, 4, 2, 3)
@@ -221,9 +277,14 @@ def test_latents_come_back_exactly(tmp_path, renderer):
 
 def test_builder_makes_the_official_layout(tmp_path, renderer):
     config = records.RunwayConfig(
-        name="tiny", version=records.VERSION, size=SIZE, frames=5, fps=8,
-        clips=(("train", 3), ("validation", 2)), render=renderer.render,
-    )  # fmt: skip
+        name="tiny",
+        version=records.VERSION,
+        size=SIZE,
+        frames=5,
+        fps=8,
+        clips=(("train", 3), ("validation", 2)),
+        render=renderer.render,
+    )
     builder = records.RunwayGarment(config=config, data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     assert builder.as_data_source("validation")[0]["seed"] == 800_000

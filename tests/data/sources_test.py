@@ -90,15 +90,23 @@ def test_broken_files_are_value_errors(tmp_path):
 def test_joined_sources(tmp_path):
     for name, level in (("one", 50), ("two", 200)):
         (tmp_path / name).mkdir()
-        write_table(tmp_path / name, [write_clip(tmp_path / name, c, (32, 16), level) for c in "ab"])
+        write_table(
+            tmp_path / name, [write_clip(tmp_path / name, c, (32, 16), level) for c in "ab"]
+        )
     source = sources.open_sources([tmp_path / "one", tmp_path / "two"])
     assert isinstance(source, JoinedSource) and len(source) == len(source.sizes) == 4
-    levels = [int(pickle.loads(pickle.dumps(source)).load(i, 1, (32, 16))["reference"].mean()) for i in range(4)]
+    levels = [
+        int(pickle.loads(pickle.dumps(source)).load(i, 1, (32, 16))["reference"].mean())
+        for i in range(4)
+    ]
     assert levels == [50, 50, 200, 200]
 
 
 def test_sources_chosen_by_caption(tmp_path):
-    rows = [write_clip(tmp_path, name, (32, 16), level) for name, level in (("a", 50), ("b", 100), ("c", 200))]
+    rows = [
+        write_clip(tmp_path, name, (32, 16), level)
+        for name, level in (("a", 50), ("b", 100), ("c", 200))
+    ]
     rows[1]["prompt"] = rows[1]["prompt"].replace("She turns.", "She stands still.")
     write_table(tmp_path, rows)
     source = sources.open_sources(tmp_path)

@@ -36,7 +36,10 @@ def _texts(n=300):
 def test_the_same_texts_give_the_same_file_in_any_order():
     texts = _texts()
     first = train_pieces(texts, 400).to_str()
-    assert all(train_pieces(random.Random(seed).sample(texts, len(texts)), 400).to_str() == first for seed in range(4))
+    assert all(
+        train_pieces(random.Random(seed).sample(texts, len(texts)), 400).to_str() == first
+        for seed in range(4)
+    )
     assert train_pieces(texts[:100], 400).to_str() != first
 
 
@@ -66,7 +69,9 @@ def test_any_text_has_an_encoding_without_unknowns_that_reads_back():
         (0x4E00, 0x9FFF),
         (0xAC00, 0xD7A0),
     ]
-    prompts = ["".join(chr(draw.randrange(*draw.choice(planes))) for _ in range(12)) for _ in range(200)]
+    prompts = [
+        "".join(chr(draw.randrange(*draw.choice(planes))) for _ in range(12)) for _ in range(200)
+    ]
     prompts += [
         "女人走向镜头，慢慢地",
         "امرأة تمشي",
@@ -85,7 +90,9 @@ def test_any_text_has_an_encoding_without_unknowns_that_reads_back():
     for prompt, row, keep in zip(prompts, ids, mask, strict=True):
         folded = unicodedata.normalize("NFKC", clean_text(prompt)).lower()
         if keep.sum() < 128:
-            assert "".join(pieces.decode(row[keep].tolist()).split()) == "".join(folded.split()), prompt
+            assert "".join(pieces.decode(row[keep].tolist()).split()) == "".join(folded.split()), (
+                prompt
+            )
 
 
 def test_file_round_trip(tmp_path):

@@ -71,7 +71,10 @@ def test_nothing_is_left_without_a_frame_or_when_not_wanted(tmp_path):
         raise KeyboardInterrupt
     with VideoWriter(tmp_path / "b.mp4", 16, (64, 48)):
         pass
-    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "c.mp4", 16, (64, 48), keep_partial=False) as writer:
+    with (
+        pytest.raises(RuntimeError),
+        VideoWriter(tmp_path / "c.mp4", 16, (64, 48), keep_partial=False) as writer,
+    ):
         writer.write(clip())
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -150,7 +153,9 @@ def audio_only() -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

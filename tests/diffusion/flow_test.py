@@ -37,7 +37,9 @@ def test_every_table_row_finds_itself_and_t_zero_finds_the_last():
     t = flow.timesteps_table()
     np.testing.assert_array_equal(flow.nearest_row(t), np.arange(1000))
     np.testing.assert_array_equal(flow.sigma_of(t), flow.sigma_table())
-    np.testing.assert_allclose(flow.sigma_of(jnp.zeros((2, 3))), np.full((2, 3), 0.00498), atol=5e-6)
+    np.testing.assert_allclose(
+        flow.sigma_of(jnp.zeros((2, 3))), np.full((2, 3), 0.00498), atol=5e-6
+    )
     between = 0.3 * t[400] + 0.7 * t[401]
     assert flow.nearest_row(between) == 401
     np.testing.assert_allclose(jax.jit(flow.sigma_of)(jnp.float32(937.4)), 0.9375, atol=1e-6)
@@ -87,7 +89,9 @@ def test_noise_velocity_and_x0_agree():
 
 def test_velocity_is_the_slope_of_the_path():
     x0, noise = _pair()
-    slope = jax.jvp(lambda s: flow.add_noise(x0, noise, s), (jnp.float32(0.3),), (jnp.float32(1.0),))[1]
+    slope = jax.jvp(
+        lambda s: flow.add_noise(x0, noise, s), (jnp.float32(0.3),), (jnp.float32(1.0),)
+    )[1]
     np.testing.assert_allclose(slope, flow.velocity(x0, noise), atol=1e-6)
 
 

@@ -1,5 +1,6 @@
-"""Streaming against teacher forcing, against a dense mask, and against plain Python lists; samplers by hand; videos of
-several shots against the transformer in float64 that remembers nothing."""
+"""Streaming against teacher forcing, against a dense mask, and against plain Python lists; samplers
+by hand; videos of several shots against the transformer in float64 that remembers nothing.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class Stream:
     def __init__(self, config: CacheConfig, sampler=EULER, batch: int = 1, **kw):
         self.dit = tiny_dit.tiny_dit(**kw)
         graph, self.state = nnx.split(self.dit)
-        self.text_kv = jax.jit(lambda state, text: nnx.merge(graph, state).text_kv(text))(self.state, prompt(batch))
+        self.text_kv = jax.jit(lambda state, text: nnx.merge(graph, state).text_kv(text))(
+            self.state, prompt(batch)
+        )
         self.new_cache = functools.partial(rollout.new_cache, self.dit, config, batch, LATENT)
         self.traces = {}
 
@@ -52,9 +55,13 @@ class Stream:
             return lambda cache, *args: jitted(self.state, cache, *args)
 
         self.prefill = program("prefill", lambda d, c, z: rollout.prefill(d, c, z, self.text_kv))
-        self.forward = program("forward", lambda d, c, x, t: rollout.forward(d, c, x, t, self.text_kv))
+        self.forward = program(
+            "forward", lambda d, c, x, t: rollout.forward(d, c, x, t, self.text_kv)
+        )
         self.commit = program("commit", lambda d, c, x: rollout.commit(d, c, x, self.text_kv))
-        self.chunk = program("chunk", lambda d, c, k: rollout.denoise_chunk(d, c, self.text_kv, k, sampler=sampler))
+        self.chunk = program(
+            "chunk", lambda d, c, k: rollout.denoise_chunk(d, c, self.text_kv, k, sampler=sampler)
+        )
 
     def started(self, seed: int = 0, batch: int = 1):
         return self.prefill(self.new_cache(), latents(seed, 2, batch))
@@ -77,11 +84,15 @@ def test_streaming_equals_teacher_forcing(layout):
     clean, noisy = latents(1, 18), latents(2, 18)
     times = np.repeat(np.array([[900.0, 400.0, 37.0, 999.0, 500.0, 200.0]], np.float32), 3, axis=1)
     everything, expected = (
-        teacher_forcing_forward(stream.dit, latents(0, 2), clean, noisy, times, stream.text_kv, cache=cache)
+        teacher_forcing_forward(
+            stream.dit, latents(0, 2), clean, noisy, times, stream.text_kv, cache=cache
+        )
         for cache in (None, config)
     )
     room = config.frames - config.context
-    np.testing.assert_allclose(expected[:, :room], everything[:, :room], atol=1e-5)  # nothing is forgotten yet
+    np.testing.assert_allclose(
+        expected[:, :room], everything[:, :room], atol=1e-5
+    )  # nothing is forgotten yet
     assert jnp.abs(expected[:, room:] - everything[:, room:]).max() > 0.01
     cache = stream.started()
     for start in range(0, 18, 3):
@@ -96,7 +107,9 @@ def test_cached_equals_uncached_block_causal():
     stream = shared("short")
     context, clean = latents(0, 2), latents(1, 9)
     attend = tiny_dit.dense(range(11), block_causal_table(2, 11, 3))
-    expected, _ = stream.dit(jnp.concatenate([context, clean], 1), jnp.zeros((1, 11)), stream.text_kv, attend)
+    expected, _ = stream.dit(
+        jnp.concatenate([context, clean], 1), jnp.zeros((1, 11)), stream.text_kv, attend
+    )
     cache = stream.started()
     for start in (0, 3, 6):
         v, cache = stream.forward(cache, clean[:, start : start + 3], np.zeros((1, 3), np.float32))
@@ -106,9 +119,14 @@ def test_cached_equals_uncached_block_causal():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_full_ring_equals_lists(layout):
-    """The whole network over more than three rounds of the ring; what is remembered is a list per layer."""
+    """The whole network over more than three rounds of the ring; what is remembered is a list per
+    layer.
+    """
     stream, config = shared(layout), LAYOUTS[layout]
-    context, held = [], []  # [layer] -> k, v of the context; [chunk] -> [layer] -> k, v; all unrotated
+    context, held = (
+        [],
+        [],
+    )  # [layer] -> k, v of the context; [chunk] -> [layer] -> k, v; all unrotated
     dit = stream.dit
 
     @jax.jit
@@ -116,9 +134,13 @@ def test_a_full_ring_equals_lists(layout):
         """A pass that sees the past k, v of each layer and its own; also returns its own."""
 
         def attend(q, k, v, before):
-            keys, values = (jnp.concatenate([*parts], axis=1) for parts in zip(*before, (k, v), strict=True))
+            keys, values = (
+                jnp.concatenate([*parts], axis=1) for parts in zip(*before, (k, v), strict=True)
+            )
             out = tiny_dit.softmax_attention(
-                apply_rope(q, rope(newest, 2, 3, 20)), apply_rope(keys, rope(frames, 2, 3, 20)), values
+                apply_rope(q, rope(newest, 2, 3, 20)),
+                apply_rope(keys, rope(frames, 2, 3, 20)),
+                values,
             )
             return out, (k, v)
 
@@ -143,7 +165,10 @@ def test_a_full_ring_equals_lists(layout):
         np.testing.assert_allclose(v, expected, atol=2e-5)
         held.append((number, listed(clean, 0 * t, past, frames, frames[-3:])[1]))
         cache = stream.commit(cache, clean)
-    assert int(cache.length) == config.frames and int(cache.chunk) == number + 1 > 3 * config.ring_chunks
+    assert (
+        int(cache.length) == config.frames
+        and int(cache.chunk) == number + 1 > 3 * config.ring_chunks
+    )
 
 
 def test_a_withdrawn_cache_is_a_fresh_one():
@@ -175,7 +200,9 @@ def test_a_refresh_keeps_history():
 
 
 def test_a_stream_is_traced_once_and_stays_where_it_is():
-    """Twelve chunks with a switch on the way: one trace of each program, and the same memory throughout."""
+    """Twelve chunks with a switch on the way: one trace of each program, and the same memory
+    throughout.
+    """
     stream = Stream(CacheConfig(frames=11, positions="relative"))
     cache = stream.started()
     where = sorted(x.unsafe_buffer_pointer() for x in cache.k + cache.v)
@@ -202,7 +229,11 @@ def test_a_chunk_is_a_loop_and_a_clean_pass(sampler):
         v, cache = stream.forward(cache, x, np.full((1, 3), t, np.float32))
         x0 = x - sigma * v
         again = jax.random.normal(jax.random.fold_in(key, number), x.shape)
-        x = (1 - sigma_next) * x0 + sigma_next * again if sampler is FEW else x + (sigma_next - sigma) * v
+        x = (
+            (1 - sigma_next) * x0 + sigma_next * again
+            if sampler is FEW
+            else x + (sigma_next - sigma) * v
+        )
     np.testing.assert_allclose(got, x, atol=1e-5)
     assert got.dtype == jnp.float32 and int(after.chunk) == 1
     cache = stream.commit(cache, x)
@@ -219,7 +250,10 @@ def test_the_key_decides():
 
 
 def test_streams_side_by_side_do_not_mix():
-    both, alone = Stream(LAYOUTS["short"], batch=2), shared("short")  # the prompts of both are the same
+    both, alone = (
+        Stream(LAYOUTS["short"], batch=2),
+        shared("short"),
+    )  # the prompts of both are the same
     t = np.full((2, 3), 800.0, np.float32)
     context, x = latents(0, 2, 2), latents(1, 3, 2)
     v, _ = both.forward(both.prefill(both.new_cache(), context), x, t)
@@ -238,14 +272,18 @@ class Spy:
         return jnp.broadcast_to(t_bf[:, :, None, None, None], x.shape), cache
 
 
-@pytest.mark.parametrize(("dtype", "rounded"), [(jnp.float32, True), (jnp.bfloat16, True), (jnp.float32, False)])
+@pytest.mark.parametrize(
+    ("dtype", "rounded"), [(jnp.float32, True), (jnp.bfloat16, True), (jnp.float32, False)]
+)
 def test_what_the_network_is_told(dtype, rounded):
     """Euler's result adds up (sigma' - sigma) t, so it shows every t."""
     sampler = make_sampler("euler", steps=4, shift=5.0, round_timesteps=rounded)
     told = {(jnp.float32, True): [1000, 937, 833, 625], (jnp.bfloat16, True): [1000, 936, 832, 624]}
     told = told.get((dtype, rounded), [1000, 937.5, 2500 / 3, 625])
     key, spy = jax.random.key(0), Spy(dtype)
-    got, _ = rollout.denoise_chunk(spy, rollout.new_cache(spy, CacheConfig(), 1, LATENT), (), key, sampler=sampler)
+    got, _ = rollout.denoise_chunk(
+        spy, rollout.new_cache(spy, CacheConfig(), 1, LATENT), (), key, sampler=sampler
+    )
     noise = jax.random.normal(jax.random.fold_in(key, 0), got.shape)
     expected = noise + np.dot(np.diff([1, 0.9375, 5 / 6, 0.625, 0]), told)
     np.testing.assert_allclose(got, expected, atol=2e-3)
@@ -290,7 +328,9 @@ UNIPC = make_sampler("unipc", steps=4)
 
 
 def visible(cuts, chunks, capacity=4):
-    """Which earlier chunks each chunk sees: when one needs room, the oldest goes that is not 0 and not pinned."""
+    """Which earlier chunks each chunk sees: when one needs room, the oldest goes that is not 0 and
+    not pinned.
+    """
     held, pinned, rows = [], None, []
     for chunk in range(chunks):
         if len(held) == capacity:
@@ -324,7 +364,9 @@ def gelu64(x):
 def attention64(q, k, v, mask=True):
     logits = np.where(mask, np.einsum("lnd,snd->nls", q, k) / np.sqrt(20), -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("nls,snd->lnd", weights / weights.sum(-1, keepdims=True), v).reshape(len(q), 60)
+    return np.einsum("nls,snd->lnd", weights / weights.sum(-1, keepdims=True), v).reshape(
+        len(q), 60
+    )
 
 
 def turned64(x, positions):
@@ -334,7 +376,9 @@ def turned64(x, positions):
         np.tile([0, 0, 0, 1, 1, 1], len(positions)),
         np.tile([0, 1, 2], 2 * len(positions)),
     ]
-    angle = [at[:, None] * 10000.0 ** (-np.arange(n) / n) for at, n in zip(axes, (4, 3, 3), strict=True)]
+    angle = [
+        at[:, None] * 10000.0 ** (-np.arange(n) / n) for at, n in zip(axes, (4, 3, 3), strict=True)
+    ]
     z = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.concatenate(angle, 1))[:, None]
     return np.stack([z.real, z.imag], -1).reshape(x.shape)
 
@@ -361,38 +405,60 @@ def velocity64(weights, x, t, texts, positions, seen):
 
     frame = np.repeat(np.arange(len(x)), 6)  # of every token
     patches = x.reshape(-1, 2, 2, 3, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 16)
-    tokens = patches @ weights["patch_embedding.kernel"].reshape(16, 60) + weights["patch_embedding.bias"]
+    tokens = (
+        patches @ weights["patch_embedding.kernel"].reshape(16, 60)
+        + weights["patch_embedding.bias"]
+    )
     angle = t[:, None] * 10000.0 ** (-np.arange(16) / 16)
     e = silu64(linear("time_embedding.fc1", np.concatenate([np.cos(angle), np.sin(angle)], 1)))
     e = linear("time_embedding.fc2", e)
     e0 = linear("time_projection", silu64(e)).reshape(-1, 6, 60)
-    states = [linear("text_embedding.fc2", gelu64(linear("text_embedding.fc1", text))) for text in texts]
+    states = [
+        linear("text_embedding.fc2", gelu64(linear("text_embedding.fc1", text))) for text in texts
+    ]
     for i in range(2):
-        shift1, scale1, gate1, shift2, scale2, gate2 = (weights[f"blocks.{i}.modulation"] + e0)[frame].transpose(
-            1, 0, 2
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = (weights[f"blocks.{i}.modulation"] + e0)[
+            frame
+        ].transpose(1, 0, 2)
         name = f"blocks.{i}.self_attn"
         y = norm64(tokens) * (1 + scale1) + shift1
         q, k = (turned64(heads(f"{name}.{p}", y, f"{name}.norm_{p}"), positions) for p in "qk")
         y = attention64(q, k, heads(f"{name}.v", y), np.kron(seen, np.ones((6, 6))) > 0)
         tokens = tokens + gate1 * linear(f"{name}.o", y)
         name = f"blocks.{i}.cross_attn"
-        y = norm64(tokens) * weights[f"blocks.{i}.cross_norm.scale"] + weights[f"blocks.{i}.cross_norm.bias"]
+        y = (
+            norm64(tokens) * weights[f"blocks.{i}.cross_norm.scale"]
+            + weights[f"blocks.{i}.cross_norm.bias"]
+        )
         q = heads(f"{name}.q", y, f"{name}.norm_q")
-        y = [attention64(q[frame == f], heads(f"{name}.k", text, f"{name}.norm_k"), heads(f"{name}.v", text))
-             for f, text in enumerate(states)]  # fmt: skip
+        y = [
+            attention64(
+                q[frame == f], heads(f"{name}.k", text, f"{name}.norm_k"), heads(f"{name}.v", text)
+            )
+            for f, text in enumerate(states)
+        ]
         tokens = tokens + linear(f"{name}.o", np.concatenate(y))
         y = norm64(tokens) * (1 + scale2) + shift2
-        tokens = tokens + gate2 * linear(f"blocks.{i}.ffn.fc2", gelu64(linear(f"blocks.{i}.ffn.fc1", y)))
+        tokens = tokens + gate2 * linear(
+            f"blocks.{i}.ffn.fc2", gelu64(linear(f"blocks.{i}.ffn.fc1", y))
+        )
     shift, scale = (weights["head.modulation"] + e[:, None])[frame].transpose(1, 0, 2)
     out = linear("head.proj", norm64(tokens) * (1 + scale) + shift)
     return out.reshape(-1, 2, 3, 2, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
 
 def video64(weights, noises, texts, cuts, image):
-    """All chunks [2, 4, 6, 4] of a video. For every step of every chunk, the clean chunks before it are computed anew."""
+    """All chunks [2, 4, 6, 4] of a video. For every step of every chunk, the clean chunks before it
+    are computed anew.
+    """
     rows = visible(cuts, len(noises))
-    seen = np.kron([[b == a or b in rows[a] for b in range(len(rows))] for a in range(len(rows))], np.ones((2, 2))) > 0
+    seen = (
+        np.kron(
+            [[b == a or b in rows[a] for b in range(len(rows))] for a in range(len(rows))],
+            np.ones((2, 2)),
+        )
+        > 0
+    )
     shot = np.repeat([sum(cut <= chunk for cut in cuts) for chunk in range(len(rows))], 2)
     positions = np.arange(2 * len(rows)) + 8 * shot
     made = np.zeros((0, 4, 6, 4))
@@ -409,7 +475,9 @@ def video64(weights, noises, texts, cuts, image):
             times = np.where((np.arange(frames) < clean) | given, 0.0, np.floor(1000 * sigmas[k]))
             text = [texts[f // 2] for f in range(frames)]
             x = np.concatenate([made, x])
-            return velocity64(weights, x, times, text, positions[:frames], seen[:frames, :frames])[clean:]
+            return velocity64(weights, x, times, text, positions[:frames], seen[:frames, :frames])[
+                clean:
+            ]
 
         made = np.concatenate([made, unipc64(velocity, noise, sigmas, put_back)[-1]])
     return made.reshape(len(noises), 2, 4, 6, 4)
@@ -421,14 +489,18 @@ class ShotStream:
     def __init__(self, config=SHOTS, sampler=UNIPC):
         self.config = config
         self.dit = tiny_dit.tiny_dit(context=0, block=2)
-        self.weights = {name: np.asarray(value, np.float64) for name, value in flat_params(self.dit).items()}
+        self.weights = {
+            name: np.asarray(value, np.float64) for name, value in flat_params(self.dit).items()
+        }
         self.traces = 0
         graph, state = nnx.split(self.dit)
 
         def chunk(state, cache, text, key, cut, held):
             self.traces += 1
             dit = nnx.merge(graph, state)
-            return rollout.denoise_chunk(dit, cache, dit.text_kv(text), key, sampler=sampler, cut=cut, held=held)
+            return rollout.denoise_chunk(
+                dit, cache, dit.text_kv(text), key, sampler=sampler, cut=cut, held=held
+            )
 
         program = jax.jit(chunk, donate_argnums=1)
         self.chunk = lambda cache, *args: program(state, cache, *args)
@@ -443,9 +515,13 @@ class ShotStream:
         cache, made, noises = self.new_cache(), [], []
         for number, text in enumerate(texts):
             held = Held(z, np.array([number == 0 and image is not None, False]))
-            x0, cache = self.chunk(cache, text[None], jax.random.key(number), np.bool_(number in cuts), held)
+            x0, cache = self.chunk(
+                cache, text[None], jax.random.key(number), np.bool_(number in cuts), held
+            )
             made.append(np.asarray(x0[0]))
-            noises.append(jax.random.normal(jax.random.fold_in(jax.random.key(number), 0), z.shape)[0])
+            noises.append(
+                jax.random.normal(jax.random.fold_in(jax.random.key(number), 0), z.shape)[0]
+            )
         return np.stack(made), np.asarray(noises, np.float64)
 
 
@@ -456,7 +532,9 @@ def shot_stream():
 
 def text(seed):
     """Text states [12, 16] of a prompt of seven words."""
-    return np.asarray(jax.random.normal(jax.random.key(1000 + seed), (12, 16)) * (np.arange(12) < 7)[:, None])
+    return np.asarray(
+        jax.random.normal(jax.random.key(1000 + seed), (12, 16)) * (np.arange(12) < 7)[:, None]
+    )
 
 
 IMAGE = np.asarray(latents(77, 1))[0, 0]
@@ -488,7 +566,9 @@ def test_a_video_equals_one_that_remembers_nothing(video):
 def test_any_frame_may_be_held():
     stream, z = shot_stream(), np.repeat(IMAGE[None, None], 2, axis=1)
     held = Held(z, np.array([False, True]))
-    x0, _ = stream.chunk(stream.new_cache(), text(0)[None], jax.random.key(0), np.bool_(False), held)
+    x0, _ = stream.chunk(
+        stream.new_cache(), text(0)[None], jax.random.key(0), np.bool_(False), held
+    )
     np.testing.assert_array_equal(x0[:, 1], z[:, 1])
     noisy, t = jnp.ones((1, 2, *LATENT, 4)), jnp.full((1, 2), 500.0)
     x, times = rollout.hold(held, noisy, t)
@@ -502,7 +582,9 @@ def test_streaming_without_condition_frames_equals_teacher_forcing():
     stream = Stream(config, context=0, block=2)
     clean, noisy = latents(1, 12), latents(2, 12)
     t = np.full((1, 12), 700.0, np.float32)
-    expected = teacher_forcing_forward(stream.dit, clean[:, :0], clean, noisy, t, stream.text_kv, cache=config)
+    expected = teacher_forcing_forward(
+        stream.dit, clean[:, :0], clean, noisy, t, stream.text_kv, cache=config
+    )
     cache = stream.prefill(stream.new_cache(), clean[:, :0])
     assert int(cache.length) == 0
     for start in range(0, 12, 2):
@@ -515,9 +597,14 @@ def test_streaming_without_condition_frames_equals_teacher_forcing():
 
 def test_unipc_by_name():
     np.testing.assert_allclose(UNIPC.sigmas, [0.99980, 0.93727, 0.83306, 0.62469, 0], atol=1e-5)
-    for dtype in (jnp.float32, jnp.bfloat16):  # never cast to the dtype of the network, where 999 would be 1000
+    for dtype in (
+        jnp.float32,
+        jnp.bfloat16,
+    ):  # never cast to the dtype of the network, where 999 would be 1000
         np.testing.assert_array_equal(UNIPC.rows(dtype).timestep, [999, 937, 833, 624, 0])
-    np.testing.assert_array_equal(make_sampler("unipc", steps=2).rows(jnp.float32).timestep, [999, 833, 0])
+    np.testing.assert_array_equal(
+        make_sampler("unipc", steps=2).rows(jnp.float32).timestep, [999, 833, 0]
+    )
     assert hash(UNIPC) == hash(make_sampler("unipc", steps=4, shift=5.0))  # static
     with pytest.raises(ValueError, match="has whole timesteps already"):
         make_sampler("unipc", round_timesteps=True)
@@ -526,7 +613,9 @@ def test_unipc_by_name():
 
 
 def test_every_chunk_starts_its_solver_afresh():
-    """Whatever the past that the first step is handed, it has no weight; the last row leaves the sample as it is."""
+    """Whatever the past that the first step is handed, it has no weight; the last row leaves the
+    sample as it is.
+    """
     rows, noise = UNIPC.rows(jnp.float32), latents(0, 2)
     fresh, other = (UNIPC.init(noise), unipc.UniPcState(*(latents(seed, 2) for seed in (1, 2, 3))))
 
@@ -542,7 +631,9 @@ def test_every_chunk_starts_its_solver_afresh():
 
 
 def test_a_cache_that_knows_no_shots_costs_nothing_more():
-    """The program of a chunk has the arguments that its arrays are, and a cut leaves no trace in it."""
+    """The program of a chunk has the arguments that its arrays are, and a cut leaves no trace in
+    it.
+    """
     stream = shared("short")
     cache, key = stream.new_cache(), jax.random.key(0)
     assert cache.shots is None

@@ -16,8 +16,12 @@ SHAPE = (2, 3, 4, 2, 5)
 def _samplers():
     table = unipc.unipc_table(unipc.unipc_sigmas(8))
     return {
-        "unipc": lambda model, noise, context=None: sampler.sample_unipc(model, noise, table, context),
-        "euler": lambda model, noise, context=None: sampler.sample_euler(model, noise, flow.euler_sigmas(8), context),
+        "unipc": lambda model, noise, context=None: sampler.sample_unipc(
+            model, noise, table, context
+        ),
+        "euler": lambda model, noise, context=None: sampler.sample_euler(
+            model, noise, flow.euler_sigmas(8), context
+        ),
     }
 
 
@@ -27,7 +31,9 @@ def _noise():
 
 @pytest.mark.parametrize("name", ["unipc", "euler"])
 def test_the_field_of_a_point_mass_leads_to_the_point(name):
-    """When all data are one point p, v = (x - p) / sigma. The timestep is an integer for UniPC, hence the tolerance."""
+    """When all data are one point p, v = (x - p) / sigma. The timestep is an integer for UniPC,
+    hence the tolerance.
+    """
     point = jax.random.normal(jax.random.key(1), SHAPE[1:])
     sigmas = unipc.unipc_sigmas(8)
 
@@ -36,7 +42,9 @@ def test_the_field_of_a_point_mass_leads_to_the_point(name):
             sigma = t_bf / 1000
         else:  # the network is told floor(1000 sigma); the exact field needs sigma itself
             told = jnp.asarray(unipc.unipc_timesteps(sigmas))
-            sigma = jnp.asarray(sigmas[:-1], jnp.float32)[jnp.argmin(jnp.abs(t_bf[..., None] - told), axis=-1)]
+            sigma = jnp.asarray(sigmas[:-1], jnp.float32)[
+                jnp.argmin(jnp.abs(t_bf[..., None] - told), axis=-1)
+            ]
         return flow.velocity_from_x0(x, jnp.broadcast_to(point, x.shape), sigma)
 
     out = jax.jit(lambda noise: _samplers()[name](model, noise))(_noise())
@@ -45,11 +53,15 @@ def test_the_field_of_a_point_mass_leads_to_the_point(name):
 
 @pytest.mark.parametrize("name", ["unipc", "euler"])
 def test_condition_frames_are_clean_at_every_step_and_left_out_of_the_result(name):
-    """The model reports what it sees: were the context noised, dropped or given t > 0, the result would not be zero."""
+    """The model reports what it sees: were the context noised, dropped or given t > 0, the result
+    would not be zero.
+    """
     context = jax.random.normal(jax.random.key(2), (2, 2, *SHAPE[2:]))
 
     def model(x, t_bf):
-        wrong = jnp.abs(x[:, :2] - context).sum() + jnp.abs(t_bf[:, :2]).sum() + (t_bf[:, 2:] < 1).sum()
+        wrong = (
+            jnp.abs(x[:, :2] - context).sum() + jnp.abs(t_bf[:, :2]).sum() + (t_bf[:, 2:] < 1).sum()
+        )
         v = jnp.where(wrong == 0, x / (t_bf[:, :, None, None, None] / 1000), jnp.nan)
         return v.at[:, :2].set(1e6)  # the velocity of the context must not be used
 
@@ -80,7 +92,9 @@ def test_unipc_sampler_equals_its_steps_in_a_python_loop():
 
 
 def test_euler_and_unipc_converge_to_the_same_sample():
-    """On a smooth field (Gaussian data of standard deviation 0.5) with many steps; the exact factor is 0.5."""
+    """On a smooth field (Gaussian data of standard deviation 0.5) with many steps; the exact factor
+    is 0.5.
+    """
 
     def model(x, t_bf):
         s = flow.expand(t_bf / 1000, x)
@@ -92,7 +106,8 @@ def test_euler_and_unipc_converge_to_the_same_sample():
     for n in (30, 60, 120):
         few = sampler.sample_unipc(model, _noise(), unipc.unipc_table(unipc.unipc_sigmas(n)))
         errors.append(float(jnp.abs(few - 0.5 * _noise()).max()))
-    # few steps: the last one, of order 1, from a sigma near 5/n to 0; many steps: the timestep being told as an integer
+    # few steps: the last one, of order 1, from a sigma near 5/n to 0; many steps: the timestep
+    # being told as an integer
     assert errors[0] < 0.06 and max(errors[1:]) < 0.01, errors
 
 
@@ -121,8 +136,12 @@ def test_guided_calls_both_models_unless_the_scale_is_one():
 def test_a_module_can_be_the_model_under_jit():
     layer = nnx.Linear(5, 5, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
-    run = jax.jit(lambda state, noise: _samplers()["unipc"](lambda x, t: nnx.merge(graph, state)(x), noise))
-    np.testing.assert_allclose(run(state, _noise()), _samplers()["unipc"](lambda x, t: layer(x), _noise()), atol=1e-5)
+    run = jax.jit(
+        lambda state, noise: _samplers()["unipc"](lambda x, t: nnx.merge(graph, state)(x), noise)
+    )
+    np.testing.assert_allclose(
+        run(state, _noise()), _samplers()["unipc"](lambda x, t: layer(x), _noise()), atol=1e-5
+    )
 
 
 def test_negative_prompt():

@@ -1,4 +1,6 @@
-"""UniPC against literal grids, its formulas written out step by step in float64, diffusers, and its order."""
+"""UniPC against literal grids, its formulas written out step by step in float64, diffusers, and its
+order.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_the_original_grid():
 
 @pytest.mark.parametrize("n", [1, 4, 50])
 def test_the_grid_of_diffusers(n):
-    theirs = UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction")
+    theirs = UniPCMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction"
+    )
     theirs.set_timesteps(n)
     sigmas = unipc.diffusers_sigmas(n)
     np.testing.assert_array_equal(sigmas, theirs.sigmas.numpy().astype(np.float64))
@@ -53,16 +57,23 @@ def test_agrees_with_the_formulas_written_out(grid, n):
     sigmas = unipc.GRIDS[grid](n)
     expected = unipc64(lambda k, x: a @ x + sigmas[k] * b, x, sigmas)
     a32, b32 = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    got = _run(lambda x, s: a32 @ x + s * b32, jnp.asarray(x, jnp.float32), unipc.unipc_table(sigmas))
+    got = _run(
+        lambda x, s: a32 @ x + s * b32, jnp.asarray(x, jnp.float32), unipc.unipc_table(sigmas)
+    )
     np.testing.assert_allclose(np.stack(got), np.stack(expected), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 50])
 def test_agrees_with_diffusers(n):
-    theirs = UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction")
+    theirs = UniPCMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction"
+    )
     theirs.set_timesteps(n)
     rng = np.random.default_rng(1)
-    a, x = (rng.normal(size=(6, 6)) / 3).astype(np.float32), rng.normal(size=(2, 6)).astype(np.float32)
+    a, x = (
+        (rng.normal(size=(6, 6)) / 3).astype(np.float32),
+        rng.normal(size=(2, 6)).astype(np.float32),
+    )
     table = unipc.unipc_table(unipc.diffusers_sigmas(n))
     got = _run(lambda x, s: jnp.tanh(x @ a) + s, jnp.asarray(x), table)
     y = torch.from_numpy(x)
@@ -73,14 +84,18 @@ def test_agrees_with_diffusers(n):
 
 
 def _gaussian(sigma, x, std=0.5):
-    """Velocity of the flow when the data are N(0, std^2), and the exact factor by which a sample shrinks to `sigma`."""
+    """Velocity of the flow when the data are N(0, std^2), and the exact factor by which a sample
+    shrinks to `sigma`.
+    """
     spread = (1 - sigma) ** 2 * std**2 + sigma**2
     return (sigma - (1 - sigma) * std**2) / spread * x, np.sqrt(spread)
 
 
 @pytest.mark.parametrize(("order", "least"), [(1, 1.8), (2, 2.7)])
 def test_order_of_convergence(order, least):
-    """Halving the step divides the error by 2^(order + 1): the corrector raises the order of the predictor by one."""
+    """Halving the step divides the error by 2^(order + 1): the corrector raises the order of the
+    predictor by one.
+    """
     with jax.enable_x64(True):
         errors = []
         for n in (40, 80, 160):
@@ -96,12 +111,18 @@ def test_the_last_step_lands_on_the_predicted_clean_sample():
     x = jnp.array([0.3, -1.0])
     table = unipc.unipc_table(unipc.unipc_sigmas(1))
     v = jnp.array([2.0, 0.5])
-    np.testing.assert_allclose(_run(lambda x, s: v, x, table)[-1], x - table.sigma[0] * v, atol=1e-6)
-    np.testing.assert_allclose(unipc.unipc_table(unipc.unipc_sigmas(9)).predict[-1], [0, 1, 0], atol=1e-12)
+    np.testing.assert_allclose(
+        _run(lambda x, s: v, x, table)[-1], x - table.sigma[0] * v, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        unipc.unipc_table(unipc.unipc_sigmas(9)).predict[-1], [0, 1, 0], atol=1e-12
+    )
 
 
 def test_weights_add_up():
-    """If the model always predicts the clean sample c, any step maps (1-s) c + s z onto (1-s') c + s' z."""
+    """If the model always predicts the clean sample c, any step maps (1-s) c + s z onto (1-s') c +
+    s' z.
+    """
     for make in unipc.GRIDS.values():
         sigmas = make(20)
         table = unipc.unipc_table(sigmas)
@@ -110,7 +131,9 @@ def test_weights_add_up():
             np.testing.assert_allclose(table.predict[k] @ [s, 0, 0], s_next, atol=1e-12)
             np.testing.assert_allclose(table.predict[k] @ [1 - s, 1, 1], 1 - s_next, atol=1e-12)
             if k:
-                np.testing.assert_allclose(table.correct[k] @ [0, 1 - sigmas[k - 1], 1, 1, 1], 1 - s, atol=1e-12)
+                np.testing.assert_allclose(
+                    table.correct[k] @ [0, 1 - sigmas[k - 1], 1, 1, 1], 1 - s, atol=1e-12
+                )
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5], [0.5, 0.5], [0.4, 0.5], [0.5], [0.5, -0.1]])

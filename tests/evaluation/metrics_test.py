@@ -97,7 +97,9 @@ def test_pixelwise_colour_error_sees_what_the_mean_does_not():
     checks[::2] = 1.0
     everywhere = np.ones((4, 4), bool)
     assert metrics.colour_distance(checks, everywhere, 1 - checks, everywhere) < 1e-9
-    np.testing.assert_allclose(metrics.masked_colour_error(checks, 1 - checks, everywhere), 100, atol=1e-6)
+    np.testing.assert_allclose(
+        metrics.masked_colour_error(checks, 1 - checks, everywhere), 100, atol=1e-6
+    )
     inside = np.zeros((4, 4), bool)
     assert metrics.masked_colour_error(checks, checks, everywhere) == 0
     with pytest.raises(ValueError, match="mask is empty"):

@@ -49,7 +49,10 @@ def smoke(*overrides) -> ConfigDict:
 @pytest.fixture(scope="module")
 def theirs():
     """diffusers' two pipelines in their Wan2.2-5B form, with the same random weights."""
-    return {"t2v": tiny_wan.pipeline(WanPipeline), "i2v": tiny_wan.pipeline(WanImageToVideoPipeline)}
+    return {
+        "t2v": tiny_wan.pipeline(WanPipeline),
+        "i2v": tiny_wan.pipeline(WanImageToVideoPipeline),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,10 @@ def ours(theirs) -> Pipeline:
 
     config = smoke().to_dict()
     config["model"] = {
-        "vae": dataclasses.asdict(VAE), "dit": dataclasses.asdict(DIT), "text": dataclasses.asdict(TEXT),
-    }  # fmt: skip
+        "vae": dataclasses.asdict(VAE),
+        "dit": dataclasses.asdict(DIT),
+        "text": dataclasses.asdict(TEXT),
+    }
     parts = {
         "vae": (Vae, VAE, vae.from_diffusers),
         "transformer": (DiT, DIT, dit.from_diffusers),
@@ -70,7 +75,9 @@ def ours(theirs) -> Pipeline:
     }
     networks = []
     for name, (kind, sizes, convert) in parts.items():
-        networks.append(nnx.eval_shape(lambda kind=kind, sizes=sizes: kind(sizes, rngs=nnx.Rngs(0))))
+        networks.append(
+            nnx.eval_shape(lambda kind=kind, sizes=sizes: kind(sizes, rngs=nnx.Rngs(0)))
+        )
         set_params(networks[-1], convert(tensors(name), sizes))
     return Pipeline(*networks, byte_tokenizer(TEXT.length), config)
 
@@ -102,14 +109,25 @@ def test_a_clip_agrees_with_that_of_diffusers(theirs, generator, task, guidance)
     """From the prompts to the pixels: latents within 1e-4 on a scale of two, pixels within 1/255."""
     image = {"image": picture()} if task == "i2v" else {}
     asked = {
-        "prompt": PROMPT, "negative_prompt": NEGATIVE, "height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES,
-        "num_inference_steps": 5, "guidance_scale": guidance, "latents": to_torch(noise()),
-        "max_sequence_length": TEXT.length, **image,
-    }  # fmt: skip
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "num_frames": FRAMES,
+        "num_inference_steps": 5,
+        "guidance_scale": guidance,
+        "latents": to_torch(noise()),
+        "max_sequence_length": TEXT.length,
+        **image,
+    }
     expected = from_torch(theirs[task](**asked, output_type="latent").frames)
     pixels = theirs[task](**asked, output_type="np").frames[0]
-    settings = GenerateConfig(grid="diffusers", steps=5, guidance=guidance, negative_prompt=NEGATIVE)
-    got = generator.generate(PROMPT, **image, size=SIZE, frames=FRAMES, noise=noise(), settings=settings)
+    settings = GenerateConfig(
+        grid="diffusers", steps=5, guidance=guidance, negative_prompt=NEGATIVE
+    )
+    got = generator.generate(
+        PROMPT, **image, size=SIZE, frames=FRAMES, noise=noise(), settings=settings
+    )
     assert got.shape == LATENT and got.dtype == jnp.float32
     assert 0.3 < expected.std() < 5 and pixels.std() > 0.1
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
@@ -119,15 +137,20 @@ def test_a_clip_agrees_with_that_of_diffusers(theirs, generator, task, guidance)
 
 
 def original_grid(steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sigmas and timesteps of the original sampler: its training table in float32, a line through it, the shift."""
+    """Sigmas and timesteps of the original sampler: its training table in float32, a line through
+    it, the shift.
+    """
     highest = float((1 - np.linspace(1, 1 / 1000, 1000)[::-1]).astype(np.float32)[0])
     sigmas = np.linspace(highest, 0, steps + 1)[:-1]
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     return np.append(sigmas, 0), (1000 * sigmas).astype(np.int64)
 
 
-def original_loop(transformer, z, mask, states, negative, steps: int, guidance: float, x: np.ndarray) -> np.ndarray:
-    """The published loop in float64 NumPy: all frames are denoised, masked ones put back before and after every step.
+def original_loop(
+    transformer, z, mask, states, negative, steps: int, guidance: float, x: np.ndarray
+) -> np.ndarray:
+    """The published loop in float64 NumPy: all frames are denoised, masked ones put back before and
+    after every step.
 
     Args:
       z: what stands on masked frames, [b, c, f, h, w].
@@ -137,7 +160,11 @@ def original_loop(transformer, z, mask, states, negative, steps: int, guidance: 
     sigmas, timesteps = original_grid(steps, 5.0)
 
     def velocity(k, x):
-        times = np.broadcast_to(mask * timesteps[k], (1, 1, *x.shape[2:]))[0, 0, :, ::2, ::2].reshape(1, -1).copy()
+        times = (
+            np.broadcast_to(mask * timesteps[k], (1, 1, *x.shape[2:]))[0, 0, :, ::2, ::2]
+            .reshape(1, -1)
+            .copy()
+        )
 
         def told(prompt):
             with torch.no_grad():
@@ -159,7 +186,9 @@ def test_a_clip_agrees_with_the_loop_of_the_original(theirs, generator, task):
         states = pipe.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=TEXT.length)
         if task == "i2v":
             image, mask[:, :, 0] = picture(), 0
-            pixels = torch.tensor(np.asarray(image).transpose(2, 0, 1) / 127.5 - 1).float()[None, :, None]
+            pixels = torch.tensor(np.asarray(image).transpose(2, 0, 1) / 127.5 - 1).float()[
+                None, :, None
+            ]
             z = from_torch(pipe.vae.encode(pixels).latent_dist.mean)
             z = to_torch((z - np.array(VAE.latent_mean)) / np.array(VAE.latent_std)).numpy()
     expected = original_loop(pipe.transformer, z, mask, *states, 6, 5.0, to_torch(noise(1)).numpy())
@@ -171,7 +200,9 @@ def test_a_clip_agrees_with_the_loop_of_the_original(theirs, generator, task):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
 def test_the_table_is_the_original_one_for_every_shift(shift):
-    """With shift 1, 1000 sigma falls on whole numbers, and t is what remains of them in the original's rounding."""
+    """With shift 1, 1000 sigma falls on whole numbers, and t is what remains of them in the
+    original's rounding.
+    """
     for steps in (1, 2, 3, 24, 30, 37, 40, 50, 99):
         sigmas, timesteps = original_grid(steps, shift)
         ours = GRIDS["wan"](steps, shift)
@@ -183,7 +214,8 @@ def test_the_first_frame_is_that_of_the_image_and_its_noise_is_not_read(ours, ge
     other = noise()
     other[:, 0] = 7
     first, second = (
-        generator.generate(PROMPT, image=picture(), size=SIZE, frames=9, noise=n) for n in (noise(), other)
+        generator.generate(PROMPT, image=picture(), size=SIZE, frames=9, noise=n)
+        for n in (noise(), other)
     )
     np.testing.assert_array_equal(first, second)
     alone = ours.vae.encode(jnp.asarray(np.asarray(picture()), jnp.float32)[None, None] / 127.5 - 1)
@@ -193,7 +225,10 @@ def test_the_first_frame_is_that_of_the_image_and_its_noise_is_not_read(ours, ge
 def test_with_guidance_1_the_negative_prompt_is_not_read(generator):
     """What could not be read as a prompt does no harm then, and is an error otherwise."""
     asked = {"negative_prompt": np.zeros(3), "size": SIZE, "frames": FRAMES}
-    assert generator.generate(PROMPT, **asked, settings=GenerateConfig(steps=1, guidance=1.0)).shape == LATENT
+    assert (
+        generator.generate(PROMPT, **asked, settings=GenerateConfig(steps=1, guidance=1.0)).shape
+        == LATENT
+    )
     with pytest.raises(PipelineError, match="encoded prompt"):
         generator.generate(PROMPT, **asked)
 
@@ -204,10 +239,14 @@ def test_noise_comes_from_the_seed_and_stays_usable(generator):
 
     drawn = clip_noise(4, LATENT)
     np.testing.assert_array_equal(clip(seed=4), clip(noise=drawn))
-    np.testing.assert_array_equal(drawn, clip_noise(4, LATENT))  # not given away with the solver's state
+    np.testing.assert_array_equal(
+        drawn, clip_noise(4, LATENT)
+    )  # not given away with the solver's state
     assert np.abs(clip(seed=4) - clip(seed=5)).max() > 0.1
     assert drawn.dtype == jnp.float32 and 0.8 < float(drawn.std()) < 1.2
-    chunk = jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(4), 0), 0), LATENT)
+    chunk = jax.random.normal(
+        jax.random.fold_in(jax.random.fold_in(jax.random.key(4), 0), 0), LATENT
+    )
     assert np.abs(chunk - drawn).max() > 0.1
 
 
@@ -306,7 +345,9 @@ def test_an_image_fills_the_frame_and_is_cropped_in_the_middle():
     columns = np.broadcast_to(np.arange(101, dtype=np.uint8)[None, :, None], (64, 101, 3))
     got = first_frame(columns, (64, 96))  # 5 columns too many: 2 go on the left
     np.testing.assert_array_equal(got, columns[:, 2:98])
-    np.testing.assert_array_equal(first_frame(np.swapaxes(columns, 0, 1), (96, 64)), np.swapaxes(columns, 0, 1)[2:98])
+    np.testing.assert_array_equal(
+        first_frame(np.swapaxes(columns, 0, 1), (96, 64)), np.swapaxes(columns, 0, 1)[2:98]
+    )
     source = picture(100, 77)  # scaled by 64/77 to 83.1 x 64: 83 rows, 19 too many
     scaled = np.asarray(source.resize((64, 83), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(first_frame(source, (64, 64)), scaled[9:73])
@@ -332,9 +373,16 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 def test_settings_come_from_the_config():
     full = GenerateConfig.read(load_config(f"{ROOT}/configs/wan22_ti2v.py"))
-    assert full == GenerateConfig() and (full.steps, full.shift, full.guidance, full.grid) == (50, 5.0, 5.0, "wan")
+    assert full == GenerateConfig() and (full.steps, full.shift, full.guidance, full.grid) == (
+        50,
+        5.0,
+        5.0,
+        "wan",
+    )
     assert GenerateConfig.read(smoke("generate.guidance=1")).guidance == 1
-    with pytest.raises(GenerateError, match="no group 'generate'; expected one as in configs/wan22_ti2v.py"):
+    with pytest.raises(
+        GenerateError, match="no group 'generate'; expected one as in configs/wan22_ti2v.py"
+    ):
         GenerateConfig.read(load_config(f"{ROOT}/configs/wan22_5b.py"))
     with pytest.raises(GenerateError, match="generate.step: no such key"):
         GenerateConfig.read({"generate": {"step": 3}})

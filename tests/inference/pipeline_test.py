@@ -21,7 +21,9 @@ GREY = np.full((20, 20, 3), 128, np.uint8)
 
 
 def smoke(*overrides):
-    return load_config(f"{ROOT}/configs/runway_tiny.py:smoke", ["video.height=32", "video.width=16", *overrides])
+    return load_config(
+        f"{ROOT}/configs/runway_tiny.py:smoke", ["video.height=32", "video.width=16", *overrides]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,12 @@ def test_saved_and_loaded_pipeline_streams_the_same_bits(folder):
         streams.append(session.next_chunk())
     assert np.array_equal(*streams)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "dit.safetensors", "text.safetensors", "tokenizer.json", "vae.safetensors"
-    ]  # fmt: skip
+        "config.json",
+        "dit.safetensors",
+        "text.safetensors",
+        "tokenizer.json",
+        "vae.safetensors",
+    ]
 
 
 def test_weights_are_as_readable_as_any_new_file(folder, tmp_path):
@@ -51,15 +57,21 @@ def test_weights_are_as_readable_as_any_new_file(folder, tmp_path):
 def test_saving_in_bfloat16_halves_the_files(folder, tmp_path):
     pipeline = Pipeline.from_pretrained(folder)
     pipeline.save(tmp_path, dtype=jnp.bfloat16)
-    assert (tmp_path / "dit.safetensors").stat().st_size < 0.6 * (folder / "dit.safetensors").stat().st_size
+    assert (tmp_path / "dit.safetensors").stat().st_size < 0.6 * (
+        folder / "dit.safetensors"
+    ).stat().st_size
     loaded = Pipeline.from_pretrained(tmp_path)
     for name, value in flat_params(loaded.dit).items():
         assert value.dtype == jnp.float32  # the config's dtype, not the file's
-        assert np.array_equal(value, flat_params(pipeline.dit)[name].astype(jnp.bfloat16).astype(jnp.float32))
+        assert np.array_equal(
+            value, flat_params(pipeline.dit)[name].astype(jnp.bfloat16).astype(jnp.float32)
+        )
 
 
 def test_random_weights_depend_on_the_seed_only_and_leave_nothing_at_zero():
-    a, b, c = (flat_params(Pipeline.random(smoke(), seed=seed, text=False).dit) for seed in (0, 0, 1))
+    a, b, c = (
+        flat_params(Pipeline.random(smoke(), seed=seed, text=False).dit) for seed in (0, 0, 1)
+    )
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert not any(np.array_equal(a[name], c[name]) for name in a if not name.endswith("scale"))
     assert all(np.asarray(value).any() for value in a.values())
@@ -128,7 +140,12 @@ def test_missing_file_is_named(folder, tmp_path, lost):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not a readable JSON"), ("[]", "model"), ('{"model": {}}', "vae, dit, text"), ("\udcff", "JSON")],
+    [
+        ("{", "not a readable JSON"),
+        ("[]", "model"),
+        ('{"model": {}}', "vae, dit, text"),
+        ("\udcff", "JSON"),
+    ],
 )
 def test_bad_config_json(folder, tmp_path, content, message):
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -165,7 +182,9 @@ def test_byte_tokenizer_survives_saving(folder):
 
 
 def test_no_such_folder():
-    with pytest.raises(PipelineError, match=r"nowhere: no such folder; expected one with config\.json"):
+    with pytest.raises(
+        PipelineError, match=r"nowhere: no such folder; expected one with config\.json"
+    ):
         Pipeline.from_pretrained("nowhere")
     with pytest.raises(PipelineError, match="not a folder"):
         Pipeline.from_pretrained(ROOT / "setup.py")
@@ -173,10 +192,16 @@ def test_no_such_folder():
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("video.height=120", "multiples of 16"), ("video.width=0", "multiples of 16"), ("dtype=float16", "float16"),
-     ("model.text.length=8", "text_length"), ("sampler.name=few_step sampler.steps=8", "change both"),
-     ("model.dit.heads=3", "multiple of heads"), ("cache.sink=2", "whole chunks")],
-)  # fmt: skip
+    [
+        ("video.height=120", "multiples of 16"),
+        ("video.width=0", "multiples of 16"),
+        ("dtype=float16", "float16"),
+        ("model.text.length=8", "text_length"),
+        ("sampler.name=few_step sampler.steps=8", "change both"),
+        ("model.dit.heads=3", "multiple of heads"),
+        ("cache.sink=2", "whole chunks"),
+    ],
+)
 def test_config_that_cannot_work(override, message):
     with pytest.raises(PipelineError, match=message):
         Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke", override.split()))
@@ -193,7 +218,10 @@ def test_full_size_is_described_without_weights():
     steps = Pipeline.abstract(load_config(f"{ROOT}/configs/wan22_5b.py")).steps
     arguments = steps.abstract_arguments()
     cache, _, seed, number = arguments["chunk"]
-    assert sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v)) == 2 * 30 * 23 * 880 * 3072 * 2
+    assert (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v))
+        == 2 * 30 * 23 * 880 * 3072 * 2
+    )
     assert (seed.shape, number.shape) == ((), ())
     assert arguments["decode_first"][0].shape == (1, 3, 80, 44, 48)
     assert arguments["encode_image"][0].shape == (1280, 704, 3)

@@ -43,7 +43,11 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def params(pipeline: Pipeline) -> dict[str, np.ndarray]:
     networks = {name: getattr(pipeline, name) for name in ("vae", "dit", "text")}
-    return {f"{n}.{k}": np.asarray(x) for n, network in networks.items() for k, x in flat_params(network).items()}
+    return {
+        f"{n}.{k}": np.asarray(x)
+        for n, network in networks.items()
+        for k, x in flat_params(network).items()
+    }
 
 
 def test_every_layout_gives_the_same_pipeline(public):
@@ -54,15 +58,21 @@ def test_every_layout_gives_the_same_pipeline(public):
         got = params(pipeline)
         assert got.keys() == expected.keys()
         assert all(np.array_equal(got[name], x) for name, x in expected.items())
-        np.testing.assert_array_equal(pipeline.tokenizer(["a dog"])[0], byte_tokenizer(512)(["a dog"])[0])
+        np.testing.assert_array_equal(
+            pipeline.tokenizer(["a dog"])[0], byte_tokenizer(512)(["a dog"])[0]
+        )
 
 
-def test_a_public_layout_is_converted_once_and_again_when_a_file_changes(public, cache, tmp_path, monkeypatch):
+def test_a_public_layout_is_converted_once_and_again_when_a_file_changes(
+    public, cache, tmp_path, monkeypatch
+):
     folder = tmp_path / "copy"
     shutil.copytree(public["diffusers"], folder)
     written = []
     write = convert.write
-    monkeypatch.setattr(convert, "write", lambda plan, out, *args: (written.append(out), write(plan, out, *args)))
+    monkeypatch.setattr(
+        convert, "write", lambda plan, out, *args: (written.append(out), write(plan, out, *args))
+    )
     Pipeline.from_pretrained(folder)
     Pipeline.from_pretrained(folder)
     assert len(written) == 1 and [path.name for path in cache.iterdir()] == [written[0].name]
@@ -91,7 +101,10 @@ def test_what_the_hub_fetched_before_is_found_without_a_network(public, tmp_path
     shutil.copytree(public["diffusers"], hub / "snapshots/0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    got, expected = params(Pipeline.from_pretrained("somebody/tiny")), params(Pipeline.from_pretrained(public["jax"]))
+    got, expected = (
+        params(Pipeline.from_pretrained("somebody/tiny")),
+        params(Pipeline.from_pretrained(public["jax"])),
+    )
     assert all(np.array_equal(got[name], x) for name, x in expected.items())
 
 
@@ -102,11 +115,19 @@ def test_what_the_hub_fetched_before_is_found_without_a_network(public, tmp_path
             "Wan-AI/Wan2.2-TI2V-5B",
             ("Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"),
         ),
-        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", ("transformer/", "text_encoder/", "tokenizer/tokenizer.json")),
-        ("somebody/else", ("config.json", "dit.safetensors", "vae.safetensors", "text.safetensors")),
+        (
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            ("transformer/", "text_encoder/", "tokenizer/tokenizer.json"),
+        ),
+        (
+            "somebody/else",
+            ("config.json", "dit.safetensors", "vae.safetensors", "text.safetensors"),
+        ),
     ],
 )
-def test_without_a_network_a_hub_name_says_which_files_to_put_where(name, files, tmp_path, monkeypatch):
+def test_without_a_network_a_hub_name_says_which_files_to_put_where(
+    name, files, tmp_path, monkeypatch
+):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -121,7 +142,9 @@ def test_without_a_network_a_hub_name_says_which_files_to_put_where(name, files,
 def test_a_part_of_a_pipeline_says_what_is_missing(public, tmp_path):
     shutil.copytree(public["diffusers"], tmp_path / "part")
     shutil.rmtree(tmp_path / "part/text_encoder")
-    with pytest.raises(PipelineError, match="no text among its checkpoints; a pipeline needs all three"):
+    with pytest.raises(
+        PipelineError, match="no text among its checkpoints; a pipeline needs all three"
+    ):
         Pipeline.from_pretrained(tmp_path / "part")
     shutil.copytree(public["diffusers"], tmp_path / "mute")
     shutil.rmtree(tmp_path / "mute/tokenizer")
@@ -173,7 +196,11 @@ def test_on_a_mesh_every_parameter_lies_on_its_shards_and_the_stream_is_the_same
         "PYTHONPATH": ".",
     }
     done = subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES, str(public["jax"])], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-c", FOUR_DEVICES, str(public["jax"])],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "equal"
@@ -198,11 +225,17 @@ def test_a_lora_in_any_naming_is_added_to_a_pipeline(public, tmp_path):
     merged.add_lora(path, 0.5)
     apart.add_lora(path, 0.5, merged=False)
     before, after = flat_params(plain.dit), flat_params(merged.dit)
-    changed = {name.removesuffix(".kernel") for name in before if not np.array_equal(before[name], after[name])}
+    changed = {
+        name.removesuffix(".kernel")
+        for name in before
+        if not np.array_equal(before[name], after[name])
+    }
     assert changed == set(lora_test.LAYERS)
     kept = flat_params(apart.dit)
     assert all(np.array_equal(kept[name], x) for name, x in before.items())
-    np.testing.assert_allclose(lora_test._forward(apart.dit), lora_test._forward(merged.dit), atol=1e-4)
+    np.testing.assert_allclose(
+        lora_test._forward(apart.dit), lora_test._forward(merged.dit), atol=1e-4
+    )
     with pytest.raises(PipelineError, match="not a LoRA, but a Wan2.2 VAE"):
         plain.add_lora(public["diffusers"] / "vae")
     with pytest.raises(PipelineError, match="no such file"):

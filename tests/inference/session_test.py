@@ -1,4 +1,6 @@
-"""Sessions: bits, switches, mechanisms, snapshots. A random model of a few thousand parameters, 64x48 pixels."""
+"""Sessions: bits, switches, mechanisms, snapshots. A random model of a few thousand parameters,
+64x48 pixels.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,31 @@ import pytest
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError
-from chameleon_jax.inference import Mechanisms, Pipeline, Session, SessionError, Snapshot, SnapshotError
+from chameleon_jax.inference import (
+    Mechanisms,
+    Pipeline,
+    Session,
+    SessionError,
+    Snapshot,
+    SnapshotError,
+)
 from chameleon_jax.inference.pipeline import PipelineError
 
 ROOT = Path(__file__).parents[2]
-OVERRIDES = ["video.height=64", "video.width=48", "sampler.steps=2", "cache.frames=23", "cache.sink=3"]
+OVERRIDES = [
+    "video.height=64",
+    "video.width=48",
+    "sampler.steps=2",
+    "cache.frames=23",
+    "cache.sink=3",
+]
 ALL_BUT_DROP = Mechanisms(drop_repeated_frame=False)
 
 
 def make_pipeline(*overrides):
-    return Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke", [*OVERRIDES, *overrides]), seed=3)
+    return Pipeline.random(
+        load_config(f"{ROOT}/configs/runway_tiny.py:smoke", [*OVERRIDES, *overrides]), seed=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +205,10 @@ def test_refresh_alone_keeps_history_and_decoder(pipeline):
     switch_now(session, SHIRT)
     after = cache_arrays(session)
     tokens = before[0].shape[1] // 23
-    assert all(np.array_equal(x[:, 2 * tokens :], y[:, 2 * tokens :]) for x, y in zip(before, after, strict=True))
+    assert all(
+        np.array_equal(x[:, 2 * tokens :], y[:, 2 * tokens :])
+        for x, y in zip(before, after, strict=True)
+    )
     assert all(not np.array_equal(x, y) for x, y in zip(slots, context_slots(session), strict=True))
     assert session.length == 8 and session._state.decoder is not None
     frames = session.next_chunk()
@@ -285,7 +305,15 @@ def test_long_stream_keeps_its_cache_and_compiles_once():
 def test_compiling_ahead_gives_the_same_bits(pipeline):
     ahead = make_pipeline()
     seconds = ahead.steps.compile()
-    assert set(seconds) == {"encode_text", "text_kv", "encode_image", "refresh", "chunk", "decode_first", "decode_next"}
+    assert set(seconds) == {
+        "encode_text",
+        "text_kv",
+        "encode_image",
+        "refresh",
+        "chunk",
+        "decode_first",
+        "decode_next",
+    }
     assert same(chunks(started(ahead), 2), chunks(started(pipeline), 2))
 
 
@@ -314,7 +342,12 @@ def test_bad_picture_is_refused_and_the_stream_goes_on(pipeline, tmp_path):
 
 def test_not_started(pipeline):
     session = Session(pipeline)
-    for call in (session.next_chunk, session.snapshot, lambda: session.switch_garment(SHIRT), lambda: session.frames):
+    for call in (
+        session.next_chunk,
+        session.snapshot,
+        lambda: session.switch_garment(SHIRT),
+        lambda: session.frames,
+    ):
         with pytest.raises(SessionError, match="start"):
             call()
     for seed in (-1, 2**32):
@@ -337,7 +370,9 @@ def test_absolute_positions_end_and_a_switch_starts_them_again():
 def test_failed_chunk_ends_the_stream_and_a_new_start_works(pipeline, monkeypatch):
     session = started(pipeline)
     session.next_chunk()
-    monkeypatch.setattr(pipeline.steps, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(
+        pipeline.steps, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    )
     with pytest.raises(RuntimeError, match="out of memory"):
         session.next_chunk()
     monkeypatch.undo()
@@ -359,7 +394,9 @@ def test_snapshot_and_restore_give_the_same_bits(pipeline, tmp_path):
     rest = chunks(session, 3)
     assert [p.name for p in tmp_path.iterdir()] == ["session.safetensors"]
     for snapshot in (value, Snapshot.load(tmp_path / "session.safetensors")):
-        other = Session(pipeline, Mechanisms.parse("refresh"))  # the snapshot's mechanisms replace these
+        other = Session(
+            pipeline, Mechanisms.parse("refresh")
+        )  # the snapshot's mechanisms replace these
         other.restore(snapshot)
         assert same(rest, chunks(other, 3))
         assert other.switches == session.switches and other.frames == session.frames
@@ -394,8 +431,15 @@ def test_snapshot_continues_in_a_new_process(pipeline, tmp_path):
     session.switch_garment(SHIRT)
     session.snapshot().save(tmp_path / "s.safetensors")
     rest = chunks(session, 2)
-    command = [sys.executable, "-c", CONTINUE, f"{ROOT}/configs/runway_tiny.py:smoke", tmp_path / "s.safetensors",
-               tmp_path / "frames.npz", *OVERRIDES]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        CONTINUE,
+        f"{ROOT}/configs/runway_tiny.py:smoke",
+        tmp_path / "s.safetensors",
+        tmp_path / "frames.npz",
+        *OVERRIDES,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": jax.default_backend()}
     subprocess.run(list(map(str, command)), check=True, cwd=tmp_path, env=environment)
     with np.load(tmp_path / "frames.npz") as file:
@@ -414,7 +458,11 @@ def test_damaged_snapshots_are_refused(pipeline, tmp_path):
     good = tmp_path / "good.safetensors"
     session.snapshot().save(good)
     data = good.read_bytes()
-    for name, content in {"cut": data[: len(data) // 2], "empty": b"", "text": b"hello, this is not it"}.items():
+    for name, content in {
+        "cut": data[: len(data) // 2],
+        "empty": b"",
+        "text": b"hello, this is not it",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SnapshotError, match=name):
             Snapshot.load(tmp_path / name)

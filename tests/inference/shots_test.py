@@ -1,4 +1,5 @@
-"""Videos of several shots: what the chunks are told and made of, one program for all of them, and what is refused.
+"""Videos of several shots: what the chunks are told and made of, one program for all of them, and
+what is refused.
 
 That the chunks themselves are right is shown in tests/diffusion/rollout_test.py.
 """
@@ -24,7 +25,12 @@ from launch.bench import compilations
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/longlive2_5b.py"
-SHOTS = [Shot("she walks", 2), Shot("a street at night", 3), Shot("it rains", 1, cut=False), Shot("the sea", 1)]
+SHOTS = [
+    Shot("she walks", 2),
+    Shot("a street at night", 3),
+    Shot("it rains", 1, cut=False),
+    Shot("the sea", 1),
+]
 TOLD = [
     ("she walks", False),
     ("she walks", False),
@@ -38,7 +44,9 @@ TOLD = [
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    """Random networks: chunks of two latent frames of 32x48 pixels, four of them remembered, two steps."""
+    """Random networks: chunks of two latent frames of 32x48 pixels, four of them remembered, two
+    steps.
+    """
     return Pipeline.random(load_config(f"{CONFIG}:smoke"), seed=3)
 
 
@@ -54,7 +62,9 @@ def by_hand(pipeline):
 
     def chunk(cache, states, seed, number, cut, held):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), number)
-        return rollout.denoise_chunk(dit, cache, dit.text_kv(states), key, sampler=sampler, cut=cut, held=held)
+        return rollout.denoise_chunk(
+            dit, cache, dit.text_kv(states), key, sampler=sampler, cut=cut, held=held
+        )
 
     return {"chunk": jax.jit(chunk), "encode": jax.jit(vae.encode), "decode": jax.jit(vae.decode)}
 
@@ -65,7 +75,10 @@ def picture(seed=0, size=(50, 40)) -> np.ndarray:
 
 def test_a_cut_is_told_in_the_first_chunk_of_a_later_shot():
     assert list(told(SHOTS)) == TOLD
-    assert list(told([Shot("a", 1, cut=False), Shot("a", 1)])) == [("a", False), ("The scene transitions. a", True)]
+    assert list(told([Shot("a", 1, cut=False), Shot("a", 1)])) == [
+        ("a", False),
+        ("The scene transitions. a", True),
+    ]
 
 
 @pytest.mark.parametrize("image", [None, picture()], ids=["prompts alone", "first frame"])
@@ -74,12 +87,16 @@ def test_a_video_is_made_of_its_chunks(pipeline, streams, by_hand, image):
     cache = rollout.new_cache(pipeline.dit, CacheConfig(**pipeline.config.cache), 1, (4, 6))
     z, latents = np.zeros((1, 2, 4, 6, 4), np.float32), []
     if image is not None:
-        z[:, :1] = by_hand["encode"](stretched(image, (32, 48))[None, None].astype(np.float32) / 127.5 - 1)
+        z[:, :1] = by_hand["encode"](
+            stretched(image, (32, 48))[None, None].astype(np.float32) / 127.5 - 1
+        )
     for number, (prompt, cut) in enumerate(TOLD):
         held = rollout.Held(z, np.array([image is not None and number == 0, False]))
         x0, cache = by_hand["chunk"](cache, pipeline.encode_prompt(prompt), 11, number, cut, held)
         latents.append(x0)
-    expected = to_uint8(np.asarray(by_hand["decode"](jnp.concatenate(latents, axis=1))))[0].astype(int)
+    expected = to_uint8(np.asarray(by_hand["decode"](jnp.concatenate(latents, axis=1))))[0].astype(
+        int
+    )
 
     chunks = list(streams.stream(SHOTS, image=image, seed=11))
     assert [len(chunk) for chunk in chunks] == [5, 8, 8, 8, 8, 8, 8]
@@ -97,7 +114,11 @@ def test_what_a_video_depends_on(streams):
 
     same = video(seed=1)
     np.testing.assert_array_equal(same, video(seed=1))
-    for other in (video(), video(image=picture(), seed=1), video(SHOTS[0], Shot("a lake", 3), seed=1)):
+    for other in (
+        video(),
+        video(image=picture(), seed=1),
+        video(SHOTS[0], Shot("a lake", 3), seed=1),
+    ):
         assert other.shape == same.shape and np.abs(other - same).max() > 2
     uncut = video(SHOTS[0], Shot(SHOTS[1].prompt, 3, cut=False), seed=1)
     np.testing.assert_array_equal(uncut[:13], same[:13])  # all that comes before the cut
@@ -115,7 +136,9 @@ def test_streams_side_by_side_do_not_mix(streams):
 def test_a_prompt_is_encoded_once_and_few_are_kept(pipeline, monkeypatch):
     streams, encoded = MultiShot(pipeline), []
     encode = pipeline.steps.text_kv
-    monkeypatch.setattr(pipeline.steps, "text_kv", lambda states: encoded.append(states) or encode(states))
+    monkeypatch.setattr(
+        pipeline.steps, "text_kv", lambda states: encoded.append(states) or encode(states)
+    )
     for _ in range(2):
         list(streams.stream([Shot("a", 3), Shot("b", 3)]))
     assert len(encoded) == 3  # a, b behind the words that mark the cut, b
@@ -134,13 +157,18 @@ def test_nothing_is_compiled_later_and_memory_does_not_grow(pipeline, streams):
                 seen.append(sum(x.nbytes for x in jax.live_arrays()))
     assert compiled == []
     assert max(seen[7:16]) == min(seen[7:16]) == max(seen[23:]) == min(seen[23:])
-    assert "refresh" not in pipeline.steps.abstract_arguments() and "chunk" not in pipeline.steps.abstract_arguments()
+    assert (
+        "refresh" not in pipeline.steps.abstract_arguments()
+        and "chunk" not in pipeline.steps.abstract_arguments()
+    )
 
 
 def test_programs_compiled_ahead_make_the_same_video(pipeline):
     other = Pipeline.random(load_config(f"{CONFIG}:smoke"), seed=3)
     assert other.steps.compile().keys() == pipeline.steps.abstract_arguments().keys()
-    first, second = (list(MultiShot(p).stream(SHOTS[:2], image=picture())) for p in (pipeline, other))
+    first, second = (
+        list(MultiShot(p).stream(SHOTS[:2], image=picture())) for p in (pipeline, other)
+    )
     for chunk, expected in zip(first, second, strict=True):
         np.testing.assert_array_equal(chunk, expected)
 
@@ -148,7 +176,11 @@ def test_programs_compiled_ahead_make_the_same_video(pipeline):
 def test_the_first_frame_is_the_whole_picture_stretched():
     image = picture(1, (90, 70))
     x = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
-    expected = torch.nn.functional.interpolate(x, (32, 48), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    expected = (
+        torch.nn.functional.interpolate(x, (32, 48), mode="bilinear", antialias=True)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     np.testing.assert_allclose(stretched(image, (32, 48)), expected, atol=1.01)
     np.testing.assert_array_equal(stretched(image, (90, 70)), image)
 
@@ -158,10 +190,25 @@ def test_the_first_frame_is_the_whole_picture_stretched():
     [
         ([], {}, MultiShotError, "no shots; expected at least one"),
         ([Shot("a", 0)], {}, MultiShotError, "shot 0: 0 chunks; expected at least 1"),
-        ([Shot("a", 1), Shot(np.zeros(3), 1)], {}, MultiShotError, "shot 1: the prompt is ndarray; expected a string"),
-        ([Shot("The scene transitions. a", 1)], {}, MultiShotError, "put in front of a cut for you; leave it out"),
+        (
+            [Shot("a", 1), Shot(np.zeros(3), 1)],
+            {},
+            MultiShotError,
+            "shot 1: the prompt is ndarray; expected a string",
+        ),
+        (
+            [Shot("The scene transitions. a", 1)],
+            {},
+            MultiShotError,
+            "put in front of a cut for you; leave it out",
+        ),
         ([Shot("a", 1)], {"seed": -1}, MultiShotError, "seed -1 is out of range"),
-        ([Shot("a", 513)], {}, PositionError, "chunk 512 of the video, in shot 0, is beyond the 512 "),
+        (
+            [Shot("a", 513)],
+            {},
+            PositionError,
+            "chunk 512 of the video, in shot 0, is beyond the 512 ",
+        ),
         (
             [Shot("a", 500), *[Shot("b", 1)] * 7],
             {},
@@ -178,16 +225,23 @@ def test_what_cannot_be_made_is_refused_before_anything_is_made(streams, shots, 
 
 def test_longest_videos_are_accepted(streams):
     streams.stream([Shot("a", 512)])
-    streams.stream([Shot("a", 500), Shot("b", 1), Shot("c", 10, cut=False)])  # one cut moves on by one chunk
+    streams.stream(
+        [Shot("a", 500), Shot("b", 1), Shot("c", 10, cut=False)]
+    )  # one cut moves on by one chunk
 
 
 def test_pipelines_are_for_one_kind_of_stream(pipeline):
-    with pytest.raises(MultiShotError, match="cache.context is 2: that stream starts from condition frames"):
+    with pytest.raises(
+        MultiShotError, match="cache.context is 2: that stream starts from condition frames"
+    ):
         MultiShot(Pipeline.random(load_config(f"{ROOT}/configs/runway_tiny.py:smoke"), text=False))
-    with pytest.raises(PipelineError, match=r"no person and no garment to start from; use shots\.MultiShot"):
+    with pytest.raises(
+        PipelineError, match=r"no person and no garment to start from; use shots\.MultiShot"
+    ):
         pipeline.session()
     with pytest.raises(
-        ValueError, match="no program 'refresh', with 0 condition frames; its programs are encode_image"
+        ValueError,
+        match="no program 'refresh', with 0 condition frames; its programs are encode_image",
     ):
         pipeline.steps.refresh(None, None, None, None)
 
@@ -195,7 +249,13 @@ def test_pipelines_are_for_one_kind_of_stream(pipeline):
 def test_the_published_setting():
     config = load_config(CONFIG)
     cache = CacheConfig(**config.cache)
-    assert (cache.chunks, cache.sink_chunks, cache.context, cache.pin, cache.shot_offset) == (4, 1, 0, True, 8)
+    assert (cache.chunks, cache.sink_chunks, cache.context, cache.pin, cache.shot_offset) == (
+        4,
+        1,
+        0,
+        True,
+        8,
+    )
     video, factor = config.video, 4
     assert (video.height, video.width, video.fps) == (704, 1280, 24)
     assert (video.frames - 1) // factor + 1 == 128 == 16 * cache.block
@@ -208,7 +268,12 @@ def test_full_size_is_described_without_weights():
     steps = Pipeline.abstract(load_config(CONFIG)).steps
     arguments = steps.abstract_arguments()
     cache, _, _, _, cut, image, held = arguments["shot_chunk"]
-    assert sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v)) == 2 * 30 * 32 * 880 * 3072 * 2
+    assert (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v))
+        == 2 * 30 * 32 * 880 * 3072 * 2
+    )
     assert (cut.shape, image.shape, held.shape) == ((), (1, 1, 44, 80, 48), ())
     assert arguments["decode_first"][0].shape == (1, 8, 44, 80, 48)
-    assert "while" in steps.lower("shot_chunk").as_text()  # the steps and the clean pass are one loop
+    assert (
+        "while" in steps.lower("shot_chunk").as_text()
+    )  # the steps and the clean pass are one loop

@@ -1,4 +1,6 @@
-"""`launch.bench` on a random model of a few thousand parameters, on a machine that has the bare core only."""
+"""`launch.bench` on a random model of a few thousand parameters, on a machine that has the bare
+core only.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,15 @@ import pytest
 from launch import bench
 
 ROOT = Path(__file__).parents[2]
-SMALL = [f"--config={ROOT}/configs/runway_tiny.py:smoke", "--config.video.height=32", "--config.video.width=16",
-         "--config.sampler.steps=1"]  # fmt: skip
+SMALL = [
+    f"--config={ROOT}/configs/runway_tiny.py:smoke",
+    "--config.video.height=32",
+    "--config.video.width=16",
+    "--config.sampler.steps=1",
+]
 
-# Everything that a bare accelerator machine may not have is made unimportable before anything else happens.
+# Everything that a bare accelerator machine may not have is made unimportable before anything else
+# happens.
 BARE = """
 import sys
 FORBIDDEN = ("av", "grain", "tensorflow_datasets", "tensorflow", "orbax", "torch", "tokenizers", "safetensors", "ftfy",
@@ -37,9 +44,22 @@ assert not [name for name in sys.modules if name.split(".")[0] in FORBIDDEN]
 
 def test_runs_where_only_the_core_is_installed(tmp_path):
     out = tmp_path / "results" / "bench.json"
-    argv = [sys.executable, "-c", BARE, *SMALL, "--frames=33", "--repeats=2", "--switches=3", f"--out={out}"]
+    argv = [
+        sys.executable,
+        "-c",
+        BARE,
+        *SMALL,
+        "--frames=33",
+        "--repeats=2",
+        "--switches=3",
+        f"--out={out}",
+    ]
     done = subprocess.run(
-        argv, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path
+        argv,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
@@ -48,8 +68,16 @@ def test_runs_where_only_the_core_is_installed(tmp_path):
     assert len(results["denoise_seconds"]) == len(results["delivered_seconds"]) == 2
     assert results["denoise_fps"] > 0 and results["delivered_fps"] > 0
     assert results["switch_p95_ms"] >= results["switch_p50_ms"] > 0
-    assert results["first_frame_ms"] > 0 and results["peak_mib"] > 50 and results["compile_seconds"] > 0
-    assert report["hardware"]["platform"] and report["versions"]["jax"] and report["config"]["sampler"]["steps"] == 1
+    assert (
+        results["first_frame_ms"] > 0
+        and results["peak_mib"] > 50
+        and results["compile_seconds"] > 0
+    )
+    assert (
+        report["hardware"]["platform"]
+        and report["versions"]["jax"]
+        and report["config"]["sampler"]["steps"] == 1
+    )
     for label in (
         "denoise only, whole video",
         "with decoding",
@@ -66,7 +94,9 @@ def test_length_independence_report(tmp_path, capsys):
     bench.main(["bench", *SMALL, "--length_independence", "--chunks=150", f"--out={out}"])
     results = json.loads(out.read_text())["results"]
     assert results["chunks"] == 150 and results["frames"] == 12 * 150 - 3
-    assert len(results["ms_by_50"]) == len(results["mib_by_50"]) == len(results["programs_by_50"]) == 3
+    assert (
+        len(results["ms_by_50"]) == len(results["mib_by_50"]) == len(results["programs_by_50"]) == 3
+    )
     assert results["programs_compiled"] == 0
     assert results["time_ratio"] == pytest.approx(results["late_ms"] / results["early_ms"])
     assert "late / early, time" in capsys.readouterr().out
@@ -86,9 +116,14 @@ def test_compilations_are_counted():
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [("--config.cache.frmes=1", "cache.frames"), ("--weights=nowhere", "nowhere: no such folder"),
-     ("--repeats=0", "repeats"), ("--out=x.txt", "ends in .json"), ("--chunks=20", "chunks")],
-)  # fmt: skip
+    [
+        ("--config.cache.frmes=1", "cache.frames"),
+        ("--weights=nowhere", "nowhere: no such folder"),
+        ("--repeats=0", "repeats"),
+        ("--out=x.txt", "ends in .json"),
+        ("--chunks=20", "chunks"),
+    ],
+)
 def test_bad_input_is_one_line(extra, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
@@ -101,9 +136,11 @@ def test_bad_input_is_one_line(extra, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_cost_per_chunk_does_not_grow_with_the_stream(tmp_path):
-    """500 chunks of the embedded model's sizes run the same programs on arrays of the same sizes, in the same memory.
+    """500 chunks of the embedded model's sizes run the same programs on arrays of the same sizes,
+    in the same memory.
 
-    Programs of fixed shapes do the same work every time; how long that takes is the benchmark's to say, not a test's.
+    Programs of fixed shapes do the same work every time; how long that takes is the benchmark's to
+    say, not a test's.
     """
     out = tmp_path / "bench.json"
     bench.main(

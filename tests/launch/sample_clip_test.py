@@ -1,4 +1,6 @@
-"""`launch.sample --task t2v` and `i2v` from end to end on a random model: outputs, bad inputs, Ctrl-C."""
+"""`launch.sample --task t2v` and `i2v` from end to end on a random model: outputs, bad inputs,
+Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,15 @@ def call(argv, capsys):
 
 def test_text_to_video(tmp_path, capsys):
     out = tmp_path / "new" / "out.mp4"
-    asked = ("--size=48x32", "--frames=13", "--steps=3", "--seed=7", "--guidance=2.5", "--shift=3", "--grid=diffusers")
+    asked = (
+        "--size=48x32",
+        "--frames=13",
+        "--steps=3",
+        "--seed=7",
+        "--guidance=2.5",
+        "--shift=3",
+        "--grid=diffusers",
+    )
     code, stdout, stderr = call(command("t2v", out, *asked, "--negative_prompt=blurred"), capsys)
     assert code == 0
     assert f"{out}: 13 frames of 48x32, 3 steps in " in stdout
@@ -57,10 +67,23 @@ def test_text_to_video(tmp_path, capsys):
     assert read_video(out).shape == (13, 48, 32, 3)
     report = json.loads(out.with_suffix(".json").read_text())
     expected = {
-        "task": "t2v", "interrupted": False, "frames": 13, "frames_asked": 13, "size": [48, 32], "fps": 24, "seed": 7,
-        "prompt": "她 walks", "negative_prompt": "blurred", "image": None, "solver": "unipc", "grid": "diffusers",
-        "steps": 3, "shift": 3.0, "guidance": 2.5, "weights": "random",
-    }  # fmt: skip
+        "task": "t2v",
+        "interrupted": False,
+        "frames": 13,
+        "frames_asked": 13,
+        "size": [48, 32],
+        "fps": 24,
+        "seed": 7,
+        "prompt": "她 walks",
+        "negative_prompt": "blurred",
+        "image": None,
+        "solver": "unipc",
+        "grid": "diffusers",
+        "steps": 3,
+        "shift": 3.0,
+        "guidance": 2.5,
+        "weights": "random",
+    }
     assert {key: report[key] for key in expected} == expected
     assert report["config"]["generate"]["steps"] == 3 and report["config"]["video"]["height"] == 48
     assert set(report["seconds"]) == {"load", "encode", "first_step", "denoise", "decode", "total"}
@@ -76,18 +99,26 @@ def test_image_to_video(pictures, tmp_path, capsys):
     assert code == 0 and "9 frames of 48x32" in stdout
     assert read_video(out).shape == (9, 48, 32, 3)
     report = json.loads(out.with_suffix(".json").read_text())
-    assert (report["task"], report["image"], report["size"]) == ("i2v", f"{pictures / 'tall.png'}", [48, 32])
+    assert (report["task"], report["image"], report["size"]) == (
+        "i2v",
+        f"{pictures / 'tall.png'}",
+        [48, 32],
+    )
     assert report["negative_prompt"] == NEGATIVE_PROMPT and report["grid"] == "wan"
     with Image.open(out.with_suffix(".png")) as sheet:
         assert sheet.size[1] >= 3 * 48
-    code, _, _ = call(command("i2v", out, f"--image={pictures / 'tall.png'}", "--size=32x48"), capsys)
+    code, _, _ = call(
+        command("i2v", out, f"--image={pictures / 'tall.png'}", "--size=32x48"), capsys
+    )
     assert code == 0 and read_video(out).shape == (9, 32, 48, 3)
 
 
 def test_same_seed_same_bits_and_an_empty_prompt_is_a_prompt(tmp_path, capsys):
     videos = []
     for name, seed in (("a.mp4", 1), ("b.mp4", 1), ("b.mp4", 2)):
-        argv = command("t2v", tmp_path / name, f"--seed={seed}", "--frames=5", "--guidance=1", prompt="")
+        argv = command(
+            "t2v", tmp_path / name, f"--seed={seed}", "--frames=5", "--guidance=1", prompt=""
+        )
         assert call(argv, capsys)[0] == 0
         videos.append((tmp_path / name).read_bytes())
     assert videos[0] == videos[1] != videos[2]
@@ -95,7 +126,9 @@ def test_same_seed_same_bits_and_an_empty_prompt_is_a_prompt(tmp_path, capsys):
 
 
 def test_a_negative_prompt_that_is_not_read_is_remarked_on(tmp_path, capsys):
-    argv = command("t2v", tmp_path / "o.mp4", "--frames=1", "--guidance=1", "--negative_prompt=blurred")
+    argv = command(
+        "t2v", tmp_path / "o.mp4", "--frames=1", "--guidance=1", "--negative_prompt=blurred"
+    )
     code, _, stderr = call(argv, capsys)
     assert code == 0 and "note: --negative_prompt is not used" in stderr
     assert len(read_video(tmp_path / "o.mp4")) == 1
@@ -118,24 +151,48 @@ BAD = {
     "no image": ("i2v", [], "--task i2v needs --image"),
     "no such image": ("i2v", ["--image={p}/nobody.png"], "nobody.png: no such file"),
     "empty image": ("i2v", ["--image={p}/empty.png"], "empty.png: the file is empty"),
-    "image without a use": ("t2v", [IMAGE], "--image is for --task i2v or shots, not for --task t2v"),
+    "image without a use": (
+        "t2v",
+        [IMAGE],
+        "--image is for --task i2v or shots, not for --task t2v",
+    ),
     "garment": ("t2v", ["--garment=a.png"], "--garment is for --task stream, not for --task t2v"),
     "reference": ("i2v", [IMAGE, "--reference=a.png"], "--reference is for --task stream"),
     "mechanisms": ("t2v", ["--switch=full"], "--switch is for --task stream"),
-    "repeated frame": ("t2v", ["--nodrop_repeated_frame"], "--drop_repeated_frame is for --task stream"),
-    "guidance of a stream": ("stream", ["--guidance=3"], "--guidance is for --task t2v or i2v, not for --task stream"),
+    "repeated frame": (
+        "t2v",
+        ["--nodrop_repeated_frame"],
+        "--drop_repeated_frame is for --task stream",
+    ),
+    "guidance of a stream": (
+        "stream",
+        ["--guidance=3"],
+        "--guidance is for --task t2v or i2v, not for --task stream",
+    ),
     "size of a stream": ("stream", ["--size=32x48"], "--size is for --task t2v or i2v"),
     "shift of a stream": ("stream", ["--shift=3"], "--shift is for --task t2v or i2v"),
     "grid of a stream": ("stream", ["--grid=wan"], "--grid is for --task t2v or i2v"),
-    "negative prompt of a stream": ("stream", ["--negative_prompt=x"], "--negative_prompt is for --task t2v or i2v"),
+    "negative prompt of a stream": (
+        "stream",
+        ["--negative_prompt=x"],
+        "--negative_prompt is for --task t2v or i2v",
+    ),
     "unknown task": ("t2i", [], "stream|t2v|i2v"),
     "unknown grid": ("t2v", ["--grid=karras"], "wan|diffusers"),
     "no steps": ("t2v", ["--steps=0"], "expected 1 to 1000"),
     "no shift": ("t2v", ["--shift=0"], "expected a number above 0"),
     "impossible guidance": ("t2v", ["--guidance=nan"], "expected a number from 0 up"),
     "seed out of range": ("t2v", ["--seed=-1"], "expected 0 to 4294967295"),
-    "config of a stream": ("t2v", [f"--config={ROOT}/configs/runway_tiny.py:smoke"], "no group 'generate'"),
-    "no weights": ("t2v", [f"--config={ROOT}/configs/wan22_ti2v.py"], "comes without weights; give --weights"),
+    "config of a stream": (
+        "t2v",
+        [f"--config={ROOT}/configs/runway_tiny.py:smoke"],
+        "no group 'generate'",
+    ),
+    "no weights": (
+        "t2v",
+        [f"--config={ROOT}/configs/wan22_ti2v.py"],
+        "comes without weights; give --weights",
+    ),
     "no such weights": ("t2v", ["--weights={p}/nowhere"], "nowhere: no such folder"),
     "unknown key": ("t2v", ["--config.generate.step=3"], "generate.steps"),
     "not a video name": ("t2v", ["--out={o}/out.gif"], "ends in .mp4"),
@@ -155,18 +212,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, pictures, tmp_path, caps
 def test_a_clip_without_a_prompt_is_refused_and_the_config_is_that_of_the_task(tmp_path, capsys):
     code, _, stderr = call(command("t2v", tmp_path / "out.mp4", prompt=None), capsys)
     assert code == 2 and "--task t2v needs --prompt" in stderr
-    code, _, stderr = call(["sample", "--task=t2v", "--prompt=x", f"--out={tmp_path / 'out.mp4'}"], capsys)
+    code, _, stderr = call(
+        ["sample", "--task=t2v", "--prompt=x", f"--out={tmp_path / 'out.mp4'}"], capsys
+    )
     assert code == 2 and "config wan22_ti2v_5b comes without weights" in stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def interrupt(argv, marker):
     """Run the command, send SIGINT once `marker` is on stderr. Exit code and stderr."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.sample", *argv[1:]], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+        [sys.executable, "-m", "launch.sample", *argv[1:]],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     seen = b""
     try:
         while marker not in seen:
@@ -189,7 +256,9 @@ def test_ctrl_c_while_denoising_leaves_nothing(tmp_path):
 
 
 def test_ctrl_c_while_decoding_leaves_a_playable_file(tmp_path):
-    code, stderr = interrupt(command("t2v", tmp_path / "out.mp4", "--frames=401", "--size=128x128"), b"| 5/401")
+    code, stderr = interrupt(
+        command("t2v", tmp_path / "out.mp4", "--frames=401", "--size=128x128"), b"| 5/401"
+    )
     assert code == 130 and "Traceback" not in stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["interrupted"] and report["frames_asked"] == 401 and 5 <= report["frames"] < 401
@@ -203,16 +272,28 @@ def test_a_lora_changes_the_clip_and_is_named_in_the_report(tmp_path, capsys):
     sizes = {"ffn.0": (32, 64), "ffn.2": (64, 32)}
     tensors = {}
     for name, (inputs, outputs) in sizes.items():
-        tensors[f"diffusion_model.blocks.1.{name}.lora_A.weight"] = rng.standard_normal((4, inputs)).astype(np.float32)
-        tensors[f"diffusion_model.blocks.1.{name}.lora_B.weight"] = rng.standard_normal((outputs, 4)).astype(np.float32)
+        tensors[f"diffusion_model.blocks.1.{name}.lora_A.weight"] = rng.standard_normal(
+            (4, inputs)
+        ).astype(np.float32)
+        tensors[f"diffusion_model.blocks.1.{name}.lora_B.weight"] = rng.standard_normal(
+            (outputs, 4)
+        ).astype(np.float32)
     style = tmp_path / "style.safetensors"
     write_tensors(style, tensors)
     clips = []
-    for name, flags in (("plain", ()), ("styled", (f"--lora={style}@0.5",)), ("off", (f"--lora={style}@0",))):
+    for name, flags in (
+        ("plain", ()),
+        ("styled", (f"--lora={style}@0.5",)),
+        ("off", (f"--lora={style}@0",)),
+    ):
         assert call(command("t2v", tmp_path / f"{name}.mp4", *flags), capsys)[0] == 0
         clips.append(read_video(tmp_path / f"{name}.mp4").astype(int))
     assert np.abs(clips[1] - clips[0]).mean() > 1
     np.testing.assert_array_equal(clips[2], clips[0])
-    assert json.loads((tmp_path / "styled.json").read_text())["loras"] == [{"path": str(style), "strength": 0.5}]
-    code, _, stderr = call(command("t2v", tmp_path / "bad.mp4", f"--lora={tmp_path}/nothing.safetensors"), capsys)
+    assert json.loads((tmp_path / "styled.json").read_text())["loras"] == [
+        {"path": str(style), "strength": 0.5}
+    ]
+    code, _, stderr = call(
+        command("t2v", tmp_path / "bad.mp4", f"--lora={tmp_path}/nothing.safetensors"), capsys
+    )
     assert code == 2 and "no such file or folder" in stderr and not (tmp_path / "bad.mp4").exists()

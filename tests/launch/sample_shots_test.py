@@ -29,19 +29,30 @@ def test_two_shots_with_a_first_frame(tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 70, 3), np.uint8)).save(picture)
     flags = ("--shot=a cat@2", "--shot=a dog @ home", f"--image={picture}", "--seed=3", "--steps=1")
     code, stdout, _ = call(capsys, *flags, f"--out={out}")
-    assert code == 0 and f"{out}: 21 frames in 2 shots" in stdout  # 3 chunks of 2 latent frames: 4 * 5 + 1
+    assert (
+        code == 0 and f"{out}: 21 frames in 2 shots" in stdout
+    )  # 3 chunks of 2 latent frames: 4 * 5 + 1
     assert sorted(path.name for path in out.parent.iterdir()) == ["out.json", "out.mp4", "out.png"]
     video = read_video(out)
     assert video.shape == (21, 32, 48, 3)
     report = json.loads(out.with_suffix(".json").read_text())
-    assert report["shots"] == [{"prompt": "a cat", "chunks": 2}, {"prompt": "a dog @ home", "chunks": 1}]
-    assert (report["seed"], report["image"], report["config"]["sampler"]["steps"]) == (3, str(picture), 1)
+    assert report["shots"] == [
+        {"prompt": "a cat", "chunks": 2},
+        {"prompt": "a dog @ home", "chunks": 1},
+    ]
+    assert (report["seed"], report["image"], report["config"]["sampler"]["steps"]) == (
+        3,
+        str(picture),
+        1,
+    )
     call(capsys, *flags, f"--out={tmp_path / 'again.mp4'}")
     np.testing.assert_array_equal(read_video(tmp_path / "again.mp4"), video)
     call(capsys, *flags[:1], "--shot=a bird", *flags[2:], f"--out={tmp_path / 'other.mp4'}")
     other = read_video(tmp_path / "other.mp4")
     changed = np.abs(other.astype(int) - video).reshape(21, -1).max(axis=1)
-    assert (changed[:13] == 0).all() and changed[13:].max() > 0  # the first shot does not know the second
+    assert (changed[:13] == 0).all() and changed[
+        13:
+    ].max() > 0  # the first shot does not know the second
 
 
 def test_a_shot_is_a_prompt_and_a_number_of_chunks():
@@ -63,7 +74,10 @@ def test_a_shot_is_a_prompt_and_a_number_of_chunks():
         (("--shot=a@0",), "0 chunks; expected at least 1"),
         (("--shot=a@9999",), "is beyond the 512 that absolute positions reach there"),
         (("--shot=The scene transitions. a@2",), "put in front of a cut for you"),
-        (("--shot=a", "--prompt=b"), "--prompt is for --task stream or t2v or i2v, not for --task shots"),
+        (
+            ("--shot=a", "--prompt=b"),
+            "--prompt is for --task stream or t2v or i2v, not for --task shots",
+        ),
         (("--shot=a", "--garment=x.png"), "--garment is for --task stream"),
         (("--shot=a", "--image=nothing.png"), "nothing.png"),
         (("--shot=a", "--config.cache.context=2"), "context is 2"),

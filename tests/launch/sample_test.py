@@ -1,4 +1,6 @@
-"""`launch.sample` from end to end on a random model of a few thousand parameters: outputs, bad inputs, Ctrl-C."""
+"""`launch.sample` from end to end on a random model of a few thousand parameters: outputs, bad
+inputs, Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,14 @@ def pictures(tmp_path_factory):
 
 
 def command(pictures, out, *extra, reference="person.png", garments=("first.png",)):
-    return ["sample", *SMALL, f"--reference={pictures / reference}", *(f"--garment={pictures / g}" for g in garments),
-            f"--out={out}", *extra]  # fmt: skip
+    return [
+        "sample",
+        *SMALL,
+        f"--reference={pictures / reference}",
+        *(f"--garment={pictures / g}" for g in garments),
+        f"--out={out}",
+        *extra,
+    ]
 
 
 def call(argv, capsys):
@@ -65,11 +73,17 @@ def test_the_main_job(pictures, tmp_path, capsys):
     frames = read_video(out)
     assert frames.shape == (50, 64, 48, 3)
     report = json.loads(out.with_suffix(".json").read_text())
-    assert (report["frames"], report["size"], report["seed"], report["prompt"]) == (50, [64, 48], 7, "她 walks")
+    assert (report["frames"], report["size"], report["seed"], report["prompt"]) == (
+        50,
+        [64, 48],
+        7,
+        "她 walks",
+    )
     # chunks start at 0, 9, 21, then 29 (8 frames after the first switch), ...
     assert [(Path(s["path"]).name, s["asked"], s["effective"]) for s in report["switches"]] == [
-        ("second.jpg", 10, 21), ("third.webp", 24, 29)
-    ]  # fmt: skip
+        ("second.jpg", 10, 21),
+        ("third.webp", 24, 29),
+    ]
     assert report["config"]["sampler"]["steps"] == 1 and report["config"]["video"]["height"] == 64
     assert report["denoise_fps"] > report["delivered_fps"] > 0
     assert set(report["seconds"]) == {"load", "compile", "stream", "first_frame"}
@@ -90,17 +104,28 @@ def test_same_command_same_video_and_existing_files_are_replaced(pictures, tmp_p
 
 def test_last_of_several_switches_in_one_chunk_wins(pictures, tmp_path, capsys):
     garments = ("first.png", "second.jpg@10", "third.webp@12", "second.jpg@12")
-    code, stdout, stderr = call(command(pictures, tmp_path / "o.mp4", "--frames=30", garments=garments), capsys)
+    code, stdout, stderr = call(
+        command(pictures, tmp_path / "o.mp4", "--frames=30", garments=garments), capsys
+    )
     assert code == 0
-    assert re.search(r"note: two garments at frame 12: .*second\.jpg replaces .*third\.webp", stderr)
+    assert re.search(
+        r"note: two garments at frame 12: .*second\.jpg replaces .*third\.webp", stderr
+    )
     switches = json.loads((tmp_path / "o.json").read_text())["switches"]
-    assert [(s["asked"], s["effective"], s["superseded"]) for s in switches] == [(10, None, True), (12, 21, False)]
+    assert [(s["asked"], s["effective"], s["superseded"]) for s in switches] == [
+        (10, None, True),
+        (12, 21, False),
+    ]
     assert "None" not in stdout
 
 
 def test_refresh_alone_keeps_the_rhythm(pictures, tmp_path, capsys):
     argv = command(
-        pictures, tmp_path / "o.mp4", "--frames=40", "--switch=refresh", garments=("first.png", "second.jpg@10")
+        pictures,
+        tmp_path / "o.mp4",
+        "--frames=40",
+        "--switch=refresh",
+        garments=("first.png", "second.jpg@10"),
     )
     assert call(argv, capsys)[0] == 0
     report = json.loads((tmp_path / "o.json").read_text())
@@ -119,9 +144,15 @@ BAD = {
     "truncated": (["--garment={p}/cut.png@9"], "cut.png"),
     "not a picture": (["--reference={p}/notes.png"], "notes.png"),
     "enormous": (["--reference={p}/huge.png"], "huge.png"),
-    "frame too late": (["--garment={p}/second.jpg@33"], "there is no frame 33; the video has frames 0 to 32"),
+    "frame too late": (
+        ["--garment={p}/second.jpg@33"],
+        "there is no frame 33; the video has frames 0 to 32",
+    ),
     "negative frame": (["--garment={p}/second.jpg@-3"], "there is no frame -3"),
-    "too late to be seen": (["--garment={p}/second.jpg@30"], "the last chunk of 33 frames starts at frame 21"),
+    "too late to be seen": (
+        ["--garment={p}/second.jpg@30"],
+        "the last chunk of 33 frames starts at frame 21",
+    ),
     "two to start with": (["--garment={p}/second.jpg"], "say from when"),
     "unknown key": (["--config.sampler.stepz=3"], "sampler.steps"),
     "wrong kind of value": (["--config.sampler.steps=many"], "sampler.steps is int"),
@@ -153,7 +184,9 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_nothing(name, pictures, tmp_path, capsys):
     extra, message = BAD[name]
     extra = [item.format(p=pictures, o=tmp_path) for item in extra]
-    code, stdout, stderr = call(command(pictures, tmp_path / "deep" / "out.mp4", "--frames=33", *extra), capsys)
+    code, stdout, stderr = call(
+        command(pictures, tmp_path / "deep" / "out.mp4", "--frames=33", *extra), capsys
+    )
     lines = [line for line in stderr.splitlines() if not line.startswith("note: ")]
     assert code == 2 and stdout == ""
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
@@ -169,7 +202,11 @@ def test_reference_without_garment(pictures, tmp_path, capsys):
 
 def test_weights_that_do_not_fit_list_every_mismatch(pictures, tmp_path, capsys):
     Pipeline.random(load_config(CONFIG), seed=0).save(tmp_path / "weights")
-    extra = [f"--weights={tmp_path / 'weights'}", "--config.model.dit.layers=1", "--config.model.vae.dec_width=8"]
+    extra = [
+        f"--weights={tmp_path / 'weights'}",
+        "--config.model.dit.layers=1",
+        "--config.model.vae.dec_width=8",
+    ]
     code, _, stderr = call(command(pictures, tmp_path / "out.mp4", *extra), capsys)
     assert code == 2 and len(stderr.splitlines()) == 1
     for part in (
@@ -186,7 +223,9 @@ def test_weights_that_do_not_fit_list_every_mismatch(pictures, tmp_path, capsys)
 def test_saved_weights_stream(pictures, tmp_path, capsys):
     Pipeline.random(load_config(CONFIG), seed=0).save(tmp_path / "weights")
     weights = f"--weights={tmp_path / 'weights'}"
-    code, _, _ = call(command(pictures, tmp_path / "out.mp4", "--frames=3", "--prompt=", weights), capsys)
+    code, _, _ = call(
+        command(pictures, tmp_path / "out.mp4", "--frames=3", "--prompt=", weights), capsys
+    )
     assert code == 0 and len(read_video(tmp_path / "out.mp4")) == 3
 
 
@@ -199,7 +238,12 @@ def run_until(condition, process, seconds=240):
 
 
 def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
-    argv = [sys.executable, "-m", "launch.sample", *command(pictures, tmp_path / "out.mp4", "--frames=100000")[1:]]
+    argv = [
+        sys.executable,
+        "-m",
+        "launch.sample",
+        *command(pictures, tmp_path / "out.mp4", "--frames=100000")[1:],
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -221,11 +265,22 @@ def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
 
 def test_ctrl_c_before_the_first_frame_leaves_nothing(pictures, tmp_path):
     argv = [sys.executable, "-m", "launch.sample", *command(pictures, tmp_path / "out.mp4")[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
     process = subprocess.Popen(
-        argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
+        argv,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
+    )
     try:
         assert "compiling" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
@@ -269,7 +324,10 @@ def test_chunk_starts():
     assert chunk_starts(40, [], FULL, 3) == ([0, 9, 21, 33], 4)
     assert chunk_starts(40, [10], FULL, 3) == ([0, 9, 21, 29], 2)
     assert chunk_starts(40, [10], Mechanisms(drop_repeated_frame=False), 3) == ([0, 9, 21, 30], 2)
-    assert chunk_starts(40, [10, 11], Mechanisms.parse("refresh,withdraw"), 3) == ([0, 9, 21, 30], 2)
+    assert chunk_starts(40, [10, 11], Mechanisms.parse("refresh,withdraw"), 3) == (
+        [0, 9, 21, 30],
+        2,
+    )
     assert chunk_starts(40, [10], REFRESH, 3) == ([0, 9, 21, 33], 4)
     assert chunk_starts(81, [24, 48], FULL, 3) == ([0, 9, 21, 33, 41, 53, 61, 73], 3)
 
@@ -282,5 +340,7 @@ def test_steps_of_both_samplers():
 
 
 def test_config_override_forms():
-    values, overrides = cli.parse(sample.define_flags(), ["x", "--config.a.b=1", "--config.c", "2", "--frames=3"], "")
+    values, overrides = cli.parse(
+        sample.define_flags(), ["x", "--config.a.b=1", "--config.c", "2", "--frames=3"], ""
+    )
     assert overrides == ["a.b=1", "c=2"] and values.frames == 3

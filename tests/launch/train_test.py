@@ -23,8 +23,14 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     [
         (["--config", "configs/teachr.py"], "did you mean"),
         (["--config", "configs/teacher.py:runway_tny"], "no variant 'runway_tny'"),
-        (["--config.train.step=3"], "unknown config key 'train.step'; the nearest is 'train.steps'"),
-        (["--config.workdir=x", "--config.data.dir=/nowhere", "--config.weights.vae=y"], "/nowhere: no such folder"),
+        (
+            ["--config.train.step=3"],
+            "unknown config key 'train.step'; the nearest is 'train.steps'",
+        ),
+        (
+            ["--config.workdir=x", "--config.data.dir=/nowhere", "--config.weights.vae=y"],
+            "/nowhere: no such folder",
+        ),
     ],
 )
 def test_faults_are_one_line(arguments, message):

@@ -22,7 +22,10 @@ def _run(*argv):
 
 def test_writes_a_tokenizer_that_loads_and_the_same_bytes_again(tmp_path, capsys):
     texts = tmp_path / "captions.txt"
-    texts.write_text("A woman walks  slowly.\nThe man&amp;woman turn; the camera follows.\n" * 3, encoding="utf-8")
+    texts.write_text(
+        "A woman walks  slowly.\nThe man&amp;woman turn; the camera follows.\n" * 3,
+        encoding="utf-8",
+    )
     _run("--texts", texts, "--out", tmp_path / "a" / "tokenizer.json", "--vocab", 300)
     _run("--texts", texts, "--out", tmp_path / "b.json", "--vocab", 300)
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b.json").read_bytes()
@@ -49,6 +52,8 @@ def test_the_shipped_tokenizer_is_small_complete_and_fits_the_model():
     assert tokenizer.vocab <= 1024
     vocab = json.loads(SHIPPED.read_text(encoding="utf-8"))["model"]["vocab"]
     assert [vocab[name] for name in (*SPECIAL, *BYTES)] == list(range(259))
-    ids, mask = tokenizer(["She walks slowly towards the camera.", "女人走向镜头", "👗", "امرأة", ""])
+    ids, mask = tokenizer(
+        ["She walks slowly towards the camera.", "女人走向镜头", "👗", "امرأة", ""]
+    )
     assert not (ids == 2).any() and mask.any(axis=1).all()
     assert mask[0].sum() <= 9  # one piece a word, the full stop and the end

@@ -1,4 +1,6 @@
-"""The transformer: parity with diffusers, causality, slices against a dense mask, ways to compute it, full size."""
+"""The transformer: parity with diffusers, causality, slices against a dense mask, ways to compute
+it, full size.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from einops import rearrange
 from flax import nnx
 
 from chameleon_jax.attention.masks import teacher_forcing_table
-from chameleon_jax.models.dit import DiT, DiTConfig, bidirectional_forward, teacher_forcing_forward, timestep_embedding
+from chameleon_jax.models.dit import (
+    DiT,
+    DiTConfig,
+    bidirectional_forward,
+    teacher_forcing_forward,
+    timestep_embedding,
+)
 from chameleon_jax.weights.params import flat_params, param_count, param_shapes, set_params
 from converters.dit import from_diffusers
 from tests import tiny_dit
@@ -23,12 +31,24 @@ from tests.tiny_dit import CONFIG, TOKENS, latents, prompt
 
 @pytest.fixture(scope="module")
 def reference():
-    """diffusers' transformer with random weights, in the shape of ours, and ours with the same weights."""
+    """diffusers' transformer with random weights, in the shape of ours, and ours with the same
+    weights.
+    """
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=20, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=96, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6,
-    ).eval()  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=3,
+        attention_head_dim=20,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=96,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=1e-6,
+    ).eval()
     with torch.no_grad():
         for name, x in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
@@ -50,7 +70,8 @@ def _torch_forward(model, x, t_bf, text):
     return rearrange(out, "b c f h w -> b f h w c")
 
 
-# Timesteps of two samples of seven frames: two context frames at 0, then all alike, and all different.
+# Timesteps of two samples of seven frames: two context frames at 0, then all alike, and all
+# different.
 TIMES = np.array([[0, 0, 625, 625, 625, 625, 625], [0, 0, 1000, 937, 500, 33, 1]], np.float32)
 
 
@@ -61,8 +82,12 @@ def test_parity_with_diffusers(reference):
     model, dit = reference
     x, text = latents(0, 7, batch=2), TEXTS
     with torch.no_grad():
-        expected = _torch_forward(model, *(torch.tensor(np.asarray(y)) for y in (x, TIMES, text))).numpy()
-    got = bidirectional_forward(dit, x[:, :2], x[:, 2:], jnp.asarray(TIMES[:, 2:]), dit.text_kv(text))
+        expected = _torch_forward(
+            model, *(torch.tensor(np.asarray(y)) for y in (x, TIMES, text))
+        ).numpy()
+    got = bidirectional_forward(
+        dit, x[:, :2], x[:, 2:], jnp.asarray(TIMES[:, 2:]), dit.text_kv(text)
+    )
     assert 0.5 < expected.std() < 2
     np.testing.assert_allclose(got, expected[:, 2:], atol=1e-4)
 
@@ -75,7 +100,9 @@ def test_parity_of_gradients_with_diffusers(reference):
     (out * torch.tensor(np.asarray(weight)))[:, 2:].sum().backward()
 
     def loss(x, text):
-        v = bidirectional_forward(dit, x[:, :2], x[:, 2:], jnp.asarray(TIMES[:, 2:]), dit.text_kv(text))
+        v = bidirectional_forward(
+            dit, x[:, :2], x[:, 2:], jnp.asarray(TIMES[:, 2:]), dit.text_kv(text)
+        )
         return (v * weight[:, 2:]).sum()
 
     for ours, theirs in zip(jax.jit(jax.grad(loss, argnums=(0, 1)))(x, text), inputs, strict=True):
@@ -87,7 +114,9 @@ def test_without_context_it_is_plain_text_to_video(reference):
     model, dit = reference
     x, text, t = latents(3, 3), prompt(), np.full((1, 3), 800.0, np.float32)
     with torch.no_grad():
-        expected = _torch_forward(model, *(torch.tensor(np.asarray(y)) for y in (x, t, text))).numpy()
+        expected = _torch_forward(
+            model, *(torch.tensor(np.asarray(y)) for y in (x, t, text))
+        ).numpy()
     got = bidirectional_forward(dit, None, x, jnp.asarray(t), dit.text_kv(text))
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -122,12 +151,19 @@ def test_slices_equal_the_dense_mask_forward_and_gradient():
             v = function(dit, context, clean, noisy, BLOCK_TIMES, dit.text_kv(text))
             return jnp.sin(v).sum(), v
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(params, CONTEXT, CLEAN, NOISY, text)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(
+            params, CONTEXT, CLEAN, NOISY, text
+        )
 
-    (gradients, v), (expected_gradients, expected) = run(teacher_forcing_forward), run(dense_teacher_forcing)
+    (gradients, v), (expected_gradients, expected) = (
+        run(teacher_forcing_forward),
+        run(dense_teacher_forcing),
+    )
     assert expected.std() > 0.5
     np.testing.assert_allclose(v, expected, atol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
         assert jnp.abs(theirs).max() > 1e-3
         np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=1e-3)
 
@@ -155,7 +191,9 @@ def test_bidirectional_listens_to_everything():
     dit = tiny_dit.tiny_dit()
 
     def last_frame(x):
-        v = bidirectional_forward(dit, x[:, :2], x[:, 2:], jnp.full((1, 3), 500.0), dit.text_kv(prompt()))
+        v = bidirectional_forward(
+            dit, x[:, :2], x[:, 2:], jnp.full((1, 3), 500.0), dit.text_kv(prompt())
+        )
         return jnp.square(v[:, -1]).sum()
 
     gradient = jnp.abs(jax.jit(jax.grad(last_frame))(latents(0, 5))).max(axis=(0, 2, 3, 4))
@@ -177,7 +215,9 @@ def test_scan_and_remat_change_nothing(forward):
             if forward == "bidirectional":
                 v = bidirectional_forward(dit, CONTEXT, NOISY[:, :3], BLOCK_TIMES[:, :3], kv)
             else:
-                v = teacher_forcing_forward(dit, CONTEXT, CLEAN[:, :6], NOISY[:, :6], BLOCK_TIMES[:, :6], kv)
+                v = teacher_forcing_forward(
+                    dit, CONTEXT, CLEAN[:, :6], NOISY[:, :6], BLOCK_TIMES[:, :6], kv
+                )
             return jnp.square(v).sum(), v
 
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(states, prompt())
@@ -195,7 +235,8 @@ def test_bfloat16_is_close_to_float32():
     full, half = tiny_dit.tiny_dit(), tiny_dit.tiny_dit(dtype=jnp.bfloat16)
     assert {x.dtype for x in flat_params(half).values()} == {jnp.dtype(jnp.bfloat16)}
     v, expected = (
-        teacher_forcing_forward(dit, CONTEXT, CLEAN, NOISY, BLOCK_TIMES, dit.text_kv(prompt())) for dit in (half, full)
+        teacher_forcing_forward(dit, CONTEXT, CLEAN, NOISY, BLOCK_TIMES, dit.text_kv(prompt()))
+        for dit in (half, full)
     )
     assert v.dtype == jnp.bfloat16
     error = jnp.abs(v.astype(jnp.float32) - expected)
@@ -210,7 +251,9 @@ def test_an_untrained_network_says_zero():
 
 @pytest.mark.parametrize("width", [60, 240, 960])
 def test_an_untrained_network_hears_the_prompt_at_any_width(width):
-    """What `text_embedding` makes of unit states: as published, 4096 channels of deviation 0.02 and then 3072, at 3072."""
+    """What `text_embedding` makes of unit states: as published, 4096 channels of deviation 0.02 and
+    then 3072, at 3072.
+    """
     config = dataclasses.replace(CONFIG, width=width, text_width=width, layers=1)
     dit = DiT(config, rngs=nnx.Rngs(0))
     states = jax.random.normal(jax.random.key(1), (200, width))
@@ -230,12 +273,16 @@ def test_jit_through_split_and_merge():
 
     got = forward(state, NOISY, BLOCK_TIMES)
     np.testing.assert_allclose(
-        got, bidirectional_forward(dit, CONTEXT, NOISY, BLOCK_TIMES, dit.text_kv(prompt())), atol=1e-5
+        got,
+        bidirectional_forward(dit, CONTEXT, NOISY, BLOCK_TIMES, dit.text_kv(prompt())),
+        atol=1e-5,
     )
 
 
 def test_the_published_size_is_built_abstractly():
-    dit = nnx.eval_shape(lambda: DiT(DiTConfig.wan22_ti2v_5b(), rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    dit = nnx.eval_shape(
+        lambda: DiT(DiTConfig.wan22_ti2v_5b(), rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    )
     assert param_count(dit) == 4_999_787_712 and len(param_shapes(dit)) == 825
     assert {x.dtype for x in flat_params(dit).values()} == {jnp.dtype(jnp.bfloat16)}
 

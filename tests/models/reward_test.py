@@ -1,4 +1,6 @@
-"""The reward: preparation of frames, and what holds of scores whatever the weights. Parity of the whole is in converters."""
+"""The reward: preparation of frames, and what holds of scores whatever the weights. Parity of the
+whole is in converters.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from transformers import CLIPImageProcessorPil
 from chameleon_jax.models.reward import MEAN, STD, ClipVisionConfig, Reward, preprocess, quick_gelu
 
 TINY = ClipVisionConfig(width=16, ffn=24, heads=2, layers=2, projection=12, image=32, patch=8)
-PROGRAM = jax.jit(lambda graph, state, frames: nnx.merge(graph, state).score(frames), static_argnums=0)
+PROGRAM = jax.jit(
+    lambda graph, state, frames: nnx.merge(graph, state).score(frames), static_argnums=0
+)
 
 
 def _score(reward: Reward, frames) -> np.ndarray:
@@ -42,16 +46,22 @@ UP = [(150, 100), (100, 150), (60, 60), (64, 96)]
 def test_frames_are_prepared_as_by_transformers(size):
     """Portrait, landscape and square; noise, in which every tap of the filter counts."""
     frames = _frames(2, *size)
-    theirs = CLIPImageProcessorPil()(images=list(frames), return_tensors="np", input_data_format="channels_last")
+    theirs = CLIPImageProcessorPil()(
+        images=list(frames), return_tensors="np", input_data_format="channels_last"
+    )
     expected = _levels(theirs["pixel_values"].transpose(0, 2, 3, 1))
     got = _levels(preprocess(jnp.asarray(frames)))
     assert got.shape == (2, 224, 224, 3)
     apart = np.abs(got - expected)
-    assert apart.max() < 2.01 and (apart > 0.01).mean() < 0.01  # levels; sums close to a half may fall to either side
+    assert (
+        apart.max() < 2.01 and (apart > 0.01).mean() < 0.01
+    )  # levels; sums close to a half may fall to either side
 
 
 def test_the_crop_is_from_the_centre_and_rounds_down():
-    """A frame that need not be resized comes back as it was, less its margins: 3 rows too many are 1 above, 2 below."""
+    """A frame that need not be resized comes back as it was, less its margins: 3 rows too many are
+    1 above, 2 below.
+    """
     frames = _frames(1, 35, 32)
     got = _levels(preprocess(jnp.asarray(frames), 32))
     np.testing.assert_allclose(got, frames[:, 1:33].astype(np.float32), rtol=0, atol=1e-3)
@@ -63,7 +73,8 @@ def test_floats_are_the_levels_that_they_round_to():
     off = np.random.default_rng(1).uniform(-0.49, 0.49, frames.shape)
     np.testing.assert_array_equal(preprocess(jnp.asarray(frames + off, jnp.float32)), expected)
     np.testing.assert_array_equal(
-        preprocess(jnp.full((1, 8, 8, 3), 300.0)), preprocess(jnp.full((1, 8, 8, 3), 255, jnp.uint8))
+        preprocess(jnp.full((1, 8, 8, 3), 300.0)),
+        preprocess(jnp.full((1, 8, 8, 3), 255, jnp.uint8)),
     )
 
 
@@ -86,13 +97,17 @@ def test_the_score_depends_on_the_direction_of_the_embedding_only(reward):
     longer = nnx.clone(reward)
     kernel = longer.vision.proj.kernel
     kernel.set_value(kernel.get_value() * 7)
-    np.testing.assert_allclose(_score(longer, _frames()), _score(reward, _frames()), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        _score(longer, _frames()), _score(reward, _frames()), rtol=0, atol=1e-6
+    )
 
 
 def test_every_parameter_has_a_say(reward):
     graph, state = nnx.split(reward)
     weights = np.arange(1.0, 4.0, dtype=np.float32)
-    gradient = jax.jit(jax.grad(lambda state: (nnx.merge(graph, state).score(_frames()) * weights).sum()))(state)
+    gradient = jax.jit(
+        jax.grad(lambda state: (nnx.merge(graph, state).score(_frames()) * weights).sum())
+    )(state)
     for path, leaf in nnx.to_flat_state(gradient):
         silent = path[-2:] == ("k", "bias")  # moves all logits of a query alike
         assert silent or np.abs(leaf.get_value()).max() > 1e-7, path
@@ -105,14 +120,18 @@ def test_one_program_per_size_of_frame(reward):
         program(state, _frames(2, 45, 38, seed))
     assert program._cache_size() == 1
     turned = _frames(2, 38, 45)
-    np.testing.assert_allclose(program(state, turned), reward.score(jnp.asarray(turned)), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        program(state, turned), reward.score(jnp.asarray(turned)), rtol=0, atol=1e-5
+    )
     assert program._cache_size() == 2
 
 
 def test_runs_in_bfloat16_up_to_the_embedding(reward):
     low = Reward(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     scores = _score(low, _frames())
-    assert low.vision(jnp.zeros((1, 32, 32, 3))).dtype == jnp.bfloat16 and scores.dtype == np.float32
+    assert (
+        low.vision(jnp.zeros((1, 32, 32, 3))).dtype == jnp.bfloat16 and scores.dtype == np.float32
+    )
     assert 0 < np.abs(scores - _score(reward, _frames())).max() < 0.02
 
 
@@ -121,9 +140,13 @@ def test_errors_say_what_was_expected(reward):
         reward.score(jnp.asarray(_frames()[0]))
     with pytest.raises(ValueError, match=r"expected \[b, h, w, 3\]"):
         reward.score(jnp.zeros((1, 8, 8, 4)))
-    with pytest.raises(ValueError, match=r"frames are int32; expected uint8, or float in \[0, 255\]"):
+    with pytest.raises(
+        ValueError, match=r"frames are int32; expected uint8, or float in \[0, 255\]"
+    ):
         reward.score(jnp.zeros((1, 8, 8, 3), jnp.int32))
-    with pytest.raises(ValueError, match=r"frames are \(1, 40, 40, 3\); expected \[b, 32, 32, 3\]; see preprocess"):
+    with pytest.raises(
+        ValueError, match=r"frames are \(1, 40, 40, 3\); expected \[b, 32, 32, 3\]; see preprocess"
+    ):
         reward.vision(jnp.zeros((1, 40, 40, 3)))
     with pytest.raises(ValueError, match="width 10 is not a multiple of heads 4"):
         ClipVisionConfig(width=10, ffn=8, heads=4, layers=1, projection=4)

@@ -1,4 +1,6 @@
-"""TAEHV: streams against whole clips, causality, which pixels a latent frame stands for, what is refused."""
+"""TAEHV: streams against whole clips, causality, which pixels a latent frame stands for, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ from chameleon_jax.models.vae import patchify
 from chameleon_jax.weights.params import param_count, param_shapes, set_params
 
 BASE = TaehvConfig(
-    z_dim=3, enc_width=8, dec_widths=(12, 8, 6, 4), temporal_down=(True, True, False),
-    temporal_up=(False, True, True), blocks=1,
-)  # fmt: skip
+    z_dim=3,
+    enc_width=8,
+    dec_widths=(12, 8, 6, 4),
+    temporal_down=(True, True, False),
+    temporal_up=(False, True, True),
+    blocks=1,
+)
 SUPER = dataclasses.replace(BASE, variant="super")
 BOTH = pytest.mark.parametrize("config", [BASE, SUPER], ids=["base", "super"])
 ROUNDING = 1e-5  # largest difference, on outputs of unit scale, between two orders of the same float32 sums
@@ -27,7 +33,9 @@ ROUNDING = 1e-5  # largest difference, on outputs of unit scale, between two ord
 
 @functools.cache
 def _net(config: TaehvConfig = BASE, dtype: jnp.dtype = jnp.float32) -> Taehv:
-    """A random network: no bias is zero, latents are of about unit scale, pixels spread around the middle."""
+    """A random network: no bias is zero, latents are of about unit scale, pixels spread around the
+    middle.
+    """
     net = nnx.eval_shape(lambda: Taehv(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
     rng = np.random.default_rng(1)
     params = {
@@ -43,7 +51,9 @@ def _net(config: TaehvConfig = BASE, dtype: jnp.dtype = jnp.float32) -> Taehv:
 
 @functools.cache
 def _programs(config: TaehvConfig = BASE, dtype: jnp.dtype = jnp.float32):
-    """Parameters, and jitted methods that take them first; each is compiled for every shape, hence in a hurry."""
+    """Parameters, and jitted methods that take them first; each is compiled for every shape, hence
+    in a hurry.
+    """
     graph, params = nnx.split(_net(config, dtype))
 
     def jitted(name, **kw):
@@ -53,7 +63,9 @@ def _programs(config: TaehvConfig = BASE, dtype: jnp.dtype = jnp.float32):
         return jax.jit(method, compiler_options={"xla_backend_optimization_level": 0}, **kw)
 
     run = {"encode": jitted("encode"), "decode": jitted("decode", static_argnames="clamp")}
-    return params, run | {name: jitted(name, static_argnames="first") for name in ("encode_chunk", "decode_chunk")}
+    return params, run | {
+        name: jitted(name, static_argnames="first") for name in ("encode_chunk", "decode_chunk")
+    }
 
 
 def _pixels(t=13, b=2):
@@ -81,7 +93,9 @@ def test_full_size_has_the_published_number_of_parameters(config, tensors, scala
 
 @BOTH
 def test_every_split_of_the_latents_decodes_to_the_whole_clip(config):
-    """All 8 ways to cut 4 latent frames; also the states end equal, and keep the shapes they started with."""
+    """All 8 ways to cut 4 latent frames; also the states end equal, and keep the shapes they
+    started with.
+    """
     params, run = _programs(config)
     z = _latents()
     whole = run["decode"](params, z)
@@ -95,7 +109,9 @@ def test_every_split_of_the_latents_decodes_to_the_whole_clip(config):
             y, state = run["decode_chunk"](params, z[:, a:b], state, first=i == 0)
             assert y.shape[1] == 4 * (b - a) - 3 * (i == 0)
             pixels.append(y)
-        np.testing.assert_allclose(jnp.concatenate(pixels, 1), whole, rtol=0, atol=ROUNDING, err_msg=str(cut))
+        np.testing.assert_allclose(
+            jnp.concatenate(pixels, 1), whole, rtol=0, atol=ROUNDING, err_msg=str(cut)
+        )
         assert _shapes(state) == _shapes(start)
         ends.append(state)
     for other in ends[1:]:
@@ -105,7 +121,9 @@ def test_every_split_of_the_latents_decodes_to_the_whole_clip(config):
 
 @pytest.mark.parametrize("t", [12, 13, 15])
 def test_every_split_of_the_frames_encodes_to_the_whole_clip(t):
-    """Cuts behind multiples of four frames. A rest of fewer than four frames ends the stream; a multiple does not."""
+    """Cuts behind multiples of four frames. A rest of fewer than four frames ends the stream; a
+    multiple does not.
+    """
     params, run = _programs()
     x = _pixels(t)
     whole = run["encode"](params, x)
@@ -118,7 +136,9 @@ def test_every_split_of_the_frames_encodes_to_the_whole_clip(t):
             assert _shapes(state) == _shapes(start)
             y, state = run["encode_chunk"](params, x[:, a:b], state, first=i == 0)
             latents.append(y)
-        np.testing.assert_allclose(jnp.concatenate(latents, 1), whole, rtol=0, atol=ROUNDING, err_msg=str(cut))
+        np.testing.assert_allclose(
+            jnp.concatenate(latents, 1), whole, rtol=0, atol=ROUNDING, err_msg=str(cut)
+        )
         assert (state is None) == bool(t % 4)
 
 
@@ -156,13 +176,17 @@ def test_a_chunk_is_traced_once_however_long_the_stream():
 
 
 def _influence(function, x: jax.Array) -> np.ndarray:
-    """[output frame, input frame]: the largest gradient of a random sum over an output frame at an input frame."""
+    """[output frame, input frame]: the largest gradient of a random sum over an output frame at an
+    input frame.
+    """
 
     @jax.jit
     def sizes(x):
         y, pull = jax.vjp(function, x)
         direction = jax.random.normal(jax.random.key(4), y.shape[2:])
-        (grads,) = jax.vmap(pull)(jnp.einsum("ij,hwc->ijhwc", jnp.eye(y.shape[1]), direction)[:, None])
+        (grads,) = jax.vmap(pull)(
+            jnp.einsum("ij,hwc->ijhwc", jnp.eye(y.shape[1]), direction)[:, None]
+        )
         return jnp.abs(grads).max(axis=(1, 3, 4, 5))
 
     return np.asarray(sizes(x))
@@ -194,14 +218,20 @@ def test_a_clip_is_padded_with_its_last_frame():
     padded = jnp.concatenate([x, x[:, -1:], x[:, -1:], x[:, -1:]], axis=1)
     np.testing.assert_array_equal(repeat_last(x, 4), padded)
     np.testing.assert_array_equal(repeat_last(padded, 4), padded)
-    np.testing.assert_allclose(run["encode"](params, x), run["encode"](params, padded), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        run["encode"](params, x), run["encode"](params, padded), rtol=0, atol=ROUNDING
+    )
     picture = jnp.broadcast_to(x[:, :1], (2, 4, 16, 32, 3))
-    np.testing.assert_allclose(run["encode"](params, x[:, :1]), run["encode"](params, picture), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        run["encode"](params, x[:, :1]), run["encode"](params, picture), rtol=0, atol=ROUNDING
+    )
 
 
 @BOTH
 def test_bfloat16_computes_the_same_less_exactly(config):
-    """Parameters and computation in bfloat16, results in float32, states in bfloat16; streams still fit together."""
+    """Parameters and computation in bfloat16, results in float32, states in bfloat16; streams still
+    fit together.
+    """
     exact_params, exact = _programs(config)
     params, run = _programs(config, dtype=jnp.bfloat16)
     x, z = _pixels(t=5), _latents(f=2)
@@ -234,7 +264,9 @@ def test_pixels_are_clamped_only_if_asked(config):
 
 
 def test_patches_go_colour_then_row_then_column():
-    x = jnp.arange(2 * 2 * 3).reshape(1, 1, 2, 2, 3)  # [row, column, colour] holds 6 row + 3 column + colour
+    x = jnp.arange(2 * 2 * 3).reshape(
+        1, 1, 2, 2, 3
+    )  # [row, column, colour] holds 6 row + 3 column + colour
     assert fold_pixels(x, 2)[0, 0, 0, 0].tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
     assert patchify(x, 2)[0, 0, 0, 0].tolist() != fold_pixels(x, 2)[0, 0, 0, 0].tolist()
     np.testing.assert_array_equal(unfold_pixels(fold_pixels(_pixels(), 2), 2), _pixels())
@@ -255,7 +287,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="state is None"):
         net.decode_chunk(jnp.zeros((1, 1, 2, 2, 3)), None, first=False)
     _, state = net.encode_chunk(jnp.zeros((1, 5, 16, 16, 3)), None, first=True)
-    with pytest.raises(ValueError, match="state is None .* a multiple of 4 frames: another number ends the stream"):
+    with pytest.raises(
+        ValueError, match="state is None .* a multiple of 4 frames: another number ends the stream"
+    ):
         net.encode_chunk(jnp.zeros((1, 4, 16, 16, 3)), state, first=False)
 
 
@@ -274,5 +308,7 @@ def test_configs_that_cannot_be_built_are_refused(change, message):
 
 
 def test_lists_from_files_are_as_good_as_tuples():
-    listed = TaehvConfig(**{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(BASE).items()})
+    listed = TaehvConfig(
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(BASE).items()}
+    )
     assert listed == BASE and hash(listed) == hash(BASE)

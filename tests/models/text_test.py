@@ -14,7 +14,14 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 from transformers.models.umt5.modeling_umt5 import UMT5Attention, UMT5Config
 
-from chameleon_jax.models.text import TextConfig, TextEncoder, Tokenizer, TokenizerError, clean_text, relative_buckets
+from chameleon_jax.models.text import (
+    TextConfig,
+    TextEncoder,
+    Tokenizer,
+    TokenizerError,
+    clean_text,
+    relative_buckets,
+)
 from chameleon_jax.weights.params import flat_params, set_params
 
 TINY = TextConfig(vocab=61, width=24, heads=3, head_dim=5, ffn=40, layers=2, length=12)
@@ -36,12 +43,36 @@ def _ids(b=2, l=12):
 def test_buckets_by_hand():
     d = relative_buckets(400)  # [query, key]
     assert d[0, 0] == 0
-    assert [d[200, 200 + k] for k in (1, 7, 8, 11, 12, 15, 16, 127, 199)] == [17, 23, 24, 24, 25, 25, 26, 31, 31]
-    assert [d[200, 200 - k] for k in (1, 7, 8, 15, 16, 127, 128, 200)] == [1, 7, 8, 9, 10, 15, 15, 15]
+    assert [d[200, 200 + k] for k in (1, 7, 8, 11, 12, 15, 16, 127, 199)] == [
+        17,
+        23,
+        24,
+        24,
+        25,
+        25,
+        26,
+        31,
+        31,
+    ]
+    assert [d[200, 200 - k] for k in (1, 7, 8, 15, 16, 127, 128, 200)] == [
+        1,
+        7,
+        8,
+        9,
+        10,
+        15,
+        15,
+        15,
+    ]
 
 
 def test_buckets_agree_with_transformers_at_full_length():
-    config = UMT5Config(relative_attention_num_buckets=32, relative_attention_max_distance=128, d_model=8, num_heads=1)
+    config = UMT5Config(
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        d_model=8,
+        num_heads=1,
+    )
     theirs = UMT5Attention(config, has_relative_attention_bias=True)
     distance = torch.arange(512)[None, :] - torch.arange(512)[:, None]
     expected = theirs._relative_position_bucket(distance).numpy()
@@ -52,7 +83,11 @@ def test_states_after_the_prompt_are_exactly_zero():
     mask = jnp.arange(12)[None, :] < jnp.array([[5], [12]])
     out = _encoder()(_ids(), mask)
     assert out.shape == (2, 12, 24)
-    assert (out[0, 5:] == 0).all() and (out[0, :5] != 0).any(axis=-1).all() and (out[1] != 0).any(axis=-1).all()
+    assert (
+        (out[0, 5:] == 0).all()
+        and (out[0, :5] != 0).any(axis=-1).all()
+        and (out[1] != 0).any(axis=-1).all()
+    )
 
 
 def test_padding_changes_nothing():
@@ -104,7 +139,10 @@ def test_states_at_initialisation_have_unit_scale():
         ("a  red\n\tcoat \u3000 and\u00a0hat ", "a red coat and hat"),
         ("black &amp;amp; white", "black & white"),
         ("&amp;lt;b&amp;gt;", "<b>"),
-        ("<b> black &amp;amp; white", "<b> black & white"),  # ftfy leaves entities alone beside a tag
+        (
+            "<b> black &amp;amp; white",
+            "<b> black & white",
+        ),  # ftfy leaves entities alone beside a tag
         ("size &lt; 40", "size < 40"),
         ("色调艳丽，过曝，静态", "色调艳丽,过曝,静态"),
         ("Ｆｕｌｌ ｗｉｄｔｈ！", "Full width!"),
@@ -124,7 +162,10 @@ def _train(path):
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     pieces.decoder = tokenizers.decoders.Metaspace()
     trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=80,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     pieces.train_from_iterator(CORPUS, trainer)
     pieces.save(str(path))
@@ -136,13 +177,19 @@ def test_tokenizer_agrees_with_transformers_on_the_same_file(tmp_path, end_in_fi
     """Also when the file does not say that the end token is to be appended, as that of UMT5 does."""
     plain, full = _train(tmp_path / "plain.json"), tmp_path / "full.json"
     pieces = tokenizers.Tokenizer.from_file(str(plain))
-    pieces.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    pieces.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
     pieces.save(str(full))
     prompts = [*CORPUS, "", "turns"]
     ids, mask = Tokenizer.from_file(full if end_in_file else plain, 24)(prompts)
     assert ids.shape == mask.shape == (5, 24) and ids.dtype == np.int32 and mask.dtype == bool
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(full), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    expected = theirs(prompts, padding="max_length", truncation=True, max_length=24, return_tensors="np")
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(full), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    expected = theirs(
+        prompts, padding="max_length", truncation=True, max_length=24, return_tensors="np"
+    )
     np.testing.assert_array_equal(ids, expected["input_ids"])
     np.testing.assert_array_equal(mask, expected["attention_mask"].astype(bool))
 
@@ -151,7 +198,9 @@ def test_a_long_prompt_keeps_its_end_token_and_an_empty_one_is_the_end_token(tmp
     tokenizer = Tokenizer.from_file(_train(tmp_path / "tokenizer.json"), 6)
     ids, mask = tokenizer([CORPUS[0], "", "   "])
     assert mask[0].all() and ids[0, 5] == tokenizer.end == 1 and (ids[0, :5] != 1).all()
-    np.testing.assert_array_equal(ids[0, :5], Tokenizer(tokenizer.pieces, 64)([CORPUS[0]])[0][0, :5])
+    np.testing.assert_array_equal(
+        ids[0, :5], Tokenizer(tokenizer.pieces, 64)([CORPUS[0]])[0][0, :5]
+    )
     np.testing.assert_array_equal(ids[1], [1, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(ids[2], ids[1])
     assert mask[1].tolist() == [True] + [False] * 5

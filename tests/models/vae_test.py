@@ -27,15 +27,24 @@ from chameleon_jax.models.vae import (
 from chameleon_jax.weights.params import param_count, param_shapes
 
 TINY = VaeConfig(
-    z_dim=3, enc_width=4, dec_width=4, width_mult=(1, 2, 2), enc_blocks=1, dec_blocks=1, temporal_down=(True, True),
-    latent_mean=(0.1, -0.2, 0.3), latent_std=(0.5, 0.7, 0.6),
-)  # fmt: skip
+    z_dim=3,
+    enc_width=4,
+    dec_width=4,
+    width_mult=(1, 2, 2),
+    enc_blocks=1,
+    dec_blocks=1,
+    temporal_down=(True, True),
+    latent_mean=(0.1, -0.2, 0.3),
+    latent_std=(0.5, 0.7, 0.6),
+)
 WAN_LIKE = dataclasses.replace(TINY, width_mult=(1, 2, 2, 2), temporal_down=(False, True, True))
 ROUNDING = 1e-5  # largest difference, on outputs of unit scale, between two orders of the same float32 sums
 
 
 def _vae(config: VaeConfig = TINY, **kw) -> Vae:
-    """A random VAE in which every parameter matters: biases, gains and the attention's projection are not neutral."""
+    """A random VAE in which every parameter matters: biases, gains and the attention's projection
+    are not neutral.
+    """
     vae = Vae(config, rngs=nnx.Rngs(0), **kw)
     graph, params = nnx.split(vae)
     leaves, tree = jax.tree.flatten(params)
@@ -49,7 +58,9 @@ def _vae(config: VaeConfig = TINY, **kw) -> Vae:
 
 @functools.cache
 def _programs(config: VaeConfig = TINY, dtype=jnp.float32):
-    """Parameters, and jitted methods that take them first; each is compiled for every shape, hence in a hurry."""
+    """Parameters, and jitted methods that take them first; each is compiled for every shape, hence
+    in a hurry.
+    """
     graph = nnx.graphdef(Vae(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
     params = jax.tree.map(lambda x: x.astype(dtype), nnx.split(_vae(config))[1])
 
@@ -62,7 +73,9 @@ def _programs(config: VaeConfig = TINY, dtype=jnp.float32):
     run = {name: jitted(name) for name in ("encode", "encode_moments")} | {
         "decode": jitted("decode", static_argnames="clamp")
     }
-    return params, run | {name: jitted(name, static_argnames="first") for name in ("encode_chunk", "decode_chunk")}
+    return params, run | {
+        name: jitted(name, static_argnames="first") for name in ("encode_chunk", "decode_chunk")
+    }
 
 
 def _pixels(config=TINY, t=17, b=2):
@@ -90,7 +103,9 @@ def test_full_size_has_the_published_number_of_parameters():
     ids=["three stages", "four stages"],
 )
 def test_every_split_of_a_stream_gives_the_whole_clip(config, splits):
-    """All 16 ways to cut 5 latent frames; also the states end equal, and keep the shapes they started with."""
+    """All 16 ways to cut 5 latent frames; also the states end equal, and keep the shapes they
+    started with.
+    """
     params, run = _programs(config)
     x, z = _pixels(config), _latents(config)
     encoded, decoded = run["encode"](params, x), run["decode"](params, z)
@@ -108,15 +123,23 @@ def test_every_split_of_a_stream_gives_the_whole_clip(config, splits):
             latents.append(y)
             y, state_d = run["decode_chunk"](params, z[:, start:stop], state_d, first=i == 0)
             pixels.append(y)
-        np.testing.assert_allclose(jnp.concatenate(latents, 1), encoded, rtol=0, atol=ROUNDING, err_msg=str(cut))
-        np.testing.assert_allclose(jnp.concatenate(pixels, 1), decoded, rtol=0, atol=ROUNDING, err_msg=str(cut))
+        np.testing.assert_allclose(
+            jnp.concatenate(latents, 1), encoded, rtol=0, atol=ROUNDING, err_msg=str(cut)
+        )
+        np.testing.assert_allclose(
+            jnp.concatenate(pixels, 1), decoded, rtol=0, atol=ROUNDING, err_msg=str(cut)
+        )
         for start, end in zip(starts, (state_e, state_d), strict=True):
             assert jax.tree.structure(start) == jax.tree.structure(end)
-            assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(lambda a: (a.shape, a.dtype), end)
+            assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(
+                lambda a: (a.shape, a.dtype), end
+            )
         ends.append((state_e, state_d))
     for other in ends[1:]:
         for a, b in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # hidden activations, not of unit scale
+            np.testing.assert_allclose(
+                a, b, rtol=0, atol=1e-4
+            )  # hidden activations, not of unit scale
 
 
 def test_a_picture_is_a_stream_of_one_frame():
@@ -148,7 +171,9 @@ def test_a_chunk_is_traced_once_however_long_the_stream():
 
 
 def _influence(function, x: jax.Array, outputs: int) -> np.ndarray:
-    """[output frame, input frame]: the largest gradient of a random sum over an output frame at an input frame."""
+    """[output frame, input frame]: the largest gradient of a random sum over an output frame at an
+    input frame.
+    """
 
     @jax.jit
     def sizes(x):
@@ -161,7 +186,9 @@ def _influence(function, x: jax.Array, outputs: int) -> np.ndarray:
 
 
 def test_latents_see_no_later_pixels():
-    """By gradient: latent frame i depends on pixel frame 0, on its own four frames up to 4i, and on none later."""
+    """By gradient: latent frame i depends on pixel frame 0, on its own four frames up to 4i, and on
+    none later.
+    """
     size = _influence(_vae().encode, _pixels(t=13, b=1), outputs=4)
     for i in range(4):
         assert (size[i, 4 * i + 1 :] == 0).all()
@@ -209,7 +236,9 @@ def test_both_forms_give_the_same_vae():
             return (encoded**2).mean() + (decoded**2).mean(), (encoded, decoded)
 
         quick = {"xla_backend_optimization_level": 0}
-        (_, out), grad = jax.jit(jax.value_and_grad(both, has_aux=True), compiler_options=quick)(params)
+        (_, out), grad = jax.jit(jax.value_and_grad(both, has_aux=True), compiler_options=quick)(
+            params
+        )
         outputs.append(out)
         grads.append(grad)
     for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
@@ -227,7 +256,9 @@ def test_the_form_follows_the_backend_unless_it_is_named(monkeypatch):
 
 
 def test_bfloat16_computes_the_same_less_exactly():
-    """Parameters and computation in bfloat16, results in float32, states in bfloat16; streams still fit together."""
+    """Parameters and computation in bfloat16, results in float32, states in bfloat16; streams still
+    fit together.
+    """
     exact_params, exact = _programs()
     params, run = _programs(dtype=jnp.bfloat16)
     x, z = _pixels(t=5), _latents(f=2)
@@ -267,14 +298,18 @@ def test_training_starts_with_little_noise():
 
 
 def test_patches_go_colour_then_column_then_row():
-    x = jnp.arange(2 * 2 * 3).reshape(1, 1, 2, 2, 3)  # [row, column, colour] holds 6 row + 3 column + colour
+    x = jnp.arange(2 * 2 * 3).reshape(
+        1, 1, 2, 2, 3
+    )  # [row, column, colour] holds 6 row + 3 column + colour
     assert patchify(x, 2)[0, 0, 0, 0].tolist() == [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11]
     pixels = _pixels(t=2)
     np.testing.assert_array_equal(unpatchify(patchify(pixels, 2), 2), pixels)
 
 
 def test_average_shortcut_by_hand():
-    """Twice the width: channel 2c is the mean of the earlier frame, 2c + 1 of the later one. A first frame is later."""
+    """Twice the width: channel 2c is the mean of the earlier frame, 2c + 1 of the later one. A
+    first frame is later.
+    """
     x = jnp.array([1.0, 2, 3, 4, 10, 20, 30, 40, 100, 200, 300, 400]).reshape(1, 3, 2, 2, 1)
     first = average_shortcut(x, 2, factor_t=2, factor_s=2, first=True)
     assert first.reshape(2, 2).tolist() == [[0, 2.5], [25, 250]]
@@ -282,16 +317,25 @@ def test_average_shortcut_by_hand():
     assert later.reshape(1, 2).tolist() == [[25, 250]]
     assert average_shortcut(x[:, 1:], 1, factor_t=2, factor_s=2, first=False).item() == 137.5
     np.testing.assert_array_equal(average_shortcut(x, 1, 1, 1, first=True), x)
-    np.testing.assert_array_equal(average_shortcut(x, 2, 1, 1, first=True), jnp.repeat(x, 2, axis=-1))
+    np.testing.assert_array_equal(
+        average_shortcut(x, 2, 1, 1, first=True), jnp.repeat(x, 2, axis=-1)
+    )
 
 
 def test_copy_shortcut_by_hand():
-    """Half the width, space only: the upper row is channel 2k, the lower one 2k + 1; with time, frames before rows."""
+    """Half the width, space only: the upper row is channel 2k, the lower one 2k + 1; with time,
+    frames before rows.
+    """
     x = jnp.array([1.0, 2]).reshape(1, 1, 1, 1, 2)
-    assert copy_shortcut(x, 1, factor_t=1, factor_s=2, first=True).reshape(2, 2).tolist() == [[1, 1], [2, 2]]
+    assert copy_shortcut(x, 1, factor_t=1, factor_s=2, first=True).reshape(2, 2).tolist() == [
+        [1, 1],
+        [2, 2],
+    ]
     y = copy_shortcut(x, 1, factor_t=2, factor_s=2, first=False)
     assert y.reshape(2, 4).tolist() == [[1] * 4, [2] * 4]
-    assert copy_shortcut(x, 1, factor_t=2, factor_s=2, first=True).reshape(1, 4).tolist() == [[2] * 4]
+    assert copy_shortcut(x, 1, factor_t=2, factor_s=2, first=True).reshape(1, 4).tolist() == [
+        [2] * 4
+    ]
 
 
 def test_norm_by_hand_and_at_zero():
@@ -334,5 +378,7 @@ def test_configs_that_cannot_be_built_are_refused(change, message):
 
 
 def test_lists_from_files_are_as_good_as_tuples():
-    listed = VaeConfig(**{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(TINY).items()})
+    listed = VaeConfig(
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(TINY).items()}
+    )
     assert listed == TINY and hash(listed) == hash(TINY)

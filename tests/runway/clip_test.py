@@ -34,7 +34,9 @@ def test_same_seed_same_bits_here_and_in_a_fresh_process():
         "from chameleon_jax import runway\nfrom tests.runway.clip_test import digest\n"
         f"print(digest(runway.render_triplet(5, 5, {SIZE}, 16)))"
     )
-    fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    fresh = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert fresh.stdout.strip() == here
 
 
@@ -55,7 +57,9 @@ def test_triplet_has_the_promised_parts():
 
 
 def test_video_moves():
-    frames = runway.render_clip(runway.sample_spec(3, frames=81, size=SIZE), only=[0, 40, 80]).frames.astype(int)
+    frames = runway.render_clip(
+        runway.sample_spec(3, frames=81, size=SIZE), only=[0, 40, 80]
+    ).frames.astype(int)
     assert np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3)).min() > 0.5
 
 
@@ -64,9 +68,12 @@ def test_another_garment_changes_nothing_outside_both_garments(seed):
     spec = runway.sample_spec(seed, frames=81, size=SIZE)
     rng = np.random.default_rng(seed)
     for slot, worn in spec.outfit.items():
-        other = spec.with_garment(garments.sample_garment(rng, slot, 2.0, accept=lambda g, t=worn.type: g.type != t))
+        other = spec.with_garment(
+            garments.sample_garment(rng, slot, 2.0, accept=lambda g, t=worn.type: g.type != t)
+        )
         first, second = (
-            runway.render_clip(s, shadows=False, ground_truth=True, only=[0, 27, 54, 80]) for s in (spec, other)
+            runway.render_clip(s, shadows=False, ground_truth=True, only=[0, 27, 54, 80])
+            for s in (spec, other)
         )
         inside = first.mask(slot) | second.mask(slot)
         differs = (first.frames != second.frames).any(-1)
@@ -87,8 +94,11 @@ def test_purposes_draw_apart():
     spec = runway.sample_spec(11)
     longer = runway.sample_spec(11, frames=9, size=(64, 64), fps=24, split="validation")
     assert (spec.person, spec.motion, spec.scene, spec.camera) == (
-        longer.person, longer.motion, longer.scene, longer.camera,
-    )  # fmt: skip
+        longer.person,
+        longer.motion,
+        longer.scene,
+        longer.camera,
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 14])
@@ -97,7 +107,9 @@ def test_ground_truth_is_consistent(seed):
     result = runway.render_clip(spec, ground_truth=True, only=[0, 40, 80])
     held = np.stack([(result.touched >> part) & 1 == 1 for part in range(parts.COUNT)])
     assert held.any(0).all()
-    assert np.take_along_axis(held, result.parts[None].astype(int), 0).all()  # a label is among what is there
+    assert np.take_along_axis(
+        held, result.parts[None].astype(int), 0
+    ).all()  # a label is among what is there
     assert (np.isfinite(result.depth) == held[1:].any(0)).all()
     worn = {parts.SLOTS[slot] for slot in spec.outfit}
     for slot, part in parts.SLOTS.items():
@@ -120,7 +132,9 @@ def test_joints_project_onto_the_person(seed):
             column, row = int(np.floor(x)), int(np.floor(y))
             if 0 <= column < 80 and 0 <= row < 128:
                 on_person.append(result.parts[t, row, column] != parts.BACKGROUND)
-                assert result.depth[t, row, column] < depth + 0.05 or not on_person[-1]  # skin is before the bone
+                assert (
+                    result.depth[t, row, column] < depth + 0.05 or not on_person[-1]
+                )  # skin is before the bone
     assert len(on_person) > 40
     assert np.mean(on_person) > 0.97
     head = asset.load().bone["head"]
@@ -158,7 +172,9 @@ def test_other_shapes(size):
 
 def draw_stored_frames() -> np.ndarray:
     """uint8 [3, 64, 40, 3]: three frames of three clips."""
-    specs = [(runway.sample_spec(seed, size=SIZE), frame) for seed, frame in ((1, 0), (15, 40), (22, 60))]
+    specs = [
+        (runway.sample_spec(seed, size=SIZE), frame) for seed, frame in ((1, 0), (15, 40), (22, 60))
+    ]
     return np.concatenate([runway.render_clip(spec, only=[frame]).frames for spec, frame in specs])
 
 

@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "launch.runway", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.runway", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_sheet(tmp_path):
@@ -42,7 +47,19 @@ def test_bad_requests_get_one_line(arguments, message):
 
 @pytest.mark.slow
 def test_bench_prints_a_line_and_json():
-    done = command("bench", "--clips", "1", "--workers", "1", "--frames", "2", "--height", "32", "--width", "20")
+    done = command(
+        "bench",
+        "--clips",
+        "1",
+        "--workers",
+        "1",
+        "--frames",
+        "2",
+        "--height",
+        "32",
+        "--width",
+        "20",
+    )
     assert done.returncode == 0, done.stderr
     line, text = done.stdout.strip().splitlines()
     result = json.loads(text)

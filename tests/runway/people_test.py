@@ -20,7 +20,9 @@ def torso_triangles(figure: Figure) -> np.ndarray:
     data = asset.load()
     joint = figure.person.joint
     y = figure.person.region("body")[:, 1]
-    trunk = data.body_share("root", "spine05", "spine04", "spine03", "spine02", "upperleg01.*") > 0.8
+    trunk = (
+        data.body_share("root", "spine05", "spine04", "spine03", "spine02", "upperleg01.*") > 0.8
+    )
     inside = trunk & (y > joint("upperleg01.L")[1] - 0.08) & (y < joint("spine01")[1] + 0.02)
     return inside[data.triangles["body"]].all(1)
 
@@ -40,12 +42,20 @@ def test_no_skin_on_the_torso_whatever_is_worn(seed):
     for outfit in (spec.outfit, {}):
         artist = renderer.Renderer(scene.figure.dress(outfit, spec.styling), SIZE, samples=2)
         for t in (0, 40, 80):
-            artist.draw(scene.cameras[t], setting, artist.pose(scene.motion.pose(t), scene.swing[t]))
+            artist.draw(
+                scene.cameras[t], setting, artist.pose(scene.motion.pose(t), scene.swing[t])
+            )
             part, triangle = artist.samples_drawn
-            on_torso = (triangle >= 0) & (triangle < len(torso)) & torso[np.clip(triangle, 0, len(torso) - 1)]
+            on_torso = (
+                (triangle >= 0)
+                & (triangle < len(torso))
+                & torso[np.clip(triangle, 0, len(torso) - 1)]
+            )
             assert not (on_torso & (part == parts.SKIN)).any()
         if not outfit:
-            assert (on_torso & (part == parts.UNDERLAYER)).sum() > 200  # the check above had something to look at
+            assert (
+                on_torso & (part == parts.UNDERLAYER)
+            ).sum() > 200  # the check above had something to look at
 
 
 @pytest.mark.parametrize("seed", range(36))
@@ -69,9 +79,13 @@ def test_bodies_are_adult_and_of_allowed_height():
     for seed in range(20):
         spec = runway.sample_spec(seed)
         figure = spec.person
-        assert 0 <= figure.phenotype["age"] <= 1  # 0 is a young adult, 1 is old; the data holds no children
+        assert (
+            0 <= figure.phenotype["age"] <= 1
+        )  # 0 is a young adult, 1 is old; the data holds no children
         data = asset.load()
-        blend = figure.mix * data.people[figure.first] + (1 - figure.mix) * data.people[figure.second]
+        blend = (
+            figure.mix * data.people[figure.first] + (1 - figure.mix) * data.people[figure.second]
+        )
         assert body.SHORTEST - 1e-6 <= body.Person(blend).height <= body.TALLEST + 1e-6
 
 
@@ -87,7 +101,9 @@ def test_feet_reach_the_ground_and_nothing_jumps(locomotion):
     assert lift.max() < 0.25 and lift.min() > -0.02
     speed = np.linalg.norm(np.diff(joints, axis=0), axis=-1) * 16
     assert speed.max() < 6
-    lengths = np.linalg.norm(joints[:, bone["lowerarm01.L"]] - joints[:, bone["upperarm01.L"]], axis=-1)
+    lengths = np.linalg.norm(
+        joints[:, bone["lowerarm01.L"]] - joints[:, bone["upperarm01.L"]], axis=-1
+    )
     np.testing.assert_allclose(lengths, lengths[0], rtol=0.01)
 
 
@@ -96,7 +112,9 @@ def test_rotation_turns_z_to_x_about_y():
 
 
 def test_rasteriser_draws_the_nearer_triangle_and_cuts_exactly():
-    points = np.array([[0, 0, 1], [8, 0, 1], [0, 8, 1], [0, 0, 2], [8, 0, 2], [0, 8, 2]], np.float32)
+    points = np.array(
+        [[0, 0, 1], [8, 0, 1], [0, 8, 1], [0, 0, 2], [8, 0, 2], [0, 8, 2]], np.float32
+    )
     triangles = np.array([[0, 1, 2], [3, 4, 5]], np.int32)
     keep = np.array([1, 1, 1, 3, -5, 3], np.float32)  # the nearer one is kept where x < 3
     drawn = raster.Fragments(8, 8)
@@ -119,5 +137,7 @@ def test_normals_of_a_cut_edge_do_not_depend_on_the_cut():
     dropped = geometry.normals(mesh.rest, mesh.triangles)
     edge = seen[mesh.keep[seen] < 0]
     assert len(edge) > 10
-    assert np.abs(whole[edge] - dropped[edge]).max() > 0.05  # dropping triangles first would have changed them
+    assert (
+        np.abs(whole[edge] - dropped[edge]).max() > 0.05
+    )  # dropping triangles first would have changed them
     np.testing.assert_allclose(np.linalg.norm(whole[seen], axis=1), 1, atol=1e-4)

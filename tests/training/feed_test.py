@@ -27,13 +27,21 @@ class Numbers:
         clip[..., 2] = 10 * np.arange(size[0])[:, None] + np.arange(size[1])
         first = int(start * (9 - frames + 1))
         spoken = {"static": "s", "dynamic": "d"}
-        return {"video": clip[first : first + frames], "reference": clip[0], "garment": clip[0], "captions": spoken,
-                "fps": 16, "seed": index}  # fmt: skip
+        return {
+            "video": clip[first : first + frames],
+            "reference": clip[0],
+            "garment": clip[0],
+            "captions": spoken,
+            "fps": 16,
+            "seed": index,
+        }
 
 
 def feed() -> Feed:
     def part(frames, samples, size):
-        loader = LoaderConfig(batch=samples, frames=frames, buckets=((8, 6),), random_start=True, seed=1)
+        loader = LoaderConfig(
+            batch=samples, frames=frames, buckets=((8, 6),), random_start=True, seed=1
+        )
         return Part(loader, lambda raw, rng: {"video": crop(raw["video"], size, rng)})
 
     return Feed(Numbers(), [part(1, 4, (8, 6)), part(5, 2, (4, 4))])
@@ -58,7 +66,9 @@ def test_goes_on_to_the_bit(taken):
 def test_does_not_go_on_with_other_kinds():
     state = feed().get_state()
     state["parts"].pop()
-    with pytest.raises(ConfigError, match=r"drew 1 kind\(s\) of batches in turn, this config describes 2"):
+    with pytest.raises(
+        ConfigError, match=r"drew 1 kind\(s\) of batches in turn, this config describes 2"
+    ):
         feed().set_state(state)
 
 
@@ -68,7 +78,9 @@ def test_crops_are_windows_and_differ_between_samples():
     windows = crop(video, (4, 3), np.random.default_rng(0))
     assert windows.shape == (64, 5, 4, 3, 3)
     corners = {int(window[0, 0, 0, 2]) for window in windows}
-    assert len(corners) > 10 and max(corners) == 43 and min(corners) == 0  # every place up to row 4, column 3
+    assert (
+        len(corners) > 10 and max(corners) == 43 and min(corners) == 0
+    )  # every place up to row 4, column 3
     for window in windows[:8]:
         top, left = divmod(int(window[0, 0, 0, 2]), 10)
         np.testing.assert_array_equal(window, clip[:, top : top + 4, left : left + 3])

@@ -1,4 +1,6 @@
-"""The loop: stop, kill, resume, refuse, diverge. On a toy stage; programs run as a user would run them."""
+"""The loop: stop, kill, resume, refuse, diverge. On a toy stage; programs run as a user would run
+them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_killed_and_resumed_is_unbroken_to_the_bit(tmp_path, unbroken):
     for name, value in expected.items():
         np.testing.assert_array_equal(value, found[name], err_msg=name)
     losses = [(line["step"], line["loss"]) for line in metrics(tmp_path)]
-    assert losses == [(line["step"], line["loss"]) for line in metrics(unbroken)]  # nothing twice, nothing missing
+    assert losses == [
+        (line["step"], line["loss"]) for line in metrics(unbroken)
+    ]  # nothing twice, nothing missing
     assert "going on from step 3" in resumed.stderr
 
 
@@ -75,7 +79,9 @@ def test_restores_onto_four_devices(tmp_path, unbroken):
     resumed = run_program(tmp_path, "6", "mesh.fsdp=2", "mesh.data=2", devices=4)
     assert resumed.stdout.strip() == "6 finished", resumed.stderr[-2000:]
     for name, value in saved_params(unbroken).items():
-        np.testing.assert_allclose(value, saved_params(tmp_path)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            value, saved_params(tmp_path)[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
 
 
 def run_two(workdir: Path, *arguments: str) -> list[str]:
@@ -84,8 +90,15 @@ def run_two(workdir: Path, *arguments: str) -> list[str]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda rank: run_program(workdir, *arguments, f"rank={rank}", f"port={port}"), range(2)))
-    assert [done.returncode for done in both] == [0, 0], both[0].stderr[-3000:] + both[1].stderr[-3000:]
+        both = list(
+            pool.map(
+                lambda rank: run_program(workdir, *arguments, f"rank={rank}", f"port={port}"),
+                range(2),
+            )
+        )
+    assert [done.returncode for done in both] == [0, 0], (
+        both[0].stderr[-3000:] + both[1].stderr[-3000:]
+    )
     return [done.stdout.strip().splitlines()[-1] for done in both]
 
 
@@ -94,8 +107,17 @@ def test_two_processes_train_what_one_does(tmp_path, unbroken):
     assert run_two(tmp_path, "3", "mesh.fsdp=2") == ["3 finished"] * 2
     assert run_two(tmp_path, "6", "mesh.fsdp=2") == ["6 finished"] * 2
     for name, value in saved_params(unbroken).items():
-        np.testing.assert_allclose(value, saved_params(tmp_path)[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]  # only one of them writes
+        np.testing.assert_allclose(
+            value, saved_params(tmp_path)[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
+    assert [line["step"] for line in metrics(tmp_path)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]  # only one of them writes
 
 
 def config(workdir, steps, *overrides):
@@ -104,32 +126,49 @@ def config(workdir, steps, *overrides):
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
     loop.train(config(tmp_path, 2), toy.stage(), toy.ToyFeed())
-    with pytest.raises(CheckpointError, match=r"of the stage 'toy', this run is 'other'.*init_from"):
+    with pytest.raises(
+        CheckpointError, match=r"of the stage 'toy', this run is 'other'.*init_from"
+    ):
         loop.train(config(tmp_path, 4), toy.stage("other"), toy.ToyFeed())
 
 
 def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
     loop.train(config(tmp_path, 2), toy.stage(), toy.ToyFeed())
-    with pytest.raises(CheckpointError, match=r"another model or optimiser: unexpected opt_state.*mu"):
+    with pytest.raises(
+        CheckpointError, match=r"another model or optimiser: unexpected opt_state.*mu"
+    ):
         loop.train(config(tmp_path, 4, "optimizer.b1=0.0"), toy.stage(), toy.ToyFeed())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     with pytest.raises(loop.TrainingDivergedError, match=r"step 5: .*loss.*not finite"):
-        loop.train(config(tmp_path, 6, "train.checkpoint_every=1"), toy.stage(), toy.ToyFeed(poison=4))
-    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+        loop.train(
+            config(tmp_path, 6, "train.checkpoint_every=1"), toy.stage(), toy.ToyFeed(poison=4)
+        )
+    saved = sorted(
+        int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()
+    )
     assert saved == [3, 4]
 
 
 def test_time_limit_saves(tmp_path):
-    outcome = loop.train(config(tmp_path, 1000, "train.max_minutes=1e-9"), toy.stage(), toy.ToyFeed())
+    outcome = loop.train(
+        config(tmp_path, 1000, "train.max_minutes=1e-9"), toy.stage(), toy.ToyFeed()
+    )
     assert (outcome.step, outcome.reason) == (1, "time")
     assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
 def test_learns_writes_and_shows(tmp_path):
-    overrides = ["train.preview_every=10", "train.eval_every=10", "train.log_every=10", "train.checkpoint_every=10"]
-    outcome = loop.train(config(tmp_path, 60, *overrides), toy.stage(), toy.ToyFeed(), [next(toy.ToyFeed())])
+    overrides = [
+        "train.preview_every=10",
+        "train.eval_every=10",
+        "train.log_every=10",
+        "train.checkpoint_every=10",
+    ]
+    outcome = loop.train(
+        config(tmp_path, 60, *overrides), toy.stage(), toy.ToyFeed(), [next(toy.ToyFeed())]
+    )
     lines = metrics(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["eval/loss"] for line in lines if "eval/loss" in line]
@@ -166,9 +205,15 @@ def test_starts_from_exported_weights_and_refuses_others(tmp_path):
     network = toy.stage().trained["toy"]
     params = network.init(jax.random.key(7))
     save_params(tmp_path / "toy.safetensors", network.bind(params))
-    outcome = loop.train(config(tmp_path / "run", 0, f"init_from={tmp_path}"), toy.stage(), toy.ToyFeed())
+    outcome = loop.train(
+        config(tmp_path / "run", 0, f"init_from={tmp_path}"), toy.stage(), toy.ToyFeed()
+    )
     for name, value in params.items():
         np.testing.assert_array_equal(outcome.state.params["toy"][name], value)
         np.testing.assert_array_equal(outcome.state.ema["toy"][name], value)
     with pytest.raises(WeightsError, match="no such file"):
-        loop.train(config(tmp_path / "none", 1, f"init_from={tmp_path / 'nowhere'}"), toy.stage(), toy.ToyFeed())
+        loop.train(
+            config(tmp_path / "none", 1, f"init_from={tmp_path / 'nowhere'}"),
+            toy.stage(),
+            toy.ToyFeed(),
+        )

@@ -37,7 +37,11 @@ def data(tmp_path_factory):
 
 
 def settings(data, stage: str, workdir, *overrides: str):
-    common = [f"data.dir={data / 'clips'}", f"data.tokenizer={data / 'tokenizer.json'}", f"workdir={workdir}"]
+    common = [
+        f"data.dir={data / 'clips'}",
+        f"data.tokenizer={data / 'tokenizer.json'}",
+        f"workdir={workdir}",
+    ]
     return load_config(f"configs/{stage}", [*common, *overrides])
 
 
@@ -61,7 +65,9 @@ def test_vae_pictures_then_clips(data, vae_export, tmp_path):
 @pytest.mark.slow
 def test_exported_latents_are_normal(data, vae_export):
     """The statistics in the exported config bring the latents to mean 0, deviation 1."""
-    config = settings(data, "vae.py:smoke", vae_export, f"weights.vae={vae_export}", "data.in_memory=false")
+    config = settings(
+        data, "vae.py:smoke", vae_export, f"weights.vae={vae_export}", "data.in_memory=false"
+    )
     config = train.with_stored_sizes(config)
     network = build_network("vae", config, frozen=True)
     params = network.load(vae_export / "vae.safetensors")
@@ -75,19 +81,28 @@ def test_exported_latents_are_normal(data, vae_export):
 def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
     overrides = [f"weights.vae={vae_export}", "video.frames=21"]
     train.run(settings(data, "teacher.py:smoke", tmp_path / "teacher", *overrides))
-    lines = [json.loads(line) for line in (tmp_path / "teacher" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "teacher" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert all(np.isfinite(line["eval/loss"]) for line in lines if "eval/loss" in line)
     export = tmp_path / "teacher" / "export"
     assert {path.name for path in export.iterdir()} == {
-        "config.json", "dit.safetensors", "text.safetensors", "tokenizer.json", "vae.safetensors",
-    }  # fmt: skip
+        "config.json",
+        "dit.safetensors",
+        "text.safetensors",
+        "tokenizer.json",
+        "vae.safetensors",
+    }
     assert (
         json.loads((export / "config.json").read_text())["model"]["vae"]
         == json.loads((vae_export / "config.json").read_text())["model"]["vae"]
     )
     workdir = tmp_path / "forcing"
-    train.run(settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}"))
+    train.run(
+        settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}")
+    )
     assert (workdir / "export" / "dit.safetensors").is_file()
     assert (workdir / "previews" / "step_0000004.png").is_file()
 
@@ -96,7 +111,9 @@ def test_batches_of_several_lengths_come_in_turn(data, tmp_path):
     config = settings(data, "teacher_forcing.py:smoke", tmp_path)
     feed = Feed(train.open_data(config, "train"), teacher.make_parts(config))
     assert [next(feed)["video"].shape[:2] for _ in range(4)] == [(2, 21), (4, 9)] * 2
-    assert next(Feed(train.open_data(config, "train"), teacher.make_eval_parts(config)))["video"].shape[:2] == (2, 21)
+    assert next(Feed(train.open_data(config, "train"), teacher.make_eval_parts(config)))[
+        "video"
+    ].shape[:2] == (2, 21)
     config.data.lengths = ((25, 2),)
     with pytest.raises(ConfigError, match=r"clips of \[25\] frames; video\.frames allows 21"):
         teacher.make_parts(config)
@@ -105,7 +122,9 @@ def test_batches_of_several_lengths_come_in_turn(data, tmp_path):
         teacher_forcing.make_stage(config)
     config.cache.update(frames=5, context=2, block=1)
     config.data.lengths = ()
-    with pytest.raises(ConfigError, match=r"cache\.context=2, cache\.block=1; the transformer has 2 and 3"):
+    with pytest.raises(
+        ConfigError, match=r"cache\.context=2, cache\.block=1; the transformer has 2 and 3"
+    ):
         teacher_forcing.make_stage(config)
 
 
@@ -116,7 +135,9 @@ def test_history_noise_is_of_one_level_per_clip_and_off_by_default():
     # x - x0 = level (noise - x0), of deviation level sqrt(2)
     levels = change.std((2, 3, 4)) / 2**0.5
     assert (levels < 0.33).all() and np.ptp(levels.mean(1)) > 0.02
-    np.testing.assert_allclose(levels, np.broadcast_to(levels.mean(1, keepdims=True), levels.shape), rtol=0.15)
+    np.testing.assert_allclose(
+        levels, np.broadcast_to(levels.mean(1, keepdims=True), levels.shape), rtol=0.15
+    )
 
 
 def test_each_noise_disturbs_its_own_frames(data):
@@ -131,8 +152,12 @@ def test_each_noise_disturbs_its_own_frames(data):
         config.loss.update({name: noise.get(name, 0.0) for name in names})
         stage = teacher_forcing.make_stage(config)
         if params is None:  # the head is born zero, and would say the same of everything
-            params = {name: network.init(jax.random.key(1)) for name, network in stage.trained.items()}
-            params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+            params = {
+                name: network.init(jax.random.key(1)) for name, network in stage.trained.items()
+            }
+            params = jax.tree.map(
+                lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params
+            )
         batch = {
             "z_reference": z[:, :1],
             "z_garment": z[:, 1:2],
@@ -170,13 +195,19 @@ def test_missing_inputs_are_named(data, tmp_path):
     with pytest.raises(ConfigError, match=r"weights\.vae is not set: previews"):
         train.run(settings(data, "teacher.py:smoke", tmp_path))
     with pytest.raises(ConfigError, match=r"weights\.text is not set, and train\.text is false"):
-        train.run(settings(data, "teacher.py:smoke", tmp_path, "train.preview_every=0", "train.text=false"))
+        train.run(
+            settings(
+                data, "teacher.py:smoke", tmp_path, "train.preview_every=0", "train.text=false"
+            )
+        )
 
 
 @pytest.mark.parametrize("file", ["vae", "teacher", "teacher_forcing"])
 @pytest.mark.parametrize("size", ["runway_tiny", "wan22_5b", "smoke"])
 def test_every_config_describes_a_run(file, size):
-    config = load_config(f"configs/{file}.py:{size}", ["workdir=x", "data.dir=y", "weights.vae=z", "weights.text=z"])
+    config = load_config(
+        f"configs/{file}.py:{size}", ["workdir=x", "data.dir=y", "weights.vae=z", "weights.text=z"]
+    )
     assert config.stage in train.STAGES
     assert train.streaming_config(config).model is not None
     for name in ("vae", "dit", "text"):

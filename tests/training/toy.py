@@ -1,4 +1,5 @@
-"""A stage that trains in milliseconds: a two-layer network learns to repeat its input. Also run as a program by tests.
+"""A stage that trains in milliseconds: a two-layer network learns to repeat its input. Also run as
+a program by tests.
 
 python tests/training/toy.py WORKDIR STEPS [key=value ...]
 """
@@ -53,11 +54,16 @@ def stage(name: str = "toy") -> Stage:
 class ToyFeed:
     """Batch n holds the n-th normal numbers; `poison` is a batch that is not finite.
 
-    While batch `kill` is made, the process gets a signal, once the checkpoint `after` (if any) is complete.
+    While batch `kill` is made, the process gets a signal, once the checkpoint `after` (if any) is
+    complete.
     """
 
     def __init__(
-        self, poison: int = -1, kill: int = -1, signal_number: int = signal.SIGKILL, after: Path | None = None
+        self,
+        poison: int = -1,
+        kill: int = -1,
+        signal_number: int = signal.SIGKILL,
+        after: Path | None = None,
     ):
         self.count, self.poison = 0, poison
         self.kill, self.signal, self.after = kill, signal_number, after
@@ -65,7 +71,9 @@ class ToyFeed:
     def __next__(self):
         if self.count == self.kill:
             deadline = time.monotonic() + 60
-            while self.after is not None and not self.after.is_dir() and time.monotonic() < deadline:
+            while (
+                self.after is not None and not self.after.is_dir() and time.monotonic() < deadline
+            ):
                 time.sleep(0.02)
             os.kill(os.getpid(), self.signal)
         x = np.random.default_rng(self.count).normal(size=(8, 16)).astype(np.float32)
@@ -82,22 +90,42 @@ class ToyFeed:
 
 
 def config(workdir, steps: int, overrides=()) -> ConfigDict:
-    result = ConfigDict({
-        "workdir": str(workdir),
-        "seed": 0,
-        "init_from": "",
-        "weights": {"toy": ""},
-        "mesh": {"data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
-        "train": {
-            "steps": steps, "max_minutes": 0.0, "log_every": 1, "eval_every": 0, "preview_every": 0,
-            "checkpoint_every": 3, "keep": 2,
-        },
-        "optimizer": {
-            "name": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0, "momentum": 0.95,
-        },
-        "schedule": {"name": "constant", "peak": 1e-2, "warmup": 2, "decay_from": 0.5, "final": 0.0, "halve_at": 3},
-        "ema": {"decay": 0.9, "start": 0},
-    })  # fmt: skip
+    result = ConfigDict(
+        {
+            "workdir": str(workdir),
+            "seed": 0,
+            "init_from": "",
+            "weights": {"toy": ""},
+            "mesh": {"data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
+            "train": {
+                "steps": steps,
+                "max_minutes": 0.0,
+                "log_every": 1,
+                "eval_every": 0,
+                "preview_every": 0,
+                "checkpoint_every": 3,
+                "keep": 2,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+                "clip": 1.0,
+                "momentum": 0.95,
+            },
+            "schedule": {
+                "name": "constant",
+                "peak": 1e-2,
+                "warmup": 2,
+                "decay_from": 0.5,
+                "final": 0.0,
+                "halve_at": 3,
+            },
+            "ema": {"decay": 0.9, "start": 0},
+        }
+    )
     override(result, overrides)
     return result
 
@@ -111,7 +139,9 @@ def main() -> None:
     given = dict(item.split("=") for item in rest)
     own = {name: int(given.pop(name)) for name in ("kill", "term", "rank", "port") if name in given}
     if "rank" in own:
-        jax.distributed.initialize(f"localhost:{own['port']}", num_processes=2, process_id=own["rank"])
+        jax.distributed.initialize(
+            f"localhost:{own['port']}", num_processes=2, process_id=own["rank"]
+        )
     feed = ToyFeed()
     if "term" in own:
         feed = ToyFeed(kill=own["term"], signal_number=signal.SIGTERM)

@@ -17,9 +17,16 @@ from chameleon_jax.weights.params import flat_params, set_params
 
 # Wan2.2's pattern: no stage of the decoder changes width and time together.
 WAN_LIKE = VaeConfig(
-    z_dim=3, enc_width=4, dec_width=4, width_mult=(1, 2, 2, 2), enc_blocks=1, dec_blocks=1,
-    temporal_down=(False, True, True), latent_mean=(0.5, -0.5, 0.2), latent_std=(0.6, 0.7, 0.8),
-)  # fmt: skip
+    z_dim=3,
+    enc_width=4,
+    dec_width=4,
+    width_mult=(1, 2, 2, 2),
+    enc_blocks=1,
+    dec_blocks=1,
+    temporal_down=(False, True, True),
+    latent_mean=(0.5, -0.5, 0.2),
+    latent_std=(0.6, 0.7, 0.8),
+)
 # The pattern of the small model: its second decoder stage does.
 SMALL = dataclasses.replace(WAN_LIKE, width_mult=(1, 2, 4), temporal_down=(True, True))
 
@@ -47,23 +54,32 @@ def _clip(config=WAN_LIKE, t=9, b=1):
 
 
 def test_parts_of_the_loss_by_hand():
-    ramp = jnp.arange(4.0).reshape(1, 1, 1, 4, 1) * jnp.ones((1, 1, 4, 1, 1))  # grows by 1 from column to column
+    ramp = jnp.arange(4.0).reshape(1, 1, 1, 4, 1) * jnp.ones(
+        (1, 1, 4, 1, 1)
+    )  # grows by 1 from column to column
     assert training.gradient_error(ramp) == 1.0
     assert training.gradient_error(jnp.swapaxes(ramp, 2, 3)) == 1.0
     # Bands: +-1/2 around the means of pairs, +-1 around the mean of all, and the mean, 3/2.
     np.testing.assert_allclose(training.laplacian_error(ramp), 0.5 + 1 + 1.5)
     np.testing.assert_allclose(training.laplacian_error(jnp.full((1, 2, 8, 8, 3), -0.25)), 0.25)
-    np.testing.assert_allclose(training.laplacian_error(jnp.full((1, 1, 3, 8, 3), 0.5)), 0.5)  # odd: one band only
+    np.testing.assert_allclose(
+        training.laplacian_error(jnp.full((1, 1, 3, 8, 3), 0.5)), 0.5
+    )  # odd: one band only
     np.testing.assert_allclose(training.psnr(jnp.full(5, 0.2)), 20.0, rtol=1e-6)
     assert training.kl_to_normal(jnp.zeros(4), jnp.zeros(4)) == 0
-    np.testing.assert_allclose(training.kl_to_normal(jnp.array([2.0, 0]), jnp.array([0.0, 1])), (4 + jnp.e - 2) / 4)
+    np.testing.assert_allclose(
+        training.kl_to_normal(jnp.array([2.0, 0]), jnp.array([0.0, 1])), (4 + jnp.e - 2) / 4
+    )
 
 
 def test_sum_of_the_parts():
     vae, x = _vae(), _clip(t=5)
     weights = training.LossWeights(l1=1.0, l2=2.0, gradient=0.5, laplacian=0.25, kl=0.1)
     total, parts = jax.jit(lambda x: training.loss(vae, x, jax.random.key(0), weights))(x)
-    pixels, bands = parts["l1"] + 2 * parts["l2"], 0.5 * parts["gradient"] + 0.25 * parts["laplacian"]
+    pixels, bands = (
+        parts["l1"] + 2 * parts["l2"],
+        0.5 * parts["gradient"] + 0.25 * parts["laplacian"],
+    )
     expected = pixels + bands + 0.1 * parts["kl"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     assert set(parts) == {"l1", "l2", "gradient", "laplacian", "kl", "psnr"}
@@ -72,7 +88,9 @@ def test_sum_of_the_parts():
     z = mean + jnp.exp(logvar / 2) * jax.random.normal(jax.random.key(0), mean.shape)
     scaled = (z - jnp.array(WAN_LIKE.latent_mean)) / jnp.array(WAN_LIKE.latent_std)
     np.testing.assert_allclose(
-        parts["l1"], jnp.abs(_run(lambda z: vae.decode(z, clamp=False), scaled) - x).mean(), rtol=1e-5
+        parts["l1"],
+        jnp.abs(_run(lambda z: vae.decode(z, clamp=False), scaled) - x).mean(),
+        rtol=1e-5,
     )
 
 
@@ -81,7 +99,9 @@ def test_the_decoder_alone_leaves_the_encoder_as_it_is():
     graph, params = nnx.split(vae)
 
     def loss(params):
-        return training.loss(nnx.merge(graph, params), x, jax.random.key(0), training.LossWeights(), encoder=False)[0]
+        return training.loss(
+            nnx.merge(graph, params), x, jax.random.key(0), training.LossWeights(), encoder=False
+        )[0]
 
     gradient = flat_params(nnx.merge(graph, jax.jit(jax.grad(loss))(params)))
     moved = {name.split(".")[0] for name, value in gradient.items() if np.asarray(value).any()}
@@ -95,11 +115,18 @@ def test_a_few_steps_lower_the_loss_and_reach_every_parameter():
     @jax.jit
     def step(params, state, key):
         def loss(params):
-            return training.loss(nnx.merge(graph, params), x, key, training.LossWeights(laplacian=0.1))
+            return training.loss(
+                nnx.merge(graph, params), x, key, training.LossWeights(laplacian=0.1)
+            )
 
         (_, parts), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), state, parts, jax.tree.map(lambda g: jnp.abs(g).max(), grads)
+        return (
+            optax.apply_updates(params, updates),
+            state,
+            parts,
+            jax.tree.map(lambda g: jnp.abs(g).max(), grads),
+        )
 
     state, psnr = optimizer.init(params), []
     for i in range(40):
@@ -117,9 +144,13 @@ def test_an_inflated_decoder_shows_every_latent_frame_as_a_picture(config):
     clip = _run(vae.decode, z)
     pictures = _run(vae.decode, z[0][:, None])[:, 0]
     assert clip.std() > 0.1 and jnp.abs(pictures[0] - pictures[1]).max() > 0.1
-    np.testing.assert_allclose(clip[0, ::4], pictures, rtol=0, atol=1e-5)  # the last frame of each group
+    np.testing.assert_allclose(
+        clip[0, ::4], pictures, rtol=0, atol=1e-5
+    )  # the last frame of each group
     if config is WAN_LIKE:
-        np.testing.assert_allclose(clip[0, 1:], jnp.repeat(pictures[1:], 4, axis=0), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            clip[0, 1:], jnp.repeat(pictures[1:], 4, axis=0), rtol=0, atol=1e-5
+        )
     plain = _run(_vae(config).decode, z)
     assert jnp.abs(plain[0, ::4] - pictures)[1:].max() > 1e-2  # without inflation it does not hold
 

@@ -1,14 +1,15 @@
-"""Stage 1, the teacher: a bidirectional in-context video model (FashionChameleon, arXiv 2605.15824, section 4.1).
+"""Stage 1, the teacher: a bidirectional in-context video model (FashionChameleon, arXiv 2605.15824,
+section 4.1).
 
-Two clean latent frames, the person in another garment and the garment alone, stand before the video at t = 0. All video
-frames share one t; the network learns v = noise - x0 on them:
+Two clean latent frames, the person in another garment and the garment alone, stand before the video
+at t = 0. All video frames share one t; the network learns v = noise - x0 on them:
 
     loss = mean over b, f of  w(t) * mean over h, w, c of (v_pred - v)^2
 
-with w the training weight of the released schedule (`loss.weights` "bell") or 1 ("none"). The bell leaves out t = 1000,
-where the first step of a sampler decides what goes where: pretrained weights know that step, new ones have to learn it.
-The reference shows another garment than the video, or the model would learn to copy it. 10 % of the prompts are empty,
-for classifier-free guidance.
+with w the training weight of the released schedule (`loss.weights` "bell") or 1 ("none"). The bell
+leaves out t = 1000, where the first step of a sampler decides what goes where: pretrained weights
+know that step, new ones have to learn it. The reference shows another garment than the video, or
+the model would learn to copy it. 10 % of the prompts are empty, for classifier-free guidance.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query tokens.
 """
@@ -52,14 +53,18 @@ def make_stage(config: ConfigDict) -> Stage:
     conditions = make_conditions(config, trained | frozen)
     weights_of = loss_weights(config)
 
-    def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         dit = trained["dit"].bind(params["dit"])
         sample = conditions(params | fixed, dit, batch)
         b, f = sample.z_video.shape[:2]
         t_bf = flow.draw_timesteps(jax.random.fold_in(key, 0), b, f, shift=config.loss.shift)
         noise = jax.random.normal(jax.random.fold_in(key, 1), sample.z_video.shape)
         z_t = flow.add_noise(sample.z_video, noise, t_bf / 1000)
-        v = bidirectional_forward(dit, sample.z_context, z_t, told_timesteps(t_bf, config), sample.text_kv)
+        v = bidirectional_forward(
+            dit, sample.z_context, z_t, told_timesteps(t_bf, config), sample.text_kv
+        )
         return flow_loss(v, sample.z_video, noise, weights_of(t_bf))
 
     def generate(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
@@ -67,7 +72,9 @@ def make_stage(config: ConfigDict) -> Stage:
         sample = conditions(params | fixed, dit, batch)
 
         def model(z: jax.Array, t_bf: jax.Array) -> jax.Array:
-            return bidirectional_forward(dit, sample.z_context, z, told_timesteps(t_bf, config), sample.text_kv)
+            return bidirectional_forward(
+                dit, sample.z_context, z, told_timesteps(t_bf, config), sample.text_kv
+            )
 
         noise = jax.random.normal(key, sample.z_video.shape)
         sigmas = flow.euler_sigmas(config.preview.steps, config.loss.shift)
@@ -89,7 +96,9 @@ def loss_weights(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
     raise ConfigError(f"loss.weights is {config.loss.weights!r}; expected bell or none")
 
 
-def flow_loss(v_pred: jax.Array, x0: jax.Array, noise: jax.Array, w_bf: jax.Array) -> tuple[jax.Array, Metrics]:
+def flow_loss(
+    v_pred: jax.Array, x0: jax.Array, noise: jax.Array, w_bf: jax.Array
+) -> tuple[jax.Array, Metrics]:
     """Weighted flow-matching loss of the video frames in float32.
 
     Args:
@@ -106,7 +115,9 @@ def flow_loss(v_pred: jax.Array, x0: jax.Array, noise: jax.Array, w_bf: jax.Arra
 
 def told_timesteps(t_bf: jax.Array, config: ConfigDict) -> jax.Array:
     """Timesteps as the network is told them: rounded as the released code does, or exact."""
-    return flow.round_timesteps(t_bf, jnp.dtype(config.dtype)) if config.loss.round_timesteps else t_bf
+    return (
+        flow.round_timesteps(t_bf, jnp.dtype(config.dtype)) if config.loss.round_timesteps else t_bf
+    )
 
 
 def networks(config: ConfigDict) -> tuple[dict[str, Network], dict[str, Network]]:
@@ -120,18 +131,26 @@ def networks(config: ConfigDict) -> tuple[dict[str, Network], dict[str, Network]
     if config.weights.vae:
         frozen["vae"] = build_network("vae", config, frozen=True)
     elif config.train.preview_every:
-        raise ConfigError("weights.vae is not set: previews cannot be decoded; set it, or train.preview_every=0")
+        raise ConfigError(
+            "weights.vae is not set: previews cannot be decoded; set it, or train.preview_every=0"
+        )
     if config.train.text:
         trained["text"] = build_network("text", config)
     else:
         if not config.weights.text:
-            raise ConfigError("weights.text is not set, and train.text is false: there is no text encoder")
+            raise ConfigError(
+                "weights.text is not set, and train.text is false: there is no text encoder"
+            )
         frozen["text"] = build_network("text", config, frozen=True)
     return trained, frozen
 
 
-def make_conditions(config: ConfigDict, nets: dict[str, Network]) -> Callable[[ParamTree, Any, Batch], Sample]:
-    """How a batch becomes latents and cross-attention inputs: sample(params of all networks, dit, batch)."""
+def make_conditions(
+    config: ConfigDict, nets: dict[str, Network]
+) -> Callable[[ParamTree, Any, Batch], Sample]:
+    """How a batch becomes latents and cross-attention inputs: sample(params of all networks, dit,
+    batch).
+    """
 
     def sample(params: ParamTree, dit: Any, batch: Batch) -> Sample:
         z_context, z_video = latents(nets, params, batch)
@@ -141,16 +160,22 @@ def make_conditions(config: ConfigDict, nets: dict[str, Network]) -> Callable[[P
     return sample
 
 
-def latents(nets: dict[str, Network], params: ParamTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Latents of the context [b, 2, h, w, c] and of the video [b, f, h, w, c], float32, without gradient.
+def latents(
+    nets: dict[str, Network], params: ParamTree, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Latents of the context [b, 2, h, w, c] and of the video [b, f, h, w, c], float32, without
+    gradient.
 
-    Taken from the batch if the data set holds latents, else encoded now; a picture is encoded as a clip of one frame.
+    Taken from the batch if the data set holds latents, else encoded now; a picture is encoded as a
+    clip of one frame.
     """
     if "z_video" in batch:
         parts = batch["z_reference"], batch["z_garment"], batch["z_video"]
     else:
         if "vae" not in nets:
-            raise ConfigError("weights.vae is not set, and the data are pixels: set it, or encode the data first")
+            raise ConfigError(
+                "weights.vae is not set, and the data are pixels: set it, or encode the data first"
+            )
         vae = nets["vae"].bind(params["vae"])
         pictures = batch["reference"][:, None], batch["garment"][:, None], batch["video"]
         parts = tuple(vae.encode(to_model(pixels)) for pixels in pictures)
@@ -159,17 +184,22 @@ def latents(nets: dict[str, Network], params: ParamTree, batch: Batch) -> tuple[
 
 
 def make_parts(config: ConfigDict) -> list[Part]:
-    """How batches are made: clips with tokenised prompts, one kind for each entry (frames, clips) of `data.lengths`.
+    """How batches are made: clips with tokenised prompts, one kind for each entry (frames, clips)
+    of `data.lengths`.
 
     Without entries there is one kind, `data.batch` clips of `video.frames` frames.
 
     Raises:
-      ConfigError, TokenizerError: no usable tokenizer, or a length that is longer than `video.frames`.
+      ConfigError, TokenizerError: no usable tokenizer, or a length that is longer than
+        `video.frames`.
     """
     lengths = config.data.lengths or ((config.video.frames, config.data.batch),)
     too_long = [frames for frames, _ in lengths if frames > config.video.frames]
     if too_long:
-        raise ConfigError(f"data.lengths has clips of {too_long} frames; video.frames allows {config.video.frames}")
+        raise ConfigError(
+            f"data.lengths has clips of {too_long} frames; video.frames allows"
+            f" {config.video.frames}"
+        )
     return [_part(config, frames, clips) for frames, clips in lengths]
 
 
@@ -184,24 +214,38 @@ def _part(config: ConfigDict, frames: int, clips: int) -> Part:
         raise ConfigError("data.tokenizer is not set; give the tokenizer.json of the text encoder")
     tokenizer = Tokenizer.from_file(path, config.model.text.length)
     if tokenizer.vocab > config.model.text.vocab:
-        raise ConfigError(f"{path} has {tokenizer.vocab} pieces, model.text.vocab is {config.model.text.vocab}")
+        raise ConfigError(
+            f"{path} has {tokenizer.vocab} pieces, model.text.vocab is {config.model.text.vocab}"
+        )
 
     def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
         del rng
         ids, mask = tokenizer(raw["prompt"])
-        names = [n for n in ("z_video", "z_reference", "z_garment", "video", "reference", "garment") if n in raw]
+        names = [
+            n
+            for n in ("z_video", "z_reference", "z_garment", "video", "reference", "garment")
+            if n in raw
+        ]
         return {name: raw[name] for name in names} | {"ids": ids, "mask": mask}
 
     data = config.data
     loader = LoaderConfig(
-        batch=clips, frames=frames, buckets=((config.video.height, config.video.width),),
-        captions=data.captions, dropout=data.dropout, seed=config.seed, threads=data.threads, prefetch=data.prefetch,
+        batch=clips,
+        frames=frames,
+        buckets=((config.video.height, config.video.width),),
+        captions=data.captions,
+        dropout=data.dropout,
+        seed=config.seed,
+        threads=data.threads,
+        prefetch=data.prefetch,
         workers=data.workers,
-    )  # fmt: skip
+    )
     return Part(loader, transform)
 
 
-def before_export(config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]) -> ConfigDict:
+def before_export(
+    config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]
+) -> ConfigDict:
     """Nothing is measured after a diffusion stage."""
     del stage, state, eval_batches
     return config
@@ -212,7 +256,9 @@ def make_preview(
     frozen: dict[str, Network],
     generate: Callable[[ParamTree, ParamTree, Batch, jax.Array], jax.Array],
 ) -> Callable[[ParamTree, ParamTree, Batch, jax.Array], np.ndarray]:
-    """A preview: per sample the reference, the garment, and frames of the true clip above those of the generated one."""
+    """A preview: per sample the reference, the garment, and frames of the true clip above those of
+    the generated one.
+    """
     generate = jax.jit(generate)
 
     def decode(fixed: ParamTree, z: jax.Array) -> jax.Array:
@@ -227,7 +273,11 @@ def make_preview(
         count = min(config.preview.samples, z_video.shape[0])
         pictures = [np.asarray(decode(fixed, z_context[:count, i : i + 1]))[:, 0] for i in range(2)]
         true, made = (np.asarray(decode(fixed, z[:count])) for z in (z_video, z_made))
-        shown = np.linspace(0, true.shape[1] - 1, min(config.preview.frames, true.shape[1])).round().astype(int)
+        shown = (
+            np.linspace(0, true.shape[1] - 1, min(config.preview.frames, true.shape[1]))
+            .round()
+            .astype(int)
+        )
         rows = []
         for index in range(count):
             blank = np.full_like(pictures[0][index], 255)

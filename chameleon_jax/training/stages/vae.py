@@ -1,7 +1,7 @@
 """The VAE's stage: single pictures first, then clips, with the loss of `vae`.
 
-A batch holds windows of clips, `video` uint8 [b, t, h, w, 3]; single pictures are clips of one frame, half of them
-frames, a quarter persons, a quarter garments.
+A batch holds windows of clips, `video` uint8 [b, t, h, w, 3]; single pictures are clips of one
+frame, half of them frames, a quarter persons, a quarter garments.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -34,7 +34,9 @@ def make_stage(config: ConfigDict) -> Stage:
     names = [field.name for field in dataclasses.fields(losses.LossWeights)]
     weights = losses.LossWeights(**{name: config.loss[name] for name in names})
 
-    def loss(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         del fixed
         vae, x = network.bind(params["vae"]), to_model(batch["video"])
         return losses.loss(vae, x, key, weights, encoder=config.loss.encoder)
@@ -49,8 +51,14 @@ def make_stage(config: ConfigDict) -> Stage:
         made, true = np.asarray(repeat(params, batch)), np.asarray(batch["video"])
         if true.shape[1] == 1:
             return picture_grid([list(true[: len(made), 0]), list(made[:, 0])])
-        shown = np.linspace(0, true.shape[1] - 1, min(config.preview.frames, true.shape[1])).round().astype(int)
-        return picture_grid([list(clip[index][shown]) for index in range(len(made)) for clip in (true, made)])
+        shown = (
+            np.linspace(0, true.shape[1] - 1, min(config.preview.frames, true.shape[1]))
+            .round()
+            .astype(int)
+        )
+        return picture_grid(
+            [list(clip[index][shown]) for index in range(len(made)) for clip in (true, made)]
+        )
 
     def start(params: ParamTree) -> ParamTree:
         return {"vae": losses.inflate(params["vae"])} if config.loss.inflate else params
@@ -66,11 +74,23 @@ def make_parts(config: ConfigDict) -> list[Part]:
 def make_eval_parts(config: ConfigDict) -> list[Part]:
     """Held out: `data.batch` whole pictures, or whole clips if clips are trained."""
     frames = config.video.frames if any(entry[0] > 1 for entry in config.data.crops) else 1
-    return [_part(config, frames, config.video.height, config.video.width, config.data.batch, random_start=False)]
+    return [
+        _part(
+            config,
+            frames,
+            config.video.height,
+            config.video.width,
+            config.data.batch,
+            random_start=False,
+        )
+    ]
 
 
-def before_export(config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]) -> ConfigDict:
-    """Put mean and standard deviation of the latents, over the held-out batches, into the config of the exported VAE.
+def before_export(
+    config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]
+) -> ConfigDict:
+    """Put mean and standard deviation of the latents, over the held-out batches, into the config of
+    the exported VAE.
 
     Raises:
       ConfigError: a latent channel is constant.
@@ -90,7 +110,15 @@ def before_export(config: ConfigDict, stage: Stage, state: TrainState, eval_batc
     return config
 
 
-def _part(config: ConfigDict, frames: int, height: int, width: int, samples: int, *, random_start: bool = True) -> Part:
+def _part(
+    config: ConfigDict,
+    frames: int,
+    height: int,
+    width: int,
+    samples: int,
+    *,
+    random_start: bool = True,
+) -> Part:
     def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
         video = raw["video"]
         if frames == 1:
@@ -104,8 +132,15 @@ def _part(config: ConfigDict, frames: int, height: int, width: int, samples: int
 
     data = config.data
     loader = LoaderConfig(
-        batch=samples, frames=frames, buckets=((config.video.height, config.video.width),), captions="dynamic",
-        dropout=0.0, random_start=random_start, seed=config.seed, threads=data.threads, prefetch=data.prefetch,
+        batch=samples,
+        frames=frames,
+        buckets=((config.video.height, config.video.width),),
+        captions="dynamic",
+        dropout=0.0,
+        random_start=random_start,
+        seed=config.seed,
+        threads=data.threads,
+        prefetch=data.prefetch,
         workers=data.workers,
-    )  # fmt: skip
+    )
     return Part(loader, transform)

@@ -1,10 +1,12 @@
-"""What training a VAE needs beyond the network: its loss, its start from a network of pictures, its latent statistics.
+"""What training a VAE needs beyond the network: its loss, its start from a network of pictures, its
+latent statistics.
 
 Pure functions; the stage that uses them is put together elsewhere.
 
-A picture meets only the last tap of the causal convolutions and none of the layers that change the number of frames,
-so it trains quickly. `inflate` turns a network that has seen pictures only into one that treats each latent frame of a
-clip alone, from which clips are learnt in a fraction of the time that they need from scratch.
+A picture meets only the last tap of the causal convolutions and none of the layers that change the
+number of frames, so it trains quickly. `inflate` turns a network that has seen pictures only into
+one that treats each latent frame of a clip alone, from which clips are learnt in a fraction of the
+time that they need from scratch.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -26,29 +28,36 @@ PEAK = 2.0  # distance from black to white; pixels are in [-1, 1]
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the parts of the loss; each part is a mean, so that none depends on the size of the batch."""
+    """Weights of the parts of the loss; each part is a mean, so that none depends on the size of
+    the batch.
+    """
 
     l1: float = 1.0  # absolute error of the pixels
     l2: float = 0.0  # squared error of the pixels: what PSNR counts
     gradient: float = 0.25  # absolute error of the differences of neighbouring pixels: edges
-    laplacian: float = 0.0  # absolute error of the bands of a Laplacian pyramid: contrast at every scale
+    laplacian: float = (
+        0.0  # absolute error of the bands of a Laplacian pyramid: contrast at every scale
+    )
     kl: float = 1e-6  # divergence of the posterior from the unit normal
 
 
 def loss(
     vae: Vae, batch_bthwc: jax.Array, key: jax.Array, weights: LossWeights, *, encoder: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of a variational auto-encoder (arXiv 1312.6114) on one batch, with one draw from the posterior.
+    """Loss of a variational auto-encoder (arXiv 1312.6114) on one batch, with one draw from the
+    posterior.
 
     Args:
       vae: the network.
       batch_bthwc: float pixels in [-1, 1]; t = 1 for pictures, else `temporal_factor` k + 1.
       key: of the draw.
       weights: of the parts.
-      encoder: False trains the decoder alone, on the posterior's means: what was trained on the latents stays valid.
+      encoder: False trains the decoder alone, on the posterior's means: what was trained on the
+        latents stays valid.
 
     Returns:
-      The weighted sum, and its parts before weighting with `psnr`, in dB, of all pixels of the batch after clamping.
+      The weighted sum, and its parts before weighting with `psnr`, in dB, of all pixels of the
+      batch after clamping.
     """
     mean, logvar = vae.encode_moments(batch_bthwc)
     z = sample_posterior(mean, logvar, key) if encoder else jax.lax.stop_gradient(mean)
@@ -72,13 +81,17 @@ def sample_posterior(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.
 
 
 def decode_unscaled(vae: Vae, z_bfhwc: jax.Array) -> jax.Array:
-    """Pixels of latents as the encoder makes them, before scaling; not clamped, so that every pixel has a gradient."""
+    """Pixels of latents as the encoder makes them, before scaling; not clamped, so that every pixel
+    has a gradient.
+    """
     mean, std = jnp.array(vae.config.latent_mean), jnp.array(vae.config.latent_std)
     return vae.decode((z_bfhwc - mean) / std, clamp=False)
 
 
 def kl_to_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """Mean over all latent numbers of KL(N(mean, exp(logvar)), N(0, 1)) = (mean^2 + exp(logvar) - 1 - logvar) / 2."""
+    """Mean over all latent numbers of KL(N(mean, exp(logvar)), N(0, 1)) = (mean^2 + exp(logvar) - 1
+    - logvar) / 2.
+    """
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
 
 
@@ -88,10 +101,12 @@ def gradient_error(error_bthwc: jax.Array) -> jax.Array:
 
 
 def laplacian_error(error_bthwc: jax.Array, levels: int = 4) -> jax.Array:
-    """Sum over the bands of a Laplacian pyramid of the mean absolute error (Lap1 of arXiv 1707.05776).
+    """Sum over the bands of a Laplacian pyramid of the mean absolute error (Lap1 of arXiv
+    1707.05776).
 
-    The pyramid is linear, so that of the error is the difference of the two. Band j is what averaging 2x2 pixels takes
-    away at level j; the last one is what remains. A level whose sides are odd is not halved any more.
+    The pyramid is linear, so that of the error is the difference of the two. Band j is what
+    averaging 2x2 pixels takes away at level j; the last one is what remains. A level whose sides
+    are odd is not halved any more.
     """
     total = jnp.zeros((), jnp.float32)
     for _ in range(levels):
@@ -111,15 +126,18 @@ def psnr(error: jax.Array) -> jax.Array:
 
 
 def inflate(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Parameters of a network for clips from those of one that was trained, or is to be trained, on pictures.
+    """Parameters of a network for clips from those of one that was trained, or is to be trained, on
+    pictures.
 
-    Causal convolutions keep their last tap only. The layer that halves time becomes the mean of two frames, that which
-    doubles it shows each frame twice. Then a clip is treated like this:
+    Causal convolutions keep their last tap only. The layer that halves time becomes the mean of two
+    frames, that which doubles it shows each frame twice. Then a clip is treated like this:
 
-    - decoding: the last frame of each latent frame is exactly the picture that this latent frame is alone; so are the
-      other frames of the group, if no stage changes width and time together (as in Wan2.2);
-    - encoding: each latent frame comes from its own pixel frames only, the first from its one frame as a picture. The
-      others differ a little from pictures, because the averaging shortcuts pair a first frame with an empty one.
+    - decoding: the last frame of each latent frame is exactly the picture that this latent frame is
+      alone; so are the other frames of the group, if no stage changes width and time together (as
+      in Wan2.2);
+    - encoding: each latent frame comes from its own pixel frames only, the first from its one frame
+      as a picture. The others differ a little from pictures, because the averaging shortcuts pair a
+      first frame with an empty one.
 
     Args:
       params: arrays by parameter path, as in `weights.flat_params`.
@@ -141,7 +159,9 @@ def inflate(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: change(name, x) for name, x in params.items()}
 
 
-def latent_statistics(vae: Vae, batches: Iterable[np.ndarray | jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+def latent_statistics(
+    vae: Vae, batches: Iterable[np.ndarray | jax.Array]
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel of the encoder's means, before scaling.
 
     Args:
@@ -174,7 +194,11 @@ def with_statistics(config: VaeConfig, mean: np.ndarray, std: np.ndarray) -> Vae
     """
     dead = np.flatnonzero(np.asarray(std) < 1e-6)
     if dead.size:
-        raise ValueError(f"latent channels {dead.tolist()} are constant; train again with a smaller weight of kl")
+        raise ValueError(
+            f"latent channels {dead.tolist()} are constant; train again with a smaller weight of kl"
+        )
     return dataclasses.replace(
-        config, latent_mean=tuple(round(float(x), 6) for x in mean), latent_std=tuple(round(float(x), 6) for x in std)
+        config,
+        latent_mean=tuple(round(float(x), 6) for x in mean),
+        latent_std=tuple(round(float(x), 6) for x in std),
     )
