@@ -22,8 +22,11 @@ from typing import Any
 
 import ml_collections
 
+from chameleon_jax import files
+from chameleon_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A config file or an override is wrong. The message is one line."""
 
 
@@ -138,4 +141,4 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def save_config(path: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
     """Write the resolved config as JSON beside an output."""
-    Path(path).write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+    files.write_text(path, json.dumps(config.to_dict(), indent=2, default=str) + "\n")

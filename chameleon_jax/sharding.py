@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from chameleon_jax.errors import UserError
+
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))  # leading axis of everything in a batch
 LARGEST = "largest"  # a rule that splits the largest axis that fsdp divides
@@ -41,7 +43,7 @@ RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
 )
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """The mesh does not fit the devices or the batch. The message is one line."""
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from chameleon_jax.errors import UserError
 from chameleon_jax.models.text import Tokenizer
 from chameleon_jax.weights.lora import Change
 from chameleon_jax.weights.tensors import (
@@ -57,7 +58,7 @@ MARGIN = 2**24  # bytes that must stay free on the disk
 OnBytes = Callable[[str, int], None]  # (what is being done, bytes done)
 
 
-class DestinationError(ValueError):
+class DestinationError(UserError):
     """The folder cannot be written: it exists, or the disk is full. The message says what to do."""
 
 

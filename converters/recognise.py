@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chameleon_jax.errors import UserError
 from chameleon_jax.weights.tensors import INDEX_SUFFIX, LazyTensor, WeightsError, open_tensors
 from converters import lora
 from converters.networks import NETWORKS, STRANGERS, Layout, Network, our_shapes
@@ -34,7 +35,7 @@ MATCH = 0.5  # share of the names that a table must know
 OURS = "jax"
 
 
-class RecognitionError(ValueError):
+class RecognitionError(UserError):
     """A checkpoint is unknown, ambiguous or of another model. The message says what was found."""
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from chameleon_jax.errors import UserError
+
 LISTED = 200  # faults written out in full; a checkpoint of another model has thousands
 
 
@@ -83,7 +85,7 @@ class Rule:
     transform: Transform = IDENTITY
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """A checkpoint does not fit a table. The message lists every fault."""
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -37,9 +36,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from chameleon_jax import __version__
+from chameleon_jax import __version__, files
 from chameleon_jax.config import ConfigError
-from chameleon_jax.inference.pipeline import Pipeline, PipelineError, write_text
+from chameleon_jax.inference.pipeline import Pipeline, PipelineError
 from chameleon_jax.inference.session import Session
 from launch import cli
 from launch.cli import UsageError
@@ -387,7 +386,7 @@ def run(argv: Sequence[str]) -> None:
     )
     print(table(results))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(report, indent=2) + "\n")
+    files.write_json(out, report)
     print(f"written to {out}")
 
 

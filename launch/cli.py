@@ -13,11 +13,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from chameleon_jax.config import load_config
+from chameleon_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """The command line asks for something impossible. The message is one line."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import signal
@@ -16,8 +15,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from chameleon_jax import __version__
-from chameleon_jax.inference.pipeline import Pipeline, write_text
+from chameleon_jax import __version__, files
+from chameleon_jax.inference.pipeline import Pipeline
 from launch.cli import UsageError
 
 SHEET_FRAMES = 24  # frames on the contact sheet
@@ -132,9 +131,9 @@ class Sheet:
         for i in range(0, len(self.kept), 8):
             rows.append(self.kept[i : i + 8])
             labels.append(f"frames {i * self.stride} to {(i + len(rows[-1]) - 1) * self.stride}")
-        part = path.with_name(path.name + ".part")
-        contact_sheet([[_small(frame) for frame in row] for row in rows], labels).save(part, "PNG")
-        os.replace(part, path)
+        with files.replacing(path) as part:
+            sheet = contact_sheet([[_small(frame) for frame in row] for row in rows], labels)
+            sheet.save(part, "PNG")
 
 
 def _small(frame: np.ndarray) -> np.ndarray:
@@ -157,7 +156,7 @@ def save_report(path: Path, report: Mapping[str, Any], job: Any, pipeline: Pipel
         "loras": [{"path": str(path), "strength": strength} for path, strength in job.loras],
         "config": pipeline.config.to_dict(),
     }
-    write_text(path, json.dumps({**report, **circumstances}, indent=2, ensure_ascii=False) + "\n")
+    files.write_json(path, {**report, **circumstances})
 
 
 def exit_code(report: Mapping[str, Any], out: Path) -> int:

@@ -9,13 +9,13 @@ of the train split only. The same captions always give the same file.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 
+from chameleon_jax import files
 from chameleon_jax.data.tokenizer import train_pieces
 from chameleon_jax.models.text import clean_text
 from launch.cli import UsageError, fail, parse
@@ -71,9 +71,7 @@ def main(argv: Sequence[str]) -> None:
     pieces = train_pieces(texts, values.vocab)
     out = Path(values.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    pieces.save(str(part), pretty=False)
-    os.replace(part, out)
+    files.write_text(out, pieces.to_str(pretty=False))
     lengths = [len(encoding.ids) for encoding in pieces.encode_batch(texts)]
     print(
         f"{out}: {pieces.get_vocab_size()} pieces, {out.stat().st_size / 1000:.0f} kB; {len(texts)}"

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from chameleon_jax.attention.positions import Rope, apply_rope
+from chameleon_jax.errors import UserError
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -42,7 +43,7 @@ SPLASH_QUERIES, SPLASH_KEYS = 512, 1024  # tokens of a tile; arrays are padded u
 LANES = 128  # minor tile size of a TPU
 
 
-class BackendError(ValueError):
+class BackendError(UserError):
     """An attention backend is unknown, not installed, or cannot take these arrays. The message says
     what to do.
     """

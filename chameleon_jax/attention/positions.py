@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chameleon_jax.errors import UserError
+
 MAX_POSITION = 1024  # positions 0 .. 1023 exist on every axis
 THETA = 10000.0
 
 
-class PositionError(ValueError):
+class PositionError(UserError):
     """A position lies beyond the table. The message is one line."""
 
 

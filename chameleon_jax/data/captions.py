@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from chameleon_jax.errors import UserError
+
 DYNAMIC_ONLY = 0.7  # share of the samples that get the dynamic caption alone, mode "mixed"
 MODES = ("mixed", "full", "dynamic")
 _FIELDS = ("en_long", "cn_long", "en_short", "cn_short")
 
 
-class CaptionError(ValueError):
+class CaptionError(UserError):
     """A caption is missing or not in the expected form. The message is one line."""
 
 

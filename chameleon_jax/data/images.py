@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from chameleon_jax.errors import UserError
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 100 * 2**20
@@ -42,7 +44,7 @@ _DECODE_ERRORS = (
 )
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """A picture cannot be used. The message is one line that names the picture and says what is
     wrong.
     """

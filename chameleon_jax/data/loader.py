@@ -23,6 +23,7 @@ from absl import flags
 from chameleon_jax.data import captions
 from chameleon_jax.data.records import MAX_BROKEN
 from chameleon_jax.data.sources import Source, latent_frames
+from chameleon_jax.errors import UserError
 
 # First entry of each random key: what the numbers are for.
 _ORDER, _REPLACE, _CAPTION, _BATCHES, _START = range(5)
@@ -30,7 +31,7 @@ _ATTEMPTS = 20  # replacements tried for one slot
 _ENDLESS = 2**53
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """Training cannot go on with these data. The message is one line."""
 
 

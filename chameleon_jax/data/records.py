@@ -33,7 +33,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from chameleon_jax import files
 from chameleon_jax.data import captions, images, video
+from chameleon_jax.errors import UserError
 
 VERSION = "1.0.0"
 DESCRIPTION = {
@@ -49,7 +51,7 @@ Examples = Callable[
 ]  # None: that one failed
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A set of records cannot be written or read. The message is one line."""
 
 
@@ -436,7 +438,7 @@ def write_records(
     finally:
         _remove_parts(out, name, split)
     lengths = [_count(path) for path in paths]
-    _write_json(
+    files.write_json(
         out / f"shards.{split}.json",
         {"lengths": lengths, "bytes": sum(path.stat().st_size for path in paths)},
     )
@@ -639,7 +641,7 @@ def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
                 f"{path.parent}: holds records made otherwise ({differences}); choose another"
                 " folder"
             )
-    _write_json(path, recipe)
+    files.write_json(path, recipe)
 
 
 def _write_info(
@@ -678,12 +680,6 @@ def _write_info(
             Path(folder).iterdir(), key=lambda file: file.name == "dataset_info.json"
         ):
             os.replace(file, out / file.name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def _half(x: Any) -> np.ndarray:

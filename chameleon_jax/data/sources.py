@@ -27,9 +27,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from chameleon_jax.data import captions, images, video
+from chameleon_jax.errors import UserError
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A set of triplets, or one of them, cannot be read. The message is one line."""
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw
 
+from chameleon_jax.errors import UserError
+
 MAX_PIXELS = 50_000_000  # of one frame, as for pictures
 MAX_DECODED = 8 * 2**30  # bytes of one decoded clip: 81 frames of 1280 x 704 are 0.2 GiB
 # Titles and the like that are not UTF-8 must not make a clip unreadable. PyAV sees to that itself
@@ -25,7 +27,7 @@ MAX_DECODED = 8 * 2**30  # bytes of one decoded clip: 81 frames of 1280 x 704 ar
 LENIENT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A video cannot be read or written. The message is one line."""
 
 

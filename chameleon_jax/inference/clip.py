@@ -34,6 +34,7 @@ from chameleon_jax.data.images import first_frame, open_image
 from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, guidance, step_unipc
 from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_init, unipc_table
+from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline, dit_config
 from chameleon_jax.inference.programs import NOISE, Steps
 from chameleon_jax.models.dit import TextKV, bidirectional_forward
@@ -44,7 +45,7 @@ SOLVERS = ("unipc",)
 Prompt = str | jax.Array | np.ndarray  # text, or encoded states [1, l, m]
 
 
-class GenerateError(ValueError):
+class GenerateError(UserError):
     """A clip cannot be made as asked. The message is one line."""
 
 

@@ -29,6 +29,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from chameleon_jax import files
 from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference.pretrained import PipelineError, find_weights
@@ -218,8 +219,8 @@ class Pipeline:
         folder.mkdir(parents=True, exist_ok=True)
         for name in NETWORKS:
             save_params(folder / f"{name}.safetensors", getattr(self, name), dtype)
-        write_text(folder / "tokenizer.json", self.tokenizer.pieces.to_str())
-        write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+        files.write_text(folder / "tokenizer.json", self.tokenizer.pieces.to_str())
+        files.write_json(folder / "config.json", self.config.to_dict())
 
     @property
     def size(self) -> tuple[int, int]:
@@ -429,13 +430,6 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if lacking:
         raise PipelineError(f"{path}: model has no {', '.join(lacking)}")
     return config
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears complete or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _tuples(value: Any) -> Any:

@@ -15,6 +15,8 @@ import re
 import sys
 from pathlib import Path
 
+from chameleon_jax.errors import UserError
+
 ROOT = Path(__file__).parents[2]  # config files name folders of weights from here
 CACHE_VERSION = 1  # of our layout; a new one leaves older conversions aside
 FILES = (
@@ -46,7 +48,7 @@ KNOWN_FILES = {
 }
 
 
-class PipelineError(ValueError):
+class PipelineError(UserError):
     """A pipeline cannot be built. The message is one line."""
 
 

@@ -36,6 +36,7 @@ import numpy as np
 from chameleon_jax import __version__
 from chameleon_jax.attention.cache import check_positions, withdraw
 from chameleon_jax.data.images import prepare_garment, prepare_reference
+from chameleon_jax.errors import UserError
 
 SNAPSHOT_VERSION = 1
 NOT_RUNNING = (
@@ -43,11 +44,11 @@ NOT_RUNNING = (
 )
 
 
-class SessionError(RuntimeError):
+class SessionError(UserError):
     """The session is not in a state for this call. The message is one line."""
 
 
-class SnapshotError(ValueError):
+class SnapshotError(UserError):
     """A snapshot cannot be read or does not belong to this pipeline. The message is one line."""
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from chameleon_jax.attention.cache import CacheConfig, check_positions
 from chameleon_jax.data.images import stretched
+from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline
 
 CUT_WORDS = (
@@ -33,7 +34,7 @@ CUT_WORDS = (
 PROMPTS_KEPT = 4  # whose K, V stay on the device: those of a shot and of its first chunk, and as many of another
 
 
-class MultiShotError(ValueError):
+class MultiShotError(UserError):
     """A video cannot be made as asked. The message is one line."""
 
 

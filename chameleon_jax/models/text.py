@@ -24,6 +24,8 @@ import tokenizers
 from einops import rearrange
 from flax import nnx
 
+from chameleon_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -238,7 +240,7 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """A tokenizer file is missing, unreadable or without the tokens that the encoder needs."""
 
 

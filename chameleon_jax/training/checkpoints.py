@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from chameleon_jax.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
     """A checkpoint cannot be used for this run. The message is one line."""
 
 

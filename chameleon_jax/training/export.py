@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from chameleon_jax import files
 from chameleon_jax.config import ConfigError
 from chameleon_jax.training.networks import DTYPES
 from chameleon_jax.training.state import Stage, TrainState
@@ -58,17 +58,16 @@ def export(
         path = Path(config.weights[name])
         path = path if path.suffix == ".safetensors" else path / f"{name}.safetensors"
         if path.resolve() != (folder / path.name).resolve():
-            _replace(folder / f"{name}.safetensors", path.read_bytes())
+            files.write_bytes(folder / f"{name}.safetensors", path.read_bytes())
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / "tokenizer.json.part")
-        os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
+        files.write_bytes(folder / "tokenizer.json", Path(tokenizer).read_bytes())
     described = streaming.copy_and_resolve_references()
     described.unlock()
     described.model = config.model
     described.cache = config.cache
     for key in ("height", "width", "fps"):
         described.video[key] = config.video[key]
-    _replace(folder / "config.json", (json.dumps(described.to_dict(), indent=2) + "\n").encode())
+    files.write_json(folder / "config.json", described.to_dict())
 
 
 def stored_model(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
@@ -103,9 +102,3 @@ def on_host(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
             for name, v in params.items()
         }
     return {name: jnp.asarray(np.asarray(value)) for name, value in params.items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

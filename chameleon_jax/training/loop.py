@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
 from chameleon_jax.config import flatten
+from chameleon_jax.errors import UserError
 from chameleon_jax.training import optim
 from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.training.feed import Feed, HostBatch
@@ -48,7 +49,7 @@ from chameleon_jax.training.state import (
 log = logging.getLogger(__name__)
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(UserError):
     """The loss is not finite any more. The newest checkpoint is from before."""
 
 

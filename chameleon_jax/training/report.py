@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from PIL import Image
 
+from chameleon_jax import files
+
 
 class MetricsWriter:
     """Writes into a run's folder; a context manager.
@@ -88,6 +90,4 @@ def _keep_until(path: Path, step: int) -> None:
                 lines.append(line + "\n")
         except json.JSONDecodeError:
             break
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(lines))
-    os.replace(part, path)
+    files.write_text(path, "".join(lines))

@@ -21,6 +21,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from chameleon_jax import files
+from chameleon_jax.errors import UserError
+
 ALL = slice(None)
 PIECE = 2**28  # bytes of a tensor in memory at a time
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -44,7 +47,7 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A weights file is unreadable or does not fit the module. The message lists every mismatch."""
 
 
@@ -211,8 +214,6 @@ def write_tensors(
       metadata: for the header.
       dtype: cast all of them to this one when given.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     entries = []
     for name, value in tensors.items():
 
@@ -220,11 +221,8 @@ def write_tensors(
             return np.asarray(value)[rows] if value.shape else np.asarray(value)
 
         entries.append(Entry(name, tuple(value.shape), np.dtype(dtype or value.dtype), load))
-    try:
+    with files.replacing(path) as part:
         write_entries(part, entries, metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # of a write that failed
 
 
 def write_entries(
