@@ -34,11 +34,11 @@ def get_config(variant: str = "longlive2_5b") -> ConfigDict:
         "frames": 509,
     }  # 128 latent frames, 16 chunks
     config.cache = {
+        "policy": "shots",
         "frames": 32,
         "context": 0,
         "block": 8,
         "sink": 8,
-        "positions": "absolute",
         "pin": True,
         "shot_offset": 8,
     }

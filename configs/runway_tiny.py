@@ -29,7 +29,6 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
                 "name": "euler",
                 "steps": 4,
                 "shift": 3.0,
-                "timesteps": (1000, 750, 500, 250),
             },
             # The embedded model's frames are still too soft to be the next reference: it starts
             # again from the picture.

@@ -25,7 +25,6 @@ def get_config(variant: str = "wan22_5b") -> ConfigDict:
             "cache": common.CACHES[variant],
             "sampler": {
                 "name": "few_step",
-                "steps": 4,
                 "shift": 5.0,
                 "timesteps": (1000, 750, 500, 250),
             },

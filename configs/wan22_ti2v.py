@@ -22,7 +22,6 @@ def get_config(variant: str = "wan22_ti2v_5b") -> ConfigDict:
     config = wan22_5b.get_config()
     config.name = variant
     config.generate = {
-        "solver": "unipc",
         "grid": "wan",  # the original's; `diffusers` gives the slightly different one of that library
         "steps": 50,
         "shift": 5.0,  # 3.0 is recommended for videos of 480 lines

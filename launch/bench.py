@@ -38,6 +38,7 @@ from absl import flags
 
 from chameleon_jax import __version__, files
 from chameleon_jax.config import ConfigError
+from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference.pipeline import Pipeline, PipelineError
 from chameleon_jax.inference.session import Session
 from launch import cli
@@ -67,28 +68,28 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
-def denoise_seconds(steps: Any, inputs: tuple, chunks: int) -> float:
+def denoise_seconds(stream: Any, inputs: tuple, chunks: int) -> float:
     """Seconds from an empty cache over the condition frames to the last of `chunks` clean passes,
     without the VAE.
     """
     reference, garment, text_kv = inputs
-    cache = jax.block_until_ready(steps.new_cache())
+    cache = jax.block_until_ready(stream.new_cache())
     begin = time.perf_counter()
-    cache = steps.refresh(cache, reference, garment, text_kv)
+    cache = stream.refresh(cache, reference, garment, text_kv)
     for number in range(chunks):
-        latents, cache = steps.chunk(cache, text_kv, 0, number)
+        latents, cache = stream.chunk(cache, text_kv, 0, number)
     jax.block_until_ready((latents, cache))
     return time.perf_counter() - begin
 
 
-def steady_seconds(steps: Any, inputs: tuple, fill: int, count: int) -> list[float]:
+def steady_seconds(stream: Any, inputs: tuple, fill: int, count: int) -> list[float]:
     """Seconds of each of `count` chunks after `fill` have filled the cache, without the VAE."""
     reference, garment, text_kv = inputs
-    cache = steps.refresh(steps.new_cache(), reference, garment, text_kv)
+    cache = stream.refresh(stream.new_cache(), reference, garment, text_kv)
     seconds = []
     for number in range(fill + count):
         begin = time.perf_counter()
-        latents, cache = steps.chunk(cache, text_kv, 0, number)
+        latents, cache = stream.chunk(cache, text_kv, 0, number)
         jax.block_until_ready((latents, cache))
         seconds.append(time.perf_counter() - begin)
     return seconds[fill:]
@@ -199,18 +200,18 @@ def length_independence(session: Session, chunks: int) -> dict[str, Any]:
 
 def measure(pipeline: Pipeline, values: flags.FlagValues, inputs: dict[str, Any]) -> dict[str, Any]:
     """All figures but those of `length_independence`."""
-    steps, block = pipeline.steps, pipeline.config.cache.block
+    stream, media, block = pipeline.stream, pipeline.media, pipeline.config.cache.block
     chunks = 1 + math.ceil(max(0, values.frames - (4 * block - 3)) / (4 * block))
     capacity = pipeline.config.cache.frames - pipeline.config.cache.context
     fill = -(-capacity // block)
     frames = 4 * block * chunks - 3
-    text_kv = steps.text_kv(pipeline.encode_prompt(inputs["prompt"]))
-    latents = [steps.encode_image(picture) for picture in inputs["pictures"][:2]]
+    text_kv = media.text_kv(pipeline.encode_prompt(inputs["prompt"]))
+    latents = [media.encode_image(picture) for picture in inputs["pictures"][:2]]
     device_inputs = jax.block_until_ready((*latents, text_kv))
 
-    denoise_seconds(steps, device_inputs, WARM_UP)
-    denoise = [denoise_seconds(steps, device_inputs, chunks) for _ in range(values.repeats)]
-    steady = steady_seconds(steps, device_inputs, fill, 3 * values.repeats)
+    denoise_seconds(stream, device_inputs, WARM_UP)
+    denoise = [denoise_seconds(stream, device_inputs, chunks) for _ in range(values.repeats)]
+    steady = steady_seconds(stream, device_inputs, fill, 3 * values.repeats)
     session = pipeline.session()
     start = lambda: session.start(*inputs["pictures"][:2], inputs["prompt"], seed=0)  # noqa: E731
     stream_seconds(session, start, frames=4 * block * WARM_UP)
@@ -351,10 +352,10 @@ def run(argv: Sequence[str]) -> None:
     else:
         pipeline = Pipeline.from_pretrained(values.weights, config)
         prompt = "a person walks"
-    jax.block_until_ready(pipeline.steps.weights)
+    jax.block_until_ready((pipeline.stream.weights, pipeline.media.weights))
     loaded = time.perf_counter()
     print(f"{config.name}: compiling for {jax.devices()[0].device_kind} ...", file=sys.stderr)
-    programs = pipeline.steps.compile()
+    programs = pipeline.compile()
     compiled = time.perf_counter()
     pictures = list(rng.integers(0, 256, (2 + values.switches, *pipeline.size, 3), np.uint8))
     if values.length_independence:
@@ -381,7 +382,7 @@ def run(argv: Sequence[str]) -> None:
     height, width = pipeline.size
     machine = report["hardware"]
     print(
-        f"{config.name}, {height}x{width}, {config.dtype}, {config.sampler.steps} steps,"
+        f"{config.name}, {height}x{width}, {config.dtype}, {make_sampler(**config.sampler).steps} steps,"
         f" on {machine['device']} ({machine['cores']} cores of {machine['cpu']})"
     )
     print(table(results))

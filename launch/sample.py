@@ -39,14 +39,15 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from chameleon_jax.attention.cache import CacheConfig, check_positions
+from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import ImageError, prepare_garment, prepare_reference
 from chameleon_jax.diffusion.flow import ROWS
 from chameleon_jax.diffusion.unipc import GRIDS
-from chameleon_jax.inference.pipeline import PipelineError, check_config
+from chameleon_jax.inference.pretrained import PipelineError
 from chameleon_jax.inference.session import Mechanisms, Session
+from chameleon_jax.inference.settings import check_config
 from launch import cli, jobs, sample_clip, sample_shots
 from launch.cli import UsageError
 
@@ -288,7 +289,7 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> tuple[Job, l
     garments, remarks = plan_garments(texts, frames)
     cache = check_config(config).cache
     starts, longest = chunk_starts(frames, [g.frame for g in garments[1:]], mechanisms, cache.block)
-    check_positions(CacheConfig(**cache), longest - 1)
+    make_policy(**cache).check_length(longest - 1)
     late = [garment for garment in garments if garment.frame > starts[-1]]
     if late:
         raise UsageError(
@@ -314,8 +315,10 @@ def with_steps(config: Any, steps: int) -> Any:
     if not 1 <= steps <= ROWS:
         raise UsageError(f"--steps {steps}: expected 1 to {ROWS}")
     config = config.copy_and_resolve_references()
-    config.sampler.steps = steps
-    config.sampler.timesteps = tuple(round(ROWS * (steps - i) / steps) for i in range(steps))
+    if config.sampler.name == "few_step":
+        config.sampler.timesteps = tuple(round(ROWS * (steps - i) / steps) for i in range(steps))
+    else:
+        config.sampler.steps = steps
     return config
 
 
@@ -420,7 +423,7 @@ def run_stream(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     pipeline = jobs.load_pipeline(job.weights, job.config, job.seed, job.loras)
     loaded = time.perf_counter()
     print(f"compiling for {jax.devices()[0].device_kind} ...", file=sys.stderr)
-    pipeline.steps.compile()
+    pipeline.compile()
     compiled = time.perf_counter()
     report = stream(job, pipeline.session(job.mechanisms, measure=True))
     report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}

@@ -25,7 +25,7 @@ from chameleon_jax.inference.clip import (
     latent_shape,
     size_units,
 )
-from chameleon_jax.inference.pipeline import check_config
+from chameleon_jax.inference.settings import check_config
 from launch import cli, jobs
 from launch.cli import UsageError
 
@@ -177,10 +177,7 @@ def make(job: ClipJob, generator: Generator) -> dict[str, Any]:
         "prompt": job.prompt,
         "negative_prompt": None if settings.guidance == 1 else settings.negative_prompt,
         "image": job.image,
-        **{
-            name: getattr(settings, name)
-            for name in ("solver", "grid", "steps", "shift", "guidance")
-        },
+        **{name: getattr(settings, name) for name in ("grid", "steps", "shift", "guidance")},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 

@@ -16,9 +16,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from chameleon_jax.attention.cache import CacheConfig
+from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import stretched
-from chameleon_jax.inference.pipeline import check_config
+from chameleon_jax.inference.settings import check_config
 from chameleon_jax.inference.shots import MultiShot, Shot, check_shots
 from chameleon_jax.models.vae import VaeConfig
 from launch import cli, jobs
@@ -73,7 +73,7 @@ def read_job(values: flags.FlagValues, overrides: Sequence[str]) -> ShotsJob:
     if not values.shot:
         raise UsageError("--task shots needs --shot 'PROMPT@CHUNKS', once for each shot")
     checked, asked = check_config(config), tuple(parse_shot(text) for text in values.shot)
-    check_shots(asked, CacheConfig(**checked.cache))
+    check_shots(asked, make_policy(**checked.cache))
     picture = None
     if values.image is not None:
         picture = stretched(values.image, (checked.video.height, checked.video.width))
@@ -148,7 +148,7 @@ def run(values: flags.FlagValues, overrides: Sequence[str]) -> int:
     pipeline = jobs.load_pipeline(job.weights, job.config, job.seed, job.loras)
     streams, loaded = MultiShot(pipeline), time.perf_counter()
     print(f"compiling for {jax.devices()[0].device_kind} ...", file=sys.stderr)
-    pipeline.steps.compile()
+    pipeline.compile()
     compiled = time.perf_counter()
     report = make(job, streams)
     report["seconds"] |= {"load": round(loaded - begin, 3), "compile": round(compiled - loaded, 3)}

@@ -62,17 +62,15 @@ def lower_chunk_step(device, attention: str, positions: str, layers: int):
     import jax.numpy as jnp
     from flax import nnx
 
-    from chameleon_jax.attention.cache import CacheConfig
+    from chameleon_jax.attention.policies import Ring
     from chameleon_jax.diffusion import rollout
     from chameleon_jax.models.dit import DiT, DiTConfig
 
     config = DiTConfig.wan22_ti2v_5b(attention=attention, layers=layers)
     build = lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)  # noqa: E731
     graph, state = nnx.split(nnx.eval_shape(build))
-    cache_config = CacheConfig(frames=23, context=2, block=3, sink=3, positions=positions)
-    cache = jax.eval_shape(
-        lambda: rollout.new_cache(nnx.merge(graph, state), cache_config, 1, (80, 44))
-    )
+    policy = Ring(frames=23, context=2, block=3, sink=3, positions=positions)
+    cache = jax.eval_shape(lambda: rollout.new_cache(nnx.merge(graph, state), policy, 1, (80, 44)))
     text = jax.ShapeDtypeStruct((1, config.text_length, config.text_width), jnp.bfloat16)
     text_kv = jax.eval_shape(lambda state, text: nnx.merge(graph, state).text_kv(text), state, text)
     sampler = rollout.make_sampler("few_step")

@@ -26,8 +26,6 @@ CONFIG = DiTConfig(
     text_width=16,
     text_length=12,
     freq_width=32,
-    context=2,
-    block=3,
 )
 LATENT = (4, 6)  # a grid of 2 x 3 tokens
 TOKENS = 6

@@ -1,7 +1,7 @@
 """Streaming: chunk after chunk of latents against the ring cache (FashionChameleon, arXiv
 2605.15824, section 4.3).
 
-    cache = new_cache(dit, CacheConfig(), batch=1, latent_size=(80, 44))
+    cache = new_cache(dit, Ring(), batch=1, latent_size=(80, 44))
     cache = prefill(dit, cache, z_context, text_kv)                      again at every garment switch: the refresh
     x0, cache = denoise_chunk(dit, cache, text_kv, key, sampler=sampler)  again and again
 
@@ -22,6 +22,7 @@ Axes: b batch, f latent frames, h w latent grid, c channels.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,14 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax.attention.cache import (
-    CacheConfig,
-    RingCache,
-    finish_chunk,
+    KVCache,
+    close_chunk,
     init_cache,
-    open_shot,
+    open_chunk,
     prefilling,
     streaming,
 )
+from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.unipc import (
     UniPcState,
@@ -101,6 +102,11 @@ class OneStepSampler:
     fresh_noise: bool  # between the steps
     round_timesteps: bool  # tell the network whole timesteps, as the released code does
 
+    @property
+    def steps(self) -> int:
+        """Denoising steps, the clean pass not counted."""
+        return len(self.sigmas) - 1
+
     def rows(self, dtype: jnp.dtype) -> Row:
         sigmas = np.asarray((*self.sigmas, 0.0), np.float32)
         told = jnp.asarray(1000.0 * sigmas[:-1])
@@ -130,6 +136,11 @@ class UniPcSampler:
     def __post_init__(self):
         unipc_table(np.array(self.sigmas))  # raises if they make no schedule
 
+    @property
+    def steps(self) -> int:
+        """Denoising steps, the clean pass not counted."""
+        return len(self.sigmas) - 1
+
     def rows(self, dtype: jnp.dtype) -> UniPcTable:
         table = add_idle_row(unipc_table(np.array(self.sigmas)))
         return jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table)
@@ -150,58 +161,75 @@ class Held(NamedTuple):
     frames: jax.Array  # which of them are held: bool [block]
 
 
-def make_sampler(
-    name: str,
-    *,
-    steps: int = 4,
-    shift: float = flow.SHIFT,
+def few_step_sampler(
     timesteps: Sequence[int] = flow.FEW_STEPS,
-    round_timesteps: bool | None = None,
-) -> Sampler:
-    """A sampler by name.
+    shift: float = flow.SHIFT,
+    round_timesteps: bool = True,
+) -> OneStepSampler:
+    """The paper's sampler, for a distilled model: predict x0, noise it again, a few times.
 
     Args:
-      name: "few_step", the paper's sampler for the distilled model: predict x0, noise it again, a
-        few times. Or "euler", the plain ordinary differential equation, for a model that is not
-        distilled. Or "unipc", the same equation with a multistep solver, on the original's grid:
-        that of LongLive-2.0.
-      steps: of "euler" and "unipc".
-      shift: of the schedule.
-      timesteps: of "few_step", rows of the schedule counted from its end; (1000, 750, 500, 250)
+      timesteps: one for each step, rows of the schedule counted from its end; (1000, 750, 500, 250)
         with shift 5 are t = 1000, 937.5, 833.33, 625.
-      round_timesteps: tell the network whole timesteps (see `flow.round_timesteps`); default for
-        "few_step" only. Those of "unipc" are whole numbers already, and are never cast to the
-        network's dtype.
+      shift: of the schedule.
+      round_timesteps: give the network whole timesteps, see `flow.round_timesteps`.
+    """
+    sigmas = [float(t) / flow.ROWS for t in flow.few_step_timesteps(timesteps, shift)]
+    return OneStepSampler((*sigmas, 0.0), fresh_noise=True, round_timesteps=round_timesteps)
+
+
+def euler_sampler(
+    steps: int = 4, shift: float = flow.SHIFT, round_timesteps: bool = False
+) -> OneStepSampler:
+    """The plain ordinary differential equation, for a model that is not distilled.
+
+    Args:
+      steps: from noise to the clean sample.
+      shift, round_timesteps: as in `few_step_sampler`.
+    """
+    sigmas = tuple(float(s) for s in flow.euler_sigmas(steps, shift))
+    return OneStepSampler(sigmas, fresh_noise=False, round_timesteps=round_timesteps)
+
+
+def unipc_sampler(steps: int = 4, shift: float = flow.SHIFT) -> UniPcSampler:
+    """The same equation with a multistep solver, on the original's grid: that of LongLive-2.0.
+
+    Its timesteps are whole numbers already, and are never cast to the network's dtype.
+    """
+    return UniPcSampler(tuple(float(s) for s in unipc_sigmas(steps, shift)))
+
+
+SAMPLERS = {"few_step": few_step_sampler, "euler": euler_sampler, "unipc": unipc_sampler}
+
+
+def make_sampler(name: str, **settings: Any) -> Sampler:
+    """A sampler from the group `sampler` of a config: `make_sampler(**config.sampler)`.
+
+    Args:
+      name: one of `SAMPLERS`.
+      settings: arguments of that function.
 
     Raises:
-      ValueError: unknown name, steps that make no schedule, or "unipc" told to round.
+      ValueError: an unknown name or setting, or steps that make no schedule.
     """
-    if name == "unipc":
-        if round_timesteps:
-            raise ValueError(
-                "sampler 'unipc' has whole timesteps already; leave round_timesteps out"
-            )
-        return UniPcSampler(tuple(float(s) for s in unipc_sigmas(steps, shift)))
-    if name == "few_step":
-        sigmas = (*(float(t) / flow.ROWS for t in flow.few_step_timesteps(timesteps, shift)), 0.0)
-    elif name == "euler":
-        sigmas = tuple(float(s) for s in flow.euler_sigmas(steps, shift))
-    else:
-        raise ValueError(f"sampler {name!r} is not one of few_step, euler, unipc")
-    few_step = name == "few_step"
-    return OneStepSampler(
-        sigmas,
-        fresh_noise=few_step,
-        round_timesteps=few_step if round_timesteps is None else round_timesteps,
-    )
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
+    known = inspect.signature(SAMPLERS[name]).parameters
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ValueError(
+            f"sampler.{unknown[0]}: the sampler {name!r} has no such setting; it has"
+            f" {', '.join(known)}"
+        )
+    return SAMPLERS[name](**settings)
 
 
-def new_cache(dit: DiT, config: CacheConfig, batch: int, latent_size: tuple[int, int]) -> RingCache:
+def new_cache(dit: DiT, policy: CachePolicy, batch: int, latent_size: tuple[int, int]) -> KVCache:
     """An empty cache for `dit`, in its computing dtype; prefill it before the first chunk.
 
     Args:
       dit: the network.
-      config: layout of the cache.
+      policy: which frames are kept, see attention/policies.py.
       batch: streams side by side.
       latent_size: height and width of a latent frame.
 
@@ -213,11 +241,11 @@ def new_cache(dit: DiT, config: CacheConfig, batch: int, latent_size: tuple[int,
         raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {i}x{j}")
     grid = (height // i, width // j)
     return init_cache(
-        config, dit.config.layers, batch, grid, dit.config.heads, dit.config.head_dim, dit.dtype
+        policy, dit.config.layers, batch, grid, dit.config.heads, dit.config.head_dim, dit.dtype
     )
 
 
-def prefill(dit: DiT, cache: RingCache, z_context: jax.Array, text_kv: TextKV) -> RingCache:
+def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> KVCache:
     """Write the condition frames to the front slots: at the start of a stream, and as the refresh
     of a switch.
 
@@ -234,12 +262,12 @@ def prefill(dit: DiT, cache: RingCache, z_context: jax.Array, text_kv: TextKV) -
     Raises:
       ValueError: if the number of frames is not that of the cache.
     """
-    if z_context.shape[1] != cache.config.context:
+    if z_context.shape[1] != cache.policy.context:
         raise ValueError(
-            f"{z_context.shape[1]} condition frames; the cache has {cache.config.context} slots for"
+            f"{z_context.shape[1]} condition frames; the cache has {cache.policy.context} slots for"
             " them"
         )
-    if not cache.config.context:
+    if not cache.policy.context:
         return cache
     attend = prefilling(cache, dit.config.head_dim, backend=dit.config.attention)
     _, layers = dit(z_context, jnp.zeros(z_context.shape[:2]), text_kv, attend, cache.layers)
@@ -247,8 +275,8 @@ def prefill(dit: DiT, cache: RingCache, z_context: jax.Array, text_kv: TextKV) -
 
 
 def forward(
-    dit: DiT, cache: RingCache, x_bfhwc: jax.Array, t_bf: jax.Array, text_kv: TextKV
-) -> tuple[jax.Array, RingCache]:
+    dit: DiT, cache: KVCache, x_bfhwc: jax.Array, t_bf: jax.Array, text_kv: TextKV
+) -> tuple[jax.Array, KVCache]:
     """One pass over the chunk in flight: its velocity, and the cache with the chunk's keys and
     values of this pass.
 
@@ -264,37 +292,29 @@ def forward(
     Raises:
       ValueError: if the number of frames is not that of a chunk.
     """
-    if x_bfhwc.shape[1] != cache.config.block:
+    if x_bfhwc.shape[1] != cache.policy.block:
         raise ValueError(
-            f"{x_bfhwc.shape[1]} latent frames; a chunk of the cache has {cache.config.block}"
+            f"{x_bfhwc.shape[1]} latent frames; a chunk of the cache has {cache.policy.block}"
         )
     attend = streaming(cache, dit.config.head_dim, backend=dit.config.attention)
     v, layers = dit(x_bfhwc, t_bf, text_kv, attend, cache.layers)
     return v, cache.with_layers(layers)
 
 
-def commit(dit: DiT, cache: RingCache, x0_bfhwc: jax.Array, text_kv: TextKV) -> RingCache:
-    """The clean pass: keys and values of the finished chunk at t = 0 take its slots, and the
-    counter goes on.
-    """
-    _, cache = forward(dit, cache, x0_bfhwc, jnp.zeros(x0_bfhwc.shape[:2]), text_kv)
-    return finish_chunk(cache)
-
-
 def denoise_chunk(
     dit: DiT,
-    cache: RingCache,
+    cache: KVCache,
     text_kv: TextKV,
     noise_key: jax.Array,
     *,
     sampler: Sampler,
     cut: jax.Array | bool = False,
     held: Held | None = None,
-) -> tuple[jax.Array, RingCache]:
+) -> tuple[jax.Array, KVCache]:
     """Make the next chunk and remember it.
 
     With absolute positions the caller must see to it, before it calls, that the stream is not too
-    long (`cache.check_positions`).
+    long (`CachePolicy.check_length`).
 
     Args:
       dit: the network.
@@ -302,7 +322,7 @@ def denoise_chunk(
       text_kv: from `dit.text_kv`.
       noise_key: key of this chunk's noise.
       sampler: from `make_sampler`; static.
-      cut: is this the first chunk of a new shot? See `cache.open_shot`. May be traced.
+      cut: is this the first chunk of a new shot? See `cache.open_chunk`. May be traced.
       held: frames of the chunk that are given, not made.
 
     Returns:
@@ -310,23 +330,29 @@ def denoise_chunk(
       The cache, one chunk on.
     """
     (rows, columns), (_, i, j) = cache.grid, dit.config.patch
-    shape = (cache.k[0].shape[0], cache.config.block, rows * i, columns * j, dit.config.in_channels)
+    shape = (
+        cache.k[0].shape[0],
+        cache.policy.block,
+        rows * i,
+        columns * j,
+        dit.config.out_channels,
+    )
 
     def draw(number: jax.Array | int) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(noise_key, number), shape, jnp.float32)
 
     def step(
-        carry: tuple[jax.Array, Any, RingCache], row: Any
-    ) -> tuple[tuple[jax.Array, Any, RingCache], None]:
+        carry: tuple[jax.Array, Any, KVCache], row: Any
+    ) -> tuple[tuple[jax.Array, Any, KVCache], None]:
         x, past, cache = carry
         x, t = hold(held, x, jnp.full(shape[:2], row.timestep))
         v, cache = forward(dit, cache, x, t, text_kv)
         x, past = sampler.step(row, past, x, v, draw)
         return (x, past, cache), None
 
-    cache, rows, noise = open_shot(cache, cut), sampler.rows(dit.dtype), draw(0)
+    cache, rows, noise = open_chunk(cache, cut), sampler.rows(dit.dtype), draw(0)
     (x0, _, cache), _ = jax.lax.scan(step, (noise, sampler.init(noise), cache), rows)
-    return x0, finish_chunk(cache)
+    return x0, close_chunk(cache)
 
 
 def hold(held: Held | None, x_bfhwc: jax.Array, t_bf: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -35,13 +35,12 @@ from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, guidance, step_unipc
 from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_init, unipc_table
 from chameleon_jax.errors import UserError
-from chameleon_jax.inference.pipeline import Pipeline, dit_config
-from chameleon_jax.inference.programs import NOISE, Steps
+from chameleon_jax.inference.pipeline import Pipeline
+from chameleon_jax.inference.programs import NOISE
+from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import TextKV, bidirectional_forward
-from chameleon_jax.models.vae import VaeConfig
 
 CLIP_NOISE = NOISE + 1  # what a random number is for: that of a clip is not that of a chunk
-SOLVERS = ("unipc",)
 Prompt = str | jax.Array | np.ndarray  # text, or encoded states [1, l, m]
 
 
@@ -53,7 +52,6 @@ class GenerateError(UserError):
 class GenerateConfig:
     """How a clip is denoised. The defaults are those of the published model."""
 
-    solver: str = "unipc"  # the only one there is
     grid: str = (
         "wan"  # sigmas of the steps, see `unipc.GRIDS`: the original's, or those of diffusers
     )
@@ -63,11 +61,8 @@ class GenerateConfig:
     negative_prompt: str = NEGATIVE_PROMPT
 
     def __post_init__(self):
-        for name, known in (("solver", SOLVERS), ("grid", tuple(GRIDS))):
-            if getattr(self, name) not in known:
-                raise GenerateError(
-                    f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}"
-                )
+        if self.grid not in GRIDS:
+            raise GenerateError(f"grid {self.grid!r} is not one of {', '.join(GRIDS)}")
         if not 1 <= self.steps <= flow.ROWS:
             raise GenerateError(f"steps {self.steps}: expected 1 to {flow.ROWS}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
@@ -130,7 +125,7 @@ def latent_shape(
       GenerateError: the networks cannot make that size or length; the nearest that they can make is
         named.
     """
-    vae = VaeConfig(**config["model"]["vae"])
+    vae = read_sizes("vae", config["model"]["vae"])
     units = size_units(config)
     if any(side < unit or side % unit for side, unit in zip(size, units, strict=True)):
         fitting = [
@@ -157,8 +152,8 @@ def latent_shape(
 
 def size_units(config: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width in pixels of a token: what the sides of a clip are multiples of."""
-    factor = VaeConfig(**config["model"]["vae"]).spatial_factor
-    _, rows, columns = dit_config(config).patch
+    factor = read_sizes("vae", config["model"]["vae"]).spatial_factor
+    _, rows, columns = read_sizes("dit", config["model"]["dit"]).patch
     return factor * rows, factor * columns
 
 
@@ -209,8 +204,7 @@ class Generator:
     def __init__(self, pipeline: Pipeline, settings: GenerateConfig | None = None):
         self.pipeline = pipeline
         self.settings = GenerateConfig.read(pipeline.config) if settings is None else settings
-        # Of its own: the pipeline's may have been compiled for one size of frame, that of a stream.
-        self._programs = Steps(pipeline.vae, pipeline.dit, pipeline.text, pipeline.config)
+        self._media = pipeline.media
         graph = nnx.graphdef(pipeline.dit)
 
         def step(
@@ -302,7 +296,7 @@ class Generator:
         # A copy of noise that was handed in: the solver consumes its sample.
         x = clip_noise(seed, shape) if noise is None else jnp.array(noise, jnp.float32)
         if picture is not None:
-            z_image, x = self._programs.encode_image(first_frame(picture, size)), x[:, 1:]
+            z_image, x = self._media.encode_image(first_frame(picture, size)), x[:, 1:]
         state, table, scale = unipc_init(x), settings.table(), np.float32(settings.guidance)
         jax.block_until_ready((text_kv, negative_kv, z_image))
         for k in range(settings.steps):
@@ -310,7 +304,7 @@ class Generator:
                 on_step(k, settings.steps)
             row = jax.tree.map(lambda rows, k=k: rows[k], table)
             x, state = self._step(
-                self._programs.weights["dit"], x, state, row, z_image, text_kv, negative_kv, scale
+                self._media.weights["dit"], x, state, row, z_image, text_kv, negative_kv, scale
             )
             x.block_until_ready()  # or all steps would be on their way at once, and Ctrl-C would wait for them
         if on_step is not None:
@@ -326,11 +320,11 @@ class Generator:
         """
         state = None
         for i in range(latents.shape[1]):
-            frames, state = self._programs.decode(latents[:, i : i + 1], state)
+            frames, state = self._media.decode(latents[:, i : i + 1], state)
             yield np.asarray(frames)
 
     def _text_kv(self, prompt: Prompt) -> TextKV:
-        return self._programs.text_kv(self.pipeline.encode_prompt(prompt))
+        return self._media.text_kv(self.pipeline.encode_prompt(prompt))
 
 
 def clip_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:

@@ -13,12 +13,9 @@ Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query to
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +24,34 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from chameleon_jax import files
-from chameleon_jax.attention.cache import CacheConfig
-from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference.pretrained import PipelineError, find_weights
-from chameleon_jax.inference.programs import Steps
-from chameleon_jax.models.dit import DiT, DiTConfig
-from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.inference.programs import (
+    MediaPrograms,
+    StreamPrograms,
+    compile_all,
+    stream_arguments,
+)
+from chameleon_jax.inference.settings import (
+    MEASURED,
+    check_config,
+    model_differences,
+    networks_of,
+    read_stored,
+    with_dtype,
+)
+from chameleon_jax.models import build
+from chameleon_jax.models.build import DTYPES
+from chameleon_jax.models.dit import DiT
+from chameleon_jax.models.vae import Vae
+from chameleon_jax.weights.random import fill_randomly
 
-GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
-NETWORKS = ("vae", "dit", "text")
-HOW_TO_COMPUTE = (
-    "conv",
-    "remat",
-    "scan_layers",
-    "attention",
-)  # model keys that leave the weights alone
-MEASURED = ("latent_mean", "latent_std")  # of the VAE, at the end of its training
-MADE_ON_HOST = 2**20  # random tensors of at most so many numbers are drawn by NumPy
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DEFAULT_FOLDER = Path(__file__).parents[1] / "assets" / "runway_tiny"
 
 
 class Pipeline:
-    """Networks, tokenizer and config. Holds no state of a stream: any number of sessions may share
-    one.
+    """Networks, tokenizer and config. Any number of sessions may share one: it holds no stream.
 
     Args:
       vae: pixels to latents and back.
@@ -62,16 +60,39 @@ class Pipeline:
       tokenizer: prompts to ids for `text`, or None with it.
       config: groups `model`, `video`, `cache`, `sampler`, `switch` and the key `dtype`, as in
         `configs/`.
+      decoder: decodes latents in place of the VAE, see models/taehv.py; None: the VAE does.
 
     Raises:
-      PipelineError: a group is missing, or the video's size does not fit the networks.
+      PipelineError: a group is missing, or the sizes do not fit each other.
     """
 
     def __init__(
-        self, vae: Vae, dit: DiT, text: nnx.Module | None, tokenizer: Any, config: Mapping[str, Any]
+        self,
+        vae: Vae,
+        dit: DiT,
+        text: nnx.Module | None,
+        tokenizer: Any,
+        config: Mapping[str, Any],
+        decoder: nnx.Module | None = None,
     ):
         self.config = check_config(config)
-        self.vae, self.dit, self.text, self.tokenizer = vae, dit, text, tokenizer
+        self.vae, self.dit, self.text, self.decoder = vae, dit, text, decoder
+        self.tokenizer = tokenizer
+        self._compiled = False
+
+    def __repr__(self) -> str:
+        config, (height, width) = self.config, self.size
+        params = [nnx.state(module, nnx.Param) for module in self._modules().values()]
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return (
+            f"Pipeline({config.get('name', 'unnamed')}: {count / 1e6:.1f} M parameters,"
+            f" {height}x{width} pixels, {config.dtype}, sampler {config.sampler.name})"
+        )
+
+    def _modules(self) -> dict[str, nnx.Module]:
+        """The networks that there are, by name."""
+        names = networks_of(self.config)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
     def from_pretrained(
@@ -109,17 +130,18 @@ class Pipeline:
         from chameleon_jax.weights.params import WeightsError, load_params
 
         folder = find_weights(name)
-        stored = _read_config(folder / "config.json")
+        stored = read_stored(folder / "config.json")
         if stored is None and config is None:
             raise PipelineError(f"{folder}: no config.json; expected one beside the weights")
-        config = check_config(_with_dtype(stored if config is None else config, dtype))
-        faults = []
+        config = check_config(with_dtype(stored if config is None else config, dtype))
         if stored is not None:
-            faults = _model_differences(config, stored)
+            differences = model_differences(config, stored)
+            if differences:
+                raise WeightsError(f"{folder}: {differences[0]}")
             config.model.vae.update({key: tuple(stored["model"]["vae"][key]) for key in MEASURED})
-        builders, modules = _builders(config), {}
-        for network in NETWORKS:
-            modules[network] = nnx.eval_shape(builders[network])
+        modules, faults = {}, []
+        for network in networks_of(config):
+            modules[network] = _abstract(config, network)
             try:
                 load_params(
                     folder / f"{network}.safetensors", modules[network], DTYPES[config.dtype], mesh
@@ -134,36 +156,31 @@ class Pipeline:
                 f"{folder / 'tokenizer.json'}: {tokenizer.vocab} pieces, the encoder knows"
                 f" {config.model.text.vocab}"
             )
-        return cls(modules["vae"], modules["dit"], modules["text"], tokenizer, config)
+        return cls(**modules, tokenizer=tokenizer, config=config)
 
     @classmethod
     def random(cls, config: Mapping[str, Any], seed: int = 0, *, text: bool = True) -> Pipeline:
-        """Random weights in the config's dtype, for benchmarks and tests; see `random_module`.
+        """Random weights in the config's dtype, for benchmarks and tests.
 
         Args:
           config: as for the class.
-          seed: of the weights.
+          seed: of the weights, see weights/random.py.
           text: build the prompt encoder too, with a tokenizer of single bytes.
         """
         config = check_config(config)
-        builders = _builders(config, text=text)
-        modules = {
-            name: random_module(build, (seed, index))
-            for index, (name, build) in enumerate(builders.items())
-        }
+        modules: dict[str, Any] = {"text": None}
+        for index, name in enumerate(networks_of(config, text=text)):
+            modules[name] = _abstract(config, name)
+            fill_randomly(modules[name], (seed, index))
         tokenizer = byte_tokenizer(config.model.text.length) if text else None
-        return cls(modules["vae"], modules["dit"], modules.get("text"), tokenizer, config)
+        return cls(**modules, tokenizer=tokenizer, config=config)
 
     @classmethod
     def abstract(cls, config: Mapping[str, Any]) -> Pipeline:
-        """Shapes without weights or text encoder, to lower and compile `steps` for a machine that
-        is not there.
-        """
+        """Shapes without weights or text encoder, to compile for a machine that is not there."""
         config = check_config(config)
-        modules = {
-            name: nnx.eval_shape(build) for name, build in _builders(config, text=False).items()
-        }
-        return cls(modules["vae"], modules["dit"], None, None, config)
+        modules = {name: _abstract(config, name) for name in networks_of(config, text=False)}
+        return cls(**modules, text=None, tokenizer=None, config=config)
 
     def add_lora(
         self, path: str | os.PathLike, strength: float = 1.0, *, merged: bool = True
@@ -186,7 +203,7 @@ class Pipeline:
         from converters.recognise import RecognitionError, recognise
         from converters.rules import ConversionError
 
-        if "steps" in self.__dict__:
+        if self.__dict__.keys() & {"media", "stream"}:
             raise PipelineError(
                 "the pipeline has been used already; add the LoRA right after loading"
             )
@@ -196,7 +213,8 @@ class Pipeline:
             raise PipelineError(" ".join(str(error).split())) from None
         if not isinstance(part, LoraPart):
             raise PipelineError(f"{path}: not a LoRA, but a {part.network.title}")
-        (merge if merged else attach)(self.dit, Lora(part.changes), strength)
+        change = merge if merged else attach
+        change(self.dit, Lora(part.changes), strength)
 
     def save(self, folder: str | os.PathLike, dtype: jnp.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads.
@@ -217,8 +235,8 @@ class Pipeline:
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in NETWORKS:
-            save_params(folder / f"{name}.safetensors", getattr(self, name), dtype)
+        for name, module in self._modules().items():
+            save_params(folder / f"{name}.safetensors", module, dtype)
         files.write_text(folder / "tokenizer.json", self.tokenizer.pieces.to_str())
         files.write_json(folder / "config.json", self.config.to_dict())
 
@@ -228,9 +246,48 @@ class Pipeline:
         return self.config.video.height, self.config.video.width
 
     @functools.cached_property
-    def steps(self) -> Steps:
-        """The device programs, shared by all sessions of this pipeline; see `Steps`."""
-        return Steps(self.vae, self.dit, self.text, self.config)
+    def media(self) -> MediaPrograms:
+        """The programs for text, pictures and frames, shared by all users of this pipeline."""
+        return MediaPrograms(self.vae, self.dit, self.text, self.decoder)
+
+    @functools.cached_property
+    def stream(self) -> StreamPrograms:
+        """The programs that make latents against a cache, shared by all sessions."""
+        factor = self.vae.config.spatial_factor
+        return StreamPrograms(self.dit, self.config, factor)
+
+    def compile(self) -> dict[str, float]:
+        """Compile all programs for the sizes of the config, before they are needed.
+
+        A session does so when it starts its first stream, unless it has been done.
+
+        Returns:
+          Seconds by program, see `programs.compile_all`; empty if it has been done.
+        """
+        if self._compiled:
+            return {}
+        self._compiled = True
+        if any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(self.stream.weights)):
+            return {}  # where the other arguments will lie is known at the first call only
+        of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
+        return compile_all([(self.media, of_media), (self.stream, of_stream)])
+
+    def arguments(self) -> dict[str, tuple[Any, ...]]:
+        """Shapes and dtypes of the arguments of all programs, weights left out."""
+        of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
+        return {**of_media, **of_stream}
+
+    def lower(
+        self, program: str, sharding: jax.sharding.Sharding | None = None
+    ) -> jax.stages.Lowered:
+        """A program traced at the sizes of the config, ready to be compiled.
+
+        Args:
+          program: a name of `arguments`.
+          sharding: where all arguments lie, see `Programs.lower`.
+        """
+        programs = self.stream if program in self.stream.names else self.media
+        return programs.lower(program, self.arguments()[program], sharding)
 
     def session(self, mechanisms: Any = None, *, measure: bool = False) -> Any:
         """A new session; see `Session`.
@@ -265,62 +322,16 @@ class Pipeline:
                 "this pipeline has no text encoder; give the prompt as encoded states [1, l, m]"
             )
         ids, mask = self.tokenizer([prompt])
-        return self.steps.encode_text(ids, mask)
+        return self.media.encode_text(ids, mask)
 
 
-def check_config(config: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `config` as a ConfigDict, with lists (from JSON) turned into tuples.
-
-    Raises:
-      PipelineError: a group is missing, the dtype is unknown, or the video's size does not fit the
-        networks.
-    """
-    config = ConfigDict(
-        _tuples(config.to_dict() if isinstance(config, ConfigDict) else dict(config))
-    )
-    lacking = [group for group in GROUPS if group not in config]
-    if lacking:
-        raise PipelineError(
-            f"the config has no {', '.join(lacking)}; expected the groups {', '.join(GROUPS)}"
-        )
-    if config.dtype not in DTYPES:
-        raise PipelineError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
-    try:
-        CacheConfig(**config.cache)
-        make_sampler(**config.sampler)
-        unit = VaeConfig(**config.model.vae).spatial_factor * dit_config(config).patch[-1]
-    except (TypeError, ValueError) as error:
-        raise PipelineError(f"config: {error}") from None
-    if config.sampler.name == "few_step" and config.sampler.steps != len(config.sampler.timesteps):
-        raise PipelineError(
-            f"sampler.steps is {config.sampler.steps}, but few_step takes one step for each of"
-            " sampler.timesteps"
-            f" {config.sampler.timesteps}; change both"
-        )
-    height, width = config.video.height, config.video.width
-    if min(height, width) < unit or height % unit or width % unit:
-        raise PipelineError(
-            f"video size {height}x{width}: height and width must be multiples of {unit} pixels"
-        )
-    if (
-        config.model.dit.text_length != config.model.text.length
-        or config.model.dit.text_width != config.model.text.width
-    ):
-        raise PipelineError(
-            "model.dit.text_length and text_width must be those of model.text (length, width)"
-        )
-    return config
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    return plain if dtype is None else plain | {"dtype": dtype}
+def _abstract(config: Any, name: str) -> Any:
+    """A network without weights, in the dtype of the config."""
+    return build.abstract(name, config.model[name], dtype=DTYPES[config.dtype])
 
 
 def byte_tokenizer(length: int) -> Any:
-    """A tokenizer whose pieces are the 256 bytes of UTF-8: no vocabulary to learn, every language,
-    258 ids.
-    """
+    """A tokenizer whose pieces are the 256 bytes of UTF-8: every language, 258 ids."""
     import tokenizers
 
     from chameleon_jax.models.text import Tokenizer
@@ -334,105 +345,3 @@ def byte_tokenizer(length: int) -> Any:
         add_prefix_space=False, use_regex=False
     )
     return Tokenizer(pieces, length)
-
-
-def random_module(build: Callable[[], nnx.Module], seed: tuple[int, ...]) -> nnx.Module:
-    """A module with random parameters, of which the large ones are made on the device and never
-    leave it.
-
-    Its own initialisers are not used: compiled together they would be one program with hundreds of
-    outputs, minutes to compile at full size. Here each distinct large shape is compiled once, and
-    small tensors, which are many, come from the host. Weights have variance 1 / fan-in, norms are
-    ones, and nothing is zero, so that every input has an influence on the output.
-    """
-    module = nnx.eval_shape(build)
-    state = nnx.state(module, nnx.Param)
-    for index, (path, leaf) in enumerate(nnx.to_flat_state(state)):
-        leaf.set_value(_random_tensor(str(path[-1]), leaf.get_value(), (*seed, index)))
-    nnx.update(module, state)
-    return module
-
-
-def _random_tensor(name: str, like: jax.ShapeDtypeStruct, seed: tuple[int, ...]) -> jax.Array:
-    if name == "scale":
-        return jnp.asarray(np.ones(like.shape, like.dtype))
-    fan_in = math.prod(like.shape[:-1]) if name == "kernel" else like.shape[-1]
-    std = {"embedding": 1.0, "bias": 0.02}.get(name, fan_in**-0.5)
-    rng = np.random.default_rng(seed)
-    if like.size <= MADE_ON_HOST:
-        return jnp.asarray((std * rng.standard_normal(like.shape, np.float32)).astype(like.dtype))
-    return _normal(np.uint32(rng.integers(2**32)), shape=like.shape, dtype=like.dtype, std=std)
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "std"))
-def _normal(seed: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(std, dtype)
-
-
-def _builders(config: ConfigDict, *, text: bool = True) -> dict[str, Callable[[], nnx.Module]]:
-    """A function that builds each network, by its name."""
-    kw = {"dtype": DTYPES[config.dtype], "param_dtype": DTYPES[config.dtype]}
-    builders = {
-        "vae": lambda: Vae(VaeConfig(**config.model.vae), rngs=nnx.Rngs(0), **kw),
-        "dit": lambda: DiT(dit_config(config), rngs=nnx.Rngs(0), **kw),
-    }
-    if text:
-        from chameleon_jax.models.text import TextConfig, TextEncoder
-
-        builders["text"] = lambda: TextEncoder(
-            TextConfig(**config.model.text), rngs=nnx.Rngs(0), **kw
-        )
-    return builders
-
-
-def dit_config(config: ConfigDict) -> DiTConfig:
-    """The denoiser's sizes; the number of condition frames and of frames a chunk are those of the
-    cache.
-    """
-    return DiTConfig(
-        **{"context": config.cache.context, "block": config.cache.block, **config.model.dit}
-    )
-
-
-def _model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
-    """One line if `config.model` is not what the weights were made with. Shapes cannot show all of
-    it, as heads.
-    """
-    stored = check_config({**config.to_dict(), "model": stored["model"]})
-    from chameleon_jax.models.text import TextConfig
-
-    kinds = {"vae": VaeConfig, "dit": DiTConfig, "text": TextConfig}
-    lines = []
-    for name in NETWORKS:
-        ours, theirs = (
-            dataclasses.asdict(kinds[name](**group))
-            for group in (config.model[name], stored.model[name])
-        )
-        for key in sorted((ours.keys() | theirs.keys()) - {*HOW_TO_COMPUTE, *MEASURED}):
-            if ours.get(key) != theirs.get(key):
-                lines.append(
-                    f"model.{name}.{key} is {ours.get(key)}, the weights were made with"
-                    f" {theirs.get(key)}"
-                )
-    return ["; ".join(lines)] if lines else []
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise PipelineError(f"{path}: has no group 'model'")
-    lacking = [name for name in NETWORKS if not isinstance(config["model"].get(name), dict)]
-    if lacking:
-        raise PipelineError(f"{path}: model has no {', '.join(lacking)}")
-    return config
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value

@@ -1,28 +1,36 @@
-"""The device programs of a stream, each compiled once: everything between two fetches of frames.
+"""The device programs of inference: jitted functions over the weights of a pipeline.
+
+`MediaPrograms` turn text and pictures into what the transformer reads, and latents into frames:
 
     encode_text   ids, mask                      -> text states            once per prompt
     text_kv       text states                    -> K, V of every layer    once per prompt
     encode_image  one picture                    -> one latent frame       once per picture
-    refresh       cache, reference, garment      -> cache                  once per switch
-    chunk         cache, text K,V, seed, number  -> latents, cache         once per chunk
     decode_first  latents                        -> frames, decoder state  the first chunk of a clip
     decode_next   latents, decoder state         -> frames, decoder state  every other chunk
 
+`StreamPrograms` make latents, chunk by chunk, against a cache:
+
+    refresh       cache, reference, garment, text K, V   -> cache            once per switch
+    chunk         cache, text K, V, seed, number         -> latents, cache   once per chunk
+
 A stream without condition frames (`cache.context` 0) has no `refresh`, and instead of `chunk`
 
-    shot_chunk    cache, text K,V, seed, number, cut, image, held -> latents, cache      once per chunk
+    shot_chunk    cache, text K, V, seed, number, cut, image, is there an image  -> latents, cache
 
-Caches and decoder states are donated: the array handed in must not be used again.
+Caches and decoder states are donated: the array handed in must not be used again. Every program
+serves any size, compiled at its first use; `compile_all` compiles them ahead of time for the sizes
+of a stream.
 
-Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels, l query tokens, m
-width.
+Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels, l query tokens,
+m width.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,251 +39,335 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from chameleon_jax.attention.cache import CacheConfig, RingCache
+from chameleon_jax.attention.cache import KVCache
+from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.diffusion import rollout
+from chameleon_jax.models.dit import TextKV
+
+log = logging.getLogger(__name__)
 
 # What a random number is for: the second of the three things its key is made of (seed, purpose,
 # chunk number).
 NOISE = 0
 
+Arguments = Mapping[str, tuple[Any, ...]]  # by program: shapes and dtypes, weights left out
 
-class Steps:
-    """Jitted programs over the weights of a pipeline; made by `Pipeline.steps`.
+
+class Programs:
+    """Jitted functions whose first argument is the weights of a network.
 
     Args:
-      vae, dit: the networks.
+      modules: networks by name; their weights are taken once, now.
+    """
+
+    def __init__(self, modules: Mapping[str, nnx.Module]):
+        self.graphs, self.weights = {}, {}
+        for name, module in modules.items():
+            self.graphs[name], self.weights[name] = nnx.split(module)
+        # program -> (network whose weights come first, jitted function)
+        self._jitted: dict[str, tuple[str, Callable[..., Any]]] = {}
+        # (program, shape of the first argument) -> what was compiled ahead of time
+        self._compiled: dict[tuple[str, Any], Callable[..., Any]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Programs that there are."""
+        return list(self._jitted)
+
+    def call(self, program: str, *args: Any) -> Any:
+        """Run a program.
+
+        Raises:
+          ValueError: there is no such program.
+        """
+        if program not in self._jitted:
+            raise ValueError(
+                f"this pipeline has no program {program!r}; it has {', '.join(self.names)}"
+            )
+        network, function = self._jitted[program]
+        function = self._compiled.get((program, _first_shape(args)), function)
+        return function(self.weights[network], *args)
+
+    def lower(
+        self, program: str, args: Sequence[Any], sharding: jax.sharding.Sharding | None = None
+    ) -> jax.stages.Lowered:
+        """A program traced for arguments of these shapes, ready to be compiled.
+
+        Args:
+          program: its name.
+          args: arrays or `jax.ShapeDtypeStruct`, weights left out.
+          sharding: where all arguments lie, e.g. on one device of a description of
+            `jax.experimental.topologies`; default where the weights are. The weights may be
+            abstract.
+        """
+        network, function = self._jitted[program]
+        args = (self.weights[network], *args)
+        if sharding is not None:
+            args = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
+            )
+        return function.lower(*args)
+
+    def use_compiled(self, program: str, args: Sequence[Any], compiled: Callable) -> None:
+        """From now on run `compiled` for arguments of these shapes."""
+        self._compiled[program, _first_shape(args)] = compiled
+
+    def result(self, program: str, *args: Any) -> Any:
+        """Shapes and dtypes of what a program returns."""
+        network, function = self._jitted[program]
+        return jax.eval_shape(function, self.weights[network], *args)
+
+    def add(
+        self, program: str, network: str, function: Callable[..., Any], donate: int | None = None
+    ) -> None:
+        """Make a program of a function (module, *args).
+
+        Args:
+          program: its name.
+          network: whose module comes first.
+          function: pure.
+          donate: which of the arguments is consumed, the module being number 0.
+        """
+        graph = self.graphs[network]
+
+        def run(weights: nnx.State, *args: Any) -> Any:
+            return function(nnx.merge(graph, weights), *args)
+
+        run.__name__ = program  # what profiles and compilation logs show
+        self._jitted[program] = (
+            network,
+            jax.jit(run, donate_argnums=() if donate is None else donate),
+        )
+
+
+def _first_shape(args: Sequence[Any]) -> Any:
+    """What tells calls of other sizes apart: the shape of the first argument, if it is an array."""
+    return tuple(args[0].shape) if args and hasattr(args[0], "shape") else None
+
+
+class MediaPrograms(Programs):
+    """Text and pictures to what the transformer reads; latents to frames.
+
+    Args:
+      vae: encodes pictures.
+      dit: has the cross-attention whose K, V are made of a prompt.
       text: the prompt encoder, or None.
-      config: a checked config, see `pipeline.check_config`.
+      decoder: decodes latents; None: the VAE does.
     """
 
     def __init__(
-        self, vae: nnx.Module, dit: nnx.Module, text: nnx.Module | None, config: ConfigDict
+        self,
+        vae: nnx.Module,
+        dit: nnx.Module,
+        text: nnx.Module | None,
+        decoder: nnx.Module | None = None,
     ):
-        self.config = config
-        self.cache_config = CacheConfig(**config.cache)
-        height, width = config.video.height, config.video.width
-        self.pixels = (height, width)
-        self.grid = (height // vae.config.spatial_factor, width // vae.config.spatial_factor)
-        self.dtype = jnp.dtype(config.dtype)
+        modules = {"vae": vae, "dit": dit, "text": text, "decoder": decoder}
+        super().__init__({name: module for name, module in modules.items() if module is not None})
+        decodes = "vae" if decoder is None else "decoder"
+
+        def encode_image(vae, pixels_hwc):
+            return vae.encode(to_model(pixels_hwc)[None, None])
+
+        def text_kv(dit, states_blm):
+            return dit.text_kv(states_blm)
+
+        def decode_first(decoder, latents):
+            x, state = decoder.decode_chunk(latents, None, first=True)
+            return to_uint8(x)[0], state
+
+        def decode_next(decoder, latents, state):
+            x, state = decoder.decode_chunk(latents, state, first=False)
+            return to_uint8(x)[0], state
+
+        self.add("encode_image", "vae", encode_image)
+        self.add("text_kv", "dit", text_kv)
+        self.add("decode_first", decodes, decode_first)
+        self.add("decode_next", decodes, decode_next, donate=2)
+        if text is not None:
+            self.add("encode_text", "text", lambda text, ids, mask: text(ids, mask))
+
+    def encode_text(self, ids_bl: np.ndarray, mask_bl: np.ndarray) -> jax.Array:
+        """Text states [1, l, m]."""
+        return self.call("encode_text", ids_bl, mask_bl)
+
+    def text_kv(self, states_blm: jax.Array) -> TextKV:
+        """Cross-attention K, V of every layer."""
+        return self.call("text_kv", states_blm)
+
+    def encode_image(self, pixels_hwc: np.ndarray) -> jax.Array:
+        """One picture uint8 [h, w, 3] to one latent frame [1, 1, h', w', c]."""
+        return self.call("encode_image", pixels_hwc)
+
+    def decode(self, latents: jax.Array, state: Any | None) -> tuple[jax.Array, Any]:
+        """Latents to frames uint8 [t, h, w, 3] on the device, and the decoder's state afterwards.
+
+        Args:
+          latents: [1, f, h, w, c].
+          state: from the chunk before, consumed; or None to start a new clip, whose first latent
+            frame gives one pixel frame.
+        """
+        if state is None:
+            return self.call("decode_first", latents)
+        return self.call("decode_next", latents, state)
+
+
+class StreamPrograms(Programs):
+    """The transformer against a cache.
+
+    Args:
+      dit: the network.
+      config: a checked config, see `pipeline.check_config`.
+      spatial_factor: pixels along one side of a latent pixel.
+    """
+
+    def __init__(self, dit: nnx.Module, config: ConfigDict, spatial_factor: int):
+        super().__init__({"dit": dit})
+        self.policy = policy = make_policy(**config.cache)
+        self.grid = (config.video.height // spatial_factor, config.video.width // spatial_factor)
         self._dit = dit
-        self.weights = {"vae": nnx.split(vae)[1], "dit": nnx.split(dit)[1]}
-        vae_graph, dit_graph = nnx.graphdef(vae), nnx.graphdef(dit)
         sampler = rollout.make_sampler(**config.sampler)
 
-        def encode_image(weights, pixels_hwc):
-            return nnx.merge(vae_graph, weights).encode(to_model(pixels_hwc)[None, None])
-
-        def text_kv(weights, states_blm):
-            return nnx.merge(dit_graph, weights).text_kv(states_blm)
-
-        def refresh(weights, cache, reference, garment, text_kv):
+        def refresh(dit, cache, reference, garment, text_kv):
             context = jnp.concatenate([reference, garment], axis=1)
-            return rollout.prefill(nnx.merge(dit_graph, weights), cache, context, text_kv)
+            return rollout.prefill(dit, cache, context, text_kv)
 
         def noise_key(seed, number):
             return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), NOISE), number)
 
-        def chunk(weights, cache, text_kv, seed, number):
+        def chunk(dit, cache, text_kv, seed, number):
             key = noise_key(seed, number)
+            return rollout.denoise_chunk(dit, cache, text_kv, key, sampler=sampler)
+
+        def shot_chunk(dit, cache, text_kv, seed, number, cut, image, has_image):
+            key = noise_key(seed, number)
+            z = jnp.pad(image, ((0, 0), (0, policy.block - 1), (0, 0), (0, 0), (0, 0)))
+            held = rollout.Held(z, has_image & (jnp.arange(policy.block) == 0))
             return rollout.denoise_chunk(
-                nnx.merge(dit_graph, weights), cache, text_kv, key, sampler=sampler
+                dit, cache, text_kv, key, sampler=sampler, cut=cut, held=held
             )
 
-        def shot_chunk(weights, cache, text_kv, seed, number, cut, image, held):
-            dit, key, block = (
-                nnx.merge(dit_graph, weights),
-                noise_key(seed, number),
-                self.cache_config.block,
-            )
-            z = jnp.pad(image, ((0, 0), (0, block - 1), (0, 0), (0, 0), (0, 0)))
-            frames = rollout.Held(z, held & (jnp.arange(block) == 0))
-            return rollout.denoise_chunk(
-                dit, cache, text_kv, key, sampler=sampler, cut=cut, held=frames
-            )
-
-        def decode_first(weights, latents):
-            x, state = nnx.merge(vae_graph, weights).decode_chunk(latents, None, first=True)
-            return to_uint8(x)[0], state
-
-        def decode_next(weights, latents, state):
-            x, state = nnx.merge(vae_graph, weights).decode_chunk(latents, state, first=False)
-            return to_uint8(x)[0], state
-
-        if self.cache_config.context:
-            stream = {"refresh": refresh, "chunk": chunk}
+        if policy.context:
+            self.add("refresh", "dit", refresh, donate=1)
+            self.add("chunk", "dit", chunk, donate=1)
         else:
-            stream = {"shot_chunk": shot_chunk}
-        # program -> (network whose weights come first, compiled function)
-        self._jitted: dict[str, tuple[str, Callable]] = {
-            "encode_image": ("vae", jax.jit(encode_image)),
-            "text_kv": ("dit", jax.jit(text_kv)),
-            **{
-                name: ("dit", jax.jit(function, donate_argnums=1))
-                for name, function in stream.items()
-            },
-            "decode_first": ("vae", jax.jit(decode_first)),
-            "decode_next": ("vae", jax.jit(decode_next, donate_argnums=2)),
-        }
-        if text is not None:
-            text_graph, self.weights["text"] = nnx.split(text)
-            encode = jax.jit(lambda weights, ids, mask: nnx.merge(text_graph, weights)(ids, mask))
-            self._jitted["encode_text"] = ("text", encode)
-        self._programs = dict(
-            self._jitted
-        )  # what runs: the same, or what `compile` put in their places
+            self.add("shot_chunk", "dit", shot_chunk, donate=1)
 
-    def _call(self, program: str, *args: Any) -> Any:
-        if program not in self._programs:
-            raise ValueError(
-                f"this pipeline has no program {program!r}, with {self.cache_config.context}"
-                " condition frames; its programs"
-                f" are {', '.join(self._programs)}"
-            )
-        network, function = self._programs[program]
-        return function(self.weights[network], *args)
-
-    def encode_text(self, ids_bl: np.ndarray, mask_bl: np.ndarray) -> jax.Array:
-        """Text states [1, l, m]."""
-        return self._call("encode_text", ids_bl, mask_bl)
-
-    def text_kv(self, states_blm: jax.Array) -> Any:
-        """Cross-attention K, V of every layer."""
-        return self._call("text_kv", states_blm)
-
-    def encode_image(self, pixels_hwc: np.ndarray) -> jax.Array:
-        """One picture uint8 [h, w, 3] of the video's size to one latent frame [1, 1, h, w, c]."""
-        return self._call("encode_image", pixels_hwc)
-
-    def new_cache(self) -> RingCache:
+    def new_cache(self) -> KVCache:
         """An empty cache."""
-        return rollout.new_cache(self._dit, self.cache_config, 1, self.grid)
+        return rollout.new_cache(self._dit, self.policy, 1, self.grid)
 
     def refresh(
-        self, cache: RingCache, reference: jax.Array, garment: jax.Array, text_kv: Any
-    ) -> RingCache:
+        self, cache: KVCache, reference: jax.Array, garment: jax.Array, text_kv: TextKV
+    ) -> KVCache:
         """Write slots 0 and 1 from two latent frames. `cache` is consumed."""
-        return self._call("refresh", cache, reference, garment, text_kv)
+        return self.call("refresh", cache, reference, garment, text_kv)
 
     def chunk(
-        self, cache: RingCache, text_kv: Any, seed: int, number: int
-    ) -> tuple[jax.Array, RingCache]:
-        """Make the next chunk of latents [1, block, h, w, c] and remember it. `cache` is consumed.
+        self, cache: KVCache, text_kv: TextKV, seed: int, number: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Make the next chunk of latents [1, block, h, w, c] and remember it.
 
         Args:
-          cache: filled by `refresh`.
-          text_kv: from `text_kv`.
+          cache: filled by `refresh`; consumed.
+          text_kv: from `MediaPrograms.text_kv`.
           seed: of the stream, in [0, 2**32).
           number: of the chunk since the start of the stream; with the seed it determines the noise.
         """
-        return self._call("chunk", cache, text_kv, np.uint32(seed), np.int32(number))
+        return self.call("chunk", cache, text_kv, np.uint32(seed), np.int32(number))
 
     def shot_chunk(
         self,
-        cache: RingCache,
-        text_kv: Any,
+        cache: KVCache,
+        text_kv: TextKV,
         seed: int,
         number: int,
         *,
         cut: bool = False,
         image: jax.Array | None = None,
-    ) -> tuple[jax.Array, RingCache]:
+    ) -> tuple[jax.Array, KVCache]:
         """`chunk` of a stream without condition frames, from a new cache on.
 
         Args:
           cache, text_kv, seed, number: as for `chunk`.
-          cut: does a new shot begin with it? See attention/cache.py.
+          cut: does a new shot begin with it? See attention/policies.py.
           image: from `encode_image`, a latent frame to be the first of the chunk; None for none.
         """
-        held = image is not None
-        image = (
-            image
-            if held
-            else np.zeros((1, 1, *self.grid, self._dit.config.in_channels), np.float32)
+        has_image = image is not None
+        if image is None:
+            channels = self._dit.config.out_channels
+            image = np.zeros((1, 1, *self.grid, channels), np.float32)
+        return self.call(
+            "shot_chunk",
+            cache,
+            text_kv,
+            np.uint32(seed),
+            np.int32(number),
+            np.bool_(cut),
+            image,
+            np.bool_(has_image),
         )
-        arguments = (np.uint32(seed), np.int32(number), np.bool_(cut), image, np.bool_(held))
-        return self._call("shot_chunk", cache, text_kv, *arguments)
 
-    def decode(self, latents: jax.Array, state: Any | None) -> tuple[jax.Array, Any]:
-        """Latents to frames uint8 [t, h, w, 3] on the device, and the decoder's state afterwards.
-        `state` is consumed.
 
-        Args:
-          latents: [1, f, h, w, c].
-          state: from the chunk before, or None to start a new clip, whose first latent frame gives
-            one pixel frame instead of four.
-        """
-        if state is None:
-            return self._call("decode_first", latents)
-        return self._call("decode_next", latents, state)
+def stream_arguments(
+    media: MediaPrograms, stream: StreamPrograms, config: ConfigDict
+) -> tuple[Arguments, Arguments]:
+    """Arguments of all programs at the sizes of a stream: those of `media`, those of `stream`.
 
-    def compile(self) -> dict[str, float]:
-        """Compile every program ahead of time, several at once where there are cores.
+    Args:
+      media, stream: over the same transformer.
+      config: a checked config.
+    """
+    length, width = config.model.dit.text_length, config.model.dit.text_width
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    pixels = jax.ShapeDtypeStruct((config.video.height, config.video.width, 3), jnp.uint8)
+    states = jax.ShapeDtypeStruct((1, length, width), jnp.dtype(config.dtype))
+    seed, number = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
+    kv = media.result("text_kv", states)
+    frame = media.result("encode_image", pixels)
+    cache = jax.eval_shape(stream.new_cache)
+    if stream.policy.context:
+        of_stream = {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
+        latents, _ = stream.result("chunk", *of_stream["chunk"])
+    else:
+        flag = jax.ShapeDtypeStruct((), jnp.bool_)
+        of_stream = {"shot_chunk": (cache, kv, seed, number, flag, frame, flag)}
+        latents, _ = stream.result("shot_chunk", *of_stream["shot_chunk"])
+    _, decoder = media.result("decode_first", latents)
+    of_media = {
+        "encode_image": (pixels,),
+        "text_kv": (states,),
+        "decode_first": (latents,),
+        "decode_next": (latents, decoder),
+    }
+    if "encode_text" in media.names:
+        of_media["encode_text"] = (ids, jax.ShapeDtypeStruct(ids.shape, bool))
+    return of_media, of_stream
 
-        Returns:
-          Seconds by program, tracing included. They overlap: their sum is more than what passed.
-        """
 
-        def build(program: str) -> tuple[str, Callable, float]:
-            start = time.perf_counter()
-            return program, self.lower(program).compile(), time.perf_counter() - start
+def compile_all(jobs: Sequence[tuple[Programs, Arguments]]) -> dict[str, float]:
+    """Compile programs ahead of time, several at once where there are cores.
 
-        pool = concurrent.futures.ThreadPoolExecutor()
-        try:
-            results = list(pool.map(build, self._jitted))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # on Ctrl-C, do not wait for compilers
-        for program, compiled, _ in results:
-            self._programs[program] = (self._jitted[program][0], compiled)
-        return {program: seconds for program, _, seconds in results}
+    Args:
+      jobs: programs, and the arguments for which each of them is compiled.
 
-    def lower(
-        self, program: str, sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Lowered:
-        """One program traced for arguments of the right shapes, ready to be compiled.
+    Returns:
+      Seconds by program, tracing included. They overlap: their sum is more than what passed.
+    """
 
-        Args:
-          program: a name of the table at the top of this file.
-          sharding: where all arguments lie, e.g. on one device of a `jax.experimental.topologies`
-            description; default where the weights are. The weights may be abstract
-            (`Pipeline.abstract`).
-        """
+    def build(programs: Programs, name: str, args: tuple[Any, ...]) -> tuple[str, float]:
+        start = time.perf_counter()
+        programs.use_compiled(name, args, programs.lower(name, args).compile())
+        return name, time.perf_counter() - start
 
-        def place(leaf: Any) -> Any:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        network, function = self._jitted[program]
-        arguments = (self.weights[network], *self.abstract_arguments()[program])
-        return function.lower(*(arguments if sharding is None else jax.tree.map(place, arguments)))
-
-    def abstract_arguments(self) -> dict[str, tuple]:
-        """Shapes and dtypes of the arguments of every program, weights left out."""
-
-        def result(program: str, *args: Any) -> Any:
-            network, function = self._jitted[program]
-            return jax.eval_shape(function, self.weights[network], *args)
-
-        length, width = self.config.model.dit.text_length, self.config.model.dit.text_width
-        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        pixels = jax.ShapeDtypeStruct((*self.pixels, 3), jnp.uint8)
-        states = jax.ShapeDtypeStruct((1, length, width), self.dtype)
-        seed, number = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-        kv = result("text_kv", states)
-        frame = result("encode_image", pixels)
-        cache = jax.eval_shape(self.new_cache)
-        if self.cache_config.context:
-            stream = {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
-        else:
-            flag = jax.ShapeDtypeStruct((), jnp.bool_)
-            stream = {"shot_chunk": (cache, kv, seed, number, flag, frame, flag)}
-        last = list(stream)[-1]
-        latents, _ = result(last, *stream[last])
-        _, decoder = result("decode_first", latents)
-        return {
-            "encode_image": (pixels,),
-            "encode_text": (ids, jax.ShapeDtypeStruct(ids.shape, bool)),
-            "text_kv": (states,),
-            **stream,
-            "decode_first": (latents,),
-            "decode_next": (latents, decoder),
-        }
+    todo = [(programs, name, args) for programs, named in jobs for name, args in named.items()]
+    begin = time.perf_counter()
+    log.info("compiling %d programs for %s", len(todo), jax.devices()[0].device_kind)
+    pool = concurrent.futures.ThreadPoolExecutor()
+    try:
+        seconds = dict(pool.map(lambda job: build(*job), todo))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # on Ctrl-C, do not wait for compilers
+    log.info("compiled in %.1f s", time.perf_counter() - begin)
+    return seconds

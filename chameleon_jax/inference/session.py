@@ -34,11 +34,12 @@ import jax
 import numpy as np
 
 from chameleon_jax import __version__
-from chameleon_jax.attention.cache import check_positions, withdraw
+from chameleon_jax.attention.cache import withdraw
 from chameleon_jax.data.images import prepare_garment, prepare_reference
 from chameleon_jax.errors import UserError
+from chameleon_jax.inference.programs import stream_arguments
 
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = 2
 NOT_RUNNING = (
     "no stream is running: call start() or restore() first (a chunk that failed ends the stream)"
 )
@@ -127,9 +128,9 @@ class Session:
         self.mechanisms = mechanisms or Mechanisms(**pipeline.config.switch)
         self.timings: list[Timing] = []
         self._measure = measure
-        self._steps = pipeline.steps
-        self._drive = threading.RLock()  # held while the stream is driven: a whole chunk
-        self._mail = threading.Lock()  # guards what other threads touch: held for moments only
+        self._media, self._stream = pipeline.media, pipeline.stream
+        self._chunk_lock = threading.RLock()  # held while a chunk is made
+        self._lock = threading.Lock()  # guards what other threads touch; held for moments only
         self._state: _State | None = None
         self._frames: int | None = None  # handed out; None while no stream is running
         self._pending: dict[str, tuple[Switch, Any]] = {}
@@ -155,15 +156,16 @@ class Session:
             "reference": prepare_reference(reference, self.pipeline.size),
             "garment": prepare_garment(garment, self.pipeline.size),
         }
-        with self._drive:
+        with self._chunk_lock:
             self._stop()
             self.timings.clear()
-            steps = self._steps
-            text_kv = steps.text_kv(self.pipeline.encode_prompt(prompt))
+            self.pipeline.compile()
+            media, stream = self._media, self._stream
+            text_kv = media.text_kv(self.pipeline.encode_prompt(prompt))
             z_reference, z_garment = (
-                steps.encode_image(pictures[kind]) for kind in ("reference", "garment")
+                media.encode_image(pictures[kind]) for kind in ("reference", "garment")
             )
-            cache = steps.refresh(steps.new_cache(), z_reference, z_garment, text_kv)
+            cache = stream.refresh(stream.new_cache(), z_reference, z_garment, text_kv)
             self._run(_State(int(seed), cache, text_kv, z_reference, z_garment), {}, [], frames=0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -183,11 +185,11 @@ class Session:
           PositionError: absolute positions, and the clip has become longer than they reach. The
             stream stays: a switch that withdraws the history lets it go on.
         """
-        with self._drive:
+        with self._chunk_lock:
             state = self._started()
-            with self._mail:
+            with self._lock:
                 starts_clip = self.mechanisms.withdraw and self._pending.keys() - {"prompt"}
-                check_positions(self._steps.cache_config, 0 if starts_clip else state.held)
+                self._stream.policy.check_length(0 if starts_clip else state.held)
                 pending, self._pending = self._pending, {}
             try:
                 frames = self._make_chunk(
@@ -196,7 +198,7 @@ class Session:
             except BaseException:
                 self._stop()  # the caches may have been consumed
                 raise
-            with self._mail:
+            with self._lock:
                 for switch, _ in pending.values():
                     switch.effective = self._frames
                 self._frames += len(frames)
@@ -244,7 +246,7 @@ class Session:
     @property
     def frames(self) -> int:
         """Frames handed out since the start."""
-        with self._mail:
+        with self._lock:
             if self._frames is None:
                 raise SessionError(NOT_RUNNING)
             return self._frames
@@ -252,28 +254,28 @@ class Session:
     @property
     def chunk(self) -> int:
         """Chunks made since the start; waits for the one in progress."""
-        with self._drive:
+        with self._chunk_lock:
             return self._started().chunk
 
     @property
     def length(self) -> int:
         """Latent frames that the cache holds; waits for the chunk in progress."""
-        with self._drive:
+        with self._chunk_lock:
             return int(self._started().cache.length)
 
     @property
     def switches(self) -> list[Switch]:
         """Every switch since the start, in the order they were asked for."""
-        with self._mail:
+        with self._lock:
             return [dataclasses.replace(switch) for switch in self._switches]
 
     def snapshot(self) -> Snapshot:
         """The whole state as a value, on the host; waits for the chunk in progress. The stream is
         not disturbed.
         """
-        with self._drive:
+        with self._chunk_lock:
             state = self._started()
-            with self._mail:
+            with self._lock:
                 pending, switches, frames = dict(self._pending), list(self._switches), self._frames
                 records = [dataclasses.asdict(switch) for switch in switches]
             trees = {
@@ -321,9 +323,9 @@ class Session:
             raise SnapshotError(
                 f"the snapshot was made with another config; it differs in {', '.join(keys)}"
             )
-        arguments = self._steps.abstract_arguments()
-        cache, frame, _, kv = arguments["refresh"]
-        decoder = arguments["decode_next"][1] if meta["clip_started"] else None
+        of_media, of_stream = stream_arguments(self._media, self._stream, self.pipeline.config)
+        cache, frame, _, kv = of_stream["refresh"]
+        decoder = of_media["decode_next"][1] if meta["clip_started"] else None
         trees = {
             "cache": cache,
             "text_kv": kv,
@@ -331,7 +333,7 @@ class Session:
             "z_reference": frame,
             "z_garment": frame,
         }
-        with self._drive:
+        with self._chunk_lock:
             self._stop()  # frees the old caches before the new ones are put on the device
             trees = _fill(trees, snapshot.arrays)
             switches = [Switch(**switch) for switch in meta["switches"]]
@@ -346,7 +348,7 @@ class Session:
             self._run(state, pending, switches, frames=meta["frames"])
 
     def _run(self, state: _State, pending: dict, switches: list[Switch], frames: int) -> None:
-        with self._mail:
+        with self._lock:
             self._state, self._pending, self._switches, self._frames = (
                 state,
                 pending,
@@ -355,7 +357,7 @@ class Session:
             )
 
     def _stop(self) -> None:
-        with self._mail:
+        with self._lock:
             self._state, self._pending, self._switches, self._frames = None, {}, [], None
 
     def _started(self) -> _State:
@@ -364,7 +366,7 @@ class Session:
         return self._state
 
     def _post(self, kind: str, content: Any) -> Switch:
-        with self._mail:
+        with self._lock:
             if self._frames is None:
                 raise SessionError(NOT_RUNNING)
             if kind in self._pending:
@@ -381,12 +383,12 @@ class Session:
         begin = time.perf_counter()
         repeats = self._apply(state, switched) if switched else False
         applied = self._wait(state.cache)
-        latents, state.cache = self._steps.chunk(
+        latents, state.cache = self._stream.chunk(
             state.cache, state.text_kv, state.seed, state.chunk
         )
         denoised = self._wait(latents)
         decoder, state.decoder = state.decoder, None  # donated
-        shown, state.decoder = self._steps.decode(latents, decoder)
+        shown, state.decoder = self._media.decode(latents, decoder)
         frames = np.array(shown)
         done = time.perf_counter()
         if repeats and self.mechanisms.drop_repeated_frame:
@@ -404,24 +406,24 @@ class Session:
         """Let switches take effect on `state`. Returns whether the next frame repeats the pose that
         was shown last.
         """
-        steps, does = self._steps, self.mechanisms
+        media, does = self._media, self.mechanisms
         if "prompt" in switched:
-            state.text_kv = steps.text_kv(switched["prompt"])
+            state.text_kv = media.text_kv(switched["prompt"])
         if switched.keys() == {"prompt"}:
             return False
         disentangled = (
             does.disentangle and "reference" not in switched and state.last_frame is not None
         )
         if "garment" in switched:
-            state.z_garment = steps.encode_image(switched["garment"])
+            state.z_garment = media.encode_image(switched["garment"])
         if "reference" in switched:
-            state.z_reference = steps.encode_image(switched["reference"])
+            state.z_reference = media.encode_image(switched["reference"])
         elif disentangled:
-            state.z_reference = steps.encode_image(state.last_frame)
+            state.z_reference = media.encode_image(state.last_frame)
         if does.withdraw:
             state.cache, state.decoder, state.held = withdraw(state.cache), None, 0
         if does.refresh:
-            state.cache = steps.refresh(
+            state.cache = self._stream.refresh(
                 state.cache, state.z_reference, state.z_garment, state.text_kv
             )
         return does.refresh and does.withdraw and disentangled

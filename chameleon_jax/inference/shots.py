@@ -8,7 +8,7 @@ first frame.
 
 Each chunk is told the prompt of its shot. Where a new shot begins there is a cut: its first chunk
 is told so in words, in front of the prompt, and the cache pins that chunk and moves on in time
-(attention/cache.py). A shot without a cut is the one before it going on with another prompt. Memory
+(attention/policies.py). A shot without a cut is the one before it going on with another prompt. Memory
 does not grow with the length of the video.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_jax.attention.cache import CacheConfig, check_positions
+from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.data.images import stretched
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline
@@ -63,13 +63,12 @@ class MultiShot:
         if context:
             raise MultiShotError(
                 f"cache.context is {context}: that stream starts from condition frames, see"
-                " inference/session.py; expected 0,"
-                " as in configs/longlive2_5b.py"
+                " inference/session.py; expected 0, as in configs/longlive2_5b.py"
             )
         self.pipeline = pipeline
-        self._steps = pipeline.steps
+        self._media, self._stream = pipeline.media, pipeline.stream
         self._text_kv = functools.lru_cache(PROMPTS_KEPT)(
-            lambda prompt: self._steps.text_kv(pipeline.encode_prompt(prompt))
+            lambda prompt: self._media.text_kv(pipeline.encode_prompt(prompt))
         )
 
     def stream(
@@ -95,7 +94,7 @@ class MultiShot:
           ImageError: the image cannot be used.
         """
         shots = list(shots)
-        check_shots(shots, self._steps.cache_config)
+        check_shots(shots, self._stream.policy)
         if not 0 <= int(seed) < 2**32:
             raise MultiShotError(f"seed {seed} is out of range; expected 0 to {2**32 - 1}")
         picture = None if image is None else stretched(image, self.pipeline.size)
@@ -104,18 +103,20 @@ class MultiShot:
     def _chunks(
         self, shots: list[Shot], picture: np.ndarray | None, seed: int
     ) -> Iterator[np.ndarray]:
-        steps, cache, decoder = self._steps, self._steps.new_cache(), None
-        image = None if picture is None else steps.encode_image(picture)
-        for number, (prompt, cut) in enumerate(told(shots)):
-            latents, cache = steps.shot_chunk(
+        self.pipeline.compile()
+        media, stream, decoder = self._media, self._stream, None
+        cache = stream.new_cache()
+        image = None if picture is None else media.encode_image(picture)
+        for number, (prompt, cut) in enumerate(chunk_prompts(shots)):
+            latents, cache = stream.shot_chunk(
                 cache, self._text_kv(prompt), seed, number, cut=cut, image=image
             )
             image = None  # from now on nothing is given
-            shown, decoder = steps.decode(latents, decoder)
+            shown, decoder = media.decode(latents, decoder)
             yield np.array(shown)
 
 
-def check_shots(shots: Sequence[Shot], cache: CacheConfig) -> None:
+def check_shots(shots: Sequence[Shot], policy: CachePolicy) -> None:
     """Raise before anything is loaded or made if a video cannot be made of these shots.
 
     Raises:
@@ -132,17 +133,16 @@ def check_shots(shots: Sequence[Shot], cache: CacheConfig) -> None:
         if shot.prompt.startswith(CUT_WORDS):
             raise MultiShotError(
                 f"shot {index}: the prompt begins with {CUT_WORDS!r}, which is put in front of a"
-                " cut for you; leave it"
-                " out"
+                " cut for you; leave it out"
             )
         if shot.chunks < 1:
             raise MultiShotError(f"shot {index}: {shot.chunks} chunks; expected at least 1")
     chunks, cuts = sum(shot.chunks for shot in shots), sum(shot.cut for shot in shots[1:])
-    check_positions(cache, chunks - 1, cuts)
+    policy.check_length(chunks - 1, cuts)
 
 
-def told(shots: Sequence[Shot]) -> Iterator[tuple[str, bool]]:
-    """What each chunk is told, and whether it begins a new shot."""
+def chunk_prompts(shots: Sequence[Shot]) -> Iterator[tuple[str, bool]]:
+    """The prompt of each chunk, and whether the chunk begins a new shot."""
     for index, shot in enumerate(shots):
         cut = shot.cut and index > 0
         yield CUT_WORDS + shot.prompt if cut else shot.prompt, cut

@@ -30,9 +30,9 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.attention.core import Attend, attention, bidirectional
 from chameleon_jax.attention.masks import teacher_forcing
+from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.attention.positions import axis_dims, rope
 
 KV = tuple[jax.Array, jax.Array]  # k, v [b, s, n, d]
@@ -43,31 +43,33 @@ TextKV = tuple[KV, ...]  # of every layer
 class DiTConfig:
     """Sizes of the transformer, and how it is computed."""
 
-    in_channels: int  # of the latents, in and out
+    in_channels: int  # of the latents that go in
     width: int  # channels of the residual stream
     ffn: int  # hidden channels of the feed-forward
     heads: int  # attention heads; width / heads is even
     layers: int  # blocks
     text_width: int  # channels of the text states
     text_length: int  # tokens of a prompt, padding included
-    patch: tuple[int, int, int] = (
-        1,
-        2,
-        2,
-    )  # latent frames, rows and columns that make a token; 1 in time
+    out_channels: int | None = None  # of the velocity; None: as many as go in
+    patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of a token; 1 in time
     freq_width: int = 256  # channels of the sinusoid of t
     eps: float = 1e-6  # added to variances and mean squares in the norms
-    context: int = 2  # condition frames in front of the video
-    block: int = 3  # latent frames of a chunk
-    remat: bool = (
-        False  # recompute each block in the backward pass instead of keeping its activations
-    )
+    remat: bool = False  # recompute blocks in the backward pass instead of keeping activations
     scan_layers: bool = False  # one compiled block in a loop: compiles faster; only without a cache
     attention: str | None = None  # "cudnn", "splash", "xla"; None chooses by platform
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
-        if len(self.patch) != 3 or self.patch[0] != 1:
+        if self.out_channels is None:
+            object.__setattr__(self, "out_channels", self.in_channels)
+        for name in (
+            "in_channels", "out_channels", "width", "ffn", "heads", "layers", "text_width",
+            "text_length", "freq_width",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if len(self.patch) != 3 or self.patch[0] != 1 or min(self.patch) < 1:
             raise ValueError(
                 f"patch is {self.patch}; expected (1, rows, columns): every latent frame has its"
                 " own t"
@@ -298,7 +300,7 @@ class Head(nnx.Module):
         kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         self.eps = config.eps
         self.modulation = nnx.Param(_modulation_init(rngs, 2, config.width, param_dtype))
-        outputs = int(np.prod(config.patch)) * config.in_channels
+        outputs = int(np.prod(config.patch)) * config.out_channels
         self.proj = _linear(config.width, outputs, nnx.initializers.zeros_init(), **kw)
 
     def __call__(self, x_bfpm: jax.Array, e_bfm: jax.Array) -> jax.Array:
@@ -469,45 +471,37 @@ def teacher_forcing_forward(
     t_bf: jax.Array,
     text_kv: TextKV,
     *,
-    cache: CacheConfig | None = None,
+    policy: CachePolicy,
 ) -> jax.Array:
-    """Velocity of every noisy block given the clean blocks before it, all blocks at once: what
-    streaming computes.
+    """Velocity of every noisy chunk given the clean chunks before it: what streaming computes.
+
+    All chunks are computed at once, see attention/masks.py.
 
     Args:
       dit: the network.
       z_context: clean latents [b, context, h, w, c], at t = 0.
-      z_clean: clean latents of the video [b, f, h, w, c], f a multiple of the block, at t = 0. The
-        last block is not read.
+      z_clean: clean latents of the video [b, f, h, w, c], f a multiple of the policy's block, at
+        t = 0. The last chunk is not read.
       z_noisy: the same frames noisy.
-      t_bf: timesteps of the noisy frames, equal within a block.
+      t_bf: timesteps of the noisy frames, equal within a chunk.
       text_kv: from `dit.text_kv`.
-      cache: layout of the cache to stream with; a block sees the earlier ones that it would hold.
-        None: all of them.
+      policy: of the stream; a chunk sees the earlier frames that its cache would hold.
 
     Returns:
       v of the noisy frames, [b, f, h, w, c].
 
     Raises:
-      ValueError: if the video is not a whole number of blocks, or the cache is not for this
-        transformer.
+      ValueError: the video is not a whole number of chunks, or the context is not the policy's.
     """
-    config, context = dit.config, z_context.shape[1]
-    video = z_noisy.shape[1]
-    kept = video - config.block  # see masks.kept_frames
-    x = jnp.concatenate(
-        [z.astype(z_noisy.dtype) for z in (z_context, z_clean[:, :kept], z_noisy)], axis=1
-    )
+    config, context, video = dit.config, z_context.shape[1], z_noisy.shape[1]
+    if context != policy.context:
+        raise ValueError(f"{context} condition frames; the cache has {policy.context} of them")
+    kept = video - policy.block  # the last clean chunk is seen by none
+    parts = (z_context, z_clean[:, :kept], z_noisy)
+    x = jnp.concatenate([z.astype(z_noisy.dtype) for z in parts], axis=1)
     t = jnp.pad(t_bf, ((0, 0), (context + kept, 0)))
-    attend = teacher_forcing(
-        context,
-        context + video,
-        config.block,
-        token_grid(config, x),
-        config.head_dim,
-        cache,
-        backend=config.attention,
-    )
+    grid = token_grid(config, x)
+    attend = teacher_forcing(policy, video, grid, config.head_dim, backend=config.attention)
     return dit(x, t, text_kv, attend, decoded=slice(context + kept, None))[0]
 
 

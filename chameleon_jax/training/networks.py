@@ -7,7 +7,6 @@ one name follows a parameter through all of them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from chameleon_jax.weights.params import WeightsError, flat_params, load_params
+from chameleon_jax.models import build
+from chameleon_jax.models.build import DTYPES
+from chameleon_jax.weights.params import flat_params, load_params
 
 Params = dict[str, jax.Array]
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Network:
@@ -73,33 +73,19 @@ def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Net
     """One of the networks of a training config.
 
     Args:
-      name: "vae", "dit" or "text".
+      name: of its group in `config.model`.
       config: with `model` (sizes), `dtype` (of the computation) and `train.remat`,
         `train.scan_layers`.
       frozen: parameters in the computing dtype; trained ones are float32 masters.
+
+    Raises:
+      ConfigError: sizes that cannot be, or an unknown network.
     """
     compute = DTYPES[config.dtype]
-    kw = {"dtype": compute, "param_dtype": compute if frozen else jnp.float32}
-    sizes = config.model[name].to_dict()
-    if name == "vae":
-        from chameleon_jax.models.vae import Vae, VaeConfig
-
-        return Network(lambda rngs: Vae(VaeConfig(**sizes), rngs=rngs, **kw))
-    if name == "dit":
-        from chameleon_jax.models.dit import DiT, DiTConfig
-
-        known = {field.name for field in dataclasses.fields(DiTConfig)}
-        sizes |= {
-            key: config.train[key]
-            for key in ("remat", "scan_layers")
-            if key in config.train and key in known
-        }
-        return Network(lambda rngs: DiT(DiTConfig(**sizes), rngs=rngs, **kw))
-    if name == "text":
-        from chameleon_jax.models.text import TextConfig, TextEncoder
-
-        return Network(lambda rngs: TextEncoder(TextConfig(**sizes), rngs=rngs, **kw))
-    raise WeightsError(f"there is no network {name!r}; expected vae, dit or text")
+    param_dtype = compute if frozen else jnp.float32
+    how = {key: config.train[key] for key in ("remat", "scan_layers") if key in config.train}
+    group = config.model[name].to_dict()
+    return Network(build.builder(name, group, dtype=compute, param_dtype=param_dtype, **how))
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

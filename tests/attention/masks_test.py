@@ -5,13 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chameleon_jax.attention.cache import CacheConfig
-from chameleon_jax.attention.masks import (
-    block_causal_table,
-    kept_frames,
-    teacher_forcing_slices,
-    teacher_forcing_table,
-)
+from chameleon_jax.attention.masks import teacher_forcing_slices
+from chameleon_jax.attention.policies import Ring, keep_everything
+from tests.dense_masks import block_causal_table, kept_frames, teacher_forcing_table
 
 # Two context frames and two blocks of three, clean copy then noisy copy; row = who looks, column =
 # what is seen.
@@ -62,12 +58,12 @@ def test_every_frame_sees_itself_and_a_full_clip_is_sparse():
     assert table.sum() == 596 and table.size == 2116  # 28 %
 
 
-def _cache(frames: int, sink: int) -> CacheConfig:
-    return CacheConfig(frames=frames, sink=sink)
+def whole(context, frames, block):
+    return keep_everything(context, block, (frames - context) // block)
 
 
 @pytest.mark.parametrize(
-    ("shape", "cache"),
+    ("shape", "policy"),
     [
         ((2, 8, 3), None),
         ((2, 5, 3), None),
@@ -77,42 +73,46 @@ def _cache(frames: int, sink: int) -> CacheConfig:
         ((3, 7, 1), None),
     ]
     + [
-        ((2, 23, 3), _cache(*layout))
-        for layout in ((23, 3), (11, 3), (8, 3), (8, 0), (5, 0), (14, 6), (17, 0))
+        ((2, 23, 3), Ring(frames=frames, sink=sink))
+        for frames, sink in ((23, 3), (11, 3), (8, 3), (8, 0), (5, 0), (14, 6), (17, 0))
+    ]
+    + [  # the ring is not whole chunks
+        ((2, 23, 3), Ring(frames=frames, sink=sink))
+        for frames, sink in ((10, 3), (12, 3), (12, 1), (6, 0), (16, 5))
     ],
 )
-def test_the_slices_say_what_the_table_says(shape, cache):
+def test_the_slices_say_what_the_table_says(shape, policy):
     context, frames, _ = shape
-    table, kept = teacher_forcing_table(*shape, cache), kept_frames(*shape)
-    rows = teacher_forcing_slices(*shape, cache)
+    kept = kept_frames(*shape)
+    if policy is None:
+        table, policy = teacher_forcing_table(*shape), whole(*shape)
+    else:
+        table = teacher_forcing_table(*shape, policy.frames, policy.sink)
+    rows = teacher_forcing_slices(policy, frames - context)
     np.testing.assert_array_equal(_expand(rows, len(kept)), table[np.ix_(kept, kept)])
     left_out = np.setdiff1d(np.arange(2 * frames), kept)
     assert not table[np.ix_(kept, left_out)].any()  # nobody who is kept looks at who is not
     assert set(range(frames + context, 2 * frames)) <= set(kept)  # all that is decoded
-    assert all(
-        runs[-1].stop == queries.stop for queries, runs in rows
-    )  # one's own frames come last
-    assert [q.start for q, _ in rows[1:]] == [q.stop for q, _ in rows[:-1]] and rows[-1][
-        0
-    ].stop == len(kept)
+    for queries, runs in rows:
+        assert runs[-1].stop == queries.stop  # one's own frames come last
+    assert [q.start for q, _ in rows[1:]] == [q.stop for q, _ in rows[:-1]]
+    assert rows[-1][0].stop == len(kept)
 
 
 def test_what_is_forgotten_is_not_seen():
     """Context, a sink of one chunk and a ring of two: block 4 no longer sees block 2."""
-    table = block_causal_table(2, 14, 3, _cache(11, 3))
+    table = block_causal_table(2, 14, 3, 11, 3)
     assert table.sum(axis=1).tolist() == [2] * 2 + [5] * 3 + [8] * 3 + [11] * 6
     np.testing.assert_array_equal(table[13], [True] * 5 + [False] * 3 + [True] * 6)
 
 
-@pytest.mark.parametrize(
-    "cache", [CacheConfig(context=1, frames=10), CacheConfig(block=1, frames=10)]
-)
-def test_a_cache_for_another_transformer_is_an_error(cache):
-    with pytest.raises(ValueError, match="expected 2 and 3"):
-        teacher_forcing_slices(2, 8, 3, cache)
+def test_half_a_chunk_can_be_forgotten():
+    """A ring of five frames: block 2 sees two of the three frames of block 1."""
+    table = block_causal_table(2, 11, 3, 10, 3)
+    np.testing.assert_array_equal(table[10], [True] * 5 + [False] + [True] * 5)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 3), (2, 9, 3), (2, 4, 3), (-1, 2, 3), (2, 8, 0)])
-def test_clips_that_are_not_whole_blocks_are_an_error(shape):
-    with pytest.raises(ValueError, match="multiple of"):
-        teacher_forcing_slices(*shape)
+@pytest.mark.parametrize("frames", [0, 2, 7])
+def test_clips_that_are_not_whole_chunks_are_an_error(frames):
+    with pytest.raises(ValueError, match="positive multiple of 3"):
+        teacher_forcing_slices(Ring(), frames)

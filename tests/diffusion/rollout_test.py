@@ -13,23 +13,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from chameleon_jax.attention.cache import CacheConfig, finish_chunk, withdraw
-from chameleon_jax.attention.masks import block_causal_table
+from chameleon_jax.attention.cache import close_chunk, withdraw
+from chameleon_jax.attention.policies import Ring, Shots, ShotState, keep_everything
 from chameleon_jax.attention.positions import apply_rope, rope
 from chameleon_jax.diffusion import flow, rollout, unipc
 from chameleon_jax.diffusion.rollout import Held, make_sampler
 from chameleon_jax.models.dit import teacher_forcing_forward
 from chameleon_jax.weights.params import flat_params
 from tests import tiny_dit
+from tests.dense_masks import block_causal_table
 from tests.tiny_dit import LATENT, latents, prompt
 from tests.unipc64 import unipc64
 
 LAYOUTS = {
-    "short": CacheConfig(frames=11),  # context, a chunk of sink, two of ring
-    "no sink": CacheConfig(frames=11, sink=0),
-    "relative": CacheConfig(frames=11, positions="relative"),
-    "relative, no sink": CacheConfig(frames=11, sink=0, positions="relative"),
-    "relative, ring of three": CacheConfig(frames=14, positions="relative"),
+    "short": Ring(frames=11),  # context, a chunk of sink, two of ring
+    "no sink": Ring(frames=11, sink=0),
+    "relative": Ring(frames=11, positions="relative"),
+    "relative, no sink": Ring(frames=11, sink=0, positions="relative"),
+    "relative, ring of three": Ring(frames=14, positions="relative"),
+    "half a chunk is forgotten": Ring(frames=10),
+    "relative, half a chunk": Ring(frames=10, positions="relative"),
 }
 EULER, FEW = make_sampler("euler", steps=2), make_sampler("few_step", timesteps=(1000, 500))
 
@@ -37,7 +40,7 @@ EULER, FEW = make_sampler("euler", steps=2), make_sampler("few_step", timesteps=
 class Stream:
     """The pure functions, jitted with the cache donated, and a count of how often each was traced."""
 
-    def __init__(self, config: CacheConfig, sampler=EULER, batch: int = 1, **kw):
+    def __init__(self, config: Ring, sampler=EULER, batch: int = 1, **kw):
         self.dit = tiny_dit.tiny_dit(**kw)
         graph, self.state = nnx.split(self.dit)
         self.text_kv = jax.jit(lambda state, text: nnx.merge(graph, state).text_kv(text))(
@@ -58,10 +61,14 @@ class Stream:
         self.forward = program(
             "forward", lambda d, c, x, t: rollout.forward(d, c, x, t, self.text_kv)
         )
-        self.commit = program("commit", lambda d, c, x: rollout.commit(d, c, x, self.text_kv))
         self.chunk = program(
             "chunk", lambda d, c, k: rollout.denoise_chunk(d, c, self.text_kv, k, sampler=sampler)
         )
+
+    def commit(self, cache, x0):
+        """The clean pass: the finished chunk at t = 0 takes its slots, and counts as written."""
+        _, cache = self.forward(cache, x0, np.zeros(x0.shape[:2], np.float32))
+        return close_chunk(cache)
 
     def started(self, seed: int = 0, batch: int = 1):
         return self.prefill(self.new_cache(), latents(seed, 2, batch))
@@ -85,11 +92,11 @@ def test_streaming_equals_teacher_forcing(layout):
     times = np.repeat(np.array([[900.0, 400.0, 37.0, 999.0, 500.0, 200.0]], np.float32), 3, axis=1)
     everything, expected = (
         teacher_forcing_forward(
-            stream.dit, latents(0, 2), clean, noisy, times, stream.text_kv, cache=cache
+            stream.dit, latents(0, 2), clean, noisy, times, stream.text_kv, policy=policy
         )
-        for cache in (None, config)
+        for policy in (keep_everything(2, 3, 6), config)
     )
-    room = config.frames - config.context
+    room = (config.frames - config.context) // 3 * 3  # before the first chunk that forgets
     np.testing.assert_allclose(
         expected[:, :room], everything[:, :room], atol=1e-5
     )  # nothing is forgotten yet
@@ -122,11 +129,9 @@ def test_a_full_ring_equals_lists(layout):
     """The whole network over more than three rounds of the ring; what is remembered is a list per
     layer.
     """
-    stream, config = shared(layout), LAYOUTS[layout]
-    context, held = (
-        [],
-        [],
-    )  # [layer] -> k, v of the context; [chunk] -> [layer] -> k, v; all unrotated
+    stream, policy = shared(layout), LAYOUTS[layout]
+    context = []  # [layer] -> k, v of the context, unrotated
+    held = []  # (frame of the video, [layer] -> its k, v, unrotated)
     dit = stream.dit
 
     @jax.jit
@@ -151,24 +156,26 @@ def test_a_full_ring_equals_lists(layout):
     z_context = latents(0, 2)
     _, context = listed(z_context, jnp.zeros((1, 2)), nothing, np.arange(2), np.arange(2))
     cache = stream.prefill(stream.new_cache(), z_context)
-    for number in range(3 * config.ring_chunks + config.chunks + 1):
+    chunks = (3 * policy.ring + policy.frames) // 3 + 1
+    for number in range(chunks):
         noisy, clean = latents(100 + number, 3), latents(200 + number, 3)
-        numbers = [n for n, _ in held] + [number]
-        if len(numbers) > config.chunks:
-            del held[config.sink_chunks], numbers[config.sink_chunks]
-        places = numbers if config.positions == "absolute" else range(len(numbers))
-        frames = np.array([0, 1] + [2 + 3 * place + i for place in places for i in range(3)])
+        own = [3 * number + i for i in range(3)]
+        excess = max(0, 2 + len(held) + 3 - policy.frames)
+        del held[policy.sink : policy.sink + excess]
+        numbers = [frame for frame, _ in held] + own
+        places = numbers if policy.positions == "absolute" else range(len(numbers))
+        frames = np.array([0, 1, *(2 + place for place in places)])
         past = tuple([context[layer], *(kv[layer] for _, kv in held)] for layer in range(2))
         t = jnp.full((1, 3), 600.0)
         expected, _ = listed(noisy, t, past, frames, frames[-3:])
         v, cache = stream.forward(cache, noisy, t)
         np.testing.assert_allclose(v, expected, atol=2e-5)
-        held.append((number, listed(clean, 0 * t, past, frames, frames[-3:])[1]))
+        layers = listed(clean, 0 * t, past, frames, frames[-3:])[1]
+        for i, frame in enumerate(own):
+            tokens = slice(6 * i, 6 * i + 6)
+            held.append((frame, [(k[:, tokens], v[:, tokens]) for k, v in layers]))
         cache = stream.commit(cache, clean)
-    assert (
-        int(cache.length) == config.frames
-        and int(cache.chunk) == number + 1 > 3 * config.ring_chunks
-    )
+    assert int(cache.length) == policy.frames and int(cache.chunk) == chunks
 
 
 def test_a_withdrawn_cache_is_a_fresh_one():
@@ -203,7 +210,7 @@ def test_a_stream_is_traced_once_and_stays_where_it_is():
     """Twelve chunks with a switch on the way: one trace of each program, and the same memory
     throughout.
     """
-    stream = Stream(CacheConfig(frames=11, positions="relative"))
+    stream = Stream(Ring(frames=11, positions="relative"))
     cache = stream.started()
     where = sorted(x.unsafe_buffer_pointer() for x in cache.k + cache.v)
     for number in range(12):
@@ -282,7 +289,7 @@ def test_what_the_network_is_told(dtype, rounded):
     told = told.get((dtype, rounded), [1000, 937.5, 2500 / 3, 625])
     key, spy = jax.random.key(0), Spy(dtype)
     got, _ = rollout.denoise_chunk(
-        spy, rollout.new_cache(spy, CacheConfig(), 1, LATENT), (), key, sampler=sampler
+        spy, rollout.new_cache(spy, Ring(), 1, LATENT), (), key, sampler=sampler
     )
     noise = jax.random.normal(jax.random.fold_in(key, 0), got.shape)
     expected = noise + np.dot(np.diff([1, 0.9375, 5 / 6, 0.625, 0]), told)
@@ -293,12 +300,14 @@ def test_samplers_by_name():
     paper = make_sampler("few_step")
     np.testing.assert_allclose(paper.sigmas, [1, 0.9375, 0.8333333, 0.625, 0], atol=1e-6)
     assert paper.fresh_noise and paper.round_timesteps
-    assert len(make_sampler("few_step", timesteps=(1000, 100), steps=9).sigmas) == 3
+    assert len(make_sampler("few_step", timesteps=(1000, 100)).sigmas) == 3
     euler = make_sampler("euler", steps=8, shift=3.0)
     np.testing.assert_allclose(euler.sigmas, flow.euler_sigmas(8, 3.0))
     assert not euler.fresh_noise and not euler.round_timesteps and euler.sigmas[-1] == 0
     with pytest.raises(ValueError, match="'ddim' is not one of few_step, euler"):
         make_sampler("ddim")
+    with pytest.raises(ValueError, match=r"sampler\.steps: the sampler 'few_step' has no such"):
+        make_sampler("few_step", steps=4)
     assert hash(euler) == hash(make_sampler("euler", steps=8, shift=3.0))  # static
 
 
@@ -319,11 +328,11 @@ def test_misshaped_inputs_are_an_error():
     with pytest.raises(ValueError, match="2 latent frames; a chunk of the cache has 3"):
         stream.forward(stream.new_cache(), latents(0, 2), np.zeros((1, 2), np.float32))
     with pytest.raises(ValueError, match="5x6 cannot be cut into patches of 2x2"):
-        rollout.new_cache(stream.dit, CacheConfig(), 1, (5, 6))
+        rollout.new_cache(stream.dit, Ring(), 1, (5, 6))
 
 
 # Videos of several shots, as LongLive-2.0 makes them: four chunks of two frames are remembered.
-SHOTS = CacheConfig(frames=8, context=0, block=2, sink=2, pin=True, shot_offset=8)
+SHOTS = Shots(frames=8, context=0, block=2, sink=2, pin=True, shot_offset=8)
 UNIPC = make_sampler("unipc", steps=4)
 
 
@@ -488,7 +497,7 @@ class ShotStream:
 
     def __init__(self, config=SHOTS, sampler=UNIPC):
         self.config = config
-        self.dit = tiny_dit.tiny_dit(context=0, block=2)
+        self.dit = tiny_dit.tiny_dit()
         self.weights = {
             name: np.asarray(value, np.float64) for name, value in flat_params(self.dit).items()
         }
@@ -578,8 +587,8 @@ def test_any_frame_may_be_held():
 
 
 def test_streaming_without_condition_frames_equals_teacher_forcing():
-    config = CacheConfig(frames=8, context=0, block=2, sink=2)
-    stream = Stream(config, context=0, block=2)
+    config = Ring(frames=8, context=0, block=2, sink=2)
+    stream = Stream(config)
     clean, noisy = latents(1, 12), latents(2, 12)
     t = np.full((1, 12), 700.0, np.float32)
     expected = teacher_forcing_forward(
@@ -591,7 +600,7 @@ def test_streaming_without_condition_frames_equals_teacher_forcing():
         block = slice(start, start + 2)
         v, cache = stream.forward(cache, noisy[:, block], t[:, block])
         np.testing.assert_allclose(v, expected[:, block], atol=1e-5)
-        cache = finish_chunk(stream.forward(cache, clean[:, block], 0 * t[:, block])[1])
+        cache = close_chunk(stream.forward(cache, clean[:, block], 0 * t[:, block])[1])
     assert expected.std() > 0.5
 
 
@@ -606,7 +615,9 @@ def test_unipc_by_name():
         make_sampler("unipc", steps=2).rows(jnp.float32).timestep, [999, 833, 0]
     )
     assert hash(UNIPC) == hash(make_sampler("unipc", steps=4, shift=5.0))  # static
-    with pytest.raises(ValueError, match="has whole timesteps already"):
+    with pytest.raises(
+        ValueError, match="the sampler 'unipc' has no such setting; it has steps, shift"
+    ):
         make_sampler("unipc", round_timesteps=True)
     with pytest.raises(ValueError, match="sigmas must fall"):
         make_sampler("unipc", steps=4, shift=1e20)
@@ -636,7 +647,7 @@ def test_a_cache_that_knows_no_shots_costs_nothing_more():
     """
     stream = shared("short")
     cache, key = stream.new_cache(), jax.random.key(0)
-    assert cache.shots is None
+    assert not isinstance(cache.state, ShotState)
 
     def chunk(cache, text_kv, key, **kw):
         return rollout.denoise_chunk(stream.dit, cache, text_kv, key, sampler=EULER, **kw)
@@ -651,7 +662,7 @@ def test_a_cache_that_knows_no_shots_costs_nothing_more():
 
 
 def test_unipc_keeps_its_state_in_float32_under_a_bfloat16_network():
-    dit = tiny_dit.tiny_dit(context=0, block=2, dtype=jnp.bfloat16)
+    dit = tiny_dit.tiny_dit(dtype=jnp.bfloat16)
     cache = rollout.new_cache(dit, SHOTS, 1, LATENT)
     assert cache.k[0].dtype == jnp.bfloat16
     noise = latents(0, 2)

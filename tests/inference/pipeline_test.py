@@ -215,8 +215,8 @@ def test_config_without_groups():
 @pytest.mark.slow
 def test_full_size_is_described_without_weights():
     """1280x704, 5B: 23 frames of 880 tokens, K and V of 30 layers in bfloat16 are 7.46 GB."""
-    steps = Pipeline.abstract(load_config(f"{ROOT}/configs/wan22_5b.py")).steps
-    arguments = steps.abstract_arguments()
+    pipeline = Pipeline.abstract(load_config(f"{ROOT}/configs/wan22_5b.py"))
+    arguments = pipeline.arguments()
     cache, _, seed, number = arguments["chunk"]
     assert (
         sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v))
@@ -225,4 +225,4 @@ def test_full_size_is_described_without_weights():
     assert (seed.shape, number.shape) == ((), ())
     assert arguments["decode_first"][0].shape == (1, 3, 80, 44, 48)
     assert arguments["encode_image"][0].shape == (1280, 704, 3)
-    assert "while" in steps.lower("chunk").as_text()  # the four denoising steps are one loop
+    assert "while" in pipeline.lower("chunk").as_text()  # the four denoising steps are one loop

@@ -86,7 +86,7 @@ def test_a_public_layout_is_converted_once_and_again_when_a_file_changes(
 def test_the_dtype_may_be_chosen(public):
     pipeline = Pipeline.from_pretrained(public["jax"], dtype="bfloat16")
     assert {x.dtype for x in flat_params(pipeline.dit).values()} == {jax.numpy.dtype("bfloat16")}
-    assert pipeline.config.dtype == "bfloat16" and pipeline.steps.dtype == jax.numpy.bfloat16
+    assert pipeline.config.dtype == "bfloat16" and pipeline.dit.dtype == jax.numpy.bfloat16
     with pytest.raises(PipelineError, match="float16"):
         Pipeline.from_pretrained(public["jax"], dtype="float16")
 
@@ -177,7 +177,7 @@ assert flat_params(split.dit)["blocks.0.ffn.fc1.kernel"].addressable_shards[0].d
 assert flat_params(whole.dit)["blocks.0.ffn.fc1.kernel"].devices() == {jax.devices()[0]}
 streams = []
 for pipeline in (split, whole):
-    pipeline.steps.compile()
+    pipeline.compile()
     session = pipeline.session()
     person, garment = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     session.start(person, garment, "a dog", seed=3)
@@ -240,7 +240,7 @@ def test_a_lora_in_any_naming_is_added_to_a_pipeline(public, tmp_path):
         plain.add_lora(public["diffusers"] / "vae")
     with pytest.raises(PipelineError, match="no such file"):
         plain.add_lora(tmp_path / "nothing")
-    plain.steps  # noqa: B018 (makes the programs)
+    plain.stream  # noqa: B018 (makes the programs)
     with pytest.raises(PipelineError, match="used already; add the LoRA right after loading"):
         plain.add_lora(path)
 

@@ -144,7 +144,7 @@ def test_switch_from_another_thread_takes_effect_at_the_next_chunk(pipeline, mon
     session.next_chunk()
     asked = []
 
-    def chunk_while_someone_clicks(*args, original=pipeline.steps.chunk):
+    def chunk_while_someone_clicks(*args, original=pipeline.stream.chunk):
         if not asked:
             thread = threading.Thread(target=lambda: asked.append(session.switch_garment(SHIRT)))
             thread.start()
@@ -152,11 +152,11 @@ def test_switch_from_another_thread_takes_effect_at_the_next_chunk(pipeline, mon
             assert asked
         return original(*args)
 
-    monkeypatch.setattr(pipeline.steps, "chunk", chunk_while_someone_clicks)
+    monkeypatch.setattr(pipeline.stream, "chunk", chunk_while_someone_clicks)
     undisturbed = started(pipeline)
     monkeypatch.undo()
     chunks(undisturbed, 1)
-    monkeypatch.setattr(pipeline.steps, "chunk", chunk_while_someone_clicks)
+    monkeypatch.setattr(pipeline.stream, "chunk", chunk_while_someone_clicks)
     during = session.next_chunk()
     monkeypatch.undo()
     assert asked[0].effective is None
@@ -233,7 +233,7 @@ def test_disentangle_encodes_the_last_frame_shown_as_one_image(pipeline):
     old = np.array(session._state.z_reference)
     for s in (session, without):
         switch_now(s, SHIRT)
-    assert np.array_equal(session._state.z_reference, pipeline.steps.encode_image(last))
+    assert np.array_equal(session._state.z_reference, pipeline.media.encode_image(last))
     assert not np.array_equal(session._state.z_reference, old)
     assert np.array_equal(without._state.z_reference, old)
     assert session._state.z_reference.shape[1] == 1
@@ -298,13 +298,17 @@ def test_long_stream_keeps_its_cache_and_compiles_once():
     chunks(session, 9)
     session.switch_prompt("he jumps")
     chunks(session, 2)
-    sizes = {name: function._cache_size() for name, (_, function) in pipeline.steps._jitted.items()}
-    assert sizes == dict.fromkeys(sizes, 1)
+    for programs in (pipeline.media, pipeline.stream):  # compiled before the first chunk, for good
+        assert {name for name, _ in programs._compiled} == set(programs.names)
+        assert len(programs._compiled) == len(programs.names)
+        assert not any(function._cache_size() for _, function in programs._jitted.values())
 
 
 def test_compiling_ahead_gives_the_same_bits(pipeline):
-    ahead = make_pipeline()
-    seconds = ahead.steps.compile()
+    ahead, lazy = make_pipeline(), make_pipeline()
+    lazy._compiled = True  # so that its programs are compiled when they are first called
+    seconds = ahead.compile()
+    assert ahead.compile() == {}
     assert set(seconds) == {
         "encode_text",
         "text_kv",
@@ -314,7 +318,8 @@ def test_compiling_ahead_gives_the_same_bits(pipeline):
         "decode_first",
         "decode_next",
     }
-    assert same(chunks(started(ahead), 2), chunks(started(pipeline), 2))
+    assert same(chunks(started(ahead), 2), chunks(started(lazy), 2))
+    assert not lazy.stream._compiled and ahead.stream._compiled
 
 
 def test_sessions_of_one_pipeline_do_not_disturb_each_other(pipeline):
@@ -371,7 +376,7 @@ def test_failed_chunk_ends_the_stream_and_a_new_start_works(pipeline, monkeypatc
     session = started(pipeline)
     session.next_chunk()
     monkeypatch.setattr(
-        pipeline.steps, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        pipeline.media, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))
     )
     with pytest.raises(RuntimeError, match="out of memory"):
         session.next_chunk()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from chameleon_jax.attention.cache import CacheConfig
+from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError, stretched, to_uint8
@@ -84,7 +84,7 @@ def test_a_cut_is_told_in_the_first_chunk_of_a_later_shot():
 @pytest.mark.parametrize("image", [None, picture()], ids=["prompts alone", "first frame"])
 def test_a_video_is_made_of_its_chunks(pipeline, streams, by_hand, image):
     """Chunk by chunk with the functions below, then decoded as a whole: the same but for rounding."""
-    cache = rollout.new_cache(pipeline.dit, CacheConfig(**pipeline.config.cache), 1, (4, 6))
+    cache = rollout.new_cache(pipeline.dit, make_policy(**pipeline.config.cache), 1, (4, 6))
     z, latents = np.zeros((1, 2, 4, 6, 4), np.float32), []
     if image is not None:
         z[:, :1] = by_hand["encode"](
@@ -135,9 +135,9 @@ def test_streams_side_by_side_do_not_mix(streams):
 
 def test_a_prompt_is_encoded_once_and_few_are_kept(pipeline, monkeypatch):
     streams, encoded = MultiShot(pipeline), []
-    encode = pipeline.steps.text_kv
+    encode = pipeline.media.text_kv
     monkeypatch.setattr(
-        pipeline.steps, "text_kv", lambda states: encoded.append(states) or encode(states)
+        pipeline.media, "text_kv", lambda states: encoded.append(states) or encode(states)
     )
     for _ in range(2):
         list(streams.stream([Shot("a", 3), Shot("b", 3)]))
@@ -157,15 +157,12 @@ def test_nothing_is_compiled_later_and_memory_does_not_grow(pipeline, streams):
                 seen.append(sum(x.nbytes for x in jax.live_arrays()))
     assert compiled == []
     assert max(seen[7:16]) == min(seen[7:16]) == max(seen[23:]) == min(seen[23:])
-    assert (
-        "refresh" not in pipeline.steps.abstract_arguments()
-        and "chunk" not in pipeline.steps.abstract_arguments()
-    )
+    assert not {"refresh", "chunk"} & pipeline.arguments().keys()
 
 
 def test_programs_compiled_ahead_make_the_same_video(pipeline):
     other = Pipeline.random(load_config(f"{CONFIG}:smoke"), seed=3)
-    assert other.steps.compile().keys() == pipeline.steps.abstract_arguments().keys()
+    assert other.compile().keys() == pipeline.arguments().keys()
     first, second = (
         list(MultiShot(p).stream(SHOTS[:2], image=picture())) for p in (pipeline, other)
     )
@@ -241,14 +238,14 @@ def test_pipelines_are_for_one_kind_of_stream(pipeline):
         pipeline.session()
     with pytest.raises(
         ValueError,
-        match="no program 'refresh', with 0 condition frames; its programs are encode_image",
+        match="no program 'refresh'; it has shot_chunk",
     ):
-        pipeline.steps.refresh(None, None, None, None)
+        pipeline.stream.refresh(None, None, None, None)
 
 
 def test_the_published_setting():
     config = load_config(CONFIG)
-    cache = CacheConfig(**config.cache)
+    cache = make_policy(**config.cache)
     assert (cache.chunks, cache.sink_chunks, cache.context, cache.pin, cache.shot_offset) == (
         4,
         1,
@@ -265,8 +262,8 @@ def test_the_published_setting():
 @pytest.mark.slow
 def test_full_size_is_described_without_weights():
     """704x1280, 5B: 32 frames of 880 tokens, K and V of 30 layers in bfloat16 are 10.4 GB."""
-    steps = Pipeline.abstract(load_config(CONFIG)).steps
-    arguments = steps.abstract_arguments()
+    pipeline = Pipeline.abstract(load_config(CONFIG))
+    arguments = pipeline.arguments()
     cache, _, _, _, cut, image, held = arguments["shot_chunk"]
     assert (
         sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v))
@@ -275,5 +272,5 @@ def test_full_size_is_described_without_weights():
     assert (cut.shape, image.shape, held.shape) == ((), (1, 1, 44, 80, 48), ())
     assert arguments["decode_first"][0].shape == (1, 8, 44, 80, 48)
     assert (
-        "while" in steps.lower("shot_chunk").as_text()
+        "while" in pipeline.lower("shot_chunk").as_text()
     )  # the steps and the clean pass are one loop

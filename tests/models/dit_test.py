@@ -5,6 +5,7 @@ it, full size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from einops import rearrange
 from flax import nnx
 
-from chameleon_jax.attention.masks import teacher_forcing_table
+from chameleon_jax.attention.policies import Ring
 from chameleon_jax.models.dit import (
     DiT,
     DiTConfig,
@@ -26,6 +27,7 @@ from chameleon_jax.models.dit import (
 from chameleon_jax.weights.params import flat_params, param_count, param_shapes, set_params
 from converters.dit import from_diffusers
 from tests import tiny_dit
+from tests.dense_masks import teacher_forcing_table
 from tests.tiny_dit import CONFIG, TOKENS, latents, prompt
 
 
@@ -129,6 +131,8 @@ def test_timestep_embedding_by_hand():
 
 
 CONTEXT, CLEAN, NOISY = latents(0, 2), latents(1, 9), latents(2, 9)
+# Nothing is forgotten in clips of three chunks.
+teacher_forced = functools.partial(teacher_forcing_forward, policy=Ring())
 BLOCK_TIMES = jnp.repeat(jnp.array([[900.0, 400.0, 37.0]]), 3, axis=1)
 
 
@@ -156,7 +160,7 @@ def test_slices_equal_the_dense_mask_forward_and_gradient():
         )
 
     (gradients, v), (expected_gradients, expected) = (
-        run(teacher_forcing_forward),
+        run(teacher_forced),
         run(dense_teacher_forcing),
     )
     assert expected.std() > 0.5
@@ -174,7 +178,7 @@ def test_causality_by_gradient():
     text_kv = dit.text_kv(prompt())
 
     def blocks(clean, noisy):
-        v = teacher_forcing_forward(dit, CONTEXT, clean, noisy, BLOCK_TIMES, text_kv)
+        v = teacher_forced(dit, CONTEXT, clean, noisy, BLOCK_TIMES, text_kv)
         return jnp.square(v).reshape(3, -1).sum(axis=1)
 
     for gradient, listens in zip(
@@ -215,9 +219,7 @@ def test_scan_and_remat_change_nothing(forward):
             if forward == "bidirectional":
                 v = bidirectional_forward(dit, CONTEXT, NOISY[:, :3], BLOCK_TIMES[:, :3], kv)
             else:
-                v = teacher_forcing_forward(
-                    dit, CONTEXT, CLEAN[:, :6], NOISY[:, :6], BLOCK_TIMES[:, :6], kv
-                )
+                v = teacher_forced(dit, CONTEXT, CLEAN[:, :6], NOISY[:, :6], BLOCK_TIMES[:, :6], kv)
             return jnp.square(v).sum(), v
 
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(states, prompt())
@@ -235,7 +237,7 @@ def test_bfloat16_is_close_to_float32():
     full, half = tiny_dit.tiny_dit(), tiny_dit.tiny_dit(dtype=jnp.bfloat16)
     assert {x.dtype for x in flat_params(half).values()} == {jnp.dtype(jnp.bfloat16)}
     v, expected = (
-        teacher_forcing_forward(dit, CONTEXT, CLEAN, NOISY, BLOCK_TIMES, dit.text_kv(prompt()))
+        teacher_forced(dit, CONTEXT, CLEAN, NOISY, BLOCK_TIMES, dit.text_kv(prompt()))
         for dit in (half, full)
     )
     assert v.dtype == jnp.bfloat16
@@ -294,11 +296,40 @@ def test_the_published_size_is_built_abstractly():
         ({"heads": 7}, "60 is not a multiple of heads 7"),
         ({"heads": 4}, "cannot be rotated in pairs"),
         ({"freq_width": 33}, "freq_width 33 is odd"),
+        ({"heads": 0}, "heads is 0; expected a whole number of at least 1"),
+        ({"width": 60.0}, "width is 60.0; expected a whole number"),
+        ({"layers": -2}, "layers is -2"),
+        ({"in_channels": True}, "in_channels is True"),
+        ({"out_channels": 0}, "out_channels is 0"),
     ],
 )
 def test_impossible_sizes_are_an_error(change, message):
     with pytest.raises(ValueError, match=message):
         DiTConfig(**(CONFIG.__dict__ | change))
+
+
+def test_more_channels_may_go_in_than_come_out():
+    """New input channels whose weights are zero change nothing, whatever they hold."""
+    plain, wide = tiny_dit.tiny_dit(), tiny_dit.tiny_dit(in_channels=7)
+    assert wide.config.out_channels == 4 and DiTConfig(**WIDE).out_channels == 7
+    kernel = jnp.zeros_like(wide.patch_embedding.kernel.get_value())
+    kernel = kernel.at[:, :, :, :4].set(plain.patch_embedding.kernel.get_value())
+    set_params(wide, flat_params(plain) | {"patch_embedding.kernel": kernel})
+    extra = jax.random.normal(jax.random.key(5), (1, 9, *tiny_dit.LATENT, 3))
+    v = bidirectional_forward(
+        wide,
+        jnp.pad(CONTEXT, ((0, 0),) * 4 + ((0, 3),)),
+        jnp.concatenate([NOISY, extra], axis=-1),
+        BLOCK_TIMES,
+        wide.text_kv(prompt()),
+    )
+    expected = bidirectional_forward(plain, CONTEXT, NOISY, BLOCK_TIMES, plain.text_kv(prompt()))
+    np.testing.assert_allclose(v, expected, atol=1e-6)
+
+
+WIDE = {name: value for name, value in CONFIG.__dict__.items() if name != "out_channels"} | {
+    "in_channels": 7
+}
 
 
 def test_misshaped_inputs_are_an_error():
@@ -311,4 +342,6 @@ def test_misshaped_inputs_are_an_error():
     with pytest.raises(ValueError, match="patches of 2x2 divide"):
         bidirectional_forward(dit, None, NOISY[:, :, :3], BLOCK_TIMES, kv)
     with pytest.raises(ValueError, match="multiple of 3"):
-        teacher_forcing_forward(dit, CONTEXT, CLEAN[:, :8], NOISY[:, :8], BLOCK_TIMES[:, :8], kv)
+        teacher_forced(dit, CONTEXT, CLEAN[:, :8], NOISY[:, :8], BLOCK_TIMES[:, :8], kv)
+    with pytest.raises(ValueError, match="1 condition frames; the cache has 2"):
+        teacher_forced(dit, CONTEXT[:, :1], CLEAN, NOISY, BLOCK_TIMES, kv)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from chameleon_jax.attention.cache import CacheConfig
+from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.diffusion import flow
@@ -48,18 +48,12 @@ def make_stage(config: ConfigDict) -> Stage:
     trained, frozen = teacher.networks(config)
     conditions = teacher.make_conditions(config, trained | frozen)
     weights_of = teacher.loss_weights(config)
-    sizes = trained["dit"].abstract.config
-    block = sizes.block
     try:
-        cache = CacheConfig(**config.cache)
+        policy = make_policy(**config.cache)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if (cache.context, cache.block) != (sizes.context, block):
-        have = f"cache.context={cache.context}, cache.block={cache.block}"
-        raise ConfigError(
-            f"{have}; the transformer has {sizes.context} and {block}: set the cache to these"
-        )
-    forward = functools.partial(teacher_forcing_forward, cache=cache)
+    block = policy.block
+    forward = functools.partial(teacher_forcing_forward, policy=policy)
     for frames in [config.video.frames, *(frames for frames, _ in config.data.lengths)]:
         if latent_frames(frames) < block:
             raise ConfigError(

@@ -1,0 +1,171 @@
+"""The config of a pipeline: what must be in it, and whether its parts fit together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from chameleon_jax.attention.policies import make_policy
+from chameleon_jax.config import ConfigError
+from chameleon_jax.diffusion.rollout import make_sampler
+from chameleon_jax.inference.pretrained import PipelineError
+from chameleon_jax.models.build import DTYPES, HOW_TO_COMPUTE, read_sizes
+
+GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
+NETWORKS = ("vae", "dit", "text")  # of every pipeline
+OPTIONAL = ("decoder",)  # decodes in place of the VAE, where a config has it
+MEASURED = ("latent_mean", "latent_std")  # of the VAE, at the end of its training
+
+
+def check_config(config: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config as a ConfigDict, with lists (from JSON) turned into tuples.
+
+    Raises:
+      PipelineError: a group is missing, a value is none that can be used, or the sizes do not fit
+        each other.
+    """
+    config = ConfigDict(_tuples(_plain(config)))
+    lacking = [group for group in GROUPS if group not in config]
+    if lacking:
+        raise PipelineError(
+            f"the config has no {', '.join(lacking)}; expected the groups {', '.join(GROUPS)}"
+        )
+    if config.dtype not in DTYPES:
+        raise PipelineError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        make_policy(**config.cache)
+        make_sampler(**config.sampler)
+        sizes = {name: read_sizes(name, config.model[name]) for name in networks_of(config)}
+    except ConfigError as error:
+        raise PipelineError(str(error)) from None
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"config: {error}") from None
+    _check_sizes(sizes)
+    _check_video(config, sizes)
+    return config
+
+
+def networks_of(config: Mapping[str, Any], *, text: bool = True) -> list[str]:
+    """Networks of a pipeline with this config, `text` included or not.
+
+    Raises:
+      PipelineError: the group `model` lacks one.
+    """
+    lacking = [name for name in NETWORKS if name not in config["model"]]
+    if lacking:
+        raise PipelineError(f"config: model has no {', '.join(lacking)}")
+    known = (*NETWORKS, *OPTIONAL)
+    return [name for name in known if name in config["model"] and (text or name != "text")]
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    dit, text, vae = sizes["dit"], sizes["text"], sizes["vae"]
+    if (dit.text_length, dit.text_width) != (text.length, text.width):
+        raise PipelineError(
+            "model.dit.text_length and text_width must be those of model.text (length, width):"
+            f" {dit.text_length}, {dit.text_width} against {text.length}, {text.width}"
+        )
+    if dit.out_channels != vae.z_dim:
+        raise PipelineError(
+            f"model.dit makes latents of {dit.out_channels} channels; expected {vae.z_dim}, those"
+            " of model.vae"
+        )
+    decoder = sizes.get("decoder")
+    if decoder is None:
+        return
+    for name in ("z_dim", "spatial_factor", "temporal_factor"):
+        ours, theirs = getattr(decoder, name), getattr(vae, name)
+        if ours != theirs:
+            raise PipelineError(
+                f"model.decoder has {name} {ours}; expected {theirs}, that of model.vae: it decodes"
+                " the same latents"
+            )
+
+
+def _check_video(config: ConfigDict, sizes: Mapping[str, Any]) -> None:
+    video = config.video
+    for name in ("height", "width", "frames"):
+        value = video.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PipelineError(f"video.{name} is {value!r}; expected a whole number of at least 1")
+    fps = video.get("fps", 1)
+    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf:
+        raise PipelineError(
+            f"video.fps is {fps!r}; expected a number above 0, such as 24 or 23.976"
+        )
+    _, rows, columns = sizes["dit"].patch
+    factor = sizes["vae"].spatial_factor
+    for side, unit in (("height", factor * rows), ("width", factor * columns)):
+        if video[side] % unit:
+            raise PipelineError(
+                f"video size {video.height}x{video.width}: the {side} must be a multiple of"
+                f" {unit} pixels"
+            )
+
+
+def model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
+    """One line if `config.model` is not what the weights were made with.
+
+    Shapes cannot show all of it: the number of heads, for one.
+
+    Args:
+      config: checked.
+      stored: the config.json that lies with the weights.
+    """
+    lines = []
+    for name in networks_of(config):
+        if name not in stored["model"]:
+            continue
+        group = _tuples(stored["model"][name])
+        ours, theirs = (
+            dataclasses.asdict(read_sizes(name, sizes)) for sizes in (config.model[name], group)
+        )
+        for key in sorted((ours.keys() | theirs.keys()) - {*HOW_TO_COMPUTE, *MEASURED}):
+            if ours.get(key) != theirs.get(key):
+                lines.append(
+                    f"model.{name}.{key} is {ours.get(key)}, the weights were made with"
+                    f" {theirs.get(key)}"
+                )
+    return ["; ".join(lines)] if lines else []
+
+
+def read_stored(path: Path) -> dict[str, Any] | None:
+    """The config.json of a folder of weights; None if there is none.
+
+    Raises:
+      PipelineError: unreadable, or not the config of a pipeline.
+    """
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise PipelineError(f"{path}: has no group 'model'")
+    lacking = [name for name in NETWORKS if not isinstance(config["model"].get(name), dict)]
+    if lacking:
+        raise PipelineError(f"{path}: model has no {', '.join(lacking)}")
+    return config
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config with another dtype; None leaves it."""
+    plain = _plain(config)
+    return plain if dtype is None else plain | {"dtype": dtype}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
