@@ -44,8 +44,9 @@ LANES = 128  # minor tile size of a TPU
 
 
 class BackendError(UserError):
-    """An attention backend is unknown, not installed, or cannot take these arrays. The message says
-    what to do.
+    """An attention backend is unknown, not installed, or cannot take these arrays.
+
+    The message says what to do.
     """
 
 
@@ -110,10 +111,9 @@ def attention(
     Raises:
       BackendError: see `choose_backend`.
     """
-    function = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}[
-        choose_backend(backend, q_blnd.dtype)
-    ]
-    return function(q_blnd, k_bsnd, v_bsnd, kv_length)
+    kernels = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}
+    kernel = kernels[choose_backend(backend, q_blnd.dtype)]
+    return kernel(q_blnd, k_bsnd, v_bsnd, kv_length)
 
 
 def bidirectional(rope: Rope, *, backend: str | None = None) -> Attend:
@@ -126,10 +126,8 @@ def bidirectional(rope: Rope, *, backend: str | None = None) -> Attend:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
-    logits = (
-        jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32)
-        * q.shape[-1] ** -0.5
-    )
+    logits = jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32)
+    logits *= q.shape[-1] ** -0.5
     if kv_length is not None:
         logits = jnp.where(jnp.arange(k.shape[1]) < kv_length, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -162,9 +160,8 @@ def _splash(
 
     kernel = _splash_kernel(heads, padded_l, padded_s, block_l, block_s)
     segments = None
-    if (
-        padded_s != keys or kv_length is not None
-    ):  # keys that do not count belong to another segment than the queries
+    # Keys that do not count belong to another segment than the queries.
+    if padded_s != keys or kv_length is not None:
         valid = jnp.arange(padded_s) < (keys if kv_length is None else kv_length)
         segments = SegmentIds(jnp.ones(padded_l, jnp.int32), valid.astype(jnp.int32))
     scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
@@ -177,8 +174,9 @@ def _splash(
 def _splash_kernel(
     heads: int, queries: int, keys: int, block_l: int, block_s: int
 ) -> Callable[..., jax.Array]:
-    """The kernel for one shape. It holds tables about the mask, made now even while a function is
-    traced.
+    """The kernel for one shape.
+
+    It holds tables about the mask, made now even while a function is traced.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import (

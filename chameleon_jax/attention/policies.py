@@ -6,10 +6,10 @@ a frozen value, static under jit, and a few pure functions over counters (its st
 
     state = policy.start()                   nothing is held but the context
     state = policy.open_chunk(state, cut)    before the first pass of a chunk
-    policy.slots(state)                      slots of the chunk's frames        int32 [block]
-    policy.length(state)                     how many slots it sees             int32, the first ones
-    policy.query_positions(state)            RoPE times of the chunk            int32 [block]
-    policy.key_positions(state)              RoPE times of all slots            int32 [frames]
+    policy.slots(state)                      slots of the chunk's frames       int32 [block]
+    policy.length(state)                     how many slots it sees            int32 scalar
+    policy.query_positions(state)            RoPE times of the chunk           int32 [block]
+    policy.key_positions(state)              RoPE times of all slots           int32 [frames]
                                              or None: keys are cached rotated
     state = policy.close_chunk(state)        after the last pass
 

@@ -1,5 +1,6 @@
-"""Rotary positions over three axes (RoPE, Su et al., arXiv 2104.09864, as laid out by Wan 2.1,
-arXiv 2503.20314).
+"""Rotary positions over three axes (RoPE), as Wan lays them out.
+
+Su et al., arXiv 2104.09864; Wan 2.1, arXiv 2503.20314.
 
 Two adjacent channels (2j, 2j + 1) of a head form one complex number, turned by an angle position /
 10000^(2j / dims). The pairs of a head are split over time, row and column: with 128 channels 22, 21
@@ -38,8 +39,9 @@ class Rope(NamedTuple):
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that encode (time, row, column): the two of space get 2 floor(d / 6) each,
-    time the rest.
+    """Channels of a head that encode (time, row, column).
+
+    Row and column get 2 floor(d / 6) each, time gets the rest.
 
     Raises:
       ValueError: if `head_dim` is odd.
@@ -54,8 +56,9 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 @functools.cache
 def rope_table(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Angles of the positions 0 .. 1023 on the axes time, row and column: three float64 arrays
-    [1024, pairs].
+    """Angles of the positions 0 to 1023 on the axes time, row and column.
+
+    Three float64 arrays [1024, pairs].
     """
     position = np.arange(MAX_POSITION, dtype=np.float64)[:, None]
     return tuple(
@@ -107,8 +110,9 @@ def rope(frames_f: jax.Array | np.ndarray, grid_h: int, grid_w: int, head_dim: i
 
 
 def apply_rope(x_blnd: jax.Array, rope: Rope) -> jax.Array:
-    """Turn every pair (a, b) of channels into (a cos - b sin, a sin + b cos); in float32, returned
-    in the dtype of x.
+    """Turn every pair (a, b) of channels into (a cos - b sin, a sin + b cos).
+
+    Computed in float32, returned in the dtype of x.
 
     The partner of each channel is fetched by two shifts and a choice: an axis of size 2 would be
     padded to a whole vector register on accelerators.

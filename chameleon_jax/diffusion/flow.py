@@ -1,11 +1,12 @@
-"""Flow matching: the noise schedule and the conversions between clean sample, noise, velocity and
-noisy sample.
+"""Flow matching: the noise schedule, and what clean sample, noise and velocity make of each other.
 
 The path is rectified flow (Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747) with the
 timestep shift of Esser et al. (arXiv 2403.03206, section 5.3.2), as Wan 2.1 (arXiv 2503.20314) and
 FashionChameleon (arXiv 2605.15824) use it:
 
-    x_sigma = (1 - sigma) x0 + sigma noise,   v = d x_sigma / d sigma = noise - x0,   t = 1000 sigma.
+    x_sigma = (1 - sigma) x0 + sigma noise
+    v = d x_sigma / d sigma = noise - x0
+    t = 1000 sigma
 
 Time runs from noise (sigma 1, t 1000) down to the clean sample (sigma 0, t 0). Training draws sigma
 from a table of 1000 rows whose last one is not zero; few-step sampling reads the same table;
@@ -30,8 +31,9 @@ FEW_STEPS = (1000, 750, 500, 250)
 
 
 def shift_sigma(sigma, shift: float = SHIFT):
-    """sigma' = s sigma / (1 + (s - 1) sigma): more of the steps at high noise (arXiv 2403.03206,
-    eq. 23).
+    """sigma' = s sigma / (1 + (s - 1) sigma) (arXiv 2403.03206, eq. 23).
+
+    More of the steps at high noise.
 
     Any array or number in [0, 1]; 0 and 1 stay where they are.
     """
@@ -62,8 +64,9 @@ def timesteps_table(shift: float = SHIFT, n: int = ROWS) -> np.ndarray:
 
 
 def nearest_row(t: jax.Array, shift: float = SHIFT, n: int = ROWS) -> jax.Array:
-    """Index of the table row whose timestep is nearest to t, int32 in the shape of t. Of two as
-    near, the noisier.
+    """Index of the table row whose timestep is nearest to t, int32 in the shape of t.
+
+    Of two as near, the noisier.
     """
     return jnp.argmin(
         jnp.abs(jnp.asarray(t, jnp.float32)[..., None] - timesteps_table(shift, n)), axis=-1
@@ -80,8 +83,9 @@ def sigma_of(t: jax.Array, shift: float = SHIFT, n: int = ROWS) -> jax.Array:
 
 
 def expand(value_bf: jax.Array | float, x: jax.Array) -> jax.Array:
-    """Bring a value per sample or frame ([], [b], [b, f]) to the rank of x by size-1 axes on the
-    right, in float32.
+    """Bring a value per sample or frame to the rank of x, in float32.
+
+    [], [b] or [b, f] gets axes of size 1 on the right.
     """
     value = jnp.asarray(value_bf, jnp.float32)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
@@ -104,15 +108,19 @@ def x0_from_velocity(x_t: jax.Array, v: jax.Array, sigma: jax.Array | float) -> 
 
 
 def velocity_from_x0(x_t: jax.Array, x0: jax.Array, sigma: jax.Array | float) -> jax.Array:
-    """v = (x_sigma - x0) / sigma, for sigma > 0; computed in float32, returned in the dtype of x_t."""
+    """v = (x_sigma - x0) / sigma, for sigma > 0.
+
+    Computed in float32, returned in the dtype of x_t.
+    """
     return ((x_t.astype(jnp.float32) - x0.astype(jnp.float32)) / expand(sigma, x_t)).astype(
         x_t.dtype
     )
 
 
 def training_weights(shift: float = SHIFT, n: int = ROWS) -> np.ndarray:
-    """Loss weight of each table row, [n] float32: a bell exp(-2 ((t - 500) / 1000)^2) lowered to
-    touch 0, of mean 1.
+    """Loss weight of each table row, [n] float32.
+
+    A bell exp(-2 ((t - 500) / 1000)^2), lowered to touch 0, of mean 1.
 
     0 at t = 1000, at most 2.076 near t = 500, 0.032 at the last row (for 5 and 1000).
     """
@@ -129,8 +137,9 @@ def training_weight_of(t: jax.Array, shift: float = SHIFT, n: int = ROWS) -> jax
 def few_step_timesteps(
     steps: Sequence[int] = FEW_STEPS, shift: float = SHIFT, n: int = ROWS
 ) -> np.ndarray:
-    """Timesteps of the few-step sampler, [len(steps)] float32: a step counts rows from the end of
-    the table.
+    """Timesteps of the few-step sampler, [len(steps)] float32.
+
+    A step counts rows from the end of the table.
 
     (1000, 750, 500, 250) gives t = 1000, 937.5, 833.33, 625.
 
@@ -146,18 +155,20 @@ def few_step_timesteps(
 
 
 def round_timesteps(t: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Timesteps as the released network sees them: cast to its working dtype, then cut to an
-    integer; float32 again.
+    """Timesteps as the released network sees them, float32.
+
+    They are cast to its working dtype, then cut to an integer.
 
     1000, 937.5, 833.33, 625 become 1000, 936, 832, 624 in bfloat16 and 1000, 937, 833, 625 in
-    float32. Only what the network is told is rounded; noising and x0 use the exact value.
+    float32. Only what the network reads is rounded; noising and x0 use the exact value.
     """
     return jnp.trunc(jnp.asarray(t).astype(dtype).astype(jnp.float32))
 
 
 def euler_sigmas(n: int, shift: float = SHIFT) -> np.ndarray:
-    """Grid of a plain ODE solver with n steps, [n + 1] float32: an even grid from 1 to exactly 0,
-    shifted.
+    """Grid of a plain ODE solver with n steps, [n + 1] float32.
+
+    An even grid from 1 to exactly 0, shifted.
 
     Raises:
       ValueError: if n < 1.
@@ -170,8 +181,9 @@ def euler_sigmas(n: int, shift: float = SHIFT) -> np.ndarray:
 def euler_step(
     x: jax.Array, v: jax.Array, sigma: jax.Array | float, sigma_next: jax.Array | float
 ) -> jax.Array:
-    """x + (sigma_next - sigma) v: one step along the straight line; computed in float32, returned
-    in the dtype of x.
+    """x + (sigma_next - sigma) v: one step along the straight line.
+
+    Computed in float32, returned in the dtype of x.
     """
     step = expand(sigma_next, x) - expand(sigma, x)
     return (x.astype(jnp.float32) + step * v.astype(jnp.float32)).astype(x.dtype)

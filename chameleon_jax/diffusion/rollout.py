@@ -1,9 +1,10 @@
-"""Streaming: chunk after chunk of latents against the ring cache (FashionChameleon, arXiv
-2605.15824, section 4.3).
+"""Streaming: chunk after chunk of latents against the cache.
+
+FashionChameleon, arXiv 2605.15824, section 4.3.
 
     cache = new_cache(dit, Ring(), batch=1, latent_size=(80, 44))
-    cache = prefill(dit, cache, z_context, text_kv)                      again at every garment switch: the refresh
-    x0, cache = denoise_chunk(dit, cache, text_kv, key, sampler=sampler)  again and again
+    cache = prefill(dit, cache, z_context, text_kv)                       at each garment switch
+    x0, cache = denoise_chunk(dit, cache, text_kv, key, sampler=sampler)  for each chunk
 
 A chunk starts as noise and is denoised in a few passes that see the context, what the cache
 remembers, and the chunk itself. A last pass at t = 0 over the result, the clean pass, leaves its
@@ -51,14 +52,14 @@ from chameleon_jax.diffusion.unipc import (
 )
 from chameleon_jax.models.dit import DiT, TextKV
 
-Draw = Callable[
-    [jax.Array | int], jax.Array
-]  # number of a draw -> standard normal noise of the chunk's shape
+# Number of a draw -> standard normal noise of the chunk's shape.
+Draw = Callable[[jax.Array | int], jax.Array]
 
 
 class Sampler(Protocol):
-    """How a chunk goes from noise to clean latents: a loop over rows. Made by `make_sampler`; a
-    static value.
+    """How a chunk goes from noise to clean latents: a loop over rows.
+
+    Made by `make_sampler`; a static value.
 
     The last row is the clean pass: t is 0, and the step leaves x as it is. As a step of the loop it
     costs 0.6 % (the last layer's output is not needed) and halves the program to compile.
@@ -72,7 +73,7 @@ class Sampler(Protocol):
         """
 
     def init(self, x: jax.Array) -> Any:
-        """What step 0 is told of the past."""
+        """The past before step 0."""
 
     def step(
         self, row: Any, past: Any, x: jax.Array, v: jax.Array, draw: Draw
@@ -100,7 +101,7 @@ class OneStepSampler:
 
     sigmas: tuple[float, ...]  # noise levels, falling, one more than steps; the last is 0
     fresh_noise: bool  # between the steps
-    round_timesteps: bool  # tell the network whole timesteps, as the released code does
+    round_timesteps: bool  # give the network whole timesteps, as the released code does
 
     @property
     def steps(self) -> int:
@@ -109,11 +110,11 @@ class OneStepSampler:
 
     def rows(self, dtype: jnp.dtype) -> Row:
         sigmas = np.asarray((*self.sigmas, 0.0), np.float32)
-        told = jnp.asarray(1000.0 * sigmas[:-1])
+        timesteps = jnp.asarray(1000.0 * sigmas[:-1])
         if self.round_timesteps:
-            told = flow.round_timesteps(told, dtype)
+            timesteps = flow.round_timesteps(timesteps, dtype)
         return Row(
-            jnp.arange(1, len(sigmas)), told, jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])
+            jnp.arange(1, len(sigmas)), timesteps, jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])
         )
 
     def init(self, x: jax.Array) -> None:
@@ -246,8 +247,9 @@ def new_cache(dit: DiT, policy: CachePolicy, batch: int, latent_size: tuple[int,
 
 
 def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> KVCache:
-    """Write the condition frames to the front slots: at the start of a stream, and as the refresh
-    of a switch.
+    """Write the condition frames to the front slots.
+
+    At the start of a stream, and as the refresh of a switch.
 
     Args:
       dit: the network.
@@ -277,8 +279,9 @@ def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> 
 def forward(
     dit: DiT, cache: KVCache, x_bfhwc: jax.Array, t_bf: jax.Array, text_kv: TextKV
 ) -> tuple[jax.Array, KVCache]:
-    """One pass over the chunk in flight: its velocity, and the cache with the chunk's keys and
-    values of this pass.
+    """One pass over the chunk in flight: its velocity and the cache.
+
+    The cache has the chunk's keys and values of this pass.
 
     The counter stays: the next pass overwrites the same slots.
 

@@ -32,7 +32,7 @@ class UniPcTable(NamedTuple):
     """The weights of n steps; a pytree, so that a scan can walk over its rows."""
 
     sigma: np.ndarray  # [n] noise level of the sample that enters step k
-    timestep: np.ndarray  # [n] what the network is told
+    timestep: np.ndarray  # [n] for the network
     correct: np.ndarray  # [n, 5] weights of (x_k, y, m_k, m_(k-1), m_(k-2)) in the corrected x_k
     predict: np.ndarray  # [n, 3] weights of (corrected x_k, m_k, m_(k-1)) in x_(k+1)
 
@@ -52,8 +52,9 @@ class UniPcState(NamedTuple):
 
 
 def unipc_sigmas(n: int, shift: float = flow.SHIFT) -> np.ndarray:
-    """Grid of the original Wan sampler, [n + 1] float64: linspace(0.999, 0, n + 1), shifted; the
-    last is exactly 0.
+    """Grid of the original Wan sampler, [n + 1] float64: linspace(0.999, 0, n + 1), shifted.
+
+    The last is exactly 0.
 
     Raises:
       ValueError: if n < 1.
@@ -62,8 +63,9 @@ def unipc_sigmas(n: int, shift: float = flow.SHIFT) -> np.ndarray:
 
 
 def diffusers_sigmas(n: int, shift: float = flow.SHIFT) -> np.ndarray:
-    """Grid of diffusers' UniPC with flow sigmas, [n + 1] float64: linspace(1, 0.001, n + 1)[:-1],
-    shifted; then 0.
+    """Grid of diffusers' UniPC with flow sigmas, [n + 1] float64.
+
+    linspace(1, 0.001, n + 1)[:-1], shifted; then 0.
 
     The first sigma is 1e-6 short of 1, where lambda would be infinite. The values are those that
     float32 can hold, as in
@@ -87,8 +89,9 @@ def _steps(n: int) -> int:
 
 
 def unipc_timesteps(sigmas: np.ndarray) -> np.ndarray:
-    """What the network is told at each step: floor(1000 sigma) of all but the last sigma, [n]
-    float32.
+    """Timesteps for the network at each step, [n] float32.
+
+    floor(1000 sigma) of all but the last sigma.
     """
     return np.floor(1000 * np.asarray(sigmas[:-1], np.float64)).astype(np.float32)
 
@@ -127,16 +130,18 @@ def unipc_table(sigmas: np.ndarray, order: int = 2) -> UniPcTable:
 
 
 def add_idle_row(table: UniPcTable) -> UniPcTable:
-    """One row more, at sigma and t 0, whose step leaves the sample as it is: for a last pass over
-    the clean sample.
+    """One row more, at sigma and t 0, whose step leaves the sample as it is.
+
+    For a last pass over the clean sample.
     """
     idle = UniPcTable(*map(np.array, (0.0, 0.0, (1.0, 0.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0))))
     return jax.tree.map(lambda column, last: np.concatenate([column, last[None]]), table, idle)
 
 
 def _order(k: int, s: np.ndarray, order: int) -> int:
-    """Order of the predictor of step k: as many past m as there are; 1 for the step that lands on
-    sigma 0.
+    """Order of the predictor of step k: as many past m as there are.
+
+    Order 1 for the step that lands on sigma 0.
     """
     return 1 if s[k + 1] == 0 else min(order, k + 1)
 
@@ -173,8 +178,9 @@ def _corrector(s: np.ndarray, a: np.ndarray, lam: np.ndarray, k: int, order: int
 
 
 def unipc_init(x: jax.Array) -> UniPcState:
-    """The state before step 0, for samples like x: three arrays, not one thrice, so that they may
-    be donated.
+    """The state before step 0, for samples like x.
+
+    Three arrays, not one array three times, so that they may be donated.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return UniPcState(*(jnp.zeros(x.shape, dtype) for _ in UniPcState._fields))

@@ -1,5 +1,6 @@
-"""A pipeline holds weights; what runs them: a session (garments), a generator (whole clips),
-several shots.
+"""What a program holds: a pipeline with the weights, and what runs them.
+
+A session streams a person in garments, a generator makes whole clips, several shots make a film.
 
 Importing this package needs jax, flax, numpy and pillow only; what reads weight files, prompts or
 videos is imported where it is used, so that a benchmark on random weights runs on a bare

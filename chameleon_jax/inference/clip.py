@@ -1,5 +1,6 @@
-"""Whole clips from public weights: Wan2.2-TI2V, from a prompt, or from a prompt and the first
-frame.
+"""Whole clips from public weights of Wan2.2-TI2V.
+
+From a prompt, or from a prompt and the first frame.
 
     generator = Generator(Pipeline.from_pretrained(FOLDER, load_config("configs/wan22_ti2v.py")))
     latents = generator.generate("a cat surfs", image="cat.png", seed=0)
@@ -32,7 +33,7 @@ from PIL import Image
 
 from chameleon_jax.data.images import first_frame, open_image
 from chameleon_jax.diffusion import flow
-from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, guidance, step_unipc
+from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, Model, guided, step_unipc
 from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_init, unipc_table
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline
@@ -78,7 +79,7 @@ class GenerateConfig:
             self.table()
         except ValueError:
             raise GenerateError(
-                f"shift {self.shift} with {self.steps} steps: the sigmas cannot be told apart;"
+                f"shift {self.shift} with {self.steps} steps: its sigmas are equal;"
                 " expected a shift nearer"
                 f" to {flow.SHIFT}"
             ) from None
@@ -189,8 +190,9 @@ def best_size(picture: tuple[int, int], area: int, units: tuple[int, int]) -> tu
 
 
 class Generator:
-    """Makes clips with the networks of a pipeline. Holds compiled programs, which serve all
-    settings, and no clip.
+    """Makes clips with the networks of a pipeline.
+
+    Holds compiled programs, which serve all settings, and no clip.
 
     Args:
       pipeline: networks, tokenizer and config.
@@ -219,19 +221,19 @@ class Generator:
         ) -> tuple[jax.Array, UniPcState]:
             dit = nnx.merge(graph, weights)
 
-            def velocity(x: jax.Array, t_bf: jax.Array, kv: TextKV) -> jax.Array:
+            def with_prompt(kv: TextKV) -> Model:
                 # Guidance is a difference of near equals, multiplied: in float32, as is the solver.
-                return bidirectional_forward(dit, image, x, t_bf, kv).astype(jnp.float32)
+                return lambda x, t: bidirectional_forward(dit, image, x, t, kv).astype(jnp.float32)
 
-            def model(x: jax.Array, t_bf: jax.Array) -> jax.Array:
-                v = velocity(x, t_bf, text_kv)
-                return (
-                    v if negative_kv is None else guidance(v, velocity(x, t_bf, negative_kv), scale)
-                )
-
+            model = with_prompt(text_kv)
+            if negative_kv is not None:
+                model = guided(model, with_prompt(negative_kv), scale)
             return step_unipc(model, row, x, state)
 
         self._step = jax.jit(step, donate_argnums=(1, 2))
+
+    def __repr__(self) -> str:
+        return f"Generator({self.pipeline!r}, {self.settings.steps} steps)"
 
     def generate(
         self,
@@ -306,14 +308,16 @@ class Generator:
             x, state = self._step(
                 self._media.weights["dit"], x, state, row, z_image, text_kv, negative_kv, scale
             )
-            x.block_until_ready()  # or all steps would be on their way at once, and Ctrl-C would wait for them
+            # Else all steps would be started at once, and Ctrl-C would wait for them.
+            x.block_until_ready()
         if on_step is not None:
             on_step(settings.steps, settings.steps)
         return x if z_image is None else jnp.concatenate([z_image, x], axis=1)
 
     def decode(self, latents: jax.Array) -> Iterator[np.ndarray]:
-        """Frames uint8 [t, h, w, 3] of a clip, one latent frame after the other: 1 frame, then 4
-        each (Wan2.2's VAE).
+        """Frames uint8 [t, h, w, 3] of a clip, one latent frame after the other.
+
+        1 frame, then 4 each, with Wan2.2's VAE.
 
         Args:
           latents: from `generate`.

@@ -10,8 +10,9 @@
 A garment switch is the KV cache rescheduling of FashionChameleon (arXiv 2605.15824, section 4.3),
 three mechanisms of which each can be left out:
 
-    refresh      the keys and values of reference and garment are computed afresh and replace the old ones
-    withdraw     the history is forgotten: length 2, the next chunk is the new sink, the VAE decoder starts a new clip
+    refresh      new keys and values of reference and garment replace the old ones
+    withdraw     the history is forgotten: the next chunk is the new sink, and a new clip starts in
+                 the decoder
     disentangle  the new reference is the last frame shown, encoded alone as one image
 
 The state is a value: `snapshot()` gives it, a file keeps it, `restore()` continues from it with the
@@ -136,6 +137,13 @@ class Session:
         self._pending: dict[str, tuple[Switch, Any]] = {}
         self._switches: list[Switch] = []
 
+    def __repr__(self) -> str:
+        with self._lock:
+            if self._frames is None:
+                return "Session(no stream is running)"
+            switches, waiting = len(self._switches), len(self._pending)
+            return f"Session({self._frames} frames made, {switches} switches, {waiting} waiting)"
+
     def start(self, reference: Any, garment: Any, prompt: Any = "", seed: int = 0) -> None:
         """Begin a stream; one that was running is dropped, waiting switches with it.
 
@@ -220,16 +228,18 @@ class Session:
         return self._post("garment", prepare_garment(garment, self.pipeline.size))
 
     def switch_reference(self, reference: Any) -> Switch:
-        """Show another person from the next chunk on: this picture, not the last frame, becomes the
-        reference.
+        """Show another person from the next chunk on.
+
+        This picture, not the last frame, becomes the reference.
 
         Arguments, result and errors as for `switch_garment`.
         """
         return self._post("reference", prepare_reference(reference, self.pipeline.size))
 
     def switch_prompt(self, prompt: Any) -> Switch:
-        """Follow another prompt from the next chunk on. Only the K, V of the text are computed
-        anew.
+        """Follow another prompt from the next chunk on.
+
+        Only the K, V of the text are computed anew.
 
         Args:
           prompt: as in `start`.
@@ -270,8 +280,9 @@ class Session:
             return [dataclasses.replace(switch) for switch in self._switches]
 
     def snapshot(self) -> Snapshot:
-        """The whole state as a value, on the host; waits for the chunk in progress. The stream is
-        not disturbed.
+        """The whole state as a value, on the host.
+
+        Waits for the chunk in progress. The stream is not disturbed.
         """
         with self._chunk_lock:
             state = self._started()
@@ -308,8 +319,9 @@ class Session:
             return Snapshot(arrays, meta)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a snapshot, in this process or another, with the same bits: frames,
-        switches and mechanisms.
+        """Continue from a snapshot, in this process or another, with the same bits.
+
+        Frames, switches and mechanisms are those of the snapshot.
 
         Raises:
           SnapshotError: it was made with another model, size, cache or sampler.
@@ -377,8 +389,9 @@ class Session:
             return switch
 
     def _make_chunk(self, state: _State, switched: Mapping[str, Any]) -> np.ndarray:
-        """Apply the switches, make a chunk, bring `state` up to date. Returns the frames to hand
-        out.
+        """Apply the switches, make a chunk, bring `state` up to date.
+
+        Returns the frames to hand out.
         """
         begin = time.perf_counter()
         repeats = self._apply(state, switched) if switched else False
@@ -403,8 +416,9 @@ class Session:
         return frames
 
     def _apply(self, state: _State, switched: Mapping[str, Any]) -> bool:
-        """Let switches take effect on `state`. Returns whether the next frame repeats the pose that
-        was shown last.
+        """Let switches take effect on `state`.
+
+        Returns whether the next frame repeats the pose that was shown last.
         """
         media, does = self._media, self.mechanisms
         if "prompt" in switched:
@@ -451,8 +465,9 @@ class _State:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The state of a session on the host: arrays by name, and counters, switches and config as JSON
-    values.
+    """The state of a session on the host.
+
+    Arrays by name, and counters, switches and config as JSON values.
     """
 
     arrays: dict[str, np.ndarray]

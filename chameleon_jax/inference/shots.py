@@ -1,15 +1,16 @@
-"""Videos of several shots, streamed: LongLive-2.0 (arXiv 2605.18739), from prompts and possibly a
-first frame.
+"""Videos of several shots, streamed: LongLive-2.0 (arXiv 2605.18739).
+
+From prompts, and possibly a first frame.
 
     streams = MultiShot(Pipeline.from_pretrained(FOLDER, load_config("configs/longlive2_5b.py")))
     shots = [Shot("a cat wakes up", 6), Shot("it walks out into the snow", 10)]
-    for frames in streams.stream(shots, image="cat.png", seed=0):  # uint8 [t, h, w, 3]: 29 frames, then 32, 32, ...
-        show(frames)
+    for frames in streams.stream(shots, image="cat.png", seed=0):
+        show(frames)                          # uint8 [t, h, w, 3]: 29 frames, then 32, 32, ...
 
-Each chunk is told the prompt of its shot. Where a new shot begins there is a cut: its first chunk
-is told so in words, in front of the prompt, and the cache pins that chunk and moves on in time
-(attention/policies.py). A shot without a cut is the one before it going on with another prompt. Memory
-does not grow with the length of the video.
+Each chunk gets the prompt of its shot. Where a new shot begins there is a cut: the prompt of its
+first chunk says so, in words put in front, and the cache keeps that chunk and leaves a gap in time
+(attention/policies.py). A shot without a cut continues the one before it with another prompt.
+Memory does not grow with the length of the video.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -28,10 +29,8 @@ from chameleon_jax.data.images import stretched
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline
 
-CUT_WORDS = (
-    "The scene transitions. "  # what the published model was taught to hear in front of a cut
-)
-PROMPTS_KEPT = 4  # whose K, V stay on the device: those of a shot and of its first chunk, and as many of another
+CUT_WORDS = "The scene transitions. "  # the published model was trained with them before a cut
+PROMPTS_KEPT = 4  # on the device, as K, V: those of two shots, each with and without CUT_WORDS
 
 
 class MultiShotError(UserError):
@@ -44,12 +43,13 @@ class Shot:
 
     prompt: str  # what happens, in any language; without `CUT_WORDS`
     chunks: int
-    cut: bool = True  # begin a new shot; False: the one before goes on, with this prompt. The first one needs no cut
+    cut: bool = True  # a new shot begins; False: the one before continues with this prompt
 
 
 class MultiShot:
-    """Makes videos of several shots with the networks of a pipeline. Holds prompts that were
-    encoded, no video.
+    """Makes videos of several shots with the networks of a pipeline.
+
+    Holds prompts that were encoded, no video.
 
     Args:
       pipeline: networks, tokenizer and config, without condition frames.
@@ -70,6 +70,9 @@ class MultiShot:
         self._text_kv = functools.lru_cache(PROMPTS_KEPT)(
             lambda prompt: self._media.text_kv(pipeline.encode_prompt(prompt))
         )
+
+    def __repr__(self) -> str:
+        return f"MultiShot({self.pipeline!r})"
 
     def stream(
         self, shots: Sequence[Shot], *, image: Any = None, seed: int = 0

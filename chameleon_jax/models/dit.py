@@ -1,5 +1,6 @@
-"""The diffusion transformer of Wan2.2-TI2V (Wan 2.1, arXiv 2503.20314) with in-context condition
-frames.
+"""The diffusion transformer of Wan2.2-TI2V with in-context condition frames.
+
+Wan 2.1, arXiv 2503.20314.
 
 Latents, text and a timestep per latent frame go in, the velocity v = noise - x0 comes out.
 FashionChameleon (arXiv 2605.15824) puts two clean frames, person and garment, in front of the
@@ -102,8 +103,9 @@ class DiTConfig:
 
 
 def timestep_embedding(t_bf: jax.Array, width: int) -> jax.Array:
-    """Sinusoid of the raw timestep (0 .. 1000): cosines, then sines, of t / 10000^(i / half); [b,
-    f, width] float32.
+    """Sinusoid of the raw timestep (0 to 1000), [b, f, width] float32.
+
+    Cosines, then sines, of t / 10000^(i / half).
     """
     half = width // 2
     angle = t_bf.astype(jnp.float32)[..., None] * np.float32(10000.0 ** (-np.arange(half) / half))
@@ -120,8 +122,9 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
 def modulate(
     x_bfpm: jax.Array, shift_bfm: jax.Array, scale_bfm: jax.Array, eps: float
 ) -> jax.Array:
-    """LN(x) (1 + scale) + shift (adaLN of DiT, arXiv 2212.09748), one shift and scale per frame; in
-    the dtype of x.
+    """LN(x) (1 + scale) + shift (adaLN of DiT, arXiv 2212.09748), one shift and scale per frame.
+
+    Returned in the dtype of x.
     """
     shift, scale = (y[:, :, None].astype(jnp.float32) for y in (shift_bfm, scale_bfm))
     return (layer_norm(x_bfpm, eps) * (1 + scale) + shift).astype(x_bfpm.dtype)
@@ -142,8 +145,9 @@ def _linear(
 def _text_init(
     key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32, **_: Any
 ) -> jax.Array:
-    """As published, deviation 0.02, where 3072 or more channels come in; with fewer, more, so that
-    text is as loud.
+    """As published, deviation 0.02, where 3072 or more channels come in.
+
+    With fewer, more, so that text is as loud.
     """
     fan_in = shape[0]
     return jax.random.normal(key, shape, dtype) * 0.02 * max(1.0, (3072 / fan_in) ** 0.5)
@@ -176,8 +180,9 @@ class LayerNorm(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel: one product per patch. [b, f, h, w, c] -> [b, f, p,
-    m].
+    """A convolution whose stride is its kernel: one product per patch.
+
+    [b, f, h, w, c] -> [b, f, p, m].
     """
 
     def __init__(
@@ -253,8 +258,9 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention and feed-forward, modulated by t; between them cross-attention to the text,
-    which is not.
+    """Self-attention and feed-forward, modulated by t.
+
+    Between them cross-attention to the text, which is not.
     """
 
     def __init__(
@@ -309,8 +315,9 @@ class Head(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """The transformer. Initialised as published for Wan 2.1: the head is zero, so an untrained
-    network says v = 0.
+    """The transformer.
+
+    Initialised as published for Wan 2.1: the head is zero, so an untrained network says v = 0.
 
     One initialisation depends on the width, `text_embedding`: drawn for 4096 channels, it would
     hand a narrow network text so quiet that training never hears the prompt.
@@ -403,8 +410,9 @@ class DiT(nnx.Module):
         attend: Attend,
         cache: tuple[Any, ...] | None,
     ) -> tuple[jax.Array, tuple[Any, ...] | None]:
-        """All blocks, as a loop of the compiler (scan) or of Python; without a cache possibly
-        recomputed (remat).
+        """All blocks, as a loop of the compiler (scan) or of Python.
+
+        Without a cache possibly recomputed (remat).
         """
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
@@ -414,9 +422,8 @@ class DiT(nnx.Module):
 
             return jax.checkpoint(apply) if cache is None and self.config.remat else apply
 
-        applies = {
-            graph: function(graph) for graph in graphs
-        }  # one, unless layers were changed, see lora.attach
+        # One, unless layers were changed, see lora.attach.
+        applies = {graph: function(graph) for graph in graphs}
         if cache is None and self.config.scan_layers:
             if len(applies) > 1:
                 raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import load_config
+from chameleon_jax.data.images import to_uint8
 from chameleon_jax.inference import Pipeline
 from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.models.text import Tokenizer, TokenizerError
@@ -226,3 +227,56 @@ def test_full_size_is_described_without_weights():
     assert arguments["decode_first"][0].shape == (1, 3, 80, 44, 48)
     assert arguments["encode_image"][0].shape == (1280, 704, 3)
     assert "while" in pipeline.lower("chunk").as_text()  # the four denoising steps are one loop
+
+
+DECODER = {
+    "network": "taehv",
+    "z_dim": 4,
+    "enc_width": 4,
+    "dec_widths": (8, 4, 4),
+    "temporal_down": (True, True),
+    "temporal_up": (True, True),
+}
+
+
+def with_decoder(**changes):
+    config = smoke().copy_and_resolve_references().unlock()
+    config.model.decoder = DECODER | changes
+    return config
+
+
+def test_a_small_decoder_takes_the_place_of_the_vae(tmp_path):
+    """The same latents, so the same motion; other pixels, which `decoder.decode` gives, too."""
+    plain, small = Pipeline.random(smoke(), seed=1), Pipeline.random(with_decoder(), seed=1)
+    frames = []
+    for pipeline in (plain, small):
+        session = pipeline.session()
+        session.start(GREY, GREY, "", seed=2)
+        frames.append([session.next_chunk(), session.next_chunk()])
+    assert [chunk.shape for chunk in frames[1]] == [chunk.shape for chunk in frames[0]]
+    assert not np.array_equal(frames[0][0], frames[1][0])
+
+    media, stream = small.media, small.stream
+    text_kv = media.text_kv(small.encode_prompt(""))
+    picture = media.encode_image(np.full((32, 16, 3), 128, np.uint8))
+    cache = stream.refresh(stream.new_cache(), picture, picture, text_kv)
+    latents, _ = stream.chunk(cache, text_kv, 2, 0)
+    whole = np.asarray(to_uint8(small.decoder.decode(latents)))[0]
+    assert np.abs(whole.astype(int) - frames[1][0]).max() <= 1
+
+    small.save(tmp_path)
+    loaded = Pipeline.from_pretrained(tmp_path)
+    session = loaded.session()
+    session.start(GREY, GREY, "", seed=2)
+    assert np.array_equal(session.next_chunk(), frames[1][0])
+
+
+@pytest.mark.parametrize("change", [{"z_dim": 5}, {"patch": 1}])
+def test_a_decoder_of_other_latents_is_refused(change):
+    with pytest.raises(PipelineError, match=r"model\.decoder has .* it decodes the same latents"):
+        Pipeline.random(with_decoder(**change))
+
+
+def test_a_pipeline_says_what_it_is():
+    text = repr(Pipeline.random(smoke(), text=False))
+    assert text.startswith("Pipeline(smoke: ") and "32x16 pixels, float32, sampler euler" in text

@@ -1,4 +1,4 @@
-"""Videos of several shots: what the chunks are told and made of, one program for all of them, and
+"""Videos of several shots: what the chunks hear and made of, one program for all of them, and
 what is refused.
 
 That the chunks themselves are right is shown in tests/diffusion/rollout_test.py.
@@ -20,7 +20,7 @@ from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError, stretched, to_uint8
 from chameleon_jax.diffusion import rollout
 from chameleon_jax.inference import Pipeline, PipelineError
-from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot, told
+from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot, chunk_prompts
 from launch.bench import compilations
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +74,8 @@ def picture(seed=0, size=(50, 40)) -> np.ndarray:
 
 
 def test_a_cut_is_told_in_the_first_chunk_of_a_later_shot():
-    assert list(told(SHOTS)) == TOLD
-    assert list(told([Shot("a", 1, cut=False), Shot("a", 1)])) == [
+    assert list(chunk_prompts(SHOTS)) == TOLD
+    assert list(chunk_prompts([Shot("a", 1, cut=False), Shot("a", 1)])) == [
         ("a", False),
         ("The scene transitions. a", True),
     ]
