@@ -356,7 +356,6 @@ def test_an_image_fills_the_frame_and_is_cropped_in_the_middle():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solver": "euler"}, "solver 'euler' is not one of unipc"),
         ({"grid": "karras"}, "grid 'karras' is not one of wan, diffusers"),
         ({"steps": 0}, "expected 1 to 1000"),
         ({"steps": 1001}, "expected 1 to 1000"),

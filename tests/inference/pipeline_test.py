@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import load_config
-from chameleon_jax.data.images import to_uint8
+from chameleon_jax.data.images import prepare_garment, prepare_reference, to_uint8
 from chameleon_jax.inference import Pipeline
 from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.models.text import Tokenizer, TokenizerError
@@ -95,10 +95,23 @@ def test_without_text_encoder_prompts_must_be_states():
         pipeline.save("unused")
 
 
-def test_all_mismatches_of_all_networks_in_one_error(folder):
+def test_sizes_are_compared_before_any_weights_are_read(folder):
     config = smoke("model.vae.enc_width=8", "model.dit.layers=1", "model.text.ffn=48")
     with pytest.raises(WeightsError) as caught:
         Pipeline.from_pretrained(folder, config)
+    message = str(caught.value)
+    for part in ("model.vae.enc_width is 8", "model.dit.layers is 1", "model.text.ffn is 48"):
+        assert part in message
+    assert "tensors" not in message and "\n" not in message
+
+
+def test_all_mismatches_of_all_networks_in_one_error(folder, tmp_path):
+    """Without a config of their own, weights show what they are by their shapes alone."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "config.json").unlink()
+    config = smoke("model.vae.enc_width=8", "model.dit.layers=1", "model.text.ffn=48")
+    with pytest.raises(WeightsError) as caught:
+        Pipeline.from_pretrained(copy, config)
     message = str(caught.value)
     for part in (
         "vae.safetensors",
@@ -106,7 +119,6 @@ def test_all_mismatches_of_all_networks_in_one_error(folder):
         "text.safetensors",
         "unexpected blocks.1.",
         "encoder.",
-        "model.vae.enc_width",
     ):
         assert part in message
     assert "\n" not in message
@@ -194,13 +206,15 @@ def test_no_such_folder():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("video.height=120", "multiples of 16"),
-        ("video.width=0", "multiples of 16"),
+        ("video.height=120", "the height must be a multiple of 16 pixels"),
+        ("video.width=0", r"video\.width is 0; expected a whole number of at least 1"),
+        ("video.fps=0", r"video\.fps is 0; expected a number above 0"),
+        ("model.dit.heads=0", r"model\.dit: heads is 0; expected a whole number"),
         ("dtype=float16", "float16"),
         ("model.text.length=8", "text_length"),
-        ("sampler.name=few_step sampler.steps=8", "change both"),
+        ("sampler.name=few_step", r"sampler\.steps: the sampler 'few_step' has no such setting"),
         ("model.dit.heads=3", "multiple of heads"),
-        ("cache.sink=2", "whole chunks"),
+        ("cache.frames=4", "expected room for a chunk of 3"),
     ],
 )
 def test_config_that_cannot_work(override, message):
@@ -258,8 +272,11 @@ def test_a_small_decoder_takes_the_place_of_the_vae(tmp_path):
 
     media, stream = small.media, small.stream
     text_kv = media.text_kv(small.encode_prompt(""))
-    picture = media.encode_image(np.full((32, 16, 3), 128, np.uint8))
-    cache = stream.refresh(stream.new_cache(), picture, picture, text_kv)
+    person, garment = (
+        media.encode_image(prepare(GREY, small.size))
+        for prepare in (prepare_reference, prepare_garment)
+    )
+    cache = stream.refresh(stream.new_cache(), person, garment, text_kv)
     latents, _ = stream.chunk(cache, text_kv, 2, 0)
     whole = np.asarray(to_uint8(small.decoder.decode(latents)))[0]
     assert np.abs(whole.astype(int) - frames[1][0]).max() <= 1
