@@ -105,7 +105,7 @@ class Pipeline:
             error.
           TokenizerError: an unusable `tokenizer.json`.
         """
-        from chameleon_jax.models.text import Tokenizer, TokenizerError
+        from chameleon_jax.data.tokenizer import Tokenizer, TokenizerError
         from chameleon_jax.weights.params import WeightsError, load_params
 
         folder = find_weights(name)
@@ -151,7 +151,11 @@ class Pipeline:
             name: random_module(build, (seed, index))
             for index, (name, build) in enumerate(builders.items())
         }
-        tokenizer = byte_tokenizer(config.model.text.length) if text else None
+        tokenizer = None
+        if text:
+            from chameleon_jax.data.tokenizer import byte_tokenizer
+
+            tokenizer = byte_tokenizer(config.model.text.length)
         return cls(modules["vae"], modules["dit"], modules.get("text"), tokenizer, config)
 
     @classmethod
@@ -315,25 +319,6 @@ def check_config(config: Mapping[str, Any]) -> ConfigDict:
 def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     return plain if dtype is None else plain | {"dtype": dtype}
-
-
-def byte_tokenizer(length: int) -> Any:
-    """A tokenizer whose pieces are the 256 bytes of UTF-8: no vocabulary to learn, every language,
-    258 ids.
-    """
-    import tokenizers
-
-    from chameleon_jax.models.text import Tokenizer
-
-    names = ["<pad>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    pieces = tokenizers.Tokenizer(
-        tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [])
-    )
-    pieces.add_special_tokens(names[:2])
-    pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    return Tokenizer(pieces, length)
 
 
 def random_module(build: Callable[[], nnx.Module], seed: tuple[int, ...]) -> nnx.Module:

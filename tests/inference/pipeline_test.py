@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import load_config
+from chameleon_jax.data.tokenizer import Tokenizer, TokenizerError
 from chameleon_jax.inference import Pipeline
 from chameleon_jax.inference.pipeline import PipelineError
-from chameleon_jax.models.text import Tokenizer, TokenizerError
 from chameleon_jax.weights.params import WeightsError, flat_params
 
 ROOT = Path(__file__).parents[2]

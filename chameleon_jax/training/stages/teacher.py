@@ -29,9 +29,9 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
+from chameleon_jax.data.tokenizer import Tokenizer
 from chameleon_jax.diffusion import flow, sampler
 from chameleon_jax.models.dit import bidirectional_forward
-from chameleon_jax.models.text import Tokenizer
 from chameleon_jax.training.feed import HostBatch, Part
 from chameleon_jax.training.networks import Network, build_network
 from chameleon_jax.training.report import picture_grid
