@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,6 @@ from types import TracebackType
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageDraw
 
 from chameleon_jax.errors import UserError
 
@@ -211,51 +210,6 @@ def read_video(source: str | os.PathLike | bytes, frames: int | None = None) -> 
     if frames is not None and len(decoded) < frames:
         raise VideoError(f"{name}: {len(decoded)} frames; {frames} are needed")
     return np.stack(decoded)
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[np.ndarray]],
-    labels: Sequence[str] | None = None,
-    *,
-    columns: int | None = None,
-    scale: int = 1,
-    gap: int = 2,
-) -> Image.Image:
-    """Rows of frames on one picture.
-
-    Args:
-      rows: each a sequence of uint8 [h, w, 3] frames, e.g. [t, h, w, 3]; rows and frames may differ
-        in size.
-      labels: one line of text above each row.
-      columns: show at most so many frames of a row, evenly spaced, its first and last included.
-      scale: enlarge every pixel to a square of this side.
-      gap: pixels between frames.
-    """
-    if not rows or not all(len(row) for row in rows):
-        raise ValueError("contact_sheet needs at least one row, and a frame in each")
-    if labels is not None and len(labels) != len(rows):
-        raise ValueError(f"{len(labels)} labels for {len(rows)} rows")
-    text_height = 14 if labels is not None else 0
-    picked = []
-    for row in rows:
-        count = len(row) if columns is None else min(columns, len(row))
-        picked.append([np.asarray(row[round(i)]) for i in np.linspace(0, len(row) - 1, count)])
-    heights = [max(frame.shape[0] for frame in row) * scale for row in picked]
-    width = max(sum(frame.shape[1] * scale + gap for frame in row) for row in picked) + gap
-    sheet = Image.new(
-        "RGB", (width, sum(heights) + len(rows) * (gap + text_height) + gap), (255, 255, 255)
-    )
-    draw, y = ImageDraw.Draw(sheet), gap
-    for index, row in enumerate(picked):
-        if labels is not None:
-            draw.text((gap, y), labels[index], fill=(0, 0, 0))
-            y += text_height
-        x = gap
-        for frame in row:
-            sheet.paste(Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1)), (x, y))
-            x += frame.shape[1] * scale + gap
-        y += heights[index] + gap
-    return sheet
 
 
 def _add_stream(

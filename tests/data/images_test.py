@@ -57,7 +57,7 @@ def test_lossless_formats_come_back_exactly(form):
     assert opened.mode == "RGB"
 
 
-def test_format_is_told_by_content_not_by_extension(tmp_path):
+def test_the_content_decides_about_the_format_not_the_extension(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(encoded(picture(), "PNG"))
     np.testing.assert_array_equal(np.asarray(images.open_image(path)), picture())

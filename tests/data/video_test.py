@@ -10,6 +10,7 @@ import pytest
 
 from chameleon_jax.data import video
 from chameleon_jax.data.video import VideoError, VideoWriter
+from chameleon_jax.evaluation.metrics import psnr
 
 
 def clip(frames: int = 9, height: int = 64, width: int = 48) -> np.ndarray:
@@ -18,10 +19,6 @@ def clip(frames: int = 9, height: int = 64, width: int = 48) -> np.ndarray:
     for t in range(frames):
         out[t, 8:40, 2 * t : 2 * t + 16] = (200, 40, 60)
     return out
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
 
 
 @pytest.mark.parametrize("yuv444p", [False, True])
@@ -160,16 +157,3 @@ def audio_only() -> bytes:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
-
-
-def test_contact_sheet_places_frames():
-    rows = [clip(9), clip(3)]
-    sheet = np.asarray(video.contact_sheet(rows, ["first", "second"], columns=4, scale=2, gap=3))
-    assert sheet.shape == (2 * (14 + 128 + 3) + 3, 4 * (96 + 3) + 3, 3)
-    np.testing.assert_array_equal(sheet[17 : 17 + 128 : 2, 3 : 3 + 96 : 2], clip(9)[0])
-    last = 3 + 3 * 99
-    np.testing.assert_array_equal(sheet[17 : 17 + 128 : 2, last : last + 96 : 2], clip(9)[8])
-    with pytest.raises(ValueError, match="labels"):
-        video.contact_sheet(rows, ["one"])
-    with pytest.raises(ValueError, match="at least one row"):
-        video.contact_sheet([])
