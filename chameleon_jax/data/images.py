@@ -15,13 +15,13 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from chameleon_jax.errors import UserError, one_line
+from chameleon_jax.errors import UserError, one_line, printable
+from chameleon_jax.files import open_to_read
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000
@@ -85,9 +85,8 @@ def open_image(
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, data = name or "image", bytes(source)
     elif isinstance(source, (str, os.PathLike)):
-        name = name or os.fspath(source)
-        name = name if name.isprintable() else repr(name)
-        data = _read_file(Path(source), name, max_bytes)
+        name = name or printable(os.fspath(source))
+        data = _read_file(source, name, max_bytes)
     else:
         raise ImageError(
             f"{name or 'image'}: {type(source).__name__}; expected a path, bytes, a Pillow image or"
@@ -239,20 +238,12 @@ def encode_image(image: np.ndarray | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
-    try:
-        if not path.exists():
-            raise ImageError(f"{name}: no such file")
-        if not path.is_file():  # a pipe or a device would block or never end
-            raise ImageError(f"{name}: not a file")
-        with path.open("rb") as file:
+def _read_file(path: str | os.PathLike, name: str, max_bytes: int) -> bytes:
+    with open_to_read(path, ImageError, name) as file:
+        try:
             return file.read(max_bytes + 1)
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from None
-    except ImageError:
-        raise
-    except ValueError as error:  # a NUL character in the path
-        raise ImageError(f"{name}: not a usable path ({one_line(error)})") from None
+        except OSError as error:
+            raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -157,7 +157,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path):
             images.open_image(source)
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
-    for path in ("a\0b.png", "a\nb.png", "a" * 5000):
+    for path in ("a\0b.png", "a\nb.png", "\udcff.png", "a" * 5000):
         with pytest.raises(ImageError) as caught:
             images.open_image(path)
         assert str(caught.value).isprintable()
