@@ -51,3 +51,10 @@ def install_command(extra: str) -> str:
 def one_line(error: BaseException | str) -> str:
     """A message without line breaks; the name of the class if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(name: str | bytes) -> str:
+    """A name or path as a message shows it: quoted and escaped if it would break the line."""
+    if isinstance(name, bytes) or not name.isprintable():
+        return repr(name)
+    return name

@@ -12,7 +12,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from chameleon_jax.errors import UserError, one_line, printable
 
 
 @contextlib.contextmanager
@@ -34,6 +36,39 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def open_to_read(
+    path: str | os.PathLike, kind: type[UserError], name: str | None = None
+) -> BinaryIO:
+    """An ordinary file, opened in binary; a pipe or a device, which may never end, is refused.
+
+    The file object has a number instead of a name, for libraries that take some names for addresses
+    or patterns (FFmpeg: `12:30.mp4`, `pipe:`, `%d.png`).
+
+    Args:
+      path: of the file.
+      kind: class of the error.
+      name: what the message calls the file; default its path.
+
+    Raises:
+      UserError: of the class `kind`: there is no such file, or it cannot be read.
+    """
+    name = name or printable(os.fspath(path))
+    try:
+        if not os.path.exists(path):
+            os.stat(path)  # says why
+        if not os.path.isfile(path):
+            raise kind(f"{name}: not a file")
+        return open(os.open(path, os.O_RDONLY), "rb")
+    except FileNotFoundError:
+        raise kind(f"{name}: no such file") from None
+    except OSError as error:
+        raise kind(f"{name}: cannot be read ({error.strerror or error})") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a NUL character in the path
+        raise kind(f"{name}: not a usable path ({one_line(error)})") from None
 
 
 def part_path(target: Path) -> Path:

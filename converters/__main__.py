@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chameleon_jax.models.text import TokenizerError
+from chameleon_jax.data.tokenizer import TokenizerError
 from chameleon_jax.weights.tensors import DTYPES, WeightsError
 from converters import convert
 from converters.lora import LoraPart, parse_strength

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from chameleon_jax.data.tokenizer import Tokenizer
 from chameleon_jax.errors import UserError
-from chameleon_jax.models.text import Tokenizer
 from chameleon_jax.weights.lora import Change
 from chameleon_jax.weights.tensors import (
     INDEX_SUFFIX,

@@ -125,7 +125,7 @@ class Sheet:
 
     def save(self, path: Path, pictures: Sequence[np.ndarray] = (), label: str = "") -> None:
         """Write it as PNG, complete or not at all, with `pictures` in a first row called `label`."""
-        from chameleon_jax.data.video import contact_sheet
+        from chameleon_jax.data.sheets import contact_sheet
 
         rows, labels = ([pictures], [label]) if len(pictures) else ([], [])
         for i in range(0, len(self.kept), 8):

@@ -26,7 +26,7 @@ from chameleon_jax.config import ConfigError, save_config
 from chameleon_jax.data.loader import DataError
 from chameleon_jax.data.memory import InMemorySource
 from chameleon_jax.data.sources import MatchingSource, Source, SourceError, open_sources
-from chameleon_jax.models.text import TokenizerError
+from chameleon_jax.data.tokenizer import TokenizerError
 from chameleon_jax.sharding import MeshError
 from chameleon_jax.training import loop
 from chameleon_jax.training.checkpoints import CheckpointError

@@ -16,8 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from chameleon_jax import files
-from chameleon_jax.data.tokenizer import train_pieces
-from chameleon_jax.models.text import clean_text
+from chameleon_jax.data.tokenizer import clean_text, train_pieces
 from launch.cli import UsageError, fail, parse
 
 

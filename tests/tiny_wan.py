@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from chameleon_jax.inference.pipeline import byte_tokenizer
+from chameleon_jax.data.tokenizer import byte_tokenizer
 from chameleon_jax.models.text import TextConfig
 from chameleon_jax.models.vae import VaeConfig
 from tests import tiny_dit

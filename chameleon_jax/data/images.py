@@ -1,32 +1,35 @@
 """Pictures in: any PNG, JPEG or WebP that a user holds becomes RGB, and then the model's size.
 
 Sizes are (height, width) in pixels everywhere; arrays are uint8 [h, w, 3] unless said otherwise.
-The two preparations are those of FashionChameleon (arXiv 2605.15824): the training set is resized
-bilinearly, the pictures of a user with sharper filters.
+FashionChameleon (arXiv 2605.15824) resizes its training set bilinearly and the pictures of a user
+with sharper filters; Wan2.2 and LongLive prepare a first frame in ways of their own. Each way is
+one of three geometries (`fill`, `fit_on_white`, stretching) with a filter and rules of rounding.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import warnings
 import zlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from chameleon_jax.errors import UserError
+from chameleon_jax.errors import UserError, one_line, printable
+from chameleon_jax.files import open_to_read
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 100 * 2**20
-MAX_ASPECT = (
-    32  # a longer strip has nothing to show, and filling the frame with it would need gigabytes
-)
-WHITE = (255, 255, 255)
+# A longer strip has nothing to show, and filling the frame with it would need gigabytes.
+MAX_ASPECT = 32
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+Round = Callable[[float], int]  # `int` truncates, `round` goes to the nearest, half to even
 
 # What Pillow's decoders raise on damaged files, beside OSError.
 _DECODE_ERRORS = (
@@ -45,9 +48,7 @@ _DECODE_ERRORS = (
 
 
 class ImageError(UserError):
-    """A picture cannot be used. The message is one line that names the picture and says what is
-    wrong.
-    """
+    """A picture cannot be used. The message is one line: which picture, and what is wrong."""
 
 
 def open_image(
@@ -59,8 +60,8 @@ def open_image(
 ) -> Image.Image:
     """Read a picture as 8-bit RGB, upright, with transparency laid over white.
 
-    Size and format are judged from the header, before anything is decoded. The format is told by
-    the content, not by the file's extension. Of an animation the first frame is taken. Colour
+    Size and format are judged from the header, before anything is decoded. The content decides
+    about the format, not the file's extension. Of an animation the first frame is taken. Colour
     profiles are not applied.
 
     Args:
@@ -84,9 +85,8 @@ def open_image(
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, data = name or "image", bytes(source)
     elif isinstance(source, (str, os.PathLike)):
-        name = name or os.fspath(source)
-        name = name if name.isprintable() else repr(name)
-        data = _read_file(Path(source), name, max_bytes)
+        name = name or printable(os.fspath(source))
+        data = _read_file(source, name, max_bytes)
     else:
         raise ImageError(
             f"{name or 'image'}: {type(source).__name__}; expected a path, bytes, a Pillow image or"
@@ -112,128 +112,112 @@ def open_image(
             f"{name}: not a PNG, JPEG or WebP picture, or damaged at its start"
         ) from None
     except _DECODE_ERRORS as error:
-        raise ImageError(f"{name}: not a readable picture ({_one_line(error)})") from None
+        raise ImageError(f"{name}: not a readable picture ({one_line(error)})") from None
     return _upright_rgb(image, name, max_pixels)
 
 
 def prepare_reference(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """The person's picture as the sampler sees it: fills the frame, centre kept, Lanczos. See
-    `open_image`.
+    """The person's picture as the sampler sees it: fills the frame, Lanczos.
+
+    What is cut off is cut at fractions of a pixel, before scaling (`PIL.ImageOps.fit`).
 
     Args:
-      image: whatever `open_image` takes.
-      size: (height, width).
+      image: whatever `open_image` takes, here and below.
+      size: (height, width), here and below.
 
     Returns:
-      uint8 [height, width, 3].
+      uint8 [height, width, 3], here and below.
+
+    Raises:
+      ImageError: the picture cannot be used, here and below.
     """
     height, width = _check_size(size)
     return np.asarray(ImageOps.fit(open_image(image), (width, height), Image.Resampling.LANCZOS))
 
 
 def prepare_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """The garment's picture as the sampler sees it: the whole of it, centred on white, bicubic. See
-    `open_image`.
-
-    Args:
-      image: whatever `open_image` takes.
-      size: (height, width).
-
-    Returns:
-      uint8 [height, width, 3].
-    """
-    height, width = _check_size(size)
-    image = open_image(image)
-    scale = min(height / image.height, width / image.width)
-    inner = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
-    offset = (round((height - inner[0]) / 2), round((width - inner[1]) / 2))
-    return _on_white(image, inner, offset, size, Image.Resampling.BICUBIC)
+    """The garment's picture as the sampler sees it: the whole of it, on white, bicubic."""
+    return fit_on_white(open_image(image), size, Image.Resampling.BICUBIC, round, round)
 
 
 def prepare_training_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A video frame or a reference of the training set: bilinear, fills the frame, centre crop.
+    """A video frame or a person's picture of the training set: fills the frame, bilinear.
 
-    The scaled size is truncated, so that it may come out one pixel short; that pixel is black. The
-    crop's offset is rounded half to even.
-
-    Args:
-      image: whatever `open_image` takes.
-      size: (height, width).
-
-    Returns:
-      uint8 [height, width, 3].
+    The scaled size is truncated, so that it may come out one pixel short; that pixel is black.
     """
-    height, width = _check_size(size)
-    image = open_image(image)
-    scale = max(height / image.height, width / image.width)
-    inner_h, inner_w = int(image.height * scale), int(image.width * scale)
-    if (inner_h, inner_w) != (image.height, image.width):
-        image = image.resize((inner_w, inner_h), Image.Resampling.BILINEAR)
-    out = Image.new("RGB", (width, height))
-    out.paste(image, (_offset(width, inner_w), _offset(height, inner_h)))
-    return np.asarray(out)
+    return fill(open_image(image), size, Image.Resampling.BILINEAR, int, round)
 
 
 def prepare_training_garment(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A garment picture of the training set: bilinear, whole, centred on white; an odd pixel goes
-    right and bottom.
+    """A garment's picture of the training set: the whole of it, on white, bilinear.
+
+    An odd pixel of white goes to the right and to the bottom.
+    """
+    return fit_on_white(open_image(image), size, Image.Resampling.BILINEAR, int, math.floor)
+
+
+def first_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A picture as the first frame of a clip, as Wan2.2 prepares it: fills the frame, Lanczos."""
+    return fill(open_image(image), size, Image.Resampling.LANCZOS, round, math.floor)
+
+
+def stretched(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """A picture as the first frame of a video, as LongLive prepares it: stretched, bilinear."""
+    height, width = _check_size(size)
+    return np.asarray(open_image(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def fill(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    whole: Round,
+    middle: Round,
+) -> np.ndarray:
+    """Scale a picture until it fills a frame, and cut off what stands over; its centre stays.
 
     Args:
-      image: whatever `open_image` takes.
-      size: (height, width).
+      image: RGB.
+      size: (height, width) of the frame.
+      resample: filter of the scaling.
+      whole: makes whole pixels of the scaled size. `int` may make it one pixel short of the frame;
+        that pixel is black.
+      middle: makes whole pixels of half of what stands over, which is cut off left and on top.
 
     Returns:
       uint8 [height, width, 3].
     """
     height, width = _check_size(size)
-    image = open_image(image)
+    scale = max(height / image.height, width / image.width)
+    inner = (whole(image.height * scale), whole(image.width * scale))
+    offset = (-middle((inner[0] - height) / 2), -middle((inner[1] - width) / 2))
+    return _paste(image, inner, offset, size, resample, BLACK)
+
+
+def fit_on_white(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    whole: Round,
+    middle: Round,
+) -> np.ndarray:
+    """Scale a picture until the whole of it is in a frame, centred on white.
+
+    Args:
+      image: RGB.
+      size: (height, width) of the frame.
+      resample: filter of the scaling.
+      whole: makes whole pixels of the scaled size.
+      middle: makes whole pixels of half of the margin, which goes left and on top.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    height, width = _check_size(size)
     scale = min(height / image.height, width / image.width)
-    inner = (max(1, int(image.height * scale)), max(1, int(image.width * scale)))
-    offset = ((height - inner[0]) // 2, (width - inner[1]) // 2)
-    return _on_white(image, inner, offset, size, Image.Resampling.BILINEAR)
-
-
-def first_frame(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A picture as the first frame of a clip, as the published model prepares it: Lanczos, fills
-    the frame, centre crop.
-
-    Unlike `prepare_reference` it scales first, to whole pixels, and then crops whole pixels.
-
-    Args:
-      image: whatever `open_image` takes.
-      size: (height, width).
-
-    Returns:
-      uint8 [height, width, 3].
-
-    Raises:
-      ImageError: the picture cannot be used.
-    """
-    height, width = size
-    image = open_image(image)
-    scale = max(width / image.width, height / image.height)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
-    )
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))
-
-
-def stretched(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """A picture as the first frame of a video, as the published model prepares it: the whole of it,
-    stretched, bilinear.
-
-    Args:
-      image: whatever `open_image` takes.
-      size: (height, width).
-
-    Returns:
-      uint8 [height, width, 3].
-
-    Raises:
-      ImageError: the picture cannot be used.
-    """
-    return np.asarray(open_image(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    inner = (max(1, whole(image.height * scale)), max(1, whole(image.width * scale)))
+    offset = (middle((height - inner[0]) / 2), middle((width - inner[1]) / 2))
+    return _paste(image, inner, offset, size, resample, WHITE)
 
 
 def to_model(x: Any) -> Any:
@@ -247,29 +231,19 @@ def to_uint8(x: Any) -> Any:
 
 
 def encode_image(image: np.ndarray | Image.Image) -> bytes:
-    """Lossless WebP bytes of a uint8 [h, w, 3] array or of an RGB image: about 0.8 times the size
-    of a PNG.
-    """
+    """Lossless WebP bytes of uint8 [h, w, 3] or of an RGB image: about 0.8 times a PNG's size."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", lossless=True, quality=60, method=3)
     return buffer.getvalue()
 
 
-def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
-    try:
-        if not path.exists():
-            raise ImageError(f"{name}: no such file")
-        if not path.is_file():  # a pipe or a device would block or never end
-            raise ImageError(f"{name}: not a file")
-        with path.open("rb") as file:
+def _read_file(path: str | os.PathLike, name: str, max_bytes: int) -> bytes:
+    with open_to_read(path, ImageError, name) as file:
+        try:
             return file.read(max_bytes + 1)
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from None
-    except ImageError:
-        raise
-    except ValueError as error:  # a NUL character in the path
-        raise ImageError(f"{name}: not a usable path ({_one_line(error)})") from None
+        except OSError as error:
+            raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -316,14 +290,12 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise
     except _DECODE_ERRORS as error:
         raise ImageError(
-            f"{name}: the picture is truncated or damaged ({_one_line(error)})"
+            f"{name}: the picture is truncated or damaged ({one_line(error)})"
         ) from None
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Damaged EXIF says nothing about orientation, and the pixels are
-    fine without it.
-    """
+    """Apply the EXIF orientation; damaged EXIF says nothing, and the pixels stay as they are."""
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
@@ -340,23 +312,18 @@ def _sixteen_bit(image: Image.Image, name: str) -> np.ndarray:
     return values.astype(np.uint16)
 
 
-def _offset(outer: int, inner: int) -> int:
-    """Left or top edge of `inner` in `outer`: negative if cropped (rounded half to even), floored
-    if padded.
-    """
-    return -round((inner - outer) / 2) if inner >= outer else (outer - inner) // 2
-
-
-def _on_white(
+def _paste(
     image: Image.Image,
     inner: tuple[int, int],
     offset: tuple[int, int],
     size: tuple[int, int],
     resample: Image.Resampling,
+    background: tuple[int, int, int],
 ) -> np.ndarray:
+    """A picture scaled to `inner`, its corner at `offset` of a frame; all (rows, columns)."""
     if inner != (image.height, image.width):
         image = image.resize(inner[::-1], resample)
-    out = Image.new("RGB", size[::-1], WHITE)
+    out = Image.new("RGB", size[::-1], background)
     out.paste(image, offset[::-1])
     return np.asarray(out)
 
@@ -366,7 +333,3 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ValueError(f"size is {size}; expected (height, width) of at least 1 pixel")
     return height, width
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

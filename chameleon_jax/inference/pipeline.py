@@ -14,6 +14,7 @@ Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query to
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,8 @@ from chameleon_jax.models.build import DTYPES
 from chameleon_jax.models.dit import DiT
 from chameleon_jax.models.vae import Vae
 from chameleon_jax.weights.random import fill_randomly
+
+log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "assets" / "runway_tiny"
 
@@ -126,7 +129,7 @@ class Pipeline:
             error.
           TokenizerError: an unusable `tokenizer.json`.
         """
-        from chameleon_jax.models.text import Tokenizer, TokenizerError
+        from chameleon_jax.data.tokenizer import Tokenizer, TokenizerError
         from chameleon_jax.weights.params import WeightsError, load_params
 
         folder = find_weights(name)
@@ -172,7 +175,11 @@ class Pipeline:
         for index, name in enumerate(networks_of(config, text=text)):
             modules[name] = _abstract(config, name)
             fill_randomly(modules[name], (seed, index))
-        tokenizer = byte_tokenizer(config.model.text.length) if text else None
+        tokenizer = None
+        if text:
+            from chameleon_jax.data.tokenizer import byte_tokenizer
+
+            tokenizer = byte_tokenizer(config.model.text.length)
         return cls(**modules, tokenizer=tokenizer, config=config)
 
     @classmethod
@@ -307,7 +314,8 @@ class Pipeline:
     def encode_prompt(self, prompt: str | jax.Array | np.ndarray) -> jax.Array:
         """Text states [1, l, m] of a prompt of any language; the empty prompt is allowed.
 
-        Already encoded states of that shape are passed through.
+        Already encoded states of that shape are passed through. A prompt that is longer than the
+        text length loses its end, with a warning; see `cut_prompt`.
 
         Raises:
           PipelineError: a string, but the pipeline has no text encoder; or states of another shape.
@@ -321,27 +329,28 @@ class Pipeline:
             raise PipelineError(
                 "this pipeline has no text encoder; give the prompt as encoded states [1, l, m]"
             )
+        _, cut = self.cut_prompt(prompt)
+        if cut:
+            log.warning(
+                "the prompt has more than %d tokens: its end is left out, from %r on; shorten it",
+                self.tokenizer.length,
+                cut[:60],
+            )
         ids, mask = self.tokenizer([prompt])
         return self.media.encode_text(ids, mask)
+
+    def cut_prompt(self, prompt: str) -> tuple[str, str]:
+        """The part of a prompt that the text encoder reads, and the rest, "" if all of it fits.
+
+        Raises:
+          PipelineError: the pipeline has no text encoder.
+        """
+        if self.tokenizer is None:
+            raise PipelineError("this pipeline has no text encoder, which would read a prompt")
+        encoded = self.tokenizer.encode([prompt])
+        return encoded.kept[0], encoded.cut[0]
 
 
 def _abstract(config: Any, name: str) -> Any:
     """A network without weights, in the dtype of the config."""
     return build.abstract(name, config.model[name], dtype=DTYPES[config.dtype])
-
-
-def byte_tokenizer(length: int) -> Any:
-    """A tokenizer whose pieces are the 256 bytes of UTF-8: every language, 258 ids."""
-    import tokenizers
-
-    from chameleon_jax.models.text import Tokenizer
-
-    names = ["<pad>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    pieces = tokenizers.Tokenizer(
-        tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [])
-    )
-    pieces.add_special_tokens(names[:2])
-    pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    return Tokenizer(pieces, length)

@@ -122,7 +122,7 @@ def _converted(folder: Path) -> Path:
     Raises:
       PipelineError: it is not the whole of a pipeline, or does not fit.
     """
-    from chameleon_jax.models.text import TokenizerError
+    from chameleon_jax.data.tokenizer import TokenizerError
     from chameleon_jax.weights.tensors import WeightsError
     from converters import convert
     from converters.recognise import OURS, RecognitionError, checkpoint_files, recognise

@@ -1,4 +1,4 @@
-"""The text side: UMT5 encoder, tokenizer, and the cleaning of prompts.
+"""The text encoder, UMT5: token ids to text states.
 
 UMT5 (Chung et al., arXiv 2304.09151) is a T5 encoder (Raffel et al., arXiv 1910.10683; version 1.1
 with the gated GELU of Shazeer, arXiv 2002.05202) in which every layer has a table of relative
@@ -11,20 +11,12 @@ Axes: b batch, l query tokens, s key tokens, n heads, d head dim, m width.
 from __future__ import annotations
 
 import dataclasses
-import html
-import os
-import re
-from pathlib import Path
 
-import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from einops import rearrange
 from flax import nnx
-
-from chameleon_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +29,25 @@ class TextConfig:
     head_dim: int  # channels of a head
     ffn: int  # hidden channels of the gated feed-forward
     layers: int  # blocks
-    buckets: int = (
-        32  # relative distances told apart: half of them for keys ahead, half for keys behind
-    )
+    buckets: int = 32  # of relative distances: half for keys ahead, half for keys behind
     max_distance: int = 128  # farther keys share the last bucket
     length: int = 512  # tokens of a prompt after padding or truncation
     eps: float = 1e-6  # added to the mean square in the norms
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "eps":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"{field.name} is {value!r}; expected a whole number of at least 1"
+                )
+        if self.buckets < 4 or self.buckets % 2 or self.max_distance < self.buckets // 4:
+            raise ValueError(
+                f"buckets is {self.buckets}, max_distance {self.max_distance}; expected an even"
+                " number of at least 4, and at least a quarter of it"
+            )
 
     @classmethod
     def umt5_xxl(cls) -> TextConfig:
@@ -51,30 +56,25 @@ class TextConfig:
 
 
 def relative_buckets(length: int, buckets: int = 32, max_distance: int = 128) -> np.ndarray:
-    """Bucket of the distance key - query for every pair of positions, int32 [l, s] (arXiv
-    1910.10683, section 2.1).
+    """Bucket of the distance key - query for every pair of positions, int32 [l, s].
 
-    Half of the buckets are for keys ahead (distance > 0). Within a half of N, the first e = N/2
-    hold one distance each; bucket e + k starts at the first distance d with d / e >= (max_distance
-    / e)^(k / (N - e)), up to the last bucket. The comparison is made in integers: logarithms would
-    put distances such as 16 or 32 on the wrong side of an edge.
+    See arXiv 1910.10683, section 2.1. Half of the buckets are for keys ahead (distance > 0). Within
+    a half of N, the first e = N/2 hold one distance each; bucket e + k starts at the first distance
+    d with d / e >= (max_distance / e)^(k / (N - e)), up to the last bucket. The comparison is made
+    in integers: logarithms would put distances such as 16 or 32 on the wrong side of an edge.
     """
     half = buckets // 2
     exact = half // 2
     rest = half - exact
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     size = np.abs(distance)
-    edges = [
-        next(
-            d
-            for d in range(exact, max_distance + 1)
-            if d**rest * exact**k >= max_distance**k * exact**rest
-        )
-        for k in range(1, rest)
-    ]
-    bucket = np.where(
-        size < exact, size, exact + np.searchsorted(np.array(edges), size, side="right")
-    )
+    edges, d = [], exact
+    for k in range(1, rest):
+        while d**rest * exact**k < max_distance**k * exact**rest:
+            d += 1
+        edges.append(d)
+    far = exact + np.searchsorted(np.array(edges, int), size, side="right")
+    bucket = np.where(size < exact, size, far)
     return (bucket + half * (distance > 0)).astype(np.int32)
 
 
@@ -113,8 +113,9 @@ def _linear(
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention with a bias on the logits and no 1/sqrt(d): the initialisation of q
-    stands in for it.
+    """Multi-head attention with a bias on the logits and no 1 / sqrt(d).
+
+    That factor is part of the initialisation of q.
     """
 
     def __init__(
@@ -155,9 +156,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each with a residual; the position biases belong to the
-    block.
-    """
+    """Pre-norm attention and feed-forward, each with a residual; has its own position biases."""
 
     def __init__(
         self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
@@ -227,90 +226,3 @@ class TextEncoder(nnx.Module):
         for block in self.blocks:
             x_blm = block(x_blm, mask_bl, buckets_ls)
         return jnp.where(mask_bl[:, :, None], self.norm(x_blm), 0)
-
-
-def clean_text(text: str) -> str:
-    """Mend a prompt as Wan's training data were mended, before the tokenizer sees it.
-
-    Broken encodings and typographic characters are repaired (ftfy; full-width punctuation and curly
-    quotes become ASCII), HTML entities are resolved twice (scraped captions are often escaped
-    twice), runs of white space become one space.
-    """
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
-class TokenizerError(UserError):
-    """A tokenizer file is missing, unreadable or without the tokens that the encoder needs."""
-
-
-class Tokenizer:
-    """Prompts to token ids: cleaning, the pieces of a `tokenizer.json`, the end token, padding.
-
-    Args:
-      pieces: a tokenizer of the `tokenizers` library with the tokens `<pad>` and `</s>`.
-      length: tokens of a prompt after padding or truncation, end token included.
-
-    Raises:
-      TokenizerError: if one of the two tokens is not in the vocabulary.
-    """
-
-    def __init__(self, pieces: tokenizers.Tokenizer, length: int):
-        ids = {name: pieces.token_to_id(name) for name in ("<pad>", "</s>")}
-        lacking = [name for name, number in ids.items() if number is None]
-        if lacking:
-            raise TokenizerError(
-                f"the tokenizer has no {' and no '.join(lacking)}; expected the special tokens of"
-                " UMT5"
-            )
-        if length < 1:
-            raise ValueError(
-                f"length {length} leaves no room for the end token; expected at least 1"
-            )
-        pieces.no_truncation()  # both are done here, so that settings saved in the file cannot interfere
-        pieces.no_padding()
-        self.pieces, self.length = pieces, length
-        self.pad, self.end = ids["<pad>"], ids["</s>"]
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike, length: int) -> Tokenizer:
-        """Read a `tokenizer.json`.
-
-        Raises:
-          TokenizerError: if the file is missing, is not a tokenizer, or lacks the special tokens.
-        """
-        if not Path(path).is_file():
-            raise TokenizerError(f"{path}: no such file; expected a tokenizer.json")
-        try:
-            pieces = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises nothing narrower
-            raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from error
-        return cls(pieces, length)
-
-    @property
-    def vocab(self) -> int:
-        """Number of pieces, special tokens included: the smallest `TextConfig.vocab` that fits."""
-        return self.pieces.get_vocab_size()
-
-    def __call__(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Clean and encode a batch.
-
-        Args:
-          prompts: any strings; the empty one becomes the end token alone.
-
-        Returns:
-          ids_bl int32 [b, length], and mask_bl bool, True up to and including the end token. A
-          prompt that is too long loses its last pieces, never its end token.
-        """
-        if isinstance(prompts, str):
-            raise TypeError("expected a list of prompts, got one string; wrap it in a list")
-        ids = np.full((len(prompts), self.length), self.pad, np.int32)
-        mask = np.zeros(ids.shape, bool)
-        encodings = self.pieces.encode_batch(
-            [clean_text(p) for p in prompts], add_special_tokens=False
-        )
-        for row, encoding in enumerate(encodings):
-            tokens = [*encoding.ids[: self.length - 1], self.end]
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = True
-        return ids, mask

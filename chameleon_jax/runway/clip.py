@@ -30,8 +30,8 @@ from chameleon_jax.runway.garments import SKIRTS, GarmentSpec, held_out, sample_
 from chameleon_jax.runway.hair import HairSpec
 from chameleon_jax.runway.motion import MotionSpec, sample_motion
 from chameleon_jax.runway.scene import CameraSpec, SceneSpec, sample_camera, sample_scene
+from chameleon_jax.splits import SPLITS, split_of
 
-SPLITS = {"train": 0, "validation": 800_000, "test": 900_000}  # first seed of each
 VIDEO_SAMPLES, PICTURE_SAMPLES = 2, 3
 _HELD_OUT_TARGETS = 0.5  # share of validation clips whose garment was never seen in training
 
@@ -164,17 +164,6 @@ class Triplet:
     garment: np.ndarray
     captions: dict[str, Any]
     spec: dict[str, Any]
-
-
-def split_of(seed: int) -> str:
-    """The split a seed belongs to.
-
-    Raises:
-      ValueError: the seed is negative.
-    """
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; expected 0 or more")
-    return max((first, name) for name, first in SPLITS.items() if seed >= first)[1]
 
 
 def sample_spec(

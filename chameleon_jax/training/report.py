@@ -70,15 +70,6 @@ class MetricsWriter:
         self._board.add_image("preview", picture, step, dataformats="HWC")
 
 
-def picture_grid(rows: list[list[np.ndarray]], gap: int = 2) -> np.ndarray:
-    """Pictures uint8 [h, w, 3] of one size in rows, with white between them: uint8 [H, W, 3]."""
-    pad = ((0, gap), (0, gap), (0, 0))
-    lines = [
-        np.concatenate([np.pad(p, pad, constant_values=255) for p in row], axis=1) for row in rows
-    ]
-    return np.concatenate(lines, axis=0)
-
-
 def _keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step`, and one that a kill cut short."""
     if not path.exists():

@@ -57,7 +57,7 @@ def test_lossless_formats_come_back_exactly(form):
     assert opened.mode == "RGB"
 
 
-def test_format_is_told_by_content_not_by_extension(tmp_path):
+def test_the_content_decides_about_the_format_not_the_extension(tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(encoded(picture(), "PNG"))
     np.testing.assert_array_equal(np.asarray(images.open_image(path)), picture())
@@ -157,7 +157,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path):
             images.open_image(source)
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
-    for path in ("a\0b.png", "a\nb.png", "a" * 5000):
+    for path in ("a\0b.png", "a\nb.png", "\udcff.png", "a" * 5000):
         with pytest.raises(ImageError) as caught:
             images.open_image(path)
         assert str(caught.value).isprintable()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -10,6 +15,9 @@ import pytest
 
 from chameleon_jax.data import video
 from chameleon_jax.data.video import VideoError, VideoWriter
+from chameleon_jax.evaluation.metrics import psnr
+
+ROOT = Path(__file__).parents[2]
 
 
 def clip(frames: int = 9, height: int = 64, width: int = 48) -> np.ndarray:
@@ -18,10 +26,6 @@ def clip(frames: int = 9, height: int = 64, width: int = 48) -> np.ndarray:
     for t in range(frames):
         out[t, 8:40, 2 * t : 2 * t + 16] = (200, 40, 60)
     return out
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
 
 
 @pytest.mark.parametrize("yuv444p", [False, True])
@@ -94,14 +98,172 @@ def test_wrong_use_is_one_clear_line(tmp_path):
         VideoWriter(tmp_path / "no" / "a.mp4", 16, (64, 48))
     with pytest.raises(VideoError, match="even sizes"):
         VideoWriter(tmp_path / "a.mp4", 16, (63, 48))
-    with pytest.raises(VideoError, match="fps is 0"):
-        VideoWriter(tmp_path / "a.mp4", 0, (64, 48))
     with (
         pytest.raises(VideoError, match=r"expected uint8 \[t, 64, 48, 3\]"),
         VideoWriter(tmp_path / "a.mp4", 16, (64, 48)) as writer,
     ):
         writer.write(np.zeros((2, 64, 50, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e9, 1e-9])
+def test_an_impossible_rate_is_one_line_and_leaves_nothing(tmp_path, fps):
+    with pytest.raises(VideoError, match=r"^fps is .*; expected a number from 0\.01 to 1000$"):
+        VideoWriter(tmp_path / "a.mp4", fps, (64, 48))
+    with pytest.raises(VideoError, match="fps is"):
+        video.encode_video(clip(), fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [
+        (16, Fraction(16)),
+        (23.976, Fraction(24000, 1001)),
+        (23.98, Fraction(24000, 1001)),
+        (24, Fraction(24)),
+        (29.97, Fraction(30000, 1001)),
+        (30, Fraction(30)),
+        (np.float32(59.94), Fraction(60000, 1001)),
+        (12.5, Fraction(25, 2)),
+        (0.5, Fraction(1, 2)),
+    ],
+)
+def test_the_rate_of_a_file_is_the_one_asked_for(tmp_path, fps, expected):
+    with VideoWriter(tmp_path / "a.mp4", fps, (64, 48)) as writer:
+        writer.write(clip(7))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == expected
+        times = [frame.pts * frame.time_base for frame in container.decode(stream)]
+    assert times == [index / expected for index in range(7)]
+
+
+NAMES = [
+    "take:3.mp4",
+    "12:30.mp4",
+    "data:x.mp4",
+    "http:x.mp4",
+    "concat:a|b.mp4",
+    "pipe:",
+    "file:x.mp4",
+    "-x.mp4",
+    "a%03d.mp4",
+    "a%d.png",
+    "a b.mp4",
+    "女人 ü.mp4",
+    "\udcff.mp4",  # a byte that is not UTF-8
+    "no suffix",
+    "é" * 120 + ".mp4",  # 244 bytes of the 255 that a name may have
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_written_and_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("", f"{tmp_path}/"):
+        with VideoWriter(folder + name, 16, (64, 48)) as writer:
+            writer.write(clip(3))
+        assert os.listdir(tmp_path) == [name]
+        assert len(video.read_video(folder + name)) == 3
+        os.unlink(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "writing", "reading"),
+    [
+        ("x" * 256, "File name too long", "File name too long"),
+        ("a\0.mp4", "not a usable path", "not a usable path"),
+        (".", "is not a file", "not a file"),
+        ("none/a.mp4", "none does not exist", "no such file"),
+        ("loop.mp4", "is not a file", "symbolic links"),
+        ("\udcff/a.mp4", "does not exist", "no such file"),
+    ],
+)
+def test_a_name_that_cannot_be_is_one_line_before_any_frame(tmp_path, name, writing, reading):
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    for work, expected in (
+        (lambda: VideoWriter(f"{tmp_path}/{name}", 16, (64, 48)), writing),
+        (lambda: video.read_video(f"{tmp_path}/{name}"), reading),
+    ):
+        with pytest.raises(VideoError, match=expected) as caught:
+            work()
+        assert str(caught.value).isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["loop.mp4"]
+
+
+def test_a_link_is_followed_and_a_device_is_left_alone(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.mp4").symlink_to("there/real.mp4")
+    for frames in (3, 5):  # the second time the file is there
+        with VideoWriter(tmp_path / "link.mp4", 16, (64, 48)) as writer:
+            writer.write(clip(frames))
+        assert (tmp_path / "link.mp4").is_symlink()
+        assert len(video.read_video(tmp_path / "there" / "real.mp4")) == frames
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["real.mp4"]
+    with pytest.raises(VideoError, match="/dev/null: cannot be written, it is not a file"):
+        VideoWriter("/dev/null", 16, (64, 48))
+
+
+def test_two_writers_of_one_name_do_not_share_a_part(tmp_path):
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, 16, (64, 48)) as first, VideoWriter(path, 16, (64, 48)) as second:
+        for index in range(9):
+            first.write(clip()[index])
+            second.write(clip()[8 - index])
+    first_back = video.read_video(path)  # the first to be entered is the last to be closed
+    assert psnr(first_back, clip()) > 25 and psnr(first_back, clip()[::-1]) < 25
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_full_disk_is_one_line_and_whole_fragments_are_kept(tmp_path):
+    """A limit on the size of files stands for the disk, at many places of the file."""
+    program = """
+import resource, sys
+import numpy as np
+from chameleon_jax.data import video
+
+frames = np.random.default_rng(0).integers(0, 255, (12, 32, 32, 3), np.uint8)
+for limit in range(0, 40_000, 1_500):
+    name = f"{sys.argv[1]}/{limit}.mp4"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    try:
+        with video.VideoWriter(name, 4, (32, 32), keep_partial=sys.argv[2] == "keep") as writer:
+            writer.write(frames)
+        print(limit, "whole")
+    except video.VideoError as error:
+        print(limit, error)
+"""
+    whole = video.encode_video(np.zeros((1, 32, 32, 3), np.uint8), 4)
+    assert len(whole) < 1500  # so that the first limits are below the smallest file
+    for keep in ("keep", "drop"):
+        folder = tmp_path / keep
+        folder.mkdir()
+        command = [sys.executable, "-c", program, str(folder), keep]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        lengths, files = [], {path.name for path in folder.iterdir()}
+        for line in done.stdout.splitlines():
+            limit, said = line.split(" ", 1)
+            if f"{limit}.mp4" not in files:
+                assert "cannot be written (File too large); nothing of it was kept" in said
+                continue
+            files.remove(f"{limit}.mp4")
+            lengths.append(len(video.read_video(folder / f"{limit}.mp4")))
+            if said != "whole":
+                assert "cannot be written (File too large); it ends where it failed" in said
+        assert not files  # no part is left
+        assert lengths == sorted(lengths) and lengths[-1] == 12
+        assert (len(set(lengths)) > 3) == (keep == "keep")
+
+
+def test_without_pyav_the_extra_is_named():
+    program = "import sys; sys.modules['av'] = None; import chameleon_jax.data.video"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    last = done.stderr.splitlines()[-1]
+    assert "MissingPackageError: av is not installed; it comes with the extra 'video'" in last
 
 
 def test_bad_videos_are_refused(tmp_path):
@@ -160,16 +322,3 @@ def audio_only() -> bytes:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
-
-
-def test_contact_sheet_places_frames():
-    rows = [clip(9), clip(3)]
-    sheet = np.asarray(video.contact_sheet(rows, ["first", "second"], columns=4, scale=2, gap=3))
-    assert sheet.shape == (2 * (14 + 128 + 3) + 3, 4 * (96 + 3) + 3, 3)
-    np.testing.assert_array_equal(sheet[17 : 17 + 128 : 2, 3 : 3 + 96 : 2], clip(9)[0])
-    last = 3 + 3 * 99
-    np.testing.assert_array_equal(sheet[17 : 17 + 128 : 2, last : last + 96 : 2], clip(9)[8])
-    with pytest.raises(ValueError, match="labels"):
-        video.contact_sheet(rows, ["one"])
-    with pytest.raises(ValueError, match="at least one row"):
-        video.contact_sheet([])

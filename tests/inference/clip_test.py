@@ -17,6 +17,7 @@ from PIL import Image
 
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import first_frame
+from chameleon_jax.data.tokenizer import byte_tokenizer
 from chameleon_jax.diffusion.unipc import GRIDS, unipc_timesteps
 from chameleon_jax.inference.clip import (
     GenerateConfig,
@@ -26,7 +27,7 @@ from chameleon_jax.inference.clip import (
     clip_noise,
     latent_shape,
 )
-from chameleon_jax.inference.pipeline import Pipeline, PipelineError, byte_tokenizer
+from chameleon_jax.inference.pipeline import Pipeline, PipelineError
 from chameleon_jax.models.dit import DiT
 from chameleon_jax.models.text import TextEncoder
 from chameleon_jax.models.vae import Vae

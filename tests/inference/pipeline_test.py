@@ -12,9 +12,9 @@ import pytest
 
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import prepare_garment, prepare_reference, to_uint8
+from chameleon_jax.data.tokenizer import Tokenizer, TokenizerError
 from chameleon_jax.inference import Pipeline
 from chameleon_jax.inference.pipeline import PipelineError
-from chameleon_jax.models.text import Tokenizer, TokenizerError
 from chameleon_jax.weights.params import WeightsError, flat_params
 
 ROOT = Path(__file__).parents[2]
@@ -297,3 +297,15 @@ def test_a_decoder_of_other_latents_is_refused(change):
 def test_a_pipeline_says_what_it_is():
     text = repr(Pipeline.random(smoke(), text=False))
     assert text.startswith("Pipeline(smoke: ") and "32x16 pixels, float32, sampler euler" in text
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(caplog):
+    pipeline = Pipeline.random(smoke(), seed=1)  # 16 bytes, the end token among them
+    assert pipeline.cut_prompt("a red coat") == ("a red coat", "")
+    kept, cut = pipeline.cut_prompt("a red coat, she waves")
+    assert (kept, cut) == ("a red coat, she", "waves")
+    short, long = (pipeline.encode_prompt(text) for text in (kept, "a red coat, she waves"))
+    assert np.array_equal(short, long)
+    assert [record.message for record in caplog.records] == [
+        "the prompt has more than 16 tokens: its end is left out, from 'waves' on; shorten it"
+    ]

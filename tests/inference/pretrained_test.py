@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+from chameleon_jax.data.tokenizer import byte_tokenizer
 from chameleon_jax.inference import Pipeline, pretrained
-from chameleon_jax.inference.pipeline import PipelineError, byte_tokenizer
+from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.weights import tensors
 from chameleon_jax.weights.params import WeightsError, flat_params
 from converters import __main__ as command

@@ -238,6 +238,10 @@ def run_until(condition, process, seconds=240):
 
 
 def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
+    def written() -> bool:
+        parts = tmp_path.glob("out.*.part.mp4")
+        return any(part.stat().st_size > 20_000 for part in parts)
+
     argv = [
         sys.executable,
         "-m",
@@ -249,8 +253,7 @@ def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
         argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
-        part = tmp_path / "out.part.mp4"
-        run_until(lambda: part.exists() and part.stat().st_size > 20_000, process)
+        run_until(written, process)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     finally:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import chameleon_jax
-from chameleon_jax.data.tokenizer import BYTES, SPECIAL
-from chameleon_jax.models.text import Tokenizer
+from chameleon_jax.data.tokenizer import BYTES, SPECIAL, Tokenizer
 from launch import train_tokenizer
 from launch.cli import UsageError
 

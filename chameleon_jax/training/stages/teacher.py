@@ -29,12 +29,12 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
+from chameleon_jax.data.sheets import contact_sheet
+from chameleon_jax.data.tokenizer import Tokenizer
 from chameleon_jax.diffusion import flow, sampler
 from chameleon_jax.models.dit import bidirectional_forward
-from chameleon_jax.models.text import Tokenizer
 from chameleon_jax.training.feed import HostBatch, Part
 from chameleon_jax.training.networks import Network, build_network
-from chameleon_jax.training.report import picture_grid
 from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage, TrainState
 
 
@@ -283,6 +283,6 @@ def make_preview(
             blank = np.full_like(pictures[0][index], 255)
             rows.append([pictures[0][index], pictures[1][index], *true[index][shown]])
             rows.append([blank, blank, *made[index][shown]])
-        return picture_grid(rows)
+        return np.asarray(contact_sheet(rows))
 
     return preview

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
+from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.training.feed import HostBatch, Part, crop
 from chameleon_jax.training.networks import build_network
-from chameleon_jax.training.report import picture_grid
 from chameleon_jax.training.stages import vae_loss as losses
 from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage, TrainState
 
@@ -50,15 +50,14 @@ def make_stage(config: ConfigDict) -> Stage:
         del fixed, key
         made, true = np.asarray(repeat(params, batch)), np.asarray(batch["video"])
         if true.shape[1] == 1:
-            return picture_grid([list(true[: len(made), 0]), list(made[:, 0])])
+            return np.asarray(contact_sheet([true[: len(made), 0], made[:, 0]]))
         shown = (
             np.linspace(0, true.shape[1] - 1, min(config.preview.frames, true.shape[1]))
             .round()
             .astype(int)
         )
-        return picture_grid(
-            [list(clip[index][shown]) for index in range(len(made)) for clip in (true, made)]
-        )
+        rows = [clip[index][shown] for index in range(len(made)) for clip in (true, made)]
+        return np.asarray(contact_sheet(rows))
 
     def start(params: ParamTree) -> ParamTree:
         return {"vae": losses.inflate(params["vae"])} if config.loss.inflate else params
