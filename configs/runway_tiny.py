@@ -30,12 +30,11 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
                 "steps": 4,
                 "shift": 3.0,
             },
-            # The embedded model's frames are still too soft to be the next reference: it starts
-            # again from the picture.
+            # All three mechanisms of the paper, section 4.3.
             "switch": {
                 "refresh": True,
                 "withdraw": True,
-                "disentangle": variant != "runway_tiny",
+                "disentangle": True,
                 "drop_repeated_frame": True,
             },
             "seed": 0,

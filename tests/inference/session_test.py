@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -485,6 +486,16 @@ def test_measure_keeps_one_timing_a_chunk(pipeline):
     chunks(session, 3)
     assert [t.frames for t in session.timings] == [9, 12, 12]
     assert all(t.denoise > 0 and t.decode > 0 for t in session.timings)
+
+
+def test_the_embedded_model_uses_all_mechanisms_of_the_paper():
+    """By its config, and by the copy of it that lies with the weights."""
+    beside_weights = ROOT / "chameleon_jax/assets/runway_tiny/config.json"
+    for switch in (
+        load_config(f"{ROOT}/configs/runway_tiny.py").switch,
+        json.loads(beside_weights.read_text())["switch"],
+    ):
+        assert Mechanisms(**switch) == Mechanisms.parse("full")
 
 
 def test_mechanisms_from_text():
