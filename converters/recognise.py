@@ -20,9 +20,10 @@ from typing import Any
 from chameleon_jax.errors import UserError
 from chameleon_jax.weights.tensors import INDEX_SUFFIX, LazyTensor, WeightsError, open_tensors
 from converters import lora
-from converters.networks import NETWORKS, STRANGERS, Layout, Network, our_shapes
+from converters.families import FOREIGN, NETWORKS
+from converters.layouts import OURS, Layout, Network
 from converters.pickles import SUFFIXES, open_pickle
-from converters.rules import Rule, rename
+from converters.rules import Rule, rename, shapes_in
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # What training leaves beside the weights: never read.
@@ -32,7 +33,6 @@ LEFTOVERS = re.compile(
 PREFERRED = ("generator_ema", "generator")  # parts of a training checkpoint, the one to use first
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 MATCH = 0.5  # share of the names that a table must know
-OURS = "jax"
 
 
 class RecognitionError(UserError):
@@ -262,7 +262,7 @@ def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
         )
     if lora.looks_like_lora(clean):
         return [lora.recognise(path, {name: tensors[raw] for name, raw in clean.items()}, wanted)]
-    _refuse_strangers(path, clean)
+    _refuse_foreign(path, clean)
     parts = [
         _best(path, prefix, {name[len(prefix) :]: tensors[clean[name]] for name in names})
         for prefix, names in _groups(clean).items()
@@ -285,12 +285,12 @@ def _without_wrappers(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def _refuse_strangers(path: Path, names: Iterable[str]) -> None:
-    for pattern, what in STRANGERS:
-        compiled = re.compile(pattern)
-        hit = next((name for name in names if compiled.search(name)), None)
+def _refuse_foreign(path: Path, names: Iterable[str]) -> None:
+    for foreign in FOREIGN:
+        pattern = re.compile(foreign.pattern)
+        hit = next((name for name in names if pattern.search(name)), None)
         if hit:
-            raise RecognitionError(f"{path}: this is {what} (it has {hit})")
+            raise RecognitionError(f"{path}: this is {foreign.title} (it has {hit})")
 
 
 @functools.cache
@@ -364,13 +364,13 @@ def _best(path: Path, prefix: str, tensors: Mapping[str, Any]) -> Part | tuple[f
         )
     layout, about = layout_of(network, name), read_about(path)
     kept = {key: tensors[key] for key in own}
-    shapes = our_shapes(layout, {key: tuple(tensor.shape) for key, tensor in kept.items()})
-    config = _config(path, network, name, shapes, about)
-    stranger = network.stranger(config)
-    if stranger:
-        raise RecognitionError(f"{path}: this is {stranger}")
+    shapes = {key: tuple(tensor.shape) for key, tensor in kept.items()}
+    config = _config(path, network, name, shapes_in(layout.rules(None), shapes), about)
+    foreign = network.foreign(config)
+    if foreign:
+        raise RecognitionError(f"{path}: this is {foreign}")
     evidence = f"{known} of {len(own)} names" + (f", behind {prefix!r}" if prefix else "")
-    return Part(network, name, layout.prepare(kept, config), config, path, prefix, evidence)
+    return Part(network, name, layout.prepare(kept), config, path, prefix, evidence)
 
 
 def _config(

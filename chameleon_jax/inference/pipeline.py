@@ -32,19 +32,14 @@ from ml_collections import ConfigDict
 from chameleon_jax import files
 from chameleon_jax.attention.cache import CacheConfig
 from chameleon_jax.diffusion.rollout import make_sampler
-from chameleon_jax.inference.pretrained import PipelineError, find_weights
+from chameleon_jax.inference.pretrained import PipelineError, find_weights, read_lora
 from chameleon_jax.inference.programs import Steps
 from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
 
 GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
 NETWORKS = ("vae", "dit", "text")
-HOW_TO_COMPUTE = (
-    "conv",
-    "remat",
-    "scan_layers",
-    "attention",
-)  # model keys that leave the weights alone
 MEASURED = ("latent_mean", "latent_std")  # of the VAE, at the end of its training
 MADE_ON_HOST = 2**20  # random tensors of at most so many numbers are drawn by NumPy
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -181,22 +176,17 @@ class Pipeline:
             not a LoRA.
           WeightsError: it does not fit the denoiser; all mismatches are listed.
         """
-        from chameleon_jax.weights.lora import Lora, attach, merge
-        from converters.lora import LoraPart
-        from converters.recognise import RecognitionError, recognise
-        from converters.rules import ConversionError
+        from chameleon_jax.weights.lora import attach, merge
 
         if "steps" in self.__dict__:
             raise PipelineError(
                 "the pipeline has been used already; add the LoRA right after loading"
             )
-        try:
-            (part,) = recognise([Path(path)])
-        except (RecognitionError, ConversionError) as error:
-            raise PipelineError(" ".join(str(error).split())) from None
-        if not isinstance(part, LoraPart):
-            raise PipelineError(f"{path}: not a LoRA, but a {part.network.title}")
-        (merge if merged else attach)(self.dit, Lora(part.changes), strength)
+        lora = read_lora(path)
+        if merged:
+            merge(self.dit, lora, strength)
+        else:
+            attach(self.dit, lora, strength)
 
     def save(self, folder: str | os.PathLike, dtype: jnp.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads.
