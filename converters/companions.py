@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from chameleon_jax.inference import wan22
 from chameleon_jax.models.text import Tokenizer
 from converters.layouts import OURS
 from converters.recognise import Part
@@ -62,8 +65,14 @@ def tokenizer_files(part: Part, to: str) -> tuple[dict[str, str], list[str]]:
     return texts, []
 
 
-def diffusers_pipeline() -> dict[str, str]:
-    """model_index.json and the scheduler of Wan2.2-TI2V-5B."""
+def diffusers_pipeline(settings: Mapping[str, Any]) -> dict[str, str]:
+    """model_index.json and the scheduler, by path.
+
+    Args:
+      settings: groups of our config.json, or none: then those of Wan2.2-TI2V-5B.
+    """
+    settings = settings or wan22.SETTINGS
+    sampling = settings.get("generate") or settings.get("sampler") or {}
     index = {
         "_class_name": "WanPipeline",
         "_diffusers_version": "0.35.0",
@@ -81,7 +90,7 @@ def diffusers_pipeline() -> dict[str, str]:
         "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
-        "flow_shift": 5.0,
+        "flow_shift": sampling.get("shift", wan22.GENERATE["shift"]),
         "solver_order": 2,
         "solver_type": "bh2",
         "predict_x0": True,

@@ -15,14 +15,14 @@ import numpy as np
 
 from chameleon_jax.inference import wan22
 from chameleon_jax.weights.lora import Change
-from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
 from chameleon_jax.weights.tensors import INDEX_SUFFIX, Entry, WeightsError
-from converters import companions, lora
+from converters import companions, lora, sidecar
 from converters.dit import DIT
 from converters.families import PIPELINE
 from converters.layouts import OURS, TRAINING, Layout
-from converters.recognise import Part, RecognitionError, layout_of
+from converters.recognise import Part, RecognitionError, identify, layout_of
 from converters.rules import IDENTITY, ConversionError, Transform, invert, plan, shapes_in
+from converters.sidecar import Sidecar
 from converters.text import TEXT
 from converters.writing import Folder, OutFile
 
@@ -62,6 +62,8 @@ def prepare(
       RecognitionError: a layout that a network does not have, a LoRA without a transformer.
     """
     files, texts, faults, remarks = [], {}, [], []
+    of_dit: list[Entry] = []
+    sidecars: dict[str, list[Sidecar]] = {}  # by folder
     if merges and not any(part.network is DIT for part in parts):
         raise RecognitionError("--lora: there is no transformer among the inputs to add it to")
     for part in parts:
@@ -70,48 +72,126 @@ def prepare(
                 files.append(lora.out_file(part, to, dtype))
                 texts |= lora.out_texts(part, to)
                 continue
+            layout = _target(part, to)
+            folder = str(Path(layout.file).parent)
             entries = _entries(part, to, dtype, merges if part.network is DIT else (), label)
+            if part.network is DIT:
+                of_dit = entries
+            if to != OURS:
+                sidecars.setdefault(folder, []).append(not_carried(part, to, entries))
         except (ConversionError, WeightsError) as error:
             faults.append(f"{part.path}: {error}")
             continue
-        layout = _target(part, to)
         made, index = cut_into_files(layout.file, entries, sharded=to != OURS)
         files += made
         texts |= index
         if layout.about is not None:
-            about = json.dumps(layout.about(part.config), indent=2) + "\n"
-            texts[str(Path(layout.file).parent / "config.json")] = about
+            texts[str(Path(folder) / "config.json")] = _json(layout.about(part.config))
     if faults:
         raise ConversionError("\n".join(faults))
+    for folder, found in sidecars.items():
+        one = sidecar.merged(found)
+        if one != Sidecar():
+            texts[str(Path(folder) / sidecar.NAME)] = one.text()
     networks = {part.network.name: part for part in parts if isinstance(part, Part)}
     if to in companions.TOKENIZER_FOLDERS and TEXT.name in networks:
         tokenizer, remark = companions.tokenizer_files(networks[TEXT.name], to)
         texts |= tokenizer
         remarks += remark
     if to == OURS and networks:
-        texts["config.json"] = json.dumps(our_config(networks, files), indent=2) + "\n"
+        texts["config.json"] = _json(our_config(networks, of_dit, cast=dtype is not None))
     if to == "diffusers" and set(PIPELINE) <= networks.keys():
-        texts |= companions.diffusers_pipeline()
+        texts |= companions.diffusers_pipeline(networks["dit"].settings)
     return Folder(tuple(files), texts), remarks
 
 
-def our_config(networks: Mapping[str, Part], files: Sequence[OutFile] = ()) -> dict[str, Any]:
-    """config.json of our layout: the sizes; for a whole pipeline also how Wan2.2 is sampled."""
-    model = {}
-    for name, part in networks.items():
-        fields = dataclasses.asdict(part.config)
-        model[name] = {key: value for key, value in fields.items() if key not in HOW_TO_COMPUTE}
+def not_carried(part: Part, to: str, entries: Sequence[Entry]) -> Sidecar:
+    """What of a part a public layout has no place for.
+
+    The files are recognised from their names, shapes and config.json, as a reader will do it, and
+    the config that comes out is compared with the part's, key by key.
+
+    Args:
+      part: the network.
+      to: the layout.
+      entries: what will be written of it.
+
+    Raises:
+      ConversionError: with the keys named, if not even a sidecar brings them back.
+    """
+    target = _target(part, to)
+    shapes = shapes_in(invert(target.rules(part.config)), part.network.expected(part.config))
+    tensors = _shaped(shapes)
+    about = sidecar.plain(target.about(part.config)) if target.about else {}
+
+    def read_back(beside: Sidecar) -> Any:
+        """The config that a reader gets, None if it recognises another network or none."""
+        try:
+            found = identify(part.path, "", tensors, about, beside)
+        except RecognitionError:
+            return None
+        if not isinstance(found, Part) or found.network is not part.network:
+            return None
+        return found.config
+
+    name, title = part.network.name, part.network.title
+    found = read_back(Sidecar())
+    if found is None:
+        published = part.network.sizes({}, {})
+        keys = ", ".join(sorted(sidecar.differences(part.config, published)))
+        raise ConversionError(
+            f"the {to} layout cannot carry this {title}: it would not be recognised again. It"
+            f" differs from the published one in {keys}"
+        )
+    fields = sidecar.differences(part.config, found)
+    again = read_back(Sidecar({name: fields}))
+    if again is None or sidecar.differences(part.config, again):
+        raise ConversionError(
+            f"the {to} layout cannot carry {', '.join(sorted(fields))} of this {title}"
+        )
+    model = {name: fields} if fields else {}
+    settings = sidecar.plain(part.settings if part.network is DIT else {})
+    if settings == sidecar.plain(default_settings(entries)):
+        settings = {}
+    return Sidecar(model, settings)
+
+
+def our_config(
+    networks: Mapping[str, Part], entries: Sequence[Entry] = (), *, cast: bool = False
+) -> dict[str, Any]:
+    """config.json of our layout: the sizes; for a whole pipeline also how it is sampled.
+
+    Args:
+      networks: by name.
+      entries: of the transformer, as it will be written.
+      cast: its dtype was asked for, and becomes that of the computation.
+    """
+    model = {name: sidecar.fields_of(part.config) for name, part in networks.items()}
     if {"dit", "text"} <= model.keys():
         # No public text encoder says how long its prompts are.
         model["text"]["length"] = model["dit"]["text_length"]
-    if not set(PIPELINE) <= model.keys():
-        return {"model": model}
-    kinds = set()
-    for file in files:
-        if file.path == "dit.safetensors":
-            kinds |= {entry.dtype.name for entry in file.entries}
+    settings = dict(networks["dit"].settings) if "dit" in networks else {}
+    if set(PIPELINE) <= model.keys():
+        settings = settings or default_settings(entries)
+        settings["weights"] = ""
+    if settings and cast:
+        settings["dtype"] = default_settings(entries)["dtype"]
+    return {**settings, "model": model}
+
+
+def default_settings(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The groups of a config beside `model` and `weights`: as Wan2.2 is streamed and sampled.
+
+    Args:
+      entries: of the transformer: what is stored in bfloat16 is computed in bfloat16.
+    """
+    kinds = {entry.dtype.name for entry in entries}
     dtype = "bfloat16" if kinds == {"bfloat16"} else "float32"
-    return {"name": "converted", **wan22.SETTINGS, "model": model, "weights": "", "dtype": dtype}
+    return {"name": "converted", **wan22.SETTINGS, "dtype": dtype}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _target(part: Part, to: str) -> Layout:
@@ -223,4 +303,4 @@ def cut_into_files(
     ]
     place = {entry.name: Path(file.path).name for file in files for entry in file.entries}
     index = {"metadata": {"total_size": whole.nbytes}, "weight_map": dict(sorted(place.items()))}
-    return files, {stem + INDEX_SUFFIX: json.dumps(index, indent=2) + "\n"}
+    return files, {stem + INDEX_SUFFIX: _json(index)}

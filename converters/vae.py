@@ -6,6 +6,7 @@ the layer that changes the resolution follows the residual blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,6 +127,7 @@ def sizes(shapes: Shapes, about: Mapping[str, Any]) -> VaeConfig:
     for i in range(stages - 1):
         layer = f"encoder.stages.{i}.down.time_conv."
         temporal_down.append(any(name.startswith(layer) for name in shapes))
+    channels = axis(shapes, "encoder.conv_in.kernel", 3, 3 * full.patch**2)
     published = z_dim == full.z_dim
     return VaeConfig(
         z_dim=z_dim,
@@ -135,6 +137,7 @@ def sizes(shapes: Shapes, about: Mapping[str, Any]) -> VaeConfig:
         enc_blocks=count(shapes, r"encoder\.stages\.0\.blocks\.(\d+)\.") or full.enc_blocks,
         dec_blocks=count(shapes, r"decoder\.stages\.0\.blocks\.(\d+)\.") or full.dec_blocks,
         temporal_down=tuple(temporal_down),
+        patch=math.isqrt(channels // 3),
         latent_mean=tuple(about.get("latents_mean", WAN22_LATENT_MEAN if published else ())),
         latent_std=tuple(about.get("latents_std", WAN22_LATENT_STD if published else ())),
     )
