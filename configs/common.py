@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from chameleon_jax.inference import wan22
 from chameleon_jax.models.vae import WAN22_LATENT_MEAN, WAN22_LATENT_STD
 
 
@@ -132,7 +133,7 @@ def smoke() -> ConfigDict:
 # three in training, so that the third has forgotten the first, as all later ones of a stream have
 # forgotten theirs.
 CACHES = {
-    "wan22_5b": {"frames": 23, "context": 2, "block": 3, "sink": 3, "positions": "absolute"},
+    "wan22_5b": wan22.CACHE,
     "runway_tiny": {"frames": 8, "context": 2, "block": 3, "sink": 0, "positions": "relative"},
     "smoke": {"frames": 8, "context": 2, "block": 3, "sink": 0, "positions": "relative"},
 }

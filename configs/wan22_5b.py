@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from chameleon_jax.inference import wan22
 from configs import common
 
 
@@ -22,18 +23,9 @@ def get_config(variant: str = "wan22_5b") -> ConfigDict:
             "weights": "",  # the authors have released none: a folder written by the converters, or `random` for benchmarks
             "dtype": "bfloat16",
             "video": {"height": 1280, "width": 704, "fps": 24, "frames": 81},
-            "cache": common.CACHES[variant],
-            "sampler": {
-                "name": "few_step",
-                "shift": 5.0,
-                "timesteps": (1000, 750, 500, 250),
-            },
-            "switch": {
-                "refresh": True,
-                "withdraw": True,
-                "disentangle": True,
-                "drop_repeated_frame": True,
-            },
+            "cache": wan22.CACHE,
+            "sampler": wan22.SAMPLER,
+            "switch": wan22.SWITCH,
             "seed": 0,
         }
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT
+from chameleon_jax.inference import wan22
 from configs import common, wan22_5b
 
 
@@ -21,16 +21,10 @@ def get_config(variant: str = "wan22_ti2v_5b") -> ConfigDict:
     """
     config = wan22_5b.get_config()
     config.name = variant
-    config.generate = {
-        "grid": "wan",  # the original's; `diffusers` gives the slightly different one of that library
-        "steps": 50,
-        "shift": 5.0,  # 3.0 is recommended for videos of 480 lines
-        "guidance": 5.0,  # 1: the prompt alone, in half the time
-        "negative_prompt": NEGATIVE_PROMPT,
-    }
+    config.update(wan22.SETTINGS)
     config.update(
         {
-            "wan22_ti2v_5b": {"video": {"height": 704, "width": 1280, "fps": 24, "frames": 121}},
+            "wan22_ti2v_5b": {},
             "smoke": {
                 "model": common.MODELS["smoke"](),
                 "weights": "random",

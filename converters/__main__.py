@@ -25,7 +25,8 @@ from pathlib import Path
 
 from chameleon_jax.data.tokenizer import TokenizerError
 from chameleon_jax.weights.tensors import DTYPES, WeightsError
-from converters import convert
+from converters import convert, writing
+from converters.layouts import LAYOUTS
 from converters.lora import LoraPart, parse_strength
 from converters.recognise import RecognitionError, recognise
 from converters.rules import ConversionError
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--to",
         required=True,
-        choices=convert.LAYOUTS,
+        choices=LAYOUTS,
         help="layout to write; training is for transformers, peft and kohya for LoRAs",
     )
     made.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
@@ -81,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     begin = time.perf_counter()
     dtype = CASTS[options.dtype]
-    convert.check_destination(options.out, 0)
+    writing.check_destination(options.out, 0)
     parts = recognise(options.inputs, options.part)
     for part in parts:
         print(part.describe())
@@ -93,7 +94,7 @@ def run(argv: Sequence[str]) -> int:
     )
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
-    convert.write_with_progress(folder, options.out)
+    writing.write_with_progress(folder, options.out)
     seconds = time.perf_counter() - begin
     tensors = sum(len(file.entries) for file in folder.files)
     how = "bit for bit" if dtype is None and not merges else "against its source"
@@ -144,7 +145,7 @@ def main() -> None:
         ConversionError,
         WeightsError,
         TokenizerError,
-        convert.DestinationError,
+        writing.DestinationError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

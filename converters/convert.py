@@ -1,82 +1,32 @@
-"""From recognised networks to a folder in another layout: planned whole, written in pieces,
-verified, then renamed.
+"""From recognised networks to a folder in another layout, planned whole.
 
-Nothing is written before every tensor has its place and the disk has room. The folder grows under a
-temporary name; it gets its own when all of it has been read back and compared. A conversion that
-was killed leaves nothing that looks whole.
+Nothing is written before every tensor has its place: see `writing` for what happens then.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from chameleon_jax.data.tokenizer import Tokenizer
-from chameleon_jax.errors import UserError
+from chameleon_jax.inference import wan22
 from chameleon_jax.weights.lora import Change
-from chameleon_jax.weights.tensors import (
-    INDEX_SUFFIX,
-    ArrayTensor,
-    Entry,
-    WeightsError,
-    open_tensors,
-    raw,
-    write_entries,
-)
-from converters import lora
-from converters.networks import DIT, TEXT, Layout
-from converters.pickles import SUFFIXES, open_pickle, write_pickle
-from converters.recognise import OURS, Part, RecognitionError, layout_of
+from chameleon_jax.weights.tensors import INDEX_SUFFIX, Entry, WeightsError
+from converters import companions, lora, sidecar
+from converters.dit import DIT
+from converters.families import PIPELINE
+from converters.layouts import OURS, TRAINING, Layout
+from converters.recognise import Part, RecognitionError, identify, layout_of
 from converters.rules import IDENTITY, ConversionError, Transform, invert, plan, shapes_in
+from converters.sidecar import Sidecar
+from converters.text import TEXT
+from converters.writing import Folder, OutFile
 
-TRAINING = "training"  # the transformer as a training run of this family saves it
-LAYOUTS = (OURS, "official", "diffusers", TRAINING, "peft", "kohya")
-LORA_FILES = {
-    OURS: "lora.safetensors",
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "official": "lora.safetensors",
-    "kohya": "lora.safetensors",
-    "peft": "adapter_model.safetensors",
-}
-TOKENIZER_FOLDERS = {OURS: "", "official": "google/umt5-xxl", "diffusers": "tokenizer"}
 SHARD = 5 * 10**9  # bytes of a shard in the public layouts, as Hugging Face cuts them
-PIPELINE = ("dit", "vae", "text")
-# Fields of the networks' configs that are not sizes.
-HOW_TO_COMPUTE = ("conv", "remat", "scan_layers", "attention", "context", "block")
-MARGIN = 2**24  # bytes that must stay free on the disk
-
-OnBytes = Callable[[str, int], None]  # (what is being done, bytes done)
-
-
-class DestinationError(UserError):
-    """The folder cannot be written: it exists, or the disk is full. The message says what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OutFile:
-    """A file of tensors about to be written."""
-
-    path: str  # in the folder
-    entries: tuple[Entry, ...]
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries)
-
-    @property
-    def is_pickle(self) -> bool:
-        return self.path.endswith(SUFFIXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +35,6 @@ class Merge:
 
     part: lora.LoraPart
     strength: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """Everything that a conversion will write."""
-
-    files: tuple[OutFile, ...]
-    texts: Mapping[str, str]  # small files by their path in the folder
-
-    @property
-    def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files) + sum(
-            len(text) for text in self.texts.values()
-        )
 
 
 def prepare(
@@ -126,130 +62,136 @@ def prepare(
       RecognitionError: a layout that a network does not have, a LoRA without a transformer.
     """
     files, texts, faults, remarks = [], {}, [], []
+    of_dit: list[Entry] = []
+    sidecars: dict[str, list[Sidecar]] = {}  # by folder
     if merges and not any(part.network is DIT for part in parts):
         raise RecognitionError("--lora: there is no transformer among the inputs to add it to")
     for part in parts:
         try:
             if isinstance(part, lora.LoraPart):
-                files.append(_lora_file(part, to, dtype))
-                texts |= _lora_texts(part, to)
+                files.append(lora.out_file(part, to, dtype))
+                texts |= lora.out_texts(part, to)
                 continue
+            layout = _target(part, to)
+            folder = str(Path(layout.file).parent)
             entries = _entries(part, to, dtype, merges if part.network is DIT else (), label)
+            if part.network is DIT:
+                of_dit = entries
+            if to != OURS:
+                sidecars.setdefault(folder, []).append(not_carried(part, to, entries))
         except (ConversionError, WeightsError) as error:
             faults.append(f"{part.path}: {error}")
             continue
-        layout = _target(part, to)
         made, index = cut_into_files(layout.file, entries, sharded=to != OURS)
         files += made
         texts |= index
         if layout.about is not None:
-            about = json.dumps(layout.about(part.config), indent=2) + "\n"
-            texts[str(Path(layout.file).parent / "config.json")] = about
+            texts[str(Path(folder) / "config.json")] = _json(layout.about(part.config))
     if faults:
         raise ConversionError("\n".join(faults))
+    for folder, found in sidecars.items():
+        one = sidecar.merged(found)
+        if one != Sidecar():
+            texts[str(Path(folder) / sidecar.NAME)] = one.text()
     networks = {part.network.name: part for part in parts if isinstance(part, Part)}
-    if to in TOKENIZER_FOLDERS and TEXT.name in networks:
-        tokenizer, remark = _tokenizer(networks[TEXT.name], to)
+    if to in companions.TOKENIZER_FOLDERS and TEXT.name in networks:
+        tokenizer, remark = companions.tokenizer_files(networks[TEXT.name], to)
         texts |= tokenizer
         remarks += remark
     if to == OURS and networks:
-        texts["config.json"] = json.dumps(our_config(networks, files), indent=2) + "\n"
+        texts["config.json"] = _json(our_config(networks, of_dit, cast=dtype is not None))
     if to == "diffusers" and set(PIPELINE) <= networks.keys():
-        texts |= _diffusers_pipeline()
+        texts |= companions.diffusers_pipeline(networks["dit"].settings)
     return Folder(tuple(files), texts), remarks
 
 
-def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: None) -> None:
-    """Write, read everything back, compare it with what was sent, rename.
+def not_carried(part: Part, to: str, entries: Sequence[Entry]) -> Sidecar:
+    """What of a part a public layout has no place for.
+
+    The files are recognised from their names, shapes and config.json, as a reader will do it, and
+    the config that comes out is compared with the part's, key by key.
 
     Args:
-      folder: from `prepare`.
-      out: must not exist, or be an empty folder.
-      on_bytes: told of progress: "write" and "verify" with the bytes just done.
+      part: the network.
+      to: the layout.
+      entries: what will be written of it.
 
     Raises:
-      DestinationError: `out` is there already, or the disk has no room.
-      WeightsError: what was read back is not what was written.
+      ConversionError: with the keys named, if not even a sidecar brings them back.
     """
-    check_destination(out, folder.nbytes)
-    part, digests = out.with_name(f"{out.name}.part-{os.getpid()}"), {}
-    _remove_leftovers(out)
-    try:
-        part.mkdir(parents=True)
-        for file in folder.files:
-            path = part / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            digests[file.path] = _write_file(path, file, lambda count: on_bytes("write", count))
-        for name, text in folder.texts.items():
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (part / name).write_text(text, encoding="utf-8")
-        for file in folder.files:
-            _verify(part / file.path, digests[file.path], lambda count: on_bytes("verify", count))
-        if out.exists():
-            out.rmdir()  # empty: checked above
-        os.replace(part, out)
-    except OSError as error:
-        raise DestinationError(
-            f"{out}: could not be written ({error}); nothing was left behind"
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    target = _target(part, to)
+    shapes = shapes_in(invert(target.rules(part.config)), part.network.expected(part.config))
+    tensors = _shaped(shapes)
+    about = sidecar.plain(target.about(part.config)) if target.about else {}
 
+    def read_back(beside: Sidecar) -> Any:
+        """The config that a reader gets, None if it recognises another network or none."""
+        try:
+            found = identify(part.path, "", tensors, about, beside)
+        except RecognitionError:
+            return None
+        if not isinstance(found, Part) or found.network is not part.network:
+            return None
+        return found.config
 
-def write_with_progress(folder: Folder, out: Path) -> None:
-    """`write`, with a bar on stderr."""
-    total = sum(file.nbytes for file in folder.files)
-    with tqdm(
-        total=2 * total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True
-    ) as bar:
-
-        def report(what: str, count: int) -> None:
-            bar.set_description({"write": "writing", "verify": "reading back"}[what], refresh=False)
-            bar.update(count)
-
-        write(folder, out, report)
-
-
-def check_destination(out: Path, nbytes: int) -> None:
-    """Raise DestinationError unless a folder of that size can be made there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DestinationError(f"{out}: exists already; choose another name, or remove it")
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    if not os.access(place, os.W_OK):
-        raise DestinationError(f"{out}: {place} cannot be written to")
-    free = shutil.disk_usage(place).free
-    if free < nbytes + MARGIN:
-        raise DestinationError(
-            f"{out}: needs {nbytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free"
+    name, title = part.network.name, part.network.title
+    found = read_back(Sidecar())
+    if found is None:
+        published = part.network.sizes({}, {})
+        keys = ", ".join(sorted(sidecar.differences(part.config, published)))
+        raise ConversionError(
+            f"the {to} layout cannot carry this {title}: it would not be recognised again. It"
+            f" differs from the published one in {keys}"
         )
+    fields = sidecar.differences(part.config, found)
+    again = read_back(Sidecar({name: fields}))
+    if again is None or sidecar.differences(part.config, again):
+        raise ConversionError(
+            f"the {to} layout cannot carry {', '.join(sorted(fields))} of this {title}"
+        )
+    model = {name: fields} if fields else {}
+    settings = sidecar.plain(part.settings if part.network is DIT else {})
+    if settings == sidecar.plain(default_settings(entries)):
+        settings = {}
+    return Sidecar(model, settings)
 
 
-def our_config(networks: Mapping[str, Part], files: Sequence[OutFile] = ()) -> dict[str, Any]:
-    """config.json of our layout: the sizes; for a whole pipeline also how Wan2.2 is sampled."""
-    model = {}
-    for name, part in networks.items():
-        fields = dataclasses.asdict(part.config)
-        model[name] = {key: value for key, value in fields.items() if key not in HOW_TO_COMPUTE}
+def our_config(
+    networks: Mapping[str, Part], entries: Sequence[Entry] = (), *, cast: bool = False
+) -> dict[str, Any]:
+    """config.json of our layout: the sizes; for a whole pipeline also how it is sampled.
+
+    Args:
+      networks: by name.
+      entries: of the transformer, as it will be written.
+      cast: its dtype was asked for, and becomes that of the computation.
+    """
+    model = {name: sidecar.fields_of(part.config) for name, part in networks.items()}
     if {"dit", "text"} <= model.keys():
-        model["text"]["length"] = model["dit"][
-            "text_length"
-        ]  # no public text encoder says how long its prompts are
-    if not set(PIPELINE) <= model.keys():
-        return {"model": model}
-    from configs.wan22_ti2v import get_config
+        # No public text encoder says how long its prompts are.
+        model["text"]["length"] = model["dit"]["text_length"]
+    settings = dict(networks["dit"].settings) if "dit" in networks else {}
+    if set(PIPELINE) <= model.keys():
+        settings = settings or default_settings(entries)
+        settings["weights"] = ""
+    if settings and cast:
+        settings["dtype"] = default_settings(entries)["dtype"]
+    return {**settings, "model": model}
 
-    kinds = {
-        entry.dtype.name
-        for file in files
-        if file.path == "dit.safetensors"
-        for entry in file.entries
-    }
-    config = get_config().to_dict()
-    return config | {
-        "name": "converted",
-        "model": model,
-        "dtype": "bfloat16" if kinds == {"bfloat16"} else "float32",
-    }
+
+def default_settings(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The groups of a config beside `model` and `weights`: as Wan2.2 is streamed and sampled.
+
+    Args:
+      entries: of the transformer: what is stored in bfloat16 is computed in bfloat16.
+    """
+    kinds = {entry.dtype.name for entry in entries}
+    dtype = "bfloat16" if kinds == {"bfloat16"} else "float32"
+    return {"name": "converted", **wan22.SETTINGS, "dtype": dtype}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _target(part: Part, to: str) -> Layout:
@@ -361,151 +303,4 @@ def cut_into_files(
     ]
     place = {entry.name: Path(file.path).name for file in files for entry in file.entries}
     index = {"metadata": {"total_size": whole.nbytes}, "weight_map": dict(sorted(place.items()))}
-    return files, {stem + INDEX_SUFFIX: json.dumps(index, indent=2) + "\n"}
-
-
-def _write_file(path: Path, file: OutFile, on_bytes: Callable[[int], None]) -> dict[str, bytes]:
-    """Write a file; returns a digest of each tensor as it was sent to the disk."""
-    hashes = {entry.name: hashlib.blake2b() for entry in file.entries}
-
-    def on_piece(name: str, piece: memoryview) -> None:
-        hashes[name].update(piece)
-        on_bytes(piece.nbytes)
-
-    if file.is_pickle:
-        write_pickle(path, file.entries, on_piece)
-    else:
-        write_entries(path, file.entries, file.metadata, on_piece)
-    return {name.replace("//", "."): digest.digest() for name, digest in hashes.items()}
-
-
-def _verify(path: Path, digests: Mapping[str, bytes], on_bytes: Callable[[int], None]) -> None:
-    """Read a file back and compare every tensor with what was sent.
-
-    Raises:
-      WeightsError: anything differs.
-    """
-    written = open_pickle(path) if path.name.endswith(SUFFIXES) else open_tensors(path)
-    if written.keys() != digests.keys():
-        raise WeightsError(f"{path}: holds other names than were written; the disk may be faulty")
-    for name, tensor in written.items():
-        digest = hashlib.blake2b()
-        for piece in Entry(name, tensor.shape, tensor.dtype, tensor.read).pieces():
-            digest.update(raw(piece))
-            on_bytes(piece.nbytes)
-        if digest.digest() != digests[name]:
-            raise WeightsError(f"{path}: {name} is not what was written; the disk may be faulty")
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Folders of conversions to the same place that were killed."""
-    for path in out.parent.glob(f"{out.name}.part-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit() and not _is_running(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _lora_file(part: lora.LoraPart, to: str, dtype: np.dtype | None) -> OutFile:
-    if to not in LORA_FILES:
-        raise RecognitionError(
-            f"a LoRA has no layout {to!r}; it is known in {', '.join(LORA_FILES)}"
-        )
-    tensors, metadata = lora.to_layout(part.changes, to)
-    entries = []
-    for name, value in tensors.items():
-        kind = value.dtype if dtype is None or name.endswith(".alpha") else np.dtype(dtype)
-        entries.append(Entry(name, value.shape, kind, ArrayTensor(value).read))
-    return OutFile(LORA_FILES[to], tuple(entries), metadata)
-
-
-def _lora_texts(part: lora.LoraPart, to: str) -> dict[str, str]:
-    if to != "peft":
-        return {}
-    settings = {"peft_type": "LORA"} | lora.adapter_config(part.changes, to)
-    return {"adapter_config.json": json.dumps(settings, indent=2) + "\n"}
-
-
-def _tokenizer(part: Part, to: str) -> tuple[dict[str, str], list[str]]:
-    """The tokenizer that lies with the text encoder, and a remark if there is none.
-
-    Raises:
-      TokenizerError: it cannot be used.
-    """
-    beside = part.path.parent
-    places = (beside, beside / "tokenizer", beside.parent / "tokenizer", beside / "google/umt5-xxl")
-    found = next(
-        (place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None
-    )
-    if found is None:
-        return {}, [
-            f"no tokenizer.json beside {part.path}: put the one of google/umt5-xxl, or of the"
-            " folder `tokenizer` of the"
-            " diffusers copy, into the new folder before you use prompts"
-        ]
-    tokenizer = Tokenizer.from_file(found, part.config.length)
-    if tokenizer.vocab > part.config.vocab:
-        raise ConversionError(
-            f"{found}: {tokenizer.vocab} pieces, the text encoder knows {part.config.vocab}"
-        )
-    folder = TOKENIZER_FOLDERS[to]
-    texts = {str(Path(folder) / "tokenizer.json"): found.read_text(encoding="utf-8")}
-    if to != OURS:
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": "<pad>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "model_max_length": part.config.length,
-            "clean_up_tokenization_spaces": False,
-        }
-        beside_it = found.with_name("tokenizer_config.json")
-        text = (
-            beside_it.read_text(encoding="utf-8")
-            if beside_it.is_file()
-            else json.dumps(settings, indent=2) + "\n"
-        )
-        texts[str(Path(folder) / "tokenizer_config.json")] = text
-    return texts, []
-
-
-def _diffusers_pipeline() -> dict[str, str]:
-    """model_index.json and the scheduler of Wan2.2-TI2V-5B."""
-    index = {
-        "_class_name": "WanPipeline",
-        "_diffusers_version": "0.35.0",
-        "expand_timesteps": True,
-        "boundary_ratio": None,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-    scheduler = {
-        "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": 5.0,
-        "solver_order": 2,
-        "solver_type": "bh2",
-        "predict_x0": True,
-        "lower_order_final": True,
-        "final_sigmas_type": "zero",
-        "timestep_spacing": "linspace",
-    }
-    return {
-        "model_index.json": json.dumps(index, indent=2) + "\n",
-        "scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n",
-    }
+    return files, {stem + INDEX_SUFFIX: _json(index)}

@@ -1,4 +1,4 @@
-"""Wan2.2 transformer: the original layout and that of diffusers, to and from this code base.
+"""Wan2.2 transformer: the original layout and that of diffusers.
 
 The two layouts differ in names only. Linear kernels are transposed, the patch convolution moves its
 channels to the end, and the modulation tables lose a leading axis of size 1.
@@ -6,18 +6,30 @@ channels to the end, and the modulation tables lose a leading axis of size 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.weights.params import param_shapes
-from converters.rules import CONV3D, LINEAR, Rule, Transform, convert, invert
+from converters.layouts import Layout, Network, Shapes, axis, count, heads
+from converters.rules import CONV3D, LINEAR, Rule, Transform
 
-TABLE = Transform(
-    "[1, rows, m] -> [rows, m]", lambda x: x.reshape(x.shape[-2:]), lambda x: x.reshape(1, *x.shape)
-)
+HEAD_DIM = 128  # of every published Wan transformer
+
+
+def _drop_first(x: np.ndarray) -> np.ndarray:
+    return x.reshape(x.shape[-2:])
+
+
+def _add_first(x: np.ndarray) -> np.ndarray:
+    return x.reshape(1, *x.shape)
+
+
+TABLE = Transform("[1, rows, m] -> [rows, m]", _drop_first, _add_first)
 
 
 def _linear(source: str, target: str) -> list[Rule]:
@@ -29,18 +41,12 @@ def _linear(source: str, target: str) -> list[Rule]:
 
 def _attention(source: str, target: str, names: tuple[str, str, str, str]) -> list[Rule]:
     """Projections q, k, v, o, which a layout may call otherwise, and the two norms."""
-    projections = [
-        rule
-        for name, ours in zip(names, "qkvo", strict=True)
-        for rule in _linear(f"{source}.{name}", f"{target}.{ours}")
-    ]
-    return [
-        *projections,
-        *(
-            Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale")
-            for norm in ("norm_q", "norm_k")
-        ),
-    ]
+    rules = []
+    for name, ours in zip(names, "qkvo", strict=True):
+        rules += _linear(f"{source}.{name}", f"{target}.{ours}")
+    for norm in ("norm_q", "norm_k"):
+        rules.append(Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale"))
+    return rules
 
 
 OFFICIAL_RULES = [
@@ -82,40 +88,126 @@ DIFFUSERS_RULES = [
 ]
 
 
+def official_rules(config: DiTConfig | None) -> list[Rule]:
+    """The original layout; the same for every size."""
+    del config
+    return OFFICIAL_RULES
+
+
+def diffusers_rules(config: DiTConfig | None) -> list[Rule]:
+    """The layout of diffusers' WanTransformer3DModel; the same for every size."""
+    del config
+    return DIFFUSERS_RULES
+
+
 def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the transformer by its path, without building it."""
     return param_shapes(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))))
 
 
-def from_official(tensors: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Parameters of `DiT(config)` from the original Wan layout.
+def sizes(shapes: Shapes, about: Mapping[str, Any]) -> DiTConfig:
+    """Sizes from shapes in our layout and the config.json of either public layout."""
+    full = DiTConfig.wan22_ti2v_5b()
+    width = axis(shapes, "patch_embedding.bias", 0, full.width)
+    kernel = shapes.get("patch_embedding.kernel", ())
+    given = about.get("num_heads", about.get("num_attention_heads"))
+    in_channels = axis(shapes, "patch_embedding.kernel", 3, full.in_channels)
+    patch = tuple(kernel[:3]) if len(kernel) == 5 else full.patch
+    outputs = axis(shapes, "head.proj.kernel", 1, math.prod(patch) * in_channels)
+    return DiTConfig(
+        in_channels=in_channels,
+        out_channels=max(1, outputs // math.prod(patch)),
+        width=width,
+        ffn=axis(shapes, "blocks.0.ffn.fc1.kernel", 1, full.ffn),
+        heads=given or heads(width, HEAD_DIM, "num_heads"),
+        layers=count(shapes, r"blocks\.(\d+)\.") or full.layers,
+        text_width=axis(shapes, "text_embedding.fc1.kernel", 0, full.text_width),
+        text_length=about.get("text_len", full.text_length),
+        patch=patch,
+        freq_width=axis(shapes, "time_embedding.fc1.kernel", 0, full.freq_width),
+        eps=about.get("eps", full.eps),
+    )
 
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    return convert(tensors, OFFICIAL_RULES, expected_shapes(config))
+
+def sentence(config: DiTConfig) -> str:
+    """The sizes in a few words."""
+    return (
+        f"width {config.width}, {config.layers} layers, {config.heads} heads,"
+        f" {config.in_channels} latent channels"
+    )
 
 
-def from_diffusers(tensors: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Parameters of `DiT(config)` from the layout of diffusers' WanTransformer3DModel.
+def foreign(config: DiTConfig) -> str | None:
+    """Wan's transformers of other sizes, which work on the latents of another VAE."""
+    if config.in_channels not in (16, 36) or config.width not in (1536, 5120):
+        return None
+    size = {1536: "1.3B", 5120: "14B"}[config.width]
+    kind = "image-to-video" if config.in_channels == 36 else "text-to-video"
+    return (
+        f"the {size} {kind} transformer of Wan 2.1 or 2.2 (width {config.width}, {config.layers}"
+        " layers, latents of 16 channels of the VAE 2.1). This project runs Wan2.2-TI2V-5B: width"
+        " 3072, 30 layers, 48 channels of the VAE 2.2"
+    )
 
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    return convert(tensors, DIFFUSERS_RULES, expected_shapes(config))
+
+def official_about(config: DiTConfig) -> dict[str, Any]:
+    """config.json of the original code."""
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "model_type": "ti2v",
+        "patch_size": list(config.patch),
+        "text_len": config.text_length,
+        "in_dim": config.in_channels,
+        "dim": config.width,
+        "ffn_dim": config.ffn,
+        "freq_dim": config.freq_width,
+        "text_dim": config.text_width,
+        "out_dim": config.out_channels,
+        "num_heads": config.heads,
+        "num_layers": config.layers,
+        "window_size": [-1, -1],
+        "qk_norm": True,
+        "cross_attn_norm": True,
+        "eps": config.eps,
+    }
 
 
-def to_layout(
-    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    """Parameters of a `DiT` in one of the two public layouts, the inverse of the above.
+def diffusers_about(config: DiTConfig) -> dict[str, Any]:
+    """config.json of diffusers' WanTransformer3DModel."""
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(config.patch),
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_width,
+        "freq_dim": config.freq_width,
+        "ffn_dim": config.ffn,
+        "num_layers": config.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": config.eps,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
 
-    Args:
-      params: arrays by parameter path.
-      rules: OFFICIAL_RULES or DIFFUSERS_RULES.
-      expected: shapes of the public layout by name.
 
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    return convert(params, invert(rules), expected)
+DIT = Network(
+    name="dit",
+    title="Wan transformer",
+    layouts={
+        "official": Layout(official_rules, "diffusion_pytorch_model.safetensors", official_about),
+        "diffusers": Layout(
+            diffusers_rules, "transformer/diffusion_pytorch_model.safetensors", diffusers_about
+        ),
+    },
+    config=DiTConfig,
+    sizes=sizes,
+    expected=expected_shapes,
+    sentence=sentence,
+    foreign=foreign,
+)

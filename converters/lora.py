@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from chameleon_jax.weights.lora import Change, Lora
-from chameleon_jax.weights.tensors import WeightsError, read_metadata
+from chameleon_jax.weights.tensors import ArrayTensor, Entry, WeightsError, read_metadata
 from converters.dit import DIFFUSERS_RULES, OFFICIAL_RULES
+from converters.layouts import OURS
 from converters.rules import LINEAR, ConversionError, Rule, rename
+from converters.writing import OutFile
 
 METADATA = (
     "lora_adapter_metadata"  # key in the header under which diffusers keeps the adapter's settings
@@ -39,6 +41,13 @@ ENDS = {
     ".lora_up.weight": "B",
     ".lora.up.weight": "B",
     ".alpha": "alpha",
+}
+FILES = {
+    OURS: "lora.safetensors",
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "official": "lora.safetensors",
+    "kohya": "lora.safetensors",
+    "peft": "adapter_model.safetensors",
 }
 PREFIX = {
     "peft": "base_model.model.",
@@ -219,6 +228,30 @@ def _one_part(path: Path, tensors: Mapping[str, Any], part: str | None) -> Mappi
         for name, x in tensors.items()
         if name.startswith(f"{wanted}.")
     }
+
+
+def out_file(part: LoraPart, to: str, dtype: np.dtype | None) -> OutFile:
+    """The file of a LoRA in a layout.
+
+    Raises:
+      ConversionError: a LoRA has no such layout.
+    """
+    if to not in FILES:
+        raise ConversionError(f"a LoRA has no layout {to!r}; it is known in {', '.join(FILES)}")
+    tensors, metadata = to_layout(part.changes, to)
+    entries = []
+    for name, value in tensors.items():
+        kind = value.dtype if dtype is None or name.endswith(".alpha") else np.dtype(dtype)
+        entries.append(Entry(name, value.shape, kind, ArrayTensor(value).read))
+    return OutFile(FILES[to], tuple(entries), metadata)
+
+
+def out_texts(part: LoraPart, to: str) -> dict[str, str]:
+    """The small files beside it, by name."""
+    if to != "peft":
+        return {}
+    settings = {"peft_type": "LORA"} | adapter_config(part.changes, to)
+    return {"adapter_config.json": json.dumps(settings, indent=2) + "\n"}
 
 
 def to_layout(

@@ -19,10 +19,12 @@ from typing import Any
 
 from chameleon_jax.errors import UserError
 from chameleon_jax.weights.tensors import INDEX_SUFFIX, LazyTensor, WeightsError, open_tensors
-from converters import lora
-from converters.networks import NETWORKS, STRANGERS, Layout, Network, our_shapes
+from converters import lora, sidecar
+from converters.families import FOREIGN, NETWORKS
+from converters.layouts import OURS, Layout, Network
 from converters.pickles import SUFFIXES, open_pickle
-from converters.rules import Rule, rename
+from converters.rules import Rule, rename, shapes_in
+from converters.sidecar import Sidecar
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # What training leaves beside the weights: never read.
@@ -32,7 +34,6 @@ LEFTOVERS = re.compile(
 PREFERRED = ("generator_ema", "generator")  # parts of a training checkpoint, the one to use first
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 MATCH = 0.5  # share of the names that a table must know
-OURS = "jax"
 
 
 class RecognitionError(UserError):
@@ -51,6 +52,7 @@ class Part:
       path: file or index it came from.
       prefix: what stood before every name, e.g. "generator.model.".
       evidence: why it was taken for that, in words.
+      settings: the other groups of our config.json (video, cache, sampler, ...), if they are known.
     """
 
     network: Network
@@ -60,6 +62,7 @@ class Part:
     path: Path
     prefix: str
     evidence: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -262,18 +265,23 @@ def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
         )
     if lora.looks_like_lora(clean):
         return [lora.recognise(path, {name: tensors[raw] for name, raw in clean.items()}, wanted)]
-    _refuse_strangers(path, clean)
-    parts = [
-        _best(path, prefix, {name[len(prefix) :]: tensors[clean[name]] for name in names})
-        for prefix, names in _groups(clean).items()
-    ]
-    found = [item for item in parts if isinstance(item, Part)]
+    _refuse_foreign(path, clean)
+    about, beside = read_about(path), sidecar.read(path.parent)
+    found: list[Part] = []
+    near: list[Near] = []
+    for prefix, names in _groups(clean).items():
+        own = {name.removeprefix(prefix): tensors[clean[name]] for name in names}
+        item = identify(path, prefix, own, about, beside)
+        if isinstance(item, Part):
+            found.append(item)
+        else:
+            near.append(item)
     if not found:
-        scores = sorted((item for item in parts if not isinstance(item, Part)), reverse=True)
-        near = "; ".join(text for _, text in scores[:3]) or "no table knows any of its names"
+        near.sort(key=lambda item: item.share, reverse=True)
+        nearest = "; ".join(item.text for item in near[:3]) or "no table knows any of its names"
         some = ", ".join(list(tensors)[:3])
         raise UnknownError(
-            f"{path}: not a checkpoint that is known here ({near}). It holds {len(tensors)}"
+            f"{path}: not a checkpoint that is known here ({nearest}). It holds {len(tensors)}"
             f" tensors: {some}, ..."
         )
     return _choose(path, found, wanted)
@@ -285,12 +293,12 @@ def _without_wrappers(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def _refuse_strangers(path: Path, names: Iterable[str]) -> None:
-    for pattern, what in STRANGERS:
-        compiled = re.compile(pattern)
-        hit = next((name for name in names if compiled.search(name)), None)
+def _refuse_foreign(path: Path, names: Iterable[str]) -> None:
+    for foreign in FOREIGN:
+        pattern = re.compile(foreign.pattern)
+        hit = next((name for name in names if pattern.search(name)), None)
         if hit:
-            raise RecognitionError(f"{path}: this is {what} (it has {hit})")
+            raise RecognitionError(f"{path}: this is {foreign.title} (it has {hit})")
 
 
 @functools.cache
@@ -335,56 +343,118 @@ def _groups(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _best(path: Path, prefix: str, tensors: Mapping[str, Any]) -> Part | tuple[float, str]:
-    """The network and layout that know most of the names; if that is too few, how near the nearest
-    came.
+@dataclasses.dataclass(frozen=True)
+class Near:
+    """Names of which no table knows enough: how near the nearest came."""
+
+    share: float
+    text: str
+
+
+def identify(
+    path: Path,
+    prefix: str,
+    tensors: Mapping[str, Any],
+    about: Mapping[str, Any],
+    beside: Sidecar,
+) -> Part | Near:
+    """The network and layout that know most of the names.
+
+    Args:
+      path: where they lie, for messages and for the part.
+      prefix: what stood before every name.
+      tensors: by name without the prefix; anything with `shape` and `dtype`.
+      about: the config.json beside them, {} without one.
+      beside: the sidecar beside them.
+
+    Raises:
+      RecognitionError: several layouts know as many; no sizes can be read; a foreign model.
     """
-    scores = []
+    scores = _scores(tensors)
+    if not scores:
+        behind = f" behind {prefix}" if prefix else ""
+        return Near(0.0, f"none of {len(tensors)} names{behind} is known")
+    best = scores[0]
+    network, name = best.network, best.layout
+    if best.share < MATCH:
+        found = f"{network.title}, {name} layout, knows {best.known} of {len(best.own)} names"
+        return Near(best.share, found)
+    rivals = [score for score in scores if score.rank == best.rank]
+    if len(rivals) > 1:
+        listed = "; ".join(f"{score.network.title}, {score.layout} layout" for score in rivals)
+        raise RecognitionError(
+            f"{path}: ambiguous, {best.known} of {len(best.own)} names fit each of: {listed}"
+        )
+    layout = layout_of(network, name)
+    kept = {key: tensors[key] for key in best.own}
+    shapes = shapes_in(layout.rules(None), {key: tuple(x.shape) for key, x in kept.items()})
+    config = _config(path, best, shapes, about, beside)
+    foreign = network.foreign(config)
+    if foreign:
+        raise RecognitionError(f"{path}: this is {foreign}")
+    evidence = f"{best.known} of {len(best.own)} names"
+    if prefix:
+        evidence += f", behind {prefix!r}"
+    settings = beside.settings
+    if name == OURS and "model" in about:
+        settings = sidecar.settings_of(about)
+    return Part(network, name, layout.prepare(kept), config, path, prefix, evidence, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a layout fits the names: it knows `known` of its `own` (without other networks')."""
+
+    network: Network
+    layout: str
+    known: int
+    own: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        return self.known / len(self.own)
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        return self.share, self.known
+
+
+def _scores(names: Iterable[str]) -> list[Score]:
+    """The layouts that know any of the names, the best first."""
+    names, scores = list(names), []
     for network in NETWORKS.values():
-        for name, layout in ((OURS, _our_layout(network.name)), *network.layouts.items()):
-            own = (
-                [key for key in tensors if not key.startswith(layout.drop)]
-                if layout.drop
-                else list(tensors)
-            )
+        for label, layout in ((OURS, _our_layout(network.name)), *network.layouts.items()):
+            own = tuple(name for name in names if not name.startswith(layout.drop))
             known, _ = rename(own, layout.rules(None))
             if known:
-                scores.append((len(known) / len(own), len(known), network, name, own))
-    if not scores:
-        return 0.0, f"none of {len(tensors)} names{f' behind {prefix}' if prefix else ''} is known"
-    scores.sort(key=lambda score: score[:2], reverse=True)
-    share, known, network, name, own = scores[0]
-    if share < MATCH:
-        return share, f"{network.title}, {name} layout, knows {known} of {len(own)} names"
-    rivals = [score for score in scores[1:] if score[:2] == (share, known)]
-    if rivals:
-        listed = "; ".join(f"{score[2].title}, {score[3]} layout" for score in [scores[0], *rivals])
-        raise RecognitionError(
-            f"{path}: ambiguous, {known} of {len(own)} names fit each of: {listed}"
-        )
-    layout, about = layout_of(network, name), read_about(path)
-    kept = {key: tensors[key] for key in own}
-    shapes = our_shapes(layout, {key: tuple(tensor.shape) for key, tensor in kept.items()})
-    config = _config(path, network, name, shapes, about)
-    stranger = network.stranger(config)
-    if stranger:
-        raise RecognitionError(f"{path}: this is {stranger}")
-    evidence = f"{known} of {len(own)} names" + (f", behind {prefix!r}" if prefix else "")
-    return Part(network, name, layout.prepare(kept, config), config, path, prefix, evidence)
+                scores.append(Score(network, label, len(known), own))
+    return sorted(scores, key=lambda score: score.rank, reverse=True)
 
 
 def _config(
-    path: Path, network: Network, layout: str, shapes: Mapping[str, Any], about: Mapping[str, Any]
+    path: Path,
+    score: Score,
+    shapes: Mapping[str, tuple[int, ...]],
+    about: Mapping[str, Any],
+    beside: Sidecar,
 ) -> Any:
-    """Sizes of the network: from our own config.json if it is one, else from the shapes."""
+    """Sizes of the network: from our own config.json if there is one, else from the shapes.
+
+    What the shapes and a public config.json cannot say is taken from the sidecar.
+    """
+    network, where = score.network, path
     model = about.get("model")
-    stored = model.get(network.name) if layout == OURS and isinstance(model, dict) else None
+    stored = model.get(network.name) if isinstance(model, dict) and score.layout == OURS else None
+    extra = beside.model.get(network.name, {})
     try:
         if stored is not None:
+            where = f"{path.parent / 'config.json'}: model.{network.name}"
             return network.config(**stored)
-        return network.sizes(shapes, about if model is None else {})
+        found = network.sizes(shapes, about if model is None else {})
+        if extra:
+            where = f"{path.parent / sidecar.NAME}: model.{network.name}"
+        return dataclasses.replace(found, **extra)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        where = path if stored is None else f"{path.parent / 'config.json'}: model.{network.name}"
         raise RecognitionError(f"{where}: no sizes to be read off it ({error})") from None
 
 

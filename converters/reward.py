@@ -1,21 +1,23 @@
-"""The reward: Hugging Face's CLIP vision tower and the aesthetic predictor, to and from this code
-base.
+"""The reward: Hugging Face's CLIP vision tower and the aesthetic predictor.
 
-They are two checkpoints. The parameters of a `Reward` are those of both together:
-
-    set_params(reward, from_hf(clip, config) | from_aesthetic(head, config))
+They are two checkpoints. The parameters of a `Reward` are those of both together: `vision.` from
+the one, `head.` from the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.reward import ClipVisionConfig, Reward
 from chameleon_jax.weights.params import param_shapes
-from converters.rules import CONV2D, IDENTITY, LINEAR, Rule, convert, invert
+from converters.layouts import Layout, Network, Shapes, axis, count, heads
+from converters.rules import CONV2D, IDENTITY, LINEAR, Rule
+
+HEAD_DIM = 64  # of every published CLIP
 
 
 def _linear(source: str, target: str) -> list[Rule]:
@@ -51,60 +53,146 @@ HF_TEXT_SIDE = ("text_model.", "text_projection.", "logit_scale")
 
 # The dropouts between the layers count in the names.
 AESTHETIC_RULES = [
-    rule
-    for ours, theirs in enumerate((0, 2, 4, 6, 7))
-    for rule in _linear(f"layers.{theirs}", f"head.layers.{ours}")
+    *_linear("layers.0", "head.layers.0"),
+    *_linear("layers.2", "head.layers.1"),
+    *_linear("layers.4", "head.layers.2"),
+    *_linear("layers.6", "head.layers.3"),
+    *_linear("layers.7", "head.layers.4"),
 ]
 
 
+def hf_rules(config: ClipVisionConfig | None) -> list[Rule]:
+    """The layout of transformers' CLIPVisionModelWithProjection; the same for every size."""
+    del config
+    return HF_RULES
+
+
+def aesthetic_rules(config: HeadConfig | None) -> list[Rule]:
+    """The layout of the aesthetic predictor; the same for every size."""
+    del config
+    return AESTHETIC_RULES
+
+
 def expected_shapes(config: ClipVisionConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the reward by its path, without building it: `vision.` and
-    `head.`.
+    """Shape of every parameter of the reward by its path, of `vision.` and of `head.`.
+
+    Nothing is built.
     """
     return param_shapes(nnx.eval_shape(lambda: Reward(config, rngs=nnx.Rngs(0))))
 
 
 def part_shapes(config: ClipVisionConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     """Those of one checkpoint: `vision.` or `head.`."""
+    shapes = expected_shapes(config)
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+# The vision tower
+
+
+def vision_shapes(config: ClipVisionConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the vision tower by its path in the reward."""
+    return part_shapes(config, "vision.")
+
+
+def vision_sizes(shapes: Shapes, about: Mapping[str, Any]) -> ClipVisionConfig:
+    """Sizes from shapes in our layout and the config.json of transformers."""
+    full, about = ClipVisionConfig.vit_l14(), about.get("vision_config", about)
+    width = axis(shapes, "vision.class_embedding", 0, full.width)
+    patch = axis(shapes, "vision.patch_embedding.kernel", 0, full.patch)
+    tokens = axis(shapes, "vision.positions", 0, full.tokens)
+    given = about.get("num_attention_heads")
+    return ClipVisionConfig(
+        width=width,
+        ffn=axis(shapes, "vision.blocks.0.ffn.fc1.kernel", 1, full.ffn),
+        heads=given or heads(width, HEAD_DIM, "num_attention_heads"),
+        layers=count(shapes, r"vision\.blocks\.(\d+)\.") or full.layers,
+        projection=axis(shapes, "vision.proj.kernel", 1, full.projection),
+        image=patch * round((tokens - 1) ** 0.5),
+        patch=patch,
+        eps=about.get("layer_norm_eps", full.eps),
+    )
+
+
+def vision_sentence(config: ClipVisionConfig) -> str:
+    """The sizes in a few words."""
+    return (
+        f"width {config.width}, {config.layers} layers, pictures of {config.image}, patches of"
+        f" {config.patch}"
+    )
+
+
+def vision_about(config: ClipVisionConfig) -> dict[str, Any]:
+    """config.json of transformers' CLIPVisionModelWithProjection."""
     return {
-        name: shape for name, shape in expected_shapes(config).items() if name.startswith(prefix)
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "image_size": config.image,
+        "patch_size": config.patch,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": config.eps,
+        "num_channels": 3,
+        "projection_dim": config.projection,
     }
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], config: ClipVisionConfig) -> dict[str, np.ndarray]:
-    """The parameters `vision.` of `Reward(config)` from the layout of transformers'
-    CLIPVisionModelWithProjection.
-
-    A checkpoint of the whole CLIPModel is taken too: its text side and its temperature are left
-    out.
-
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    vision = {name: x for name, x in tensors.items() if not name.startswith(HF_TEXT_SIDE)}
-    return convert(vision, HF_RULES, part_shapes(config, "vision."), HF_BUFFERS)
-
-
-def from_aesthetic(
-    tensors: Mapping[str, np.ndarray], config: ClipVisionConfig
-) -> dict[str, np.ndarray]:
-    """The parameters `head.` of `Reward(config)` from the layout of the aesthetic predictor.
-
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    return convert(tensors, AESTHETIC_RULES, part_shapes(config, "head."))
+CLIP = Network(
+    name="clip",
+    title="CLIP vision tower",
+    layouts={
+        "diffusers": Layout(
+            hf_rules,
+            "image_encoder/model.safetensors",
+            vision_about,
+            ignore=tuple(HF_BUFFERS),
+            drop=HF_TEXT_SIDE,
+        )
+    },
+    config=ClipVisionConfig,
+    sizes=vision_sizes,
+    expected=vision_shapes,
+    sentence=vision_sentence,
+)
 
 
-def to_layout(
-    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
-):
-    """Parameters of a `Reward` in one of the two public layouts, the inverse of the above.
+# The aesthetic head
 
-    Args:
-      params: arrays by parameter path, those of one part: `vision.` for HF_RULES, `head.` for
-        AESTHETIC_RULES.
-      rules: HF_RULES or AESTHETIC_RULES.
-      expected: shapes of the public layout by name.
-    """
-    return convert(params, invert(rules), expected)
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Size of the aesthetic head."""
+
+    inputs: int  # channels of the embedding
+
+
+def head_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the head by its path in the reward."""
+    # A vision tower as small as can be: only what it gives to the head counts here.
+    vision = ClipVisionConfig(width=1, ffn=1, heads=1, layers=1, projection=config.inputs)
+    return part_shapes(vision, "head.")
+
+
+def head_sizes(shapes: Shapes, about: Mapping[str, Any]) -> HeadConfig:
+    """Sizes from shapes in our layout."""
+    del about
+    return HeadConfig(axis(shapes, "head.layers.0.kernel", 0, 768))
+
+
+def head_sentence(config: HeadConfig) -> str:
+    """The sizes in a few words."""
+    return f"embeddings of {config.inputs} channels"
+
+
+AESTHETIC = Network(
+    name="aesthetic",
+    title="aesthetic head",
+    layouts={"official": Layout(aesthetic_rules, "sac+logos+ava1-l14-linearMSE.pth")},
+    config=HeadConfig,
+    sizes=head_sizes,
+    expected=head_shapes,
+    sentence=head_sentence,
+)

@@ -7,8 +7,8 @@ same number on both sides:
 
 `plan` works out a conversion from names and shapes, before any tensor is read; `convert` does it to
 arrays in memory; `invert` turns the table round. Every fault in a checkpoint (missing, unexpected,
-matched twice, wrong shape, no number) is reported at once, in the words of the file, with the
-nearest known name.
+matched twice, wrong shape, no number) is reported at once, under the names that the file uses, with
+the nearest known name.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ def permute(name: str, *axes: int) -> Transform:
 
 
 def flatten(name: str, ndim: int) -> Transform:
-    """Drop size-1 axes of an array of `ndim` axes down to one vector, and put them back as [c, 1,
-    ..., 1].
-    """
-    return Transform(name, lambda x: x.reshape(-1), lambda x: x.reshape(-1, *([1] * (ndim - 1))))
+    """[c, 1, ..., 1] of `ndim` axes to a vector [c]."""
+    ones = (1,) * (ndim - 1)
+    return Transform(name, lambda x: x.reshape(-1), lambda x: x.reshape(-1, *ones))
 
 
 def pointwise(ndim: int) -> Transform:
@@ -76,9 +75,7 @@ POINT2D, POINT3D = pointwise(4), pointwise(5)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row of a table: names in the source layout, names in the target layout, and the change of
-    axes between them.
-    """
+    """One row of a table: a name in either layout, and the change of axes between them."""
 
     source: str
     target: str
@@ -95,9 +92,7 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    """`blocks.{i}.q` -> a regular expression in which `{i}` is an integer (the same one, if it
-    occurs twice).
-    """
+    """`blocks.{i}.q` to a regular expression. `{i}` is an integer, the same one wherever it is."""
     seen: set[str] = set()
     parts = []
     for piece in re.split(r"(\{\w+\})", pattern):
@@ -128,15 +123,16 @@ def rename(
     compiled = [(_compile(rule.source), rule) for rule in rules]
     mapping, faults = {}, []
     for name in names:
-        hits = [
-            (m.groupdict(), rule) for pattern, rule in compiled if (m := pattern.fullmatch(name))
-        ]
+        hits = []
+        for pattern, rule in compiled:
+            match = pattern.fullmatch(name)
+            if match:
+                hits.append((match.groupdict(), rule))
         if not hits:
             faults.append(f"unexpected: {name}")
         elif len(hits) > 1:
-            faults.append(
-                f"matched {len(hits)} times: {name} by {', '.join(rule.source for _, rule in hits)}"
-            )
+            sources = ", ".join(rule.source for _, rule in hits)
+            faults.append(f"matched {len(hits)} times: {name} by {sources}")
         else:
             numbers, rule = hits[0]
             mapping[name] = (rule.target.format(**numbers), rule.transform)
@@ -145,7 +141,7 @@ def rename(
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """The way of one tensor: the name it has, the name it gets, and the change of axes in between."""
+    """The way of one tensor: the name it has, the name it gets, the change of axes in between."""
 
     source: str
     target: str
@@ -176,12 +172,9 @@ def plan(
     rules = list(rules)
     skip = [_compile(pattern) for pattern in ignore]
     names = [name for name in tensors if not any(pattern.fullmatch(name) for pattern in skip)]
-    # What the source would be called and shaped if it were right: faults are told in the words of
-    # the file.
-    wanted = {
-        target: (name, transform)
-        for target, (name, transform) in rename(expected, invert(rules))[0].items()
-    }
+    # What the source would be called and shaped if it were right: faults are reported under the
+    # names that the file uses.
+    wanted = _wanted(expected, rules)
     mapping, faults = rename(names, rules)
     moves: dict[str, Move] = {}
     for name, (target, transform) in mapping.items():
@@ -191,38 +184,68 @@ def plan(
         if target in moves:
             faults.append(f"matched twice: {target} by {moves[target].source} and by {name}")
         moves[target] = Move(name, target, transform)
-        shape, right = tuple(tensors[name].shape), _source_shape(wanted, target, expected)
+        shape, right = tuple(tensors[name].shape), wanted[target][1]
         if _shape(transform, shape) != tuple(expected[target]):
             hint = ": it is transposed" if shape != right and shape[::-1] == right else ""
             faults.append(f"wrong shape: {name} is {shape}, expected {right}{hint}")
-        if not np.issubdtype(np.dtype(tensors[name].dtype), np.floating) and not _is_small_float(
-            tensors[name].dtype
-        ):
-            faults.append(
-                f"wrong dtype: {name} is {tensors[name].dtype}, expected float32, bfloat16 or"
-                " float16"
-            )
-    missing = [
-        wanted[target][0] if target in wanted else target
-        for target in expected
-        if target not in moves
-    ]
-    faults += [f"missing: {name}" for name in missing]
+    faults += _wrong_dtypes({move.source: tensors[move.source] for move in moves.values()})
+    faults += [f"missing: {wanted[target][0]}" for target in expected if target not in moves]
     if faults:
-        known, there = [name for name, _ in wanted.values()], set(names)
-        lines = [
-            line + _nearest(line.split()[1], known)
-            if line.startswith("unexpected")
-            else line + _nearest(line.split()[1], there)
-            if line.startswith("missing")
-            else line
-            for line in sorted(faults)[:LISTED]
-        ]
-        more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-        raise ConversionError(
-            f"the checkpoint does not fit ({len(faults)} faults):\n  " + "\n  ".join(lines) + more
-        )
+        known = [name for name, _ in wanted.values()]
+        raise ConversionError(_report(faults, known=known, there=names))
     return [moves[target] for target in expected]
+
+
+def _wanted(
+    expected: Mapping[str, tuple[int, ...]], rules: Iterable[Rule]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name and shape in the source of every target; those of the target where no rule leads back."""
+    back, _ = rename(expected, invert(rules))
+    wanted = {}
+    for target, shape in expected.items():
+        wanted[target] = (target, tuple(shape))
+        if target in back:
+            name, transform = back[target]
+            wanted[target] = (name, _shape(transform, tuple(shape)))
+    return wanted
+
+
+def _wrong_dtypes(tensors: Mapping[str, Any]) -> list[str]:
+    """One line for each dtype that is not a floating-point type that can be loaded."""
+    names: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        kind = np.dtype(tensor.dtype)
+        if not np.issubdtype(kind, np.floating) and kind.name != "bfloat16":
+            names.setdefault(kind.name, []).append(name)
+    return [_wrong_dtype(kind, of_kind) for kind, of_kind in names.items()]
+
+
+def _wrong_dtype(kind: str, names: list[str]) -> str:
+    expected = "expected float32, bfloat16 or float16"
+    if len(names) > 1:
+        line = f"wrong dtype: {len(names)} tensors are {kind} ({names[0]}, ...), {expected}"
+    else:
+        line = f"wrong dtype: {names[0]} is {kind}, {expected}"
+    if kind.startswith("float8"):
+        line += "; float8 without its scales is not read, take the bfloat16 or float16 file"
+    return line
+
+
+def _report(faults: Iterable[str], known: Iterable[str], there: Iterable[str]) -> str:
+    """The message: every fault, with the nearest name to what is unexpected or missing."""
+    faults, known, there = sorted(faults), list(known), list(there)
+    number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    lines = [f"the checkpoint does not fit ({number}):"]
+    for fault in faults[:LISTED]:
+        kind, _, name = fault.partition(": ")
+        if kind == "unexpected":
+            fault += _nearest(name, known)
+        elif kind == "missing":
+            fault += _nearest(name, there)
+        lines.append(fault)
+    if len(faults) > LISTED:
+        lines.append(f"and {len(faults) - LISTED} more")
+    return "\n  ".join(lines)
 
 
 def convert(
@@ -256,26 +279,11 @@ def shapes_in(
 
 
 def _shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape after a transform, tried on an array that takes no memory; the shape itself where it
-    does not apply.
+    """Shape after a transform, tried on an array that takes no memory.
+
+    The shape itself where the transform does not apply.
     """
     try:
         return transform.forward(np.broadcast_to(np.int8(0), shape)).shape
     except ValueError:
         return tuple(shape)
-
-
-def _source_shape(
-    wanted: Mapping[str, tuple[str, Transform]],
-    target: str,
-    expected: Mapping[str, tuple[int, ...]],
-) -> tuple[int, ...]:
-    return (
-        _shape(wanted[target][1], tuple(expected[target]))
-        if target in wanted
-        else tuple(expected[target])
-    )
-
-
-def _is_small_float(dtype: Any) -> bool:
-    return np.dtype(dtype).name == "bfloat16"

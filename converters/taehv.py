@@ -1,4 +1,4 @@
-"""TAEHV: the published layout of `taew2_2` and `taew2_2_super`, to and from this code base.
+"""TAEHV: the published layout of `taew2_2` and `taew2_2_super`.
 
 In the published layout encoder and decoder are one list of layers each, in which layers without
 parameters count too. So the tables depend on the config: layer numbers follow from the variant and
@@ -7,41 +7,42 @@ from the number of blocks in a stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
 from chameleon_jax.weights.params import param_shapes
-from converters.rules import CONV2D, POINT2D, Rule, Transform, convert, invert
+from converters.layouts import Layout, Network, Shapes, axis
+from converters.rules import CONV2D, POINT2D, Rule, Transform
 
 
 def _layer(
     source: str, target: str, transform: Transform = CONV2D, bias: bool = True
 ) -> list[Rule]:
     """Kernel of one layer, and its bias if it has one."""
-    kernel = Rule(f"{source}.weight", f"{target}.kernel", transform)
-    return [kernel, Rule(f"{source}.bias", f"{target}.bias")] if bias else [kernel]
+    rules = [Rule(f"{source}.weight", f"{target}.kernel", transform)]
+    if bias:
+        rules.append(Rule(f"{source}.bias", f"{target}.bias"))
+    return rules
 
 
 def _growth(source: str, target: str, width: int, up: bool) -> list[Rule]:
     """The layer that makes one or two frames of one, a kernel [frames * width, width, 1, 1].
 
-    A kernel for more frames than that is taken for its last ones, as the published code does. This
+    Of a kernel for more frames than that the last ones are kept, as the published code does. This
     is the one change here that cannot be undone.
     """
-    rows = (1 + up) * width
+    rows = 2 * width if up else width
 
     def last_frames(x: np.ndarray) -> np.ndarray:
         return POINT2D.forward(x[-rows:] if x.shape[0] % width == 0 else x)
 
-    return _layer(
-        source,
-        target,
-        Transform(f"last {rows} of {POINT2D.name}", last_frames, POINT2D.inverse),
-        bias=False,
-    )
+    transform = Transform(f"last {rows} of {POINT2D.name}", last_frames, POINT2D.inverse)
+    return _layer(source, target, transform, bias=False)
 
 
 def _memory_block(source: str, target: str) -> list[Rule]:
@@ -118,26 +119,57 @@ def expected_shapes(config: TaehvConfig) -> dict[str, tuple[int, ...]]:
     return param_shapes(nnx.eval_shape(lambda: Taehv(config, rngs=nnx.Rngs(0))))
 
 
-def from_official(tensors: Mapping[str, np.ndarray], config: TaehvConfig) -> dict[str, np.ndarray]:
-    """Parameters of `Taehv(config)` from the published layout.
-
-    A checkpoint may grow more frames out of one than the config asks for. As in the published code,
-    the last ones are kept then.
-
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    return convert(tensors, rules(config), expected_shapes(config))
-
-
-def to_layout(
-    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
-):
-    """Parameters of a `Taehv` in the published layout, the inverse of the above.
+def _network(name: str, title: str, full: TaehvConfig, block: str, file: str) -> Network:
+    """One of the two published variants: they differ in names too, so each has its table.
 
     Args:
-      params: arrays by parameter path.
-      rules: `rules(config)`.
-      expected: shapes of the published layout by name.
+      full: the published sizes.
+      block: the layer of a memory block from which the width of its stage is read.
     """
-    return convert(params, invert(rules), expected)
+
+    def published_rules(config: TaehvConfig | None) -> list[Rule]:
+        return rules(config or full)
+
+    def sizes(shapes: Shapes, about: Mapping[str, Any]) -> TaehvConfig:
+        widths = []
+        for i in range(len(full.temporal_up)):
+            kernel = f"decoder.stages.{i}.blocks.0.{block}.kernel"
+            widths.append(axis(shapes, kernel, -1, full.dec_widths[i]))
+        widths.append(axis(shapes, "decoder.conv_out.kernel", 2, full.dec_widths[-1]))
+        return dataclasses.replace(
+            full,
+            z_dim=axis(shapes, "encoder.conv_out.bias", 0, full.z_dim),
+            enc_width=axis(shapes, "encoder.conv_in.bias", 0, full.enc_width),
+            dec_widths=tuple(widths),
+        )
+
+    return Network(
+        name=name,
+        title=title,
+        layouts={"official": Layout(published_rules, file)},
+        config=TaehvConfig,
+        sizes=sizes,
+        expected=expected_shapes,
+        sentence=sentence,
+    )
+
+
+def sentence(config: TaehvConfig) -> str:
+    """The sizes in a few words."""
+    return f"{config.z_dim} latent channels, decoder of {config.dec_widths} channels"
+
+
+TAEHV = _network(
+    "taehv",
+    "TAEHV small encoder and decoder",
+    TaehvConfig.taew2_2(),
+    "conv2",
+    "taew2_2.pth",
+)
+TAEHV_SUPER = _network(
+    "taehv_super",
+    "TAEHV small encoder, larger decoder",
+    TaehvConfig.taew2_2_super(),
+    "contract",
+    "taew2_2_super.pth",
+)

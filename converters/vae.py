@@ -1,5 +1,4 @@
-"""Wan2.2 VAE: the original layout and that of diffusers' AutoencoderKLWan, to and from this code
-base.
+"""Wan2.2 VAE: the original layout and that of diffusers' AutoencoderKLWan.
 
 The tables depend on the config in one place: in the original layout a stage is one list, in which
 the layer that changes the resolution follows the residual blocks.
@@ -7,13 +6,15 @@ the layer that changes the resolution follows the residual blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 from flax import nnx
 
-from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.models.vae import WAN22_LATENT_MEAN, WAN22_LATENT_STD, Vae, VaeConfig
 from chameleon_jax.weights.params import param_shapes
+from converters.layouts import Layout, Network, Shapes, axis, count
 from converters.rules import (
     CONV2D,
     CONV3D,
@@ -22,9 +23,7 @@ from converters.rules import (
     POINT3D,
     Rule,
     Transform,
-    convert,
     flatten,
-    invert,
 )
 
 GAIN2D, GAIN3D = flatten("[c, 1, 1] -> [c]", 3), flatten("[c, 1, 1, 1] -> [c]", 4)
@@ -39,9 +38,7 @@ def _layer(source: str, target: str, transform: Transform) -> list[Rule]:
 
 
 def _residual(source: str, target: str, names: tuple[str, str, str, str, str]) -> list[Rule]:
-    """A residual block; `names` are those of norm, convolution, norm, convolution and shortcut in
-    the source.
-    """
+    """A residual block; `names` are those of its norm, convolution, norm, convolution, shortcut."""
     norm1, conv1, norm2, conv2, shortcut = (f"{source}.{name}" for name in names)
     return [
         Rule(f"{norm1}.gamma", f"{target}.norm1.scale", GAIN3D),
@@ -69,7 +66,7 @@ def _attention(source: str, target: str) -> list[Rule]:
 
 
 def official_rules(config: VaeConfig | None) -> list[Rule]:
-    """The original layout. Without a config a table that names everything, but cannot be inverted."""
+    """The original layout; for None a table that names everything but cannot be inverted."""
     names = ("residual.0", "residual.2", "residual.3", "residual.6", "shortcut")
     rules = [*_layer("conv1", "quant", POINT3D), *_layer("conv2", "post_quant", POINT3D)]
     numbers = ("{k}", "{k}") if config is None else (config.enc_blocks, config.dec_blocks)
@@ -116,32 +113,80 @@ def expected_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
     return param_shapes(nnx.eval_shape(lambda: Vae(config, rngs=nnx.Rngs(0))))
 
 
-def from_official(tensors: Mapping[str, np.ndarray], config: VaeConfig) -> dict[str, np.ndarray]:
-    """Parameters of `Vae(config)` from the original layout.
+def sizes(shapes: Shapes, about: Mapping[str, Any]) -> VaeConfig:
+    """Sizes from shapes in our layout and the config.json of diffusers."""
+    full = VaeConfig.wan22()
+    stages = count(shapes, r"encoder\.stages\.(\d+)\.") or len(full.width_mult)
+    enc_width = axis(shapes, "encoder.conv_in.bias", 0, full.enc_width)
+    z_dim = axis(shapes, "post_quant.bias", 0, full.z_dim)
+    width_mult = []
+    for i in range(stages):
+        width = axis(shapes, f"encoder.stages.{i}.blocks.0.conv1.bias", 0, enc_width)
+        width_mult.append(max(1, width // enc_width))
+    temporal_down = []
+    for i in range(stages - 1):
+        layer = f"encoder.stages.{i}.down.time_conv."
+        temporal_down.append(any(name.startswith(layer) for name in shapes))
+    channels = axis(shapes, "encoder.conv_in.kernel", 3, 3 * full.patch**2)
+    published = z_dim == full.z_dim
+    return VaeConfig(
+        z_dim=z_dim,
+        enc_width=enc_width,
+        dec_width=axis(shapes, "decoder.norm_out.scale", 0, full.dec_width),
+        width_mult=tuple(width_mult),
+        enc_blocks=count(shapes, r"encoder\.stages\.0\.blocks\.(\d+)\.") or full.enc_blocks,
+        dec_blocks=count(shapes, r"decoder\.stages\.0\.blocks\.(\d+)\.") or full.dec_blocks,
+        temporal_down=tuple(temporal_down),
+        patch=math.isqrt(channels // 3),
+        latent_mean=tuple(about.get("latents_mean", WAN22_LATENT_MEAN if published else ())),
+        latent_std=tuple(about.get("latents_std", WAN22_LATENT_STD if published else ())),
+    )
 
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    return convert(tensors, official_rules(config), expected_shapes(config))
+
+def sentence(config: VaeConfig) -> str:
+    """The sizes in a few words."""
+    return (
+        f"{config.z_dim} latent channels, {config.spatial_factor}x in space,"
+        f" {config.temporal_factor}x in time"
+    )
 
 
-def from_diffusers(tensors: Mapping[str, np.ndarray], config: VaeConfig) -> dict[str, np.ndarray]:
-    """Parameters of `Vae(config)` from the layout of diffusers.
+def diffusers_about(config: VaeConfig) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKLWan."""
+    channels = 3 * config.patch**2
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": config.enc_width,
+        "decoder_base_dim": config.dec_width,
+        "z_dim": config.z_dim,
+        "dim_mult": list(config.width_mult),
+        "num_res_blocks": config.enc_blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal_down),
+        "dropout": 0.0,
+        "is_residual": True,
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch_size": config.patch,
+        "scale_factor_temporal": config.temporal_factor,
+        "scale_factor_spatial": config.spatial_factor,
+        "latents_mean": list(config.latent_mean),
+        "latents_std": list(config.latent_std),
+        "clip_output": False,
+    }
 
-    Raises:
-      ConversionError: if names or shapes do not fit; all faults are listed.
-    """
-    return convert(tensors, diffusers_rules(config), expected_shapes(config))
 
-
-def to_layout(
-    params: Mapping[str, np.ndarray], rules: Iterable[Rule], expected: Mapping[str, tuple[int, ...]]
-):
-    """Parameters of a `Vae` in one of the two public layouts, the inverse of the above.
-
-    Args:
-      params: arrays by parameter path.
-      rules: `official_rules(config)` or `diffusers_rules(config)`.
-      expected: shapes of the public layout by name.
-    """
-    return convert(params, invert(rules), expected)
+VAE = Network(
+    name="vae",
+    title="Wan2.2 VAE",
+    layouts={
+        "official": Layout(official_rules, "Wan2.2_VAE.pth"),
+        "diffusers": Layout(
+            diffusers_rules, "vae/diffusion_pytorch_model.safetensors", diffusers_about
+        ),
+    },
+    config=VaeConfig,
+    sizes=sizes,
+    expected=expected_shapes,
+    sentence=sentence,
+)

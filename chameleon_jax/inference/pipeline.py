@@ -27,7 +27,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from chameleon_jax import files
-from chameleon_jax.inference.pretrained import PipelineError, find_weights
+from chameleon_jax.inference.pretrained import PipelineError, find_weights, read_lora
 from chameleon_jax.inference.programs import (
     MediaPrograms,
     StreamPrograms,
@@ -205,23 +205,17 @@ class Pipeline:
             not a LoRA.
           WeightsError: it does not fit the denoiser; all mismatches are listed.
         """
-        from chameleon_jax.weights.lora import Lora, attach, merge
-        from converters.lora import LoraPart
-        from converters.recognise import RecognitionError, recognise
-        from converters.rules import ConversionError
+        from chameleon_jax.weights.lora import attach, merge
 
         if self.__dict__.keys() & {"media", "stream"}:
             raise PipelineError(
                 "the pipeline has been used already; add the LoRA right after loading"
             )
-        try:
-            (part,) = recognise([Path(path)])
-        except (RecognitionError, ConversionError) as error:
-            raise PipelineError(" ".join(str(error).split())) from None
-        if not isinstance(part, LoraPart):
-            raise PipelineError(f"{path}: not a LoRA, but a {part.network.title}")
-        change = merge if merged else attach
-        change(self.dit, Lora(part.changes), strength)
+        lora = read_lora(path)
+        if merged:
+            merge(self.dit, lora, strength)
+        else:
+            attach(self.dit, lora, strength)
 
     def save(self, folder: str | os.PathLike, dtype: jnp.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads.

@@ -14,8 +14,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from chameleon_jax.errors import UserError
+from chameleon_jax.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from chameleon_jax.weights.lora import Lora
 
 ROOT = Path(__file__).parents[2]  # config files name folders of weights from here
 CACHE_VERSION = 1  # of our layout; a new one leaves older conversions aside
@@ -122,11 +126,10 @@ def _converted(folder: Path) -> Path:
     Raises:
       PipelineError: it is not the whole of a pipeline, or does not fit.
     """
-    from chameleon_jax.data.tokenizer import TokenizerError
-    from chameleon_jax.weights.tensors import WeightsError
-    from converters import convert
-    from converters.recognise import OURS, RecognitionError, checkpoint_files, recognise
-    from converters.rules import ConversionError
+    from converters import convert, writing
+    from converters.families import PIPELINE
+    from converters.layouts import OURS
+    from converters.recognise import checkpoint_files, recognise
 
     try:
         files = checkpoint_files(folder)
@@ -134,7 +137,7 @@ def _converted(folder: Path) -> Path:
         if place.is_dir():
             return place
         parts = recognise([folder])
-        lacking = set(convert.PIPELINE) - {part.network.name for part in parts}
+        lacking = set(PIPELINE) - {part.network.name for part in parts}
         if lacking:
             raise PipelineError(
                 f"{folder}: no {', '.join(sorted(lacking))} among its checkpoints; a pipeline needs"
@@ -146,19 +149,43 @@ def _converted(folder: Path) -> Path:
         print(
             f"converting {folder} ({plan.nbytes / 1e9:.1f} GB), once, to {place}", file=sys.stderr
         )
-        convert.write_with_progress(plan, place)
-    except convert.DestinationError as error:
+        writing.write_with_progress(plan, place)
+    except PipelineError:
+        raise
+    except writing.DestinationError as error:
         if not place.is_dir():  # else another process was faster
             raise PipelineError(f"{folder}: no room for the conversion: {error}") from None
-    except (RecognitionError, ConversionError, WeightsError, TokenizerError) as error:
-        raise PipelineError(f"{folder}: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise PipelineError(f"{folder}: {one_line(error)}") from None
     return place
+
+
+def read_lora(path: str | os.PathLike) -> Lora:
+    """A LoRA for the denoiser, in any naming that the converters know.
+
+    Args:
+      path: a file or folder.
+
+    Raises:
+      PipelineError: no such file, or not a LoRA.
+    """
+    from chameleon_jax.weights.lora import Lora
+    from converters.lora import LoraPart
+    from converters.recognise import recognise
+
+    try:
+        (part,) = recognise([Path(path)])
+    except UserError as error:
+        raise PipelineError(one_line(error)) from None
+    if not isinstance(part, LoraPart):
+        raise PipelineError(f"{path}: not a LoRA, but a {part.network.title}")
+    return Lora(part.changes)
 
 
 def _fingerprint(folder: Path, files: list[Path]) -> str:
     """Changes when any file of the checkpoint does."""
-    told = [f"{CACHE_VERSION} {folder.resolve()}"]
+    lines = [f"{CACHE_VERSION} {folder.resolve()}"]
     for path in sorted({*files, *folder.rglob("*.json"), *folder.rglob("*.safetensors")}):
         about = path.stat()
-        told.append(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}")
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+        lines.append(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

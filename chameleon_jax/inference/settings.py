@@ -15,7 +15,8 @@ from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference.pretrained import PipelineError
-from chameleon_jax.models.build import DTYPES, HOW_TO_COMPUTE, read_sizes
+from chameleon_jax.models.build import DTYPES, read_sizes
+from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
 
 GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
 NETWORKS = ("vae", "dit", "text")  # of every pipeline

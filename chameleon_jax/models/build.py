@@ -27,8 +27,6 @@ from chameleon_jax.models.text import TextConfig, TextEncoder
 from chameleon_jax.models.vae import Vae, VaeConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Settings that change how a network is computed and leave its weights alone.
-HOW_TO_COMPUTE = ("conv", "remat", "scan_layers", "attention")
 
 Sizes = VaeConfig | TaehvConfig | DiTConfig | TextConfig | ClipVisionConfig
 Builder = Callable[[nnx.Rngs], nnx.Module]

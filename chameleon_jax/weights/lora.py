@@ -134,7 +134,7 @@ def attach(module: nnx.Module, lora: Lora, strength: float = 1.0) -> None:
 
 def detach(module: nnx.Module) -> None:
     """Take off what `attach` put on, in place."""
-    for _, parent in list(module.iter_modules()):
+    for _, parent in list(nnx.iter_modules(module)):
         for key, child in list(vars(parent).items()):
             if isinstance(child, nnx.LoRALinear):
                 linear = nnx.eval_shape(

@@ -28,7 +28,7 @@ from chameleon_jax.models.text import TextConfig
 from chameleon_jax.models.vae import VaeConfig
 from chameleon_jax.weights.tensors import DTYPES, Entry, same_numbers, write_entries
 from converters import convert
-from converters.networks import NETWORKS
+from converters.families import NETWORKS
 from converters.pickles import write_pickle
 from converters.recognise import recognise
 from converters.rules import invert, shapes_in

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from chameleon_jax.models.dit import DiTConfig
+from chameleon_jax.models.text import TextConfig
 from chameleon_jax.weights.tensors import write_tensors
 from converters import __main__ as command
-from converters import networks, pickles
+from converters import pickles
+from converters.dit import DIT
 from converters.rules import invert, shapes_in
+from converters.text import TEXT
 from tests import tiny_wan
-
-DIT = networks.DIT
 
 
 def shapes_of(config, layout: str = "official") -> dict[str, tuple[int, ...]]:
@@ -375,9 +376,8 @@ def test_what_training_leaves_beside_the_weights_is_not_read(good, folder):
 
 
 def test_sizes_that_make_no_network(folder, refused):
-    config = networks.TextConfig(vocab=9, width=8, heads=2, head_dim=4, ffn=8, layers=1)
-    text = networks.TEXT
-    shapes = shapes_in(invert(text.layouts["official"].rules(config)), text.expected(config))
+    config = TextConfig(vocab=9, width=8, heads=2, head_dim=4, ffn=8, layers=1)
+    shapes = shapes_in(invert(TEXT.layouts["official"].rules(config)), TEXT.expected(config))
     for shape in ((32,), (32, 0), ()):
         tensors = {name: np.ones(size, np.float32) for name, size in shapes.items()}
         tensors["blocks.0.pos_embedding.embedding.weight"] = np.ones(shape, np.float32)

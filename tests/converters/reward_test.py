@@ -18,8 +18,10 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from chameleon_jax.models.reward import ClipVision, ClipVisionConfig, Reward
 from chameleon_jax.weights.params import set_params
+from chameleon_jax.weights.tensors import write_tensors
 from converters import reward
-from converters.rules import ConversionError
+from converters.recognise import recognise
+from converters.rules import ConversionError, convert, invert
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 TINY = ClipVisionConfig(width=32, ffn=56, heads=4, layers=3, projection=24, patch=28)
@@ -85,6 +87,15 @@ def _tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: x.detach().numpy() for name, x in model.state_dict().items()}
 
 
+def _from_hf(tensors, config: ClipVisionConfig = TINY) -> dict[str, np.ndarray]:
+    shapes = reward.part_shapes(config, "vision.")
+    return convert(tensors, reward.HF_RULES, shapes, reward.HF_BUFFERS)
+
+
+def _from_aesthetic(tensors, config: ClipVisionConfig = TINY) -> dict[str, np.ndarray]:
+    return convert(tensors, reward.AESTHETIC_RULES, reward.part_shapes(config, "head."))
+
+
 def _frames(h: int, w: int) -> np.ndarray:
     """Tinted blotches under stripes as fine as pixels, which only an antialiased resize takes well;
     uint8 [4, h, w, 3].
@@ -115,7 +126,7 @@ def head():
 
 def test_the_embedding_agrees_with_transformers(clip):
     vision = ClipVision(TINY, rngs=nnx.Rngs(0))
-    params = reward.from_hf(_tensors(clip), TINY)
+    params = _from_hf(_tensors(clip))
     set_params(vision, {name.removeprefix("vision."): x for name, x in params.items()})
     pixels = np.random.default_rng(0).normal(size=(3, 224, 224, 3)).astype(np.float32)
     with torch.no_grad():
@@ -132,9 +143,7 @@ def test_the_score_of_raw_frames_agrees_with_transformers(clip, head, size):
     width first.
     """
     ours = Reward(TINY, rngs=nnx.Rngs(0))
-    set_params(
-        ours, reward.from_hf(_tensors(clip), TINY) | reward.from_aesthetic(_tensors(head), TINY)
-    )
+    set_params(ours, _from_hf(_tensors(clip)) | _from_aesthetic(_tensors(head)))
     frames = _frames(*size)
     pixels = CLIPImageProcessorPil()(
         images=list(frames), return_tensors="pt", input_data_format="channels_last"
@@ -147,12 +156,11 @@ def test_the_score_of_raw_frames_agrees_with_transformers(clip, head, size):
 
 def test_there_and_back_gives_the_same_tensors(clip, head):
     for theirs, rules, to_ours in (
-        (_tensors(clip), reward.HF_RULES, reward.from_hf),
-        (_tensors(head), reward.AESTHETIC_RULES, reward.from_aesthetic),
+        (_tensors(clip), reward.HF_RULES, _from_hf),
+        (_tensors(head), reward.AESTHETIC_RULES, _from_aesthetic),
     ):
-        back = reward.to_layout(
-            to_ours(theirs, TINY), rules, {name: x.shape for name, x in theirs.items()}
-        )
+        shapes = {name: x.shape for name, x in theirs.items()}
+        back = convert(to_ours(theirs), invert(rules), shapes)
         assert back.keys() == theirs.keys()
         for name, x in theirs.items():
             np.testing.assert_array_equal(back[name], x)
@@ -161,8 +169,8 @@ def test_there_and_back_gives_the_same_tensors(clip, head):
 def test_the_full_size_fits_the_published_listings_exactly():
     config, ours = ClipVisionConfig.vit_l14(), {}
     for listing, rules, to_ours, count, scalars in (
-        ("clip_vit_l14_vision_hf", reward.HF_RULES, reward.from_hf, 392, 303_966_208),
-        ("aesthetic_mlp_head", reward.AESTHETIC_RULES, reward.from_aesthetic, 10, 927_969),
+        ("clip_vit_l14_vision_hf", reward.HF_RULES, _from_hf, 392, 303_966_208),
+        ("aesthetic_mlp_head", reward.AESTHETIC_RULES, _from_aesthetic, 10, 927_969),
     ):
         published = json.loads((LISTINGS / f"{listing}.json").read_text())
         shapes = {name: tuple(shape) for name, shape in published["tensors"].items()}
@@ -174,14 +182,14 @@ def test_the_full_size_fits_the_published_listings_exactly():
         part = to_ours(
             {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}, config
         )
-        back = reward.to_layout(part, rules, shapes)
+        back = convert(part, invert(rules), shapes)
         assert {name: x.shape for name, x in back.items()} == shapes
         ours |= part
     assert {name: x.shape for name, x in ours.items()} == reward.expected_shapes(config)
     assert len(ours) == 402
 
 
-def test_a_whole_clip_model_is_taken_and_its_text_side_left_out(clip):
+def test_a_whole_clip_model_is_taken_and_its_text_side_left_out(clip, tmp_path):
     tensors = _tensors(clip)
     whole = {
         **tensors,
@@ -191,7 +199,13 @@ def test_a_whole_clip_model_is_taken_and_its_text_side_left_out(clip):
         "text_projection.weight": np.ones((24, 8)),
         "logit_scale": np.array(4.6),
     }
-    expected, got = reward.from_hf(tensors, TINY), reward.from_hf(whole, TINY)
+    write_tensors(tmp_path / "model.safetensors", whole)
+    about = {"vision_config": {"num_attention_heads": TINY.heads}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    (part,) = recognise([tmp_path / "model.safetensors"])
+    assert part.network is reward.CLIP and part.config == TINY
+    expected = _from_hf(tensors)
+    got = _from_hf({name: tensor.read() for name, tensor in part.tensors.items()})
     assert got.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(got[name], x)
@@ -203,7 +217,7 @@ def test_every_fault_is_listed(clip, head):
     tensors["visual_projection.bias"] = np.ones(24)
     tensors["vision_model.embeddings.position_embedding.weight"] = np.ones((50, 32))
     with pytest.raises(ConversionError, match="3 faults") as error:
-        reward.from_hf(tensors, TINY)
+        _from_hf(tensors)
     for line in (
         "missing: vision_model.post_layernorm.bias",
         "unexpected: visual_projection.bias",
@@ -214,6 +228,6 @@ def test_every_fault_is_listed(clip, head):
     tensors = _tensors(head)
     tensors["layers.1.weight"] = tensors.pop("layers.2.weight")
     with pytest.raises(ConversionError, match="2 faults") as error:
-        reward.from_aesthetic(tensors, TINY)
+        _from_aesthetic(tensors)
     assert "unexpected: layers.1.weight" in str(error.value)
     assert "missing: layers.2.weight" in str(error.value)

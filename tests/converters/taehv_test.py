@@ -20,7 +20,7 @@ from flax import nnx
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
 from chameleon_jax.weights.params import set_params
 from converters import taehv
-from converters.rules import ConversionError, rename
+from converters.rules import ConversionError, convert, invert, rename
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 FULL = {"taew2_2": TaehvConfig.taew2_2(), "taew2_2_super": TaehvConfig.taew2_2_super()}
@@ -61,6 +61,14 @@ def _tensors(name: str) -> dict[str, np.ndarray]:
     tensors["encoder.17.weight"] *= 3
     tensors["decoder.22.bias"] += 0.5
     return tensors
+
+
+def _from_official(tensors, config: TaehvConfig) -> dict[str, np.ndarray]:
+    return convert(tensors, taehv.rules(config), taehv.expected_shapes(config))
+
+
+def _to_official(params, config: TaehvConfig, shapes) -> dict[str, np.ndarray]:
+    return convert(params, invert(taehv.rules(config)), shapes)
 
 
 # The network as a function of one clip: frames are the batch [t, c, h, w], weights are looked up by
@@ -164,7 +172,7 @@ def test_parity_with_torch(name):
     tensors = _tensors(name)
     weights = {key: torch.from_numpy(x) for key, x in tensors.items()}
     net = nnx.eval_shape(lambda: Taehv(TINY[name], rngs=nnx.Rngs(0)))
-    set_params(net, taehv.from_official(tensors, TINY[name]))
+    set_params(net, _from_official(tensors, TINY[name]))
     graph, params = nnx.split(net)
     quick = {"xla_backend_optimization_level": 0}  # many shapes to compile, each used once
     encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(x), compiler_options=quick)
@@ -197,20 +205,18 @@ def test_full_size_table_fits_the_public_listing_in_both_directions(name):
     empty = {
         key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()
     }  # takes no memory
-    ours = taehv.from_official(empty, config)
+    ours = _from_official(empty, config)
     assert {key: x.shape for key, x in ours.items()} == taehv.expected_shapes(config)
     assert len(ours) == len(shapes)
-    back = taehv.to_layout(ours, taehv.rules(config), shapes)
+    back = _to_official(ours, config, shapes)
     assert {key: x.shape for key, x in back.items()} == shapes
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_there_and_back_gives_the_same_numbers(name):
     tensors = _tensors(name)
-    params = taehv.from_official(tensors, TINY[name])
-    back = taehv.to_layout(
-        params, taehv.rules(TINY[name]), {key: x.shape for key, x in tensors.items()}
-    )
+    params = _from_official(tensors, TINY[name])
+    back = _to_official(params, TINY[name], {key: x.shape for key, x in tensors.items()})
     assert list(back) == list(tensors)
     for key, x in tensors.items():
         np.testing.assert_array_equal(back[key], x)
@@ -242,13 +248,13 @@ def test_the_table_follows_the_number_of_stages_and_blocks():
 @pytest.mark.parametrize("name", FULL)
 def test_of_a_checkpoint_that_grows_more_frames_the_last_ones_are_kept(name):
     tensors = _tensors(name)
-    expected = taehv.from_official(tensors, TINY[name])
+    expected = _from_official(tensors, TINY[name])
     grown = dict(tensors)
     for layer in GROWTH[name]:
         key = f"decoder.{layer}.conv.weight"
         width = tensors[key].shape[1]
         grown[key] = np.concatenate([np.full((width, width, 1, 1), 7, np.float32), tensors[key]])
-    params = taehv.from_official(grown, TINY[name])
+    params = _from_official(grown, TINY[name])
     for target, x in expected.items():
         np.testing.assert_array_equal(params[target], x)
 
@@ -261,7 +267,7 @@ def test_half_a_frame_too_much_and_too_few_frames_are_faults(name):
     tensors[layer] = np.pad(tensors[layer], ((rows // 4, 0), (0, 0), (0, 0), (0, 0)))
     tensors[last] = tensors[last][: tensors[last].shape[1]]
     with pytest.raises(ConversionError, match="2 faults") as error:
-        taehv.from_official(tensors, TINY[name])
+        _from_official(tensors, TINY[name])
     for key in (layer, last):
         assert f"wrong shape: {key} is {tensors[key].shape}" in str(error.value)
 
@@ -294,7 +300,7 @@ def test_half_a_frame_too_much_and_too_few_frames_are_faults(name):
 )
 def test_a_checkpoint_of_the_other_variant_is_refused_with_every_fault(name, other, faults):
     with pytest.raises(ConversionError) as error:
-        taehv.from_official(_tensors(other), TINY[name])
+        _from_official(_tensors(other), TINY[name])
     message = str(error.value)
     for fault in faults:
         assert fault in message

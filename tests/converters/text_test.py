@@ -16,8 +16,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from chameleon_jax.models.text import TextConfig, TextEncoder
 from chameleon_jax.weights.params import set_params
+from chameleon_jax.weights.tensors import write_tensors
 from converters import text
-from converters.rules import ConversionError, invert, rename
+from converters.recognise import recognise
+from converters.rules import ConversionError, convert, invert, rename
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 TINY = TextConfig(vocab=97, width=32, heads=4, head_dim=6, ffn=48, layers=3)
@@ -53,6 +55,10 @@ def _tensors(model) -> dict[str, np.ndarray]:
     return {name: x.detach().numpy() for name, x in model.state_dict().items()}
 
 
+def _from_hf(tensors, config: TextConfig = TINY) -> dict[str, np.ndarray]:
+    return convert(text.untied(tensors), text.HF_RULES, text.expected_shapes(config))
+
+
 def _encoder(params) -> TextEncoder:
     encoder = TextEncoder(TINY, rngs=nnx.Rngs(0))
     set_params(encoder, params)
@@ -61,7 +67,7 @@ def _encoder(params) -> TextEncoder:
 
 def test_parity_with_transformers():
     model = _reference()
-    encoder = _encoder(text.from_hf(_tensors(model), TINY))
+    encoder = _encoder(_from_hf(_tensors(model)))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 97, (3, 150))  # long enough for the last, open bucket
     mask = np.arange(150)[None, :] < np.array([[150], [1], [40]])
@@ -76,17 +82,17 @@ def test_parity_with_transformers():
 
 
 def test_the_two_layouts_give_the_same_parameters():
-    params = text.from_hf(_tensors(_reference()), TINY)
+    params = _from_hf(_tensors(_reference()))
     shapes = {
         name: params[target].T.shape if "kernel" in target else params[target].shape
         for target, (name, _) in rename(params, invert(text.OFFICIAL_RULES))[0].items()
     }
-    official = text.to_layout(params, text.OFFICIAL_RULES, shapes)
+    official = convert(params, invert(text.OFFICIAL_RULES), shapes)
     assert (
         "blocks.2.ffn.gate.0.weight" in official
         and "blocks.0.pos_embedding.embedding.weight" in official
     )
-    again = text.from_official(official, TINY)
+    again = convert(official, text.OFFICIAL_RULES, text.expected_shapes(TINY))
     for name, x in params.items():
         np.testing.assert_array_equal(again[name], x)
 
@@ -94,28 +100,28 @@ def test_the_two_layouts_give_the_same_parameters():
 def test_the_token_table_may_have_either_name_or_both():
     tensors = _tensors(_reference())
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-    expected = text.from_hf(tensors, TINY)["token_embedding.embedding"]
+    expected = _from_hf(tensors)["token_embedding.embedding"]
     for name in ("shared.weight", "encoder.embed_tokens.weight"):
         one = {k: v for k, v in tensors.items() if k != name}
-        np.testing.assert_array_equal(
-            text.from_hf(one, TINY)["token_embedding.embedding"], expected
-        )
+        np.testing.assert_array_equal(_from_hf(one)["token_embedding.embedding"], expected)
     with pytest.raises(ConversionError, match="differ; expected one tied token table"):
-        text.from_hf({**tensors, "shared.weight": expected + 1}, TINY)
+        _from_hf({**tensors, "shared.weight": expected + 1})
 
 
-def test_a_decoder_is_left_out_and_faults_are_listed():
+def test_a_decoder_is_left_out_and_faults_are_listed(tmp_path):
     tensors = _tensors(_reference())
     whole = {
         **tensors,
         "decoder.block.0.layer.0.layer_norm.weight": np.ones(32),
         "lm_head.weight": np.ones((97, 32)),
     }
-    assert text.from_hf(whole, TINY).keys() == text.from_hf(tensors, TINY).keys()
+    write_tensors(tmp_path / "whole.safetensors", whole)
+    (part,) = recognise([tmp_path / "whole.safetensors"])
+    assert part.network is text.TEXT and part.tensors.keys() == text.untied(tensors).keys()
     del tensors["encoder.final_layer_norm.weight"]
     tensors["encoder.block.0.layer.0.SelfAttention.q.bias"] = np.ones(24)
     with pytest.raises(ConversionError) as error:
-        text.from_hf(tensors, TINY)
+        _from_hf(tensors)
     assert "missing: encoder.final_layer_norm.weight" in str(error.value)
     assert "unexpected: encoder.block.0.layer.0.SelfAttention.q.bias" in str(error.value)
 
@@ -136,8 +142,7 @@ def test_the_full_size_encoder_fits_the_published_listing_exactly(layout):
     rules = text.OFFICIAL_RULES if layout == "official" else text.HF_RULES
     # broadcast views stand for the tensors: the right shapes without the memory
     theirs = {name: np.broadcast_to(np.float32(0), shape) for name, shape in published.items()}
-    convert = text.from_official if layout == "official" else text.from_hf
-    ours = convert(theirs, TextConfig.umt5_xxl())
+    ours = convert(theirs, rules, expected)
     assert {name: x.shape for name, x in ours.items()} == expected
-    back = text.to_layout(ours, rules, published)
+    back = convert(ours, invert(rules), published)
     assert {name: x.shape for name, x in back.items()} == published

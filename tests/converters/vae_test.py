@@ -19,7 +19,7 @@ from flax import nnx
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.weights.params import set_params
 from converters import vae
-from converters.rules import ConversionError, rename
+from converters.rules import ConversionError, convert, invert, rename
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 # Wan2.2's own pattern of stages, and one in which the first stage halves time too.
@@ -81,6 +81,10 @@ def _reference(config: VaeConfig) -> AutoencoderKLWan:
     return model
 
 
+def _from_diffusers(tensors, config: VaeConfig) -> dict[str, np.ndarray]:
+    return convert(tensors, vae.diffusers_rules(config), vae.expected_shapes(config))
+
+
 def _tensors(model: AutoencoderKLWan) -> dict[str, np.ndarray]:
     return {name: x.detach().numpy() for name, x in model.state_dict().items()}
 
@@ -106,7 +110,7 @@ def test_parity_with_diffusers(name):
     config = CONFIGS[name]
     reference = _reference(config)
     net = Vae(config, rngs=nnx.Rngs(0))
-    set_params(net, vae.from_diffusers(_tensors(reference), config))
+    set_params(net, _from_diffusers(_tensors(reference), config))
     graph, params = nnx.split(net)
 
     def encode(params, x):
@@ -140,37 +144,36 @@ def test_full_size_tables_fit_the_public_listing_in_both_directions(layout):
     config = VaeConfig.wan22()
     shapes = _listing(layout)
     assert len(shapes) == 196 and sum(math.prod(shape) for shape in shapes.values()) == 704_688_668
-    to_ours = {"official": vae.from_official, "diffusers": vae.from_diffusers}[layout]
     rules = {"official": vae.official_rules, "diffusers": vae.diffusers_rules}[layout](config)
     empty = {
         name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()
     }  # takes no memory
-    ours = to_ours(empty, config)
+    ours = convert(empty, rules, vae.expected_shapes(config))
     assert {name: x.shape for name, x in ours.items()} == vae.expected_shapes(config)
     assert len(ours) == 196
-    back = vae.to_layout(ours, rules, shapes)
+    back = convert(ours, invert(rules), shapes)
     assert {name: x.shape for name, x in back.items()} == shapes
 
 
 def test_the_two_layouts_give_the_same_parameters():
     config = CONFIGS["wan22"]
     public = _tensors(_reference(config))
-    params = vae.from_diffusers(public, config)
+    params = _from_diffusers(public, config)
     # What the original layout looks like at this size: names from the full-size listing, shapes by
     # way of the table.
     full = VaeConfig.wan22()
     official_of = _names(full, "official", vae.official_rules(full))
     diffusers_of = _names(full, "diffusers", vae.diffusers_rules(full))
     shapes = {official_of[target]: public[diffusers_of[target]].shape for target in params}
-    official = vae.to_layout(params, vae.official_rules(config), shapes)
-    again = vae.from_official(official, config)
+    rules = vae.official_rules(config)
+    official = convert(params, invert(rules), shapes)
+    again = convert(official, rules, vae.expected_shapes(config))
     for name, x in params.items():
         np.testing.assert_array_equal(again[name], x)
     for target in params:  # names only: no number is changed between the layouts
         np.testing.assert_array_equal(official[official_of[target]], public[diffusers_of[target]])
-    back = vae.to_layout(
-        params, vae.diffusers_rules(config), {name: x.shape for name, x in public.items()}
-    )
+    shapes = {name: x.shape for name, x in public.items()}
+    back = convert(params, invert(vae.diffusers_rules(config)), shapes)
     for name, x in public.items():
         np.testing.assert_array_equal(back[name], x)
 
@@ -187,7 +190,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_every_fault():
     tensors = _tensors(_reference(config))
     tensors["encoder.conv_im.weight"] = tensors.pop("encoder.conv_in.weight")
     with pytest.raises(ConversionError) as error:
-        vae.from_diffusers(tensors, dataclasses.replace(config, dec_width=16))
+        _from_diffusers(tensors, dataclasses.replace(config, dec_width=16))
     message = str(error.value)
     assert "unexpected: encoder.conv_im.weight (nearest: encoder.conv_in.weight)" in message
     assert "missing: encoder.conv_in.weight (nearest: encoder.conv_im.weight)" in message

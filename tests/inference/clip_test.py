@@ -32,7 +32,8 @@ from chameleon_jax.models.dit import DiT
 from chameleon_jax.models.text import TextEncoder
 from chameleon_jax.models.vae import Vae
 from chameleon_jax.weights.params import set_params
-from converters import dit, text, vae
+from converters.families import NETWORKS
+from converters.rules import convert
 from tests import tiny_wan
 from tests.tiny_wan import DIT, TEXT, VAE
 from tests.unipc64 import unipc64
@@ -70,16 +71,19 @@ def ours(theirs) -> Pipeline:
         "text": dataclasses.asdict(TEXT),
     }
     parts = {
-        "vae": (Vae, VAE, vae.from_diffusers),
-        "transformer": (DiT, DIT, dit.from_diffusers),
-        "text_encoder": (TextEncoder, TEXT, text.from_hf),
+        "vae": (Vae, VAE, NETWORKS["vae"]),
+        "transformer": (DiT, DIT, NETWORKS["dit"]),
+        "text_encoder": (TextEncoder, TEXT, NETWORKS["text"]),
     }
     networks = []
-    for name, (kind, sizes, convert) in parts.items():
+    for name, (kind, sizes, family) in parts.items():
+        layout = family.layouts["diffusers"]
         networks.append(
             nnx.eval_shape(lambda kind=kind, sizes=sizes: kind(sizes, rngs=nnx.Rngs(0)))
         )
-        set_params(networks[-1], convert(tensors(name), sizes))
+        public = layout.prepare(tensors(name))
+        params = convert(public, layout.rules(sizes), family.expected(sizes))
+        set_params(networks[-1], params)
     return Pipeline(*networks, byte_tokenizer(TEXT.length), config)
 
 

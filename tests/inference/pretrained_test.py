@@ -20,7 +20,7 @@ from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.weights import tensors
 from chameleon_jax.weights.params import WeightsError, flat_params
 from converters import __main__ as command
-from converters import convert
+from converters import writing
 from tests import tiny_wan
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +70,9 @@ def test_a_public_layout_is_converted_once_and_again_when_a_file_changes(
     folder = tmp_path / "copy"
     shutil.copytree(public["diffusers"], folder)
     written = []
-    write = convert.write
+    write = writing.write
     monkeypatch.setattr(
-        convert, "write", lambda plan, out, *args: (written.append(out), write(plan, out, *args))
+        writing, "write", lambda plan, out, *args: (written.append(out), write(plan, out, *args))
     )
     Pipeline.from_pretrained(folder)
     Pipeline.from_pretrained(folder)

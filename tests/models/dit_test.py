@@ -25,7 +25,8 @@ from chameleon_jax.models.dit import (
     timestep_embedding,
 )
 from chameleon_jax.weights.params import flat_params, param_count, param_shapes, set_params
-from converters.dit import from_diffusers
+from converters.dit import DIFFUSERS_RULES, expected_shapes
+from converters.rules import convert
 from tests import tiny_dit
 from tests.dense_masks import teacher_forcing_table
 from tests.tiny_dit import CONFIG, TOKENS, latents, prompt
@@ -61,7 +62,7 @@ def reference():
                 x.copy_(0.3 * torch.randn_like(x))
     tensors = {name: x.numpy() for name, x in model.state_dict().items()}
     dit = DiT(CONFIG, rngs=nnx.Rngs(0))
-    set_params(dit, from_diffusers(tensors, CONFIG))
+    set_params(dit, convert(tensors, DIFFUSERS_RULES, expected_shapes(CONFIG)))
     return model, dit
 
 
