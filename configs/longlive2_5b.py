@@ -1,7 +1,7 @@
-"""Videos of several shots with LongLive-2.0-5B (arXiv 2605.18739), from prompts and possibly a
-first frame.
+"""Videos of several shots with LongLive-2.0-5B (arXiv 2605.18739), possibly with a first frame.
 
-    streams = MultiShot(Pipeline.from_pretrained(DIR, load_config("configs/longlive2_5b.py")))  # inference/shots.py
+    config = load_config("configs/longlive2_5b.py")
+    streams = MultiShot(Pipeline.from_pretrained(DIR, config))  # inference/shots.py
 
 DIR is a folder that `Pipeline.from_pretrained` reads. The transformer is that of Wan2.2-TI2V-5B
 with other weights; the stream has no condition frames, makes chunks of 8 latent frames, and
@@ -14,25 +14,18 @@ from ml_collections import ConfigDict
 
 from configs import common, wan22_5b
 
+VARIANTS = ("longlive2_5b", "smoke")
+
 
 def get_config(variant: str = "longlive2_5b") -> ConfigDict:
-    """Variants: `longlive2_5b` (as published) and `smoke` (a random model of a few thousand
-    parameters).
+    """`longlive2_5b`: as published. `smoke`: a random model of a few thousand parameters.
 
     For the weights that were distilled further, to two steps: `sampler.steps=2`.
     """
-    small = common.MODELS["smoke"]()
-    small.text.length = small.dit.text_length = (
-        48  # a byte is a token: room behind the words that mark a cut
-    )
     config = wan22_5b.get_config()
     config.name = variant
-    config.video = {
-        "height": 704,
-        "width": 1280,
-        "fps": 24,
-        "frames": 509,
-    }  # 128 latent frames, 16 chunks
+    # 128 latent frames, 16 chunks
+    config.video = {"height": 704, "width": 1280, "fps": 24.0, "frames": 509}
     config.cache = {
         "policy": "shots",
         "frames": 32,
@@ -43,17 +36,17 @@ def get_config(variant: str = "longlive2_5b") -> ConfigDict:
         "shot_offset": 8,
     }
     config.sampler = {"name": "unipc", "steps": 4, "shift": 5.0}
-    config.update(
-        {
-            "longlive2_5b": {},
-            "smoke": {
-                "model": small,
-                "weights": "random",
-                "dtype": "float32",
-                "video": {"height": 32, "width": 48, "frames": 61},
-                "cache": {"frames": 8, "block": 2, "sink": 2, "shot_offset": 2},
-                "sampler": {"steps": 2},
-            },
-        }[variant]
-    )
+    return _small(config) if variant == "smoke" else config
+
+
+def _small(config: ConfigDict) -> ConfigDict:
+    """The same with a random model of a few thousand parameters."""
+    config.model = common.smoke()
+    # A byte is a token: room behind the words that mark a cut.
+    config.model.text.length = config.model.dit.text_length = 48
+    config.weights = "random"
+    config.dtype = "float32"
+    config.video.update(height=32, width=48, frames=61)
+    config.cache.update(frames=8, block=2, sink=2, shot_offset=2)
+    config.sampler.steps = 2
     return config

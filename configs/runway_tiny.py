@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
+VARIANTS = ("runway_tiny", "smoke")
+
 
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
     """Variants: `runway_tiny` (embedded weights) and `smoke` (a random model of a few thousand
@@ -21,7 +23,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
             "model": common.MODELS[variant](),
             "weights": "chameleon_jax/assets/runway_tiny" if variant == "runway_tiny" else "random",
             "dtype": "float32",  # bfloat16 products are slower than float32 ones on a CPU
-            "video": {"height": 128, "width": 80, "fps": 16, "frames": 81},
+            "video": {"height": 128, "width": 80, "fps": 16.0, "frames": 81},
             "cache": common.CACHES[variant],
             # Not distilled: plain Euler steps along the flow instead of the paper's four re-noised
             # ones.

@@ -1,7 +1,10 @@
-"""Stream with the paper's model: `python -m launch.sample --config configs/wan22_5b.py --weights
-DIR`.
+"""Stream with the paper's model.
 
-Benchmark on random weights: `python -m launch.bench --config configs/wan22_5b.py --weights random`.
+    python -m launch.sample --config configs/wan22_5b.py --weights DIR
+    python -m launch.bench --config configs/wan22_5b.py --weights random
+
+The authors have released no weights: DIR is a folder that was written by training or by the
+converters; speed can be measured with random ones.
 """
 
 from __future__ import annotations
@@ -11,20 +14,20 @@ from ml_collections import ConfigDict
 from chameleon_jax.inference import wan22
 from configs import common
 
+VARIANTS = ("wan22_5b",)
+
 
 def get_config(variant: str = "wan22_5b") -> ConfigDict:
-    """FashionChameleon's streaming setting (arXiv 2605.15824, section 5): M = 23, chunks of 3
-    latent frames, four steps.
-    """
+    """FashionChameleon's streaming setting (arXiv 2605.15824, section 5)."""
     return ConfigDict(
         {
             "name": variant,
-            "model": common.MODELS[variant](),
-            "weights": "",  # the authors have released none: a folder written by the converters, or `random` for benchmarks
+            "model": common.wan22_5b(),
+            "weights": "",  # a folder, or `random`
             "dtype": "bfloat16",
-            "video": {"height": 1280, "width": 704, "fps": 24, "frames": 81},
-            "cache": wan22.CACHE,
-            "sampler": wan22.SAMPLER,
+            "video": {"height": 1280, "width": 704, "fps": 24.0, "frames": 81},
+            "cache": wan22.CACHE,  # M = 23 latent frames, chunks of 3
+            "sampler": wan22.SAMPLER,  # four steps
             "switch": wan22.SWITCH,
             "seed": 0,
         }

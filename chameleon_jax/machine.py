@@ -1,0 +1,119 @@
+"""What a result was made on: devices, memory, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from chameleon_jax import __version__
+from chameleon_jax.errors import UserError, one_line
+
+# What results depend on; accelerator plug-ins and optional packages where they are installed.
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "pillow",
+    "av",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
+    "libtpu",
+)
+
+
+class DeviceError(UserError):
+    """JAX finds no device of the kind that was asked for. The message is one line."""
+
+
+def device() -> jax.Device:
+    """The first device.
+
+    Raises:
+      DeviceError: JAX cannot start, e.g. because JAX_PLATFORMS names what is not there.
+    """
+    try:
+        return jax.devices()[0]
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        advice = "see the installation guide of JAX"
+        if asked:
+            advice = f"JAX_PLATFORMS is {asked!r}; change it, or install what it names"
+        raise DeviceError(f"JAX finds no device ({one_line(error)}); {advice}") from None
+
+
+def hardware() -> dict[str, Any]:
+    """Platform, device, processor and the cores that this process may use."""
+    first = device()
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return {
+        "platform": first.platform,
+        "device": first.device_kind,
+        "devices_used": 1,
+        "cpu": _processor(),
+        "cores": cores,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this project and of those of `PACKAGES` that are installed."""
+    found = {"chameleon_jax": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def memory_in_use() -> int:
+    """Bytes in use now: on the accelerator, or the process's resident memory on a CPU."""
+    stats = device().memory_stats() or {}
+    if "bytes_in_use" in stats:
+        return stats["bytes_in_use"]
+    if Path("/proc/self/statm").exists():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_resident() or 0
+
+
+def peak_memory() -> int:
+    """Largest number of bytes that were in use, as in `memory_in_use`."""
+    stats = device().memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return peak_resident() or 0
+
+
+def peak_resident() -> int | None:
+    """Largest resident memory of this process in bytes; None where the system does not say."""
+    # The kernel's own count, where there is one: getrusage also counts the parent before a fork.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found is not None:
+        return 1024 * int(found[1])
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    if found is not None:
+        return found[1].strip()
+    return platform.processor() or platform.machine()
