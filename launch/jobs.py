@@ -1,75 +1,141 @@
-"""What the tasks of `launch.sample` share: weights, where results go, the contact sheet, Ctrl-C."""
+"""What the tasks of `launch.sample` share: config, weights, the video and what lies beside it."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
+import dataclasses
+import itertools
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
-from chameleon_jax import __version__, files
+from chameleon_jax import files, machine, places
+from chameleon_jax.config import load_config, override
 from chameleon_jax.inference.pipeline import Pipeline
-from launch.cli import UsageError
+from chameleon_jax.inference.settings import NETWORKS
+from launch.cli import UsageError, Values
 
 SHEET_FRAMES = 24  # frames on the contact sheet
 SHEET_HEIGHT = 256  # pixels of the tallest of them
+SHEET_COLUMNS = 8
+BITS_PER_PIXEL = 0.1  # of a video file, at the least; to see whether there is room for it
+MAX_SEED = 2**32 - 1
 
 
-def check_seed(seed: int) -> int:
-    """A seed that can be drawn from."""
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed {seed}: expected 0 to {2**32 - 1}")
-    return seed
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every task is asked for, checked."""
+
+    config: ConfigDict
+    weights: str  # a folder, a name on the Hub, or `random`
+    seed: int
+    out: Path  # the video
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
-def check_weights(weights: str, config: Any) -> str:
-    """A folder, or `random`."""
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What became of a video."""
+
+    frames: int
+    asked: int  # frames that were asked for
+    first: float  # seconds until the first frames were on the host
+    seconds: float  # seconds for all of it
+
+    @property
+    def interrupted(self) -> bool:
+        return self.frames < self.asked
+
+
+def read_config(values: Values, default: str, is_for: Callable[[ConfigDict], bool]) -> ConfigDict:
+    """The config of a task: `--config`; else the one beside the weights; else the task's own.
+
+    Weights say the sizes of their networks. How to run them is taken from the config beside them
+    if that describes such a task, else from `default`.
+
+    Args:
+      values: the flags `config`, `overrides` and `weights`.
+      default: the task's config file.
+      is_for: whether a config describes such a task.
+
+    Raises:
+      ConfigError: a config cannot be read.
+    """
+    stored = None if values.config is not None else _stored_config(values.weights)
+    if stored is None:
+        return load_config(values.config or default, values.overrides)
+    config = stored
+    if not is_for(stored):
+        networks = {"model": stored.model, "dtype": stored.get("dtype", "float32")}
+        config = ConfigDict({**load_config(default).to_dict(), **networks})
+    config = config.copy_and_resolve_references().unlock()
+    override(config, values.overrides)
+    return config.lock()
+
+
+def is_for_streams(config: ConfigDict) -> bool:
+    """Whether a config describes a stream with a person and a garment."""
+    return "switch" in config and config.get("cache", {}).get("context", 0) > 0
+
+
+def _stored_config(weights: str | None) -> ConfigDict | None:
+    """The config beside weights in our layout; None without one."""
+    if weights is None or weights == "random":
+        return None
+    path = places.find(weights) / "config.json"
+    if not path.is_file():
+        return None
+    config = load_config(path)
+    model = config.get("model")  # without one it is the config of a public layout
+    whole = isinstance(model, ConfigDict) and set(NETWORKS) <= set(model)
+    return config if whole else None
+
+
+def check_common(values: Values, config: ConfigDict) -> dict[str, Any]:
+    """The fields of `Job` but for the video's place.
+
+    Raises:
+      UsageError: weights or seed cannot be used, or a LoRA does not exist.
+    """
+    seed = config.seed if values.seed is None else values.seed
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed {seed}: expected 0 to {MAX_SEED}")
+    weights = values.weights or config.weights
     if not weights:
         raise UsageError(
             f"config {config.name} comes without weights; give --weights FOLDER, or --weights"
             " random"
         )
-    return weights
+    return {
+        "config": config,
+        "weights": weights,
+        "seed": seed,
+        "loras": _check_loras(values.lora),
+    }
 
 
-def check_out(out: Path) -> Path:
-    """The path of the video, if it and its companions can be written there."""
+def check_out(name: str, frames: int, size: tuple[int, int]) -> Path:
+    """The path of the video, if it and its companions can be written there.
+
+    Raises:
+      UsageError, PlaceError: they cannot.
+    """
+    out = Path(name)
     if out.suffix.lower() != ".mp4":
         raise UsageError(f"--out {out}: expected a name that ends in .mp4")
+    nbytes = int(frames * size[0] * size[1] * BITS_PER_PIXEL / 8)
     for path in (out, out.with_suffix(".json"), out.with_suffix(".png")):
-        if path.is_dir():
-            raise UsageError(f"--out {out}: {path} is a folder")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--out {out}: {folder} is not a folder that can be written to")
+        places.check_writable(path, nbytes)
     return out
 
 
-def load_pipeline(
-    weights: str, config: Any, seed: int, loras: Sequence[tuple[Path, float]] = ()
-) -> Pipeline:
-    """The networks: from a folder or the Hub, or random ones; changed by LoRAs of certain
-    strengths.
-    """
-    pipeline = (
-        Pipeline.random(config, seed)
-        if weights == "random"
-        else Pipeline.from_pretrained(weights, config)
-    )
-    for path, strength in loras:
-        pipeline.add_lora(path, strength)
-    return pipeline
-
-
-def check_loras(texts: Sequence[str]) -> tuple[tuple[Path, float], ...]:
+def _check_loras(texts: Sequence[str]) -> tuple[tuple[Path, float], ...]:
     """`file` or `file@strength`, each of which exists."""
     from converters.lora import parse_strength
 
@@ -85,8 +151,19 @@ def check_loras(texts: Sequence[str]) -> tuple[tuple[Path, float], ...]:
     return tuple(loras)
 
 
+def load_pipeline(job: Job) -> Pipeline:
+    """The networks: from a folder or the Hub, or random ones; changed by LoRAs."""
+    if job.weights == "random":
+        pipeline = Pipeline.random(job.config, job.seed)
+    else:
+        pipeline = Pipeline.from_pretrained(job.weights, job.config)
+    for path, strength in job.loras:
+        pipeline.add_lora(path, strength)
+    return pipeline
+
+
 class Interrupt:
-    """Ctrl-C as a flag: what is in progress is finished and written. A second Ctrl-C stops at once."""
+    """Ctrl-C as a flag: what is in progress is finished and written. A second one stops at once."""
 
     def __init__(self):
         self.requested = False
@@ -104,8 +181,54 @@ class Interrupt:
         self.requested = True
 
 
+def write_video(
+    job: Job,
+    size: tuple[int, int],
+    frames: int,
+    chunks: Iterator[np.ndarray],
+    pictures: Sequence[np.ndarray],
+    label: str,
+) -> Made:
+    """Write a video while it is made, with a bar on stderr, and its contact sheet.
+
+    Ctrl-C ends it after the chunk in progress. Nothing is written before the first chunk is there.
+
+    Args:
+      job: says where to, and how many frames a second.
+      size: (height, width).
+      frames: that were asked for.
+      chunks: uint8 [t, h, w, 3] each.
+      pictures: given ones, for the first row of the sheet.
+      label: what is written above them.
+
+    Raises:
+      VideoError, OSError: the video cannot be written to the end.
+    """
+    from tqdm import tqdm
+
+    from chameleon_jax.data.video import VideoWriter
+
+    begin = time.perf_counter()
+    sheet = Sheet(frames)
+    bar = tqdm(total=frames, unit=" frames", file=sys.stderr, dynamic_ncols=True, desc=job.out.name)
+    with Interrupt() as interrupt, bar:
+        chunk = next(chunks)
+        first = time.perf_counter() - begin
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        with VideoWriter(job.out, job.config.video.fps, size) as writer:
+            for made in itertools.chain([chunk], chunks):
+                sheet.add(made)
+                writer.write(made)
+                bar.update(len(made))
+                if interrupt.requested:
+                    break
+    seconds = time.perf_counter() - begin
+    sheet.save(job.out.with_suffix(".png"), pictures, label)
+    return Made(writer.frames, frames, first, seconds)
+
+
 class Sheet:
-    """The contact sheet: pictures that were given, then every n-th frame, in rows of eight.
+    """The contact sheet: pictures that were given, then every n-th frame, in rows.
 
     Args:
       frames: how many there will be.
@@ -116,61 +239,63 @@ class Sheet:
         self.kept: list[np.ndarray] = []
         self._seen = 0
 
-    def add(self, frames: Sequence[np.ndarray]) -> None:
+    def add(self, frames: np.ndarray) -> None:
         """The next frames of the video, uint8 [t, h, w, 3]."""
-        self.kept += [
-            frame for index, frame in enumerate(frames, self._seen) if index % self.stride == 0
-        ]
+        for index, frame in enumerate(frames, self._seen):
+            if index % self.stride == 0:
+                self.kept.append(_small(frame))
         self._seen += len(frames)
 
     def save(self, path: Path, pictures: Sequence[np.ndarray] = (), label: str = "") -> None:
-        """Write it as PNG, complete or not at all, with `pictures` in a first row called `label`."""
+        """Write it as PNG, with `pictures` in a first row called `label`."""
         from chameleon_jax.data.sheets import contact_sheet
 
-        rows, labels = ([pictures], [label]) if len(pictures) else ([], [])
-        for i in range(0, len(self.kept), 8):
-            rows.append(self.kept[i : i + 8])
-            labels.append(f"frames {i * self.stride} to {(i + len(rows[-1]) - 1) * self.stride}")
+        rows, labels = [], []
+        if len(pictures):
+            rows.append([_small(picture) for picture in pictures])
+            labels.append(label)
+        for first in range(0, len(self.kept), SHEET_COLUMNS):
+            rows.append(self.kept[first : first + SHEET_COLUMNS])
+            last = first + len(rows[-1]) - 1
+            labels.append(f"frames {first * self.stride} to {last * self.stride}")
         with files.replacing(path) as part:
-            sheet = contact_sheet([[_small(frame) for frame in row] for row in rows], labels)
-            sheet.save(part, "PNG")
+            contact_sheet(rows, labels).save(part, "PNG")
 
 
 def _small(frame: np.ndarray) -> np.ndarray:
     height, width = frame.shape[:2]
     if height <= SHEET_HEIGHT:
         return frame
-    return np.asarray(
-        Image.fromarray(frame).resize((round(width * SHEET_HEIGHT / height), SHEET_HEIGHT))
-    )
+    size = (round(width * SHEET_HEIGHT / height), SHEET_HEIGHT)
+    return np.asarray(Image.fromarray(frame).resize(size))
 
 
-def save_report(path: Path, report: Mapping[str, Any], job: Any, pipeline: Pipeline) -> None:
-    """Write what was asked for and what happened as JSON, with the machine, the versions and the
-    resolved config.
+def save_report(job: Job, made: Made, report: Mapping[str, Any], pipeline: Pipeline) -> None:
+    """Write beside the video, as JSON, what was asked for and what happened, with the machine, the
+    versions and the resolved config.
     """
-    circumstances = {
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
+    common = {
+        "interrupted": made.interrupted,
+        "frames": made.frames,
+        "frames_asked": made.asked,
+        "fps": job.config.video.fps,
+        "seed": job.seed,
+        **report,
+        "device": machine.device().device_kind,
+        "versions": machine.versions(),
         "weights": job.weights,
         "loras": [{"path": str(path), "strength": strength} for path, strength in job.loras],
         "config": pipeline.config.to_dict(),
     }
-    files.write_json(path, {**report, **circumstances})
+    files.write_json(job.out.with_suffix(".json"), common)
 
 
-def exit_code(report: Mapping[str, Any], out: Path) -> int:
-    """0; or 130 if Ctrl-C came between, and a word about what there is."""
-    if not report["interrupted"]:
+def exit_code(job: Job, made: Made) -> int:
+    """0; after Ctrl-C 130, and a line on what there is."""
+    if not made.interrupted:
         return 0
-    made, asked = report["frames"], report["frames_asked"]
-    print(f"interrupted: {made} of {asked} frames were made, {out} holds them", file=sys.stderr)
+    print(
+        f"interrupted: {made.frames} of {made.asked} frames were made, {job.out} holds them",
+        file=sys.stderr,
+    )
     return 130
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    names = ("jax", "jaxlib", "flax", "numpy", "pillow", "av")
-    return {"chameleon_jax": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }

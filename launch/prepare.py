@@ -1,113 +1,212 @@
-"""Make training data.
+"""Make training data, or a tokenizer.
 
-    python -m launch.prepare runway --out data/runway --clips 4000 --frames 33 --size 128x80 --workers 2
-    python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000        # the validation split
-    python -m launch.prepare latents --data data/runway --weights runs/vae/export --out data/latents
+    python -m launch.prepare runway       render clips of dressed people (extra `runway`)
+    python -m launch.prepare latents      encode a set with a VAE (extra `train`)
+    python -m launch.prepare tokenizer    train the small tokenizer on captions
 
-`runway` renders triplets (needs the extra `runway`), `latents` encodes a set with the VAE of a
-config. Both can be interrupted at any time; the same command again continues. `--match 'sways
-gently|waves' --slot top` renders only such clips; `--clips` counts what is rendered. Seeds below
-800,000 are the train split, below 900,000 the validation split.
+    python -m launch.prepare runway --out data/runway --clips 4000 --frames 33 --size 128x80
+    python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000
+    python -m launch.prepare latents --data data/runway --weights runs/vae/export \\
+        --out data/latents --split train --split validation
+    python -m launch.prepare tokenizer --out data/tokenizer.json
+
+`python -m launch.prepare COMMAND --help` lists the flags of each. The first two can be interrupted
+at any time; the same command again continues.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags
+from chameleon_jax import places
+from chameleon_jax.errors import need
+from launch import cli
+from launch.cli import UsageError
 
-from chameleon_jax.config import ConfigError, load_config
-from chameleon_jax.data import records, sources
-from chameleon_jax.weights.params import WeightsError
+CONFIG = "configs/runway_tiny.py"
+CONTINUES = "the same command continues"
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("out", None, "folder to write")
-flags.DEFINE_integer("clips", 4000, "runway: number of clips", lower_bound=1)
-flags.DEFINE_integer("frames", 33, "pixel frames a clip, 4k + 1", lower_bound=1)
-flags.DEFINE_string("size", "128x80", "HEIGHTxWIDTH in pixels")
-flags.DEFINE_float("fps", 16, "frames per second", lower_bound=1)
-flags.DEFINE_integer("seed_start", 0, "runway: seed of the first clip", lower_bound=0)
-flags.DEFINE_string(
-    "match", "", "runway: regular expression; only clips with a caption in which it is found"
-)
-flags.DEFINE_string(
-    "slot", "", "runway: only clips whose garment is a top, bottom, dress or outer one"
-)
-flags.DEFINE_integer(
-    "workers", 2, "runway: rendering processes; 0 renders in this one", lower_bound=0
-)
-flags.DEFINE_integer("shard_size", 40, "records a shard: what a killed run may lose", lower_bound=1)
-flags.DEFINE_multi_string(
-    "data", [], "latents: folder of a rendered set, or of clips with a table; may be repeated"
-)
-flags.DEFINE_multi_string("split", ["train"], "latents: splits to encode; may be repeated")
-flags.DEFINE_string("config", "configs/runway_tiny.py", "latents: config that describes the VAE")
-flags.DEFINE_string(
-    "weights",
-    None,
-    "latents: .safetensors file of the VAE, or the folder that holds vae.safetensors and"
-    " config.json",
-)
-flags.DEFINE_integer("batch", 4, "latents: clips encoded together", lower_bound=1)
+ABOUT_RUNWAY = """Render a split of clips: a person in motion, their picture in another garment, the
+garment.
 
+    python -m launch.prepare runway --out data/runway --clips 4000 --workers 2
+    python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000
+    python -m launch.prepare runway --out data/tops --match 'sways gently|waves' --slot top
 
-def main(argv: list[str]) -> None:
-    commands = {"runway": runway, "latents": latents}
-    try:
-        if len(argv) != 2 or argv[1] not in commands:
-            raise ConfigError(
-                f"expected one command, {' or '.join(commands)}, got {' '.join(argv[1:]) or 'none'}"
-            )
-        if not FLAGS.out:
-            raise ConfigError("--out, the folder to write, is missing")
-        commands[argv[1]](parse_size(FLAGS.size))
-    except (ConfigError, records.RecordError, sources.SourceError, WeightsError, OSError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+Seeds below 800,000 are the train split, below 900,000 the validation split, the others the test
+split. `--clips` counts what is rendered, `--match` and `--slot` choose among the seeds. It can be
+interrupted at any time; the same command again continues. Needs the extra `runway`.
+"""
+
+ABOUT_LATENTS = """Encode splits of a set with the VAE of a config, for training on latents.
+
+    python -m launch.prepare latents --data data/runway --weights runs/vae/export \\
+        --out data/latents --split train --split validation
+
+The sizes of the VAE are those of the config.json beside its weights; without one, those of
+`--config`. It can be interrupted at any time; the same command again continues. Needs the extra
+`train`.
+"""
+
+ABOUT_TOKENIZER = """Train the small tokenizer on captions.
+
+    python -m launch.prepare tokenizer --out chameleon_jax/assets/runway_tiny/tokenizer.json
+    python -m launch.prepare tokenizer --texts captions.txt --vocab 4096 --out tokenizer.json
+
+Without `--texts` the captions are those of the synthetic scenes (needs the extra `runway`), seeds
+of the train split only. The same captions always give the same file.
+"""
 
 
-def runway(size: tuple[int, int]) -> None:
-    """Render one split."""
-    examples = records.RunwayExamples(
-        size=size, frames=FLAGS.frames, fps=FLAGS.fps, match=FLAGS.match, slot=FLAGS.slot
+def runway_flags(parser: cli.Parser) -> None:
+    """The flags of `prepare runway`."""
+    _clip_flags(parser)
+    parser.flag("clips", "clips to render", kind=cli.whole_number(1), default=4000, metavar="N")
+    parser.flag(
+        "seed_start", "seed of the first clip", kind=cli.whole_number(0), default=0, metavar="N"
     )
-    if FLAGS.match or FLAGS.slot:
-        print(f"choosing {FLAGS.clips} clips ...", file=sys.stderr)
+    parser.flag(
+        "match",
+        "regular expression; only clips with a caption in which it is found",
+        default="",
+        metavar="REGEX",
+    )
+    parser.flag(
+        "slot",
+        "only clips whose garment is worn there: top, bottom, dress or outer",
+        default="",
+        metavar="SLOT",
+    )
+    parser.flag(
+        "workers",
+        "rendering processes; 0 renders in this one",
+        kind=cli.whole_number(0, 1024),
+        default=2,
+        metavar="N",
+    )
+    parser.flag(
+        "shard_size",
+        "records a file: what a killed run may lose",
+        kind=cli.whole_number(1),
+        default=40,
+        metavar="N",
+    )
+
+
+def latents_flags(parser: cli.Parser) -> None:
+    """The flags of `prepare latents`."""
+    _clip_flags(parser)
+    parser.config_flag((CONFIG, ""))
+    parser.flag(
+        "data",
+        "folder of a rendered set, or of clips with a table; may be repeated",
+        repeated=True,
+        needed=True,
+        metavar="DIR",
+    )
+    parser.flag("split", "split to encode, default train; may be repeated", repeated=True)
+    parser.flag(
+        "weights",
+        "weights of the VAE: a .safetensors file, or the folder of vae.safetensors and config.json",
+        needed=True,
+        metavar="DIR",
+    )
+    parser.flag("batch", "clips encoded together", kind=cli.whole_number(1), default=4, metavar="N")
+    parser.compilation_flag()
+
+
+def tokenizer_flags(parser: cli.Parser) -> None:
+    """The flags of `prepare tokenizer`."""
+    parser.flag("out", "tokenizer.json to write", needed=True, metavar="FILE")
+    parser.flag(
+        "texts",
+        "text file, one caption a line; default: captions of the synthetic scenes",
+        metavar="FILE",
+    )
+    parser.flag(
+        "scenes",
+        "synthetic scenes to take captions from",
+        kind=cli.whole_number(1, 800_000),
+        default=2000,
+        metavar="N",
+    )
+    parser.flag(
+        "vocab",
+        "most pieces, special tokens and bytes included",
+        kind=cli.whole_number(1, 10**6),
+        default=1024,
+        metavar="N",
+    )
+
+
+def _clip_flags(parser: cli.Parser) -> None:
+    parser.flag("out", "folder to write", needed=True, metavar="DIR")
+    parser.flag(
+        "frames", "pixel frames a clip, 4k + 1", kind=cli.whole_number(1), default=33, metavar="N"
+    )
+    parser.flag("size", "in pixels", kind=cli.size, default="128x80", metavar="HEIGHTxWIDTH")
+    parser.flag("fps", "frames per second", kind=cli.number(above=0), default=16.0)
+
+
+def prepare_runway(values: cli.Values) -> None:
+    """Render one split."""
+    for module in ("numba", "av"):
+        need(module, "runway")
+    need("array_record", "train")
+    places.check_writable(Path(values.out) / "dataset_info.json")
+    from chameleon_jax.data import records
+
+    examples = records.RunwayExamples(
+        size=values.size,
+        frames=values.frames,
+        fps=values.fps,
+        match=values.match,
+        slot=values.slot,
+    )
+    if values.match or values.slot:
+        print(f"choosing {values.clips} clips ...", file=sys.stderr)
     split, count = records.prepare_runway(
-        FLAGS.out,
-        FLAGS.clips,
+        values.out,
+        values.clips,
         examples,
-        seed_start=FLAGS.seed_start,
-        workers=FLAGS.workers,
-        shard_size=FLAGS.shard_size,
+        seed_start=values.seed_start,
+        workers=values.workers,
+        shard_size=values.shard_size,
         progress=ProgressLine(),
     )
-    print(f"\n{FLAGS.out}: {count} clips in split {split}", file=sys.stderr)
+    print(f"\n{values.out}: {count} clips in split {split}", file=sys.stderr)
 
 
-def latents(size: tuple[int, int]) -> None:
+def prepare_latents(values: cli.Values) -> None:
     """Encode splits of a set."""
-    if not FLAGS.data or not FLAGS.weights:
-        raise ConfigError("latents needs --data and --weights")
-    weights = Path(FLAGS.weights)
+    need("array_record", "train")
+    need("av", "video")
+    places.check_writable(Path(values.out) / "dataset_info.json")
+    from chameleon_jax.data import records, sources
+
+    cli.start_jax(values)
+    weights = Path(values.weights)
     weights = weights / "vae.safetensors" if weights.is_dir() else weights
-    encode = load_encoder(FLAGS.config, weights)
-    for split in FLAGS.split:
-        source = sources.open_sources(FLAGS.data, split)
-        vae = sources.file_hash(weights)
+    encode = load_encoder(values, weights)
+    for split in values.split or ["train"]:
         examples = records.LatentExamples(
-            source, encode, size, FLAGS.frames, FLAGS.batch, FLAGS.fps, weights=vae
+            sources.open_sources(values.data, split),
+            encode,
+            values.size,
+            values.frames,
+            values.batch,
+            values.fps,
+            weights=sources.file_hash(weights),
         )
-        count = records.write_latents(FLAGS.out, split, examples, progress=ProgressLine())
-        print(f"\n{FLAGS.out}: {count} clips in split {split}", file=sys.stderr)
+        count = records.write_latents(values.out, split, examples, progress=ProgressLine())
+        print(f"\n{values.out}: {count} clips in split {split}", file=sys.stderr)
 
 
-def load_encoder(config_path: str, weights: Path):
+def load_encoder(values: cli.Values, weights: Path) -> Callable[[Any], Any]:
     """The VAE's encoder: uint8 pixels [b, t, h, w, 3] to normalised latents [b, f, h', w', c].
 
     A config.json beside the weights says their sizes and the mean and deviation of their latents;
@@ -116,21 +215,67 @@ def load_encoder(config_path: str, weights: Path):
     import jax
     from flax import nnx
 
+    from chameleon_jax.config import load_config
     from chameleon_jax.data.images import to_model
     from chameleon_jax.models.vae import Vae, VaeConfig
     from chameleon_jax.training.export import stored_model
     from chameleon_jax.weights.params import load_params
 
-    config = VaeConfig(
-        **(stored_model(weights, "vae") or load_config(config_path).model.vae.to_dict())
-    )
-    vae = nnx.eval_shape(
-        lambda: Vae(config, rngs=nnx.Rngs(0))
-    )  # drawing weights to throw them away takes a while
+    sizes = stored_model(weights, "vae")
+    if sizes is None:
+        sizes = load_config(values.config or CONFIG, values.overrides).model.vae.to_dict()
+    # Shapes alone: drawing weights to throw them away takes a while.
+    vae = nnx.eval_shape(lambda: Vae(VaeConfig(**sizes), rngs=nnx.Rngs(0)))
     load_params(weights, vae)
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(to_model(pixels)))
     return lambda pixels: encode(state, pixels)
+
+
+def prepare_tokenizer(values: cli.Values) -> None:
+    """Train the tokenizer and write it; prints one line on what was learnt."""
+    out = Path(values.out)
+    places.check_writable(out)
+    from chameleon_jax import files
+    from chameleon_jax.data.tokenizer import train_pieces
+    from chameleon_jax.models.text import clean_text
+
+    texts = read_texts(values.texts) if values.texts else scene_captions(values.scenes)
+    texts = [clean_text(text) for text in texts]
+    try:
+        pieces = train_pieces(texts, values.vocab)
+    except ValueError as error:  # no text, or no room for it
+        raise UsageError(f"the tokenizer cannot be trained: {error}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(out, pieces.to_str(pretty=False))
+    lengths = [len(encoding.ids) for encoding in pieces.encode_batch(texts)]
+    print(
+        f"{out}: {pieces.get_vocab_size()} pieces, {out.stat().st_size / 1000:.0f} kB;"
+        f" {len(texts)} captions take {sum(lengths) / len(lengths):.1f} tokens on average,"
+        f" {max(lengths)} at most"
+    )
+
+
+def scene_captions(scenes: int) -> Iterator[str]:
+    """Long and short captions of the first scenes of the train split; nothing is rendered."""
+    need("numba", "runway")
+    from chameleon_jax.runway import sample_spec
+
+    for seed in range(scenes):
+        captions = sample_spec(seed).captions()
+        yield from (*captions["en_long"], *captions["en_short"])
+
+
+def read_texts(path: str) -> list[str]:
+    """The lines of a UTF-8 text file.
+
+    Raises:
+      UsageError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--texts {path}: not a readable UTF-8 text file ({error})") from None
 
 
 class ProgressLine:
@@ -155,13 +300,17 @@ class ProgressLine:
         )
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`128x80` -> (128, 80)."""
-    parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--size={text}: expected HEIGHTxWIDTH, such as 128x80")
-    return int(parts[0]), int(parts[1])
+COMMANDS = {
+    "runway": cli.Command(ABOUT_RUNWAY, runway_flags, prepare_runway, CONTINUES),
+    "latents": cli.Command(ABOUT_LATENTS, latents_flags, prepare_latents, CONTINUES),
+    "tokenizer": cli.Command(ABOUT_TOKENIZER, tokenizer_flags, prepare_tokenizer),
+}
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m launch.prepare") -> None:
+    """Call one of `COMMANDS`, and end the process."""
+    cli.choose(program, __doc__ or "", COMMANDS, argv)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

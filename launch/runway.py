@@ -1,72 +1,123 @@
-"""Look at the synthetic data, and measure how fast it is made.
+"""Look at the synthetic data, and measure how fast it is made (extra `runway`).
+
+    python -m launch.runway sheet    draw clips of some seeds on one picture
+    python -m launch.runway bench    render in several processes and time it
 
     python -m launch.runway sheet --seeds 1,2,3 --out sheet.png
     python -m launch.runway bench --clips 8 --workers 2
 
-A row of the sheet: reference, garment, six frames; then the reference's garment and the same frames
-in it. `bench` prints one line, and the same as JSON.
+`python -m launch.runway COMMAND --help` lists the flags of each.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
-import multiprocessing
 import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from absl import app, flags
-from PIL import Image
+from chameleon_jax import files, parsing, places
+from chameleon_jax.errors import need
+from launch import cli
+from launch.cli import UsageError
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("seeds", ["1", "2", "3", "4"], "sheet: seeds of the rows")
-flags.DEFINE_string("out", "out/sheet.png", "sheet: picture to write")
-flags.DEFINE_integer("height", 128, "pixels", lower_bound=8)
-flags.DEFINE_integer("width", 80, "pixels", lower_bound=8)
-flags.DEFINE_integer("frames", 81, "frames a clip", lower_bound=1)
-flags.DEFINE_integer("fps", 16, "frames per second", lower_bound=1)
-flags.DEFINE_integer("enlarge", 2, "sheet: pixels are shown as squares of this size", lower_bound=1)
-flags.DEFINE_integer("clips", 8, "bench: triplets a worker", lower_bound=1)
-flags.DEFINE_integer("workers", 2, "bench: processes", lower_bound=1)
+if TYPE_CHECKING:
+    import numpy as np
 
 SHOWN = 6  # frames of a clip on the sheet
 GAP = 2  # pixels between groups
+MAX_FRAMES = 100_000  # of a clip
+MAX_SIDE = 4096  # pixels
+
+ABOUT_SHEET = """Draw one row per seed: the person's picture, the garment, six frames of the clip; then the
+garment that the person wears in their picture, and the same frames in it.
+
+    python -m launch.runway sheet --seeds 1,2,3 --out sheet.png
+"""
+
+ABOUT_BENCH = """Render clips in several processes; the first one of each compiles and is not counted.
+
+    python -m launch.runway bench --clips 8 --workers 2
+
+Prints one line, and the same as JSON.
+"""
 
 
-def main(argv: list[str]) -> None:
-    commands = {"sheet": sheet, "bench": bench}
-    if len(argv) != 2 or argv[1] not in commands:
-        fail(f"expected one command, {' or '.join(commands)}, got {' '.join(argv[1:]) or 'none'}")
-    commands[argv[1]]()
+def sheet_flags(parser: cli.Parser) -> None:
+    """The flags of `runway sheet`."""
+    _clip_flags(parser)
+    parser.flag("seeds", "seeds of the rows", kind=_seeds, default="1,2,3,4", metavar="N,N,...")
+    parser.flag("out", "picture to write", default="out/sheet.png", metavar="FILE")
+    parser.flag(
+        "enlarge",
+        "pixels are shown as squares of this size",
+        kind=cli.whole_number(1, 64),
+        default=2,
+        metavar="N",
+    )
 
 
-def sheet() -> None:
+def bench_flags(parser: cli.Parser) -> None:
+    """The flags of `runway bench`."""
+    _clip_flags(parser)
+    parser.flag("clips", "clips a process", kind=cli.whole_number(1), default=8, metavar="N")
+    parser.flag("workers", "processes", kind=cli.whole_number(1, 1024), default=2, metavar="N")
+
+
+def _clip_flags(parser: cli.Parser) -> None:
+    side = cli.whole_number(8, MAX_SIDE)
+    parser.flag("height", "pixels", kind=side, default=128, metavar="N")
+    parser.flag("width", "pixels", kind=side, default=80, metavar="N")
+    frames = cli.whole_number(1, MAX_FRAMES)
+    parser.flag("frames", "frames a clip", kind=frames, default=81, metavar="N")
+    parser.flag("fps", "frames per second", kind=cli.number(above=0), default=16.0)
+
+
+def _seeds(text: str) -> list[int]:
+    """`1,2,3`."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(parsing.is_whole_number(word) and int(word) >= 0 for word in words):
+        raise UsageError(f"{text!r}: expected whole numbers such as 1,2,3")
+    return [int(word) for word in words]
+
+
+def sheet(values: cli.Values) -> None:
     """Draw one row per seed."""
-    if not FLAGS.seeds or not all(seed.strip().isdigit() for seed in FLAGS.seeds):
-        fail(f"--seeds={','.join(FLAGS.seeds)}: expected whole numbers such as 1,2,3")
-    rows = [
-        sheet_row(int(seed), FLAGS.frames, (FLAGS.height, FLAGS.width), FLAGS.fps)
-        for seed in FLAGS.seeds
-    ]
+    out = Path(values.out)
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    places.check_writable(out)
+    need("numba", "runway")
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    size = (values.height, values.width)
+    rows = []
+    for seed in tqdm(values.seeds, unit=" rows", file=sys.stderr, dynamic_ncols=True):
+        row, captions = sheet_row(seed, values.frames, size, values.fps)
+        rows.append(row)
+        tqdm.write(f"{seed}: {captions}", file=sys.stdout)
     picture = Image.fromarray(np.concatenate(rows))
     picture = picture.resize(
-        (picture.width * FLAGS.enlarge, picture.height * FLAGS.enlarge), Image.Resampling.NEAREST
+        (picture.width * values.enlarge, picture.height * values.enlarge), Image.Resampling.NEAREST
     )
-    out = Path(FLAGS.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(out)
-    except (OSError, ValueError) as error:
-        fail(f"{out}: cannot be written ({error})")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(out) as part:
+        picture.save(part, "PNG")
     print(f"{out}: {len(rows)} rows, {picture.width} x {picture.height} pixels")
 
 
-def sheet_row(seed: int, frames: int, size: tuple[int, int], fps: float) -> np.ndarray:
-    """uint8 [h, w, 3]: reference | garment | frames | other garment | the same frames."""
+def sheet_row(seed: int, frames: int, size: tuple[int, int], fps: float) -> tuple[np.ndarray, str]:
+    """reference | garment | frames | other garment | the same frames, uint8 [h, w, 3]; and what
+    the clip shows, in words.
+    """
+    import numpy as np
+
     from chameleon_jax import runway
 
     triplet = runway.render_triplet(seed, frames, size, fps)
@@ -80,31 +131,42 @@ def sheet_row(seed: int, frames: int, size: tuple[int, int], fps: float) -> np.n
     gap = np.full((size[0], GAP, 3), 255, np.uint8)
     columns = [part for group in groups for part in (group, gap)]
     row = np.concatenate(columns, 1)
-    print(f"{seed}: {triplet.captions['static']} {triplet.captions['dynamic']}")
-    return np.concatenate([row, np.full((GAP, row.shape[1], 3), 255, np.uint8)])
+    row = np.concatenate([row, np.full((GAP, row.shape[1], 3), 255, np.uint8)])
+    return row, f"{triplet.captions['static']} {triplet.captions['dynamic']}"
 
 
-def bench() -> None:
+def bench(values: cli.Values) -> None:
     """Render triplets in several processes; the first one of each compiles and is not counted."""
-    jobs = [
-        (worker * 1000, FLAGS.clips, FLAGS.frames, (FLAGS.height, FLAGS.width), FLAGS.fps)
-        for worker in range(FLAGS.workers)
-    ]
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(FLAGS.workers, mp_context=spawn) as pool:
-        list(pool.map(render_some, [(first, 1, *rest) for first, _, *rest in jobs]))
+    need("numba", "runway")
+    import concurrent.futures
+    import multiprocessing
+
+    size = (values.height, values.width)
+    clip = (values.frames, size, values.fps)
+    firsts = [1000 * worker for worker in range(values.workers)]
+    pool = concurrent.futures.ProcessPoolExecutor(
+        values.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_ctrl_c
+    )
+    try:
+        list(pool.map(render_some, [(first, 1, *clip) for first in firsts]))
         start = time.monotonic()
-        cpu = list(pool.map(render_some, jobs))
+        cpu = list(pool.map(render_some, [(first, values.clips, *clip) for first in firsts]))
         seconds = time.monotonic() - start
-    count = FLAGS.clips * FLAGS.workers
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    count = values.clips * values.workers
     result = {
         "triplets_per_hour": round(3600 * count / seconds),
-        "seconds_per_triplet_and_process": round(seconds / FLAGS.clips, 3),
+        "seconds_per_triplet_and_process": round(seconds / values.clips, 3),
         "cpu_seconds_per_triplet": round(sum(cpu) / count, 3),
-        "ms_per_frame": round(1000 * sum(cpu) / count / FLAGS.frames, 2),
-        "size": [FLAGS.height, FLAGS.width],
-        "frames": FLAGS.frames,
-        "workers": FLAGS.workers,
+        "ms_per_frame": round(1000 * sum(cpu) / count / values.frames, 2),
+        "size": list(size),
+        "frames": values.frames,
+        "workers": values.workers,
         "triplets": count,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
@@ -126,11 +188,23 @@ def render_some(job: tuple[int, int, int, tuple[int, int], float]) -> float:
     return time.process_time() - start
 
 
-def fail(message: str) -> None:
-    """One line on stderr, exit code 2."""
-    print(message, file=sys.stderr)
-    sys.exit(2)
+def _ignore_ctrl_c() -> None:
+    """Ctrl-C reaches the whole group of processes; the parent ends its workers."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+COMMANDS = {
+    "sheet": cli.Command(ABOUT_SHEET, sheet_flags, sheet),
+    "bench": cli.Command(ABOUT_BENCH, bench_flags, bench),
+}
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m launch.runway") -> None:
+    """Call one of `COMMANDS`, and end the process."""
+    cli.choose(program, __doc__ or "", COMMANDS, argv)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,11 +1,13 @@
 """Train one stage.
 
-    python -m launch.train --config configs/vae.py:runway_tiny --config.data.dir=data/runway --config.workdir=runs/vae
-    python -m launch.train --config configs/teacher.py:runway_tiny --config.data.dir=data/latents \
-        --config.data.tokenizer=data/tokenizer.json --config.weights.vae=runs/vae/export --config.workdir=runs/teacher
+    python -m launch.train --config configs/vae.py:runway_tiny --config.data.dir=data/runway \\
+        --config.workdir=runs/vae
+    python -m launch.train --config configs/teacher.py:runway_tiny \\
+        --config.data.dir=data/latents --config.data.tokenizer=data/tokenizer.json \\
+        --config.weights.vae=runs/vae/export --config.workdir=runs/teacher
 
-The same command again goes on where the run stopped. SIGTERM saves and exits with 0. At the end the
-averaged weights are exported to <workdir>/export. In the workdir: config.json, metrics.jsonl,
+The same command again continues where the run stopped. SIGTERM saves and exits with 0. At the end
+the averaged weights are exported to <workdir>/export. In the workdir: config.json, metrics.jsonl,
 tensorboard/, previews/, checkpoints/. On TPU pods, Slurm and GKE start the same command on every
 host with --distributed.
 """
@@ -16,23 +18,19 @@ import dataclasses
 import importlib
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
-from chameleon_jax.config import ConfigError, save_config
-from chameleon_jax.data.loader import DataError
+from chameleon_jax.config import ConfigError, load_config, save_config
 from chameleon_jax.data.memory import InMemorySource
-from chameleon_jax.data.sources import MatchingSource, Source, SourceError, open_sources
-from chameleon_jax.data.tokenizer import TokenizerError
-from chameleon_jax.sharding import MeshError
+from chameleon_jax.data.sources import MatchingSource, Source, open_sources
+from chameleon_jax.errors import one_line
 from chameleon_jax.training import loop
-from chameleon_jax.training.checkpoints import CheckpointError
 from chameleon_jax.training.export import export, stored_model
 from chameleon_jax.training.feed import Feed, HostBatch
-from chameleon_jax.weights.params import WeightsError
 from configs import runway_tiny, wan22_5b
 from launch import cli
 
@@ -41,45 +39,50 @@ STAGES = {
     "teacher": "teacher",
     "teacher_forcing": "teacher_forcing",
 }  # and their modules
-ERRORS = (
-    cli.UsageError,
-    ConfigError,
-    CheckpointError,
-    DataError,
-    MeshError,
-    SourceError,
-    TokenizerError,
-    WeightsError,
-    loop.TrainingDivergedError,
-)
-
-FLAGS = flags.FlagValues()
-cli.define(FLAGS, "configs/teacher.py")
-flags.DEFINE_bool("distributed", False, "join the processes of all hosts", flag_values=FLAGS)
-flags.DEFINE_bool(
-    "export_only",
-    False,
-    "export the newest checkpoint, also of a run that goes on",
-    flag_values=FLAGS,
-)
+CONFIG = "configs/teacher.py"
 
 
-def main(argv: list[str]) -> None:
-    """Read the command line and run; every expected fault is one line on stderr and exit code 2."""
-    try:
-        parsed, overrides = cli.parse(FLAGS, argv, __doc__)
-        if parsed.distributed:
+def define_flags(parser: cli.Parser) -> None:
+    """The flags of this command."""
+    parser.config_flag((CONFIG, ""))
+    parser.switch("distributed", "join the processes of all hosts", default=False)
+    parser.switch(
+        "export_only",
+        "export the newest checkpoint and stop, also of a run that is still going",
+        default=False,
+    )
+    parser.compilation_flag()
+
+
+def command(values: cli.Values) -> None:
+    """The command.
+
+    Raises:
+      UserError: an input cannot be used.
+    """
+    config = load_config(values.config or CONFIG, values.overrides)
+    if values.distributed:
+        try:
             jax.distributed.initialize()
-        run(cli.read_config(parsed.config, overrides), export_only=parsed.export_only)
-    except ERRORS as error:
-        cli.fail(error)
+        except (ValueError, RuntimeError) as error:
+            raise cli.UsageError(
+                f"--distributed: {one_line(error)}; start it on every host of a TPU pod, or under"
+                " Slurm or GKE"
+            ) from None
+    cli.start_jax(values)
+    run(config, export_only=values.export_only)
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m launch.train") -> None:
+    """Read the command line, train, and end the process."""
+    cli.main(program, __doc__, define_flags, command, argv)
 
 
 def run(config: ConfigDict, *, export_only: bool = False) -> None:
     """Train the stage that a config describes, and export its weights.
 
     Raises:
-      Any of `ERRORS`.
+      UserError: the run cannot start, or has diverged.
     """
     for key, value in (("workdir", config.workdir), ("data.dir", config.data.dir)):
         if not value:
@@ -172,4 +175,4 @@ def start_logging() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    main()

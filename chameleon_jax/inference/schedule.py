@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from chameleon_jax.diffusion.flow import ROWS
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.session import Mechanisms
-from chameleon_jax.models.vae import VaeConfig
+from chameleon_jax.models.build import read_sizes
 from chameleon_jax.parsing import is_whole_number
 
 
@@ -50,7 +50,7 @@ class ChunkFrames:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ChunkFrames:
         """From a pipeline's config."""
-        factor = VaeConfig(**config["model"]["vae"]).temporal_factor
+        factor = read_sizes("vae", config["model"]["vae"]).temporal_factor
         return cls(config["cache"]["block"], factor)
 
     @property
@@ -224,7 +224,8 @@ def plan_stream(
 def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
     """A copy of a config with another number of denoising steps a chunk.
 
-    Timesteps, where the sampler has any, become evenly spaced before the shift.
+    The timesteps of "few_step", which say how many steps there are, become evenly spaced before
+    the shift.
 
     Raises:
       ScheduleError: fewer than 1 or more than 1000.
@@ -232,9 +233,10 @@ def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
     if not 1 <= steps <= ROWS:
         raise ScheduleError(f"steps {steps}: expected 1 to {ROWS}")
     config = config.copy_and_resolve_references()
-    config.sampler.steps = steps
-    if "timesteps" in config.sampler:
+    if config.sampler.name == "few_step":
         config.sampler.timesteps = tuple(round(ROWS * (steps - i) / steps) for i in range(steps))
+    else:
+        config.sampler.steps = steps
     return config
 
 

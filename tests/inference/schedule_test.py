@@ -138,7 +138,7 @@ def test_steps_of_all_samplers():
     config = load_config(f"{ROOT}/configs/wan22_5b.py")
     assert with_steps(config, 4).sampler.timesteps == (1000, 750, 500, 250)
     assert with_steps(config, 3).sampler.timesteps == (1000, 667, 333)
-    assert with_steps(config, 2).sampler.steps == 2 and config.sampler.steps == 4
+    assert len(with_steps(config, 2).sampler.timesteps) == 2 < len(config.sampler.timesteps)
     shots = with_steps(load_config(f"{ROOT}/configs/longlive2_5b.py"), 2)
     assert shots.sampler.steps == 2 and "timesteps" not in shots.sampler
     for steps in (0, -1, 1001):

@@ -9,10 +9,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from flax import nnx
 
-from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.config import load_config
 from chameleon_jax.data import images, records, sources
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.runway import render_triplet, split_of
@@ -30,10 +29,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--out", "OUT"], "expected one command, runway or latents, got none"),
-        (["clips", "--out", "OUT"], "got clips"),
-        (["runway"], "--out, the folder to write, is missing"),
-        (["runway", "--out", "OUT", "--size", "128"], "--size=128: expected HEIGHTxWIDTH"),
+        ([], "expected a command, runway, latents, tokenizer; got none"),
+        (["--out", "OUT"], "expected a command, runway, latents, tokenizer; got '--out'"),
+        (["latent", "--out", "OUT"], "got 'latent'; did you mean latents?"),
+        (["runway"], "required: --out"),
+        (["runway", "--out", "OUT", "--size", "128"], "--size: '128': expected HEIGHTxWIDTH"),
+        (["runway", "--out", "OUT", "--size", "0x80"], "--size: '0x80': expected HEIGHTxWIDTH"),
+        (["runway", "--out", "OUT", "--fps", "0"], "--fps: '0': expected a number above 0"),
+        (["runway", "--out", "OUT", "--fps", "nan"], "--fps: 'nan': expected a number above 0"),
+        (["runway", "--out", "OUT", "--data", "x"], "unknown flag --data"),
+        (["runway", "--out", "OUT", "x"], "unexpected argument 'x'"),
+        (["runway", "--out", "A" * 300], "File name too long; choose a shorter name"),
+        (["runway", "--out", f"{__file__}/x"], "Not a directory"),
+        (
+            ["runway", "--out", "OUT", "--clips", "1000000000"],
+            "belong to several splits",
+        ),
         (["runway", "--out", "OUT", "--frames", "32"], "4k + 1"),
         (
             ["runway", "--out", "OUT", "--seed_start", "799999", "--clips", "2"],
@@ -44,13 +55,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
             ["runway", "--out", "OUT", "--slot", "hat"],
             "slot 'hat'; expected one of top, bottom, dress, outer",
         ),
-        (["latents", "--out", "OUT"], "latents needs --data and --weights"),
+        (["latents", "--out", "OUT"], "required: --data, --weights"),
+        (["latents", "--out", "OUT", "--batch", "0"], "--batch: '0': expected a whole number"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_two(tmp_path, capsys, arguments, expected):
     words = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-        prepare.main(prepare.FLAGS(["prepare", *words]))
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(words)
     assert ended.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and expected in lines[0]
@@ -76,7 +88,7 @@ def test_runway_command_renders_the_split_of_its_seeds(tmp_path):
 
 
 def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "data"))
     import fake_renderer
 
     make = records.RunwayExamples(size=(32, 16), frames=9, fps=8, render=fake_renderer.render)
@@ -119,13 +131,6 @@ def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatc
 def test_splits_are_those_of_the_renderer():
     for seed in (0, 799_999, 800_000, 899_999, 900_000, 10**9):
         assert records.split_of(seed) == split_of(seed)
-
-
-def test_size():
-    assert prepare.parse_size("128x80") == (128, 80)
-    for bad in ("128", "0x80", "axb", "1x2x3", "-1x5"):
-        with pytest.raises(ConfigError):
-            prepare.parse_size(bad)
 
 
 def test_progress_line_tells_rate_and_time(capsys):

@@ -9,14 +9,16 @@ import pytest
 
 import chameleon_jax
 from chameleon_jax.data.tokenizer import BYTES, SPECIAL, Tokenizer
-from launch import train_tokenizer
-from launch.cli import UsageError
+from launch import prepare
 
 SHIPPED = Path(chameleon_jax.__file__).parent / "assets" / "runway_tiny" / "tokenizer.json"
 
 
 def _run(*argv):
-    train_tokenizer.main(["train_tokenizer", *map(str, argv)])
+    """Exit code of the command."""
+    with pytest.raises(SystemExit) as exit_:
+        prepare.main(["tokenizer", *map(str, argv)])
+    return exit_.value.code or 0
 
 
 def test_writes_a_tokenizer_that_loads_and_the_same_bytes_again(tmp_path, capsys):
@@ -25,8 +27,9 @@ def test_writes_a_tokenizer_that_loads_and_the_same_bytes_again(tmp_path, capsys
         "A woman walks  slowly.\nThe man&amp;woman turn; the camera follows.\n" * 3,
         encoding="utf-8",
     )
-    _run("--texts", texts, "--out", tmp_path / "a" / "tokenizer.json", "--vocab", 300)
-    _run("--texts", texts, "--out", tmp_path / "b.json", "--vocab", 300)
+    flags = ("--texts", texts, "--vocab", 300)
+    assert _run(*flags, "--out", tmp_path / "a" / "tokenizer.json") == 0
+    assert _run(*flags, "--out", tmp_path / "b.json") == 0
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert "6 captions take" in capsys.readouterr().out
     ids, mask = Tokenizer.from_file(tmp_path / "b.json", 16)(["a woman"])
@@ -34,15 +37,23 @@ def test_writes_a_tokenizer_that_loads_and_the_same_bytes_again(tmp_path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b.json", "captions.txt"]
 
 
-def test_faults_are_one_line(tmp_path):
-    with pytest.raises(UsageError, match="--out is needed"):
-        _run("--texts", "x")
-    with pytest.raises(UsageError, match="not a readable"):
-        _run("--texts", tmp_path / "none.txt", "--out", tmp_path / "t.json")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--texts=x"], "required: --out"),
+        (["--texts=none.txt", "--out=t.json"], "not a readable UTF-8 text file"),
+        (["--texts=empty.txt", "--out=t.json"], "no text"),
+        (["--out=t.json", "--vocab=many"], "--vocab: 'many': expected a whole number"),
+        (["--out=t.json", "--config.seed=1"], "unknown flag --config.seed"),
+    ],
+)
+def test_faults_are_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="no text"):
-        _run("--texts", tmp_path / "empty.txt", "--out", tmp_path / "t.json")
-    assert not (tmp_path / "t.json").exists()
+    assert _run(*flags) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and len(stderr.splitlines()) == 1 and message in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
 def test_the_shipped_tokenizer_is_small_complete_and_fits_the_model():

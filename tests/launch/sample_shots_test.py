@@ -19,7 +19,7 @@ CONFIG = f"{Path(__file__).parents[2]}/configs/longlive2_5b.py:smoke"
 def call(capsys, *flags):
     """Exit code, stdout, stderr."""
     with pytest.raises(SystemExit) as exit_:
-        sample.main(["sample", "--task=shots", f"--config={CONFIG}", *flags])
+        sample.main(["--task=shots", f"--config={CONFIG}", *flags])
     streams = capsys.readouterr()
     return exit_.value.code or 0, streams.out, streams.err
 

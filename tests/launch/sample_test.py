@@ -19,14 +19,12 @@ from PIL import Image
 
 from chameleon_jax.config import load_config
 from chameleon_jax.data.video import read_video
-from chameleon_jax.inference import Mechanisms, Pipeline
-from launch import cli, sample
-from launch.sample import Garment, chunk_starts, plan_garments
+from chameleon_jax.inference import Pipeline
+from launch import sample
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/runway_tiny.py:smoke"
 SMALL = [f"--config={CONFIG}", "--config.video.height=64", "--config.video.width=48", "--steps=1"]
-FULL, REFRESH = Mechanisms(), Mechanisms.parse("refresh")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,6 @@ def pictures(tmp_path_factory):
 
 def command(pictures, out, *extra, reference="person.png", garments=("first.png",)):
     return [
-        "sample",
         *SMALL,
         f"--reference={pictures / reference}",
         *(f"--garment={pictures / g}" for g in garments),
@@ -158,9 +155,9 @@ BAD = {
     "wrong kind of value": (["--config.sampler.steps=many"], "sampler.steps is int"),
     "unknown flag": (["--garmnet=x.png"], "garmnet"),
     "stray argument": (["person.png"], "unexpected argument 'person.png'"),
-    "no frames": (["--frames=0"], "at least 1 frame"),
+    "no frames": (["--frames=0"], "'0': expected a whole number from 1 up"),
     "frames not a number": (["--frames=many"], "frames"),
-    "no steps": (["--steps=0"], "expected 1 to 1000"),
+    "no steps": (["--steps=0"], "expected a whole number from 1 to 1000"),
     "stream too long for absolute positions": (
         ["--frames=5000", "--config.cache.positions=absolute"],
         "cache.positions='relative'",
@@ -168,7 +165,7 @@ BAD = {
     "cache that is no whole number of chunks": (["--config.cache.frames=24"], "whole chunks of 3"),
     "unknown sampler": (["--config.sampler.name=ddim"], "'ddim' is not one of"),
     "networks that do not fit together": (["--config.model.vae.z_dim=5"], "latent_mean"),
-    "seed out of range": (["--seed=-1"], "expected 0 to 4294967295"),
+    "seed out of range": (["--seed=-1"], "expected a whole number from 0 to 4294967295"),
     "unknown mechanism": (["--switch=refrsh"], "'refrsh'"),
     "switch without refresh": (["--switch=withdraw"], "add refresh"),
     "no such config": (["--config={p}/nothing.py"], "nothing.py does not exist"),
@@ -176,7 +173,7 @@ BAD = {
     "no such weights": (["--weights={p}/nowhere"], "nowhere: no such folder"),
     "size that does not fit": (["--config.video.height=70"], "multiples of 16"),
     "not a video name": (["--out={o}/out.gif"], "ends in .mp4"),
-    "folder that cannot be made": (["--out={p}/notes.png/out.mp4"], "not a folder"),
+    "folder that cannot be made": (["--out={p}/notes.png/out.mp4"], "Not a directory"),
 }
 
 
@@ -194,7 +191,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, pictures, tmp_path, caps
 
 
 def test_reference_without_garment(pictures, tmp_path, capsys):
-    code, _, stderr = call(["sample", *SMALL, f"--reference={pictures / 'person.png'}"], capsys)
+    code, _, stderr = call([*SMALL, f"--reference={pictures / 'person.png'}"], capsys)
     assert code == 2 and "--garment" in stderr
     code, _, stderr = call(command(pictures, tmp_path / "o.mp4", garments=("first.png@9",)), capsys)
     assert code == 2 and "to start with" in stderr
@@ -246,7 +243,7 @@ def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
         sys.executable,
         "-m",
         "launch.sample",
-        *command(pictures, tmp_path / "out.mp4", "--frames=100000")[1:],
+        *command(pictures, tmp_path / "out.mp4", "--frames=100000"),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -267,7 +264,7 @@ def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
 
 
 def test_ctrl_c_before_the_first_frame_leaves_nothing(pictures, tmp_path):
-    argv = [sys.executable, "-m", "launch.sample", *command(pictures, tmp_path / "out.mp4")[1:]]
+    argv = [sys.executable, "-m", "launch.sample", *command(pictures, tmp_path / "out.mp4")]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
@@ -291,59 +288,5 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(pictures, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert stderr.strip() == "error: interrupted"
+    assert stderr.strip() == "interrupted"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help(capsys):
-    code, stdout, _ = call(["sample", "--help"], capsys)
-    assert code == 0
-    for flag in set(sample.define_flags().flag_values_dict()) - {"h"}:
-        assert f"--{flag} " in stdout
-
-
-def test_garment_flag(tmp_path, monkeypatch):
-    assert Garment.parse("a.png") == Garment("a.png", 0)
-    assert Garment.parse("a.png@24") == Garment("a.png", 24)
-    assert Garment.parse("me@home.png") == Garment("me@home.png", 0)
-    assert Garment.parse("me@home.png@7") == Garment("me@home.png", 7)
-    monkeypatch.chdir(tmp_path)
-    Path("b@3").touch()
-    assert Garment.parse("b@3") == Garment("b@3", 0)
-    Path("b").touch()
-    assert Garment.parse("b@3") == Garment("b", 3)
-
-
-def test_plan_of_garments():
-    garments, remarks = plan_garments(["a", "c@9", "b@5", "c@9"], 10)
-    assert garments == [Garment("a", 0), Garment("b", 5), Garment("c", 9)]
-    assert len(remarks) == 1
-    assert plan_garments(["b@5", "a@0"], 10)[0][0] == Garment("a", 0)
-    with pytest.raises(cli.UsageError, match="to start with"):
-        plan_garments(["b@5"], 10)
-
-
-def test_chunk_starts():
-    assert chunk_starts(40, [], FULL, 3) == ([0, 9, 21, 33], 4)
-    assert chunk_starts(40, [10], FULL, 3) == ([0, 9, 21, 29], 2)
-    assert chunk_starts(40, [10], Mechanisms(drop_repeated_frame=False), 3) == ([0, 9, 21, 30], 2)
-    assert chunk_starts(40, [10, 11], Mechanisms.parse("refresh,withdraw"), 3) == (
-        [0, 9, 21, 30],
-        2,
-    )
-    assert chunk_starts(40, [10], REFRESH, 3) == ([0, 9, 21, 33], 4)
-    assert chunk_starts(81, [24, 48], FULL, 3) == ([0, 9, 21, 33, 41, 53, 61, 73], 3)
-
-
-def test_steps_of_both_samplers():
-    config = load_config(f"{ROOT}/configs/wan22_5b.py")
-    assert sample.with_steps(config, 4).sampler.timesteps == (1000, 750, 500, 250)
-    assert sample.with_steps(config, 3).sampler.timesteps == (1000, 667, 333)
-    assert sample.with_steps(config, 2).sampler.steps == 2 and config.sampler.steps == 4
-
-
-def test_config_override_forms():
-    values, overrides = cli.parse(
-        sample.define_flags(), ["x", "--config.a.b=1", "--config.c", "2", "--frames=3"], ""
-    )
-    assert overrides == ["a.b=1", "c=2"] and values.frames == 3
