@@ -1,6 +1,4 @@
-"""Packaging. The core runs inference anywhere JAX runs; heavier things are extras, torch among
-them.
-"""
+"""Packaging. The core runs inference anywhere JAX runs; heavier things, as torch, are extras."""
 
 import re
 from pathlib import Path
@@ -13,7 +11,7 @@ VERSION = re.search(
 ).group(1)
 
 CORE = [
-    "jax>=0.10,<0.12",
+    "jax>=0.10,<0.13",
     "flax>=0.12.8,<0.13",
     "numpy>=2.0",
     "optax>=0.2.6",
@@ -32,12 +30,16 @@ CORE = [
     "tqdm>=4.66",
 ]
 EXTRAS = {
-    "cuda13": ["jax[cuda13]>=0.10,<0.12"],
-    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "cuda13": ["jax[cuda13]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
     "video": ["av>=14.0,<20"],
     "runway": ["numba>=0.62", "av>=14.0,<20"],
-    # importlib-resources: tensorflow-datasets 4.9.10 imports it without asking for it
-    "train": ["array-record>=0.8", "importlib-resources>=6.0", "tensorboardX>=2.6.4"],
+    "train": [
+        "array-record>=0.8",
+        "av>=14.0,<20",
+        "importlib-resources>=6.0",  # tensorflow-datasets 4.9.10 imports it and does not name it
+        "tensorboardX>=2.6.4",
+    ],
     "convert": ["torch>=2.6"],  # for .pth, .pt and .bin; safetensors need nothing
     "parity": [
         "torch>=2.6",
@@ -62,6 +64,7 @@ setup(
     package_data={"chameleon_jax": ["assets/**/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["chameleon=launch.__main__:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
