@@ -16,12 +16,12 @@ import torch
 
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.attention.positions import PositionError
+from chameleon_jax.compilation import watched
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError, stretched, to_uint8
 from chameleon_jax.diffusion import rollout
 from chameleon_jax.inference import Pipeline, PipelineError
 from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot, chunk_prompts
-from launch.bench import compilations
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/longlive2_5b.py"
@@ -151,11 +151,11 @@ def test_a_prompt_is_encoded_once_and_few_are_kept(pipeline, monkeypatch):
 def test_nothing_is_compiled_later_and_memory_does_not_grow(pipeline, streams):
     list(streams.stream([Shot("a", 2)], image=picture()))
     seen = []
-    with compilations() as compiled:
+    with watched() as compiled:
         for image in (None, picture()):
             for _ in streams.stream([Shot("a", 5), Shot("b", 6), Shot("a", 5)], image=image):
                 seen.append(sum(x.nbytes for x in jax.live_arrays()))
-    assert compiled == []
+    assert compiled.seconds == []
     assert max(seen[7:16]) == min(seen[7:16]) == max(seen[23:]) == min(seen[23:])
     assert not {"refresh", "chunk"} & pipeline.arguments().keys()
 

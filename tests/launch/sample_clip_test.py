@@ -77,7 +77,6 @@ def test_text_to_video(tmp_path, capsys):
         "prompt": "她 walks",
         "negative_prompt": "blurred",
         "image": None,
-        "solver": "unipc",
         "grid": "diffusers",
         "steps": 3,
         "shift": 3.0,
