@@ -44,8 +44,9 @@ def need(module: str, extra: str) -> ModuleType:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra, for a clone as for an installed package."""
-    package = f"{ROOT}" if (ROOT / "setup.py").is_file() else "chameleon-jax"
-    return f'python -m pip install "{package}[{extra}]"'
+    if (ROOT / "setup.py").is_file():
+        return f'python -m pip install -e "{ROOT}[{extra}]"'
+    return f'python -m pip install "chameleon-jax[{extra}]"'
 
 
 def one_line(error: BaseException | str) -> str:
