@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from chameleon_jax.inference import wan22
+from chameleon_jax.diffusion import wan22
 from chameleon_jax.models.vae import WAN22_LATENT_MEAN, WAN22_LATENT_STD
 
 

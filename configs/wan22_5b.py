@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from chameleon_jax.inference import wan22
+from chameleon_jax.diffusion import wan22
 from configs import common
 
 VARIANTS = ("wan22_5b",)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from chameleon_jax.inference import wan22
+from chameleon_jax.diffusion import wan22
 from configs import common, wan22_5b
 
 VARIANTS = ("wan22_ti2v_5b", "smoke")

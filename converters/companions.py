@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chameleon_jax.data.tokenizer import Tokenizer
-from chameleon_jax.inference import wan22
+from chameleon_jax.diffusion import wan22
 from converters.layouts import OURS
 from converters.recognise import Part
 from converters.rules import ConversionError

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_jax.inference import wan22
+from chameleon_jax.diffusion import wan22
 from chameleon_jax.weights.lora import Change
 from chameleon_jax.weights.tensors import INDEX_SUFFIX, Entry, WeightsError
 from converters import companions, lora, sidecar
