@@ -5,27 +5,38 @@
     python -m launch.prepare latents --data data/runway --weights runs/vae/export --out data/latents
 
 `runway` renders triplets (needs the extra `runway`), `latents` encodes a set with the VAE of a
-config. Both can be interrupted at any time; the same command again continues. `--match 'sways
-gently|waves' --slot top` renders only such clips; `--clips` counts what is rendered. Seeds below
-800,000 are the train split, below 900,000 the validation split.
+config. Both can be interrupted at any time; the same command again continues, and with more
+`--clips` (or more clips in `--data`) the set grows. `--match 'sways gently|waves' --slot top`
+renders only such clips; `--clips` counts what is rendered. Seeds below 800,000 are the train split,
+below 900,000 the validation split.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import app, flags
 
 from chameleon_jax.config import ConfigError, load_config
-from chameleon_jax.data import records, sources
-from chameleon_jax.weights.params import WeightsError
+from chameleon_jax.data import examples, records, sources
+from chameleon_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "folder to write")
 flags.DEFINE_integer("clips", 4000, "runway: number of clips", lower_bound=1)
 flags.DEFINE_integer("frames", 33, "pixel frames a clip, 4k + 1", lower_bound=1)
+flags.DEFINE_integer(
+    "frames_per_latent",
+    4,
+    "runway: pixel frames that a latent frame stands for, of the VAE that will encode the clips",
+    lower_bound=1,
+)
 flags.DEFINE_string("size", "128x80", "HEIGHTxWIDTH in pixels")
 flags.DEFINE_float("fps", 16, "frames per second", lower_bound=1)
 flags.DEFINE_integer("seed_start", 0, "runway: seed of the first clip", lower_bound=0)
@@ -63,7 +74,7 @@ def main(argv: list[str]) -> None:
         if not FLAGS.out:
             raise ConfigError("--out, the folder to write, is missing")
         commands[argv[1]](parse_size(FLAGS.size))
-    except (ConfigError, records.RecordError, sources.SourceError, WeightsError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -73,7 +84,8 @@ def main(argv: list[str]) -> None:
 
 def runway(size: tuple[int, int]) -> None:
     """Render one split."""
-    examples = records.RunwayExamples(
+    sources.latent_frames(FLAGS.frames, FLAGS.frames_per_latent)  # is it k times as many, and one?
+    make = examples.RunwayExamples(
         size=size, frames=FLAGS.frames, fps=FLAGS.fps, match=FLAGS.match, slot=FLAGS.slot
     )
     if FLAGS.match or FLAGS.slot:
@@ -81,7 +93,7 @@ def runway(size: tuple[int, int]) -> None:
     split, count = records.prepare_runway(
         FLAGS.out,
         FLAGS.clips,
-        examples,
+        make,
         seed_start=FLAGS.seed_start,
         workers=FLAGS.workers,
         shard_size=FLAGS.shard_size,
@@ -96,19 +108,28 @@ def latents(size: tuple[int, int]) -> None:
         raise ConfigError("latents needs --data and --weights")
     weights = Path(FLAGS.weights)
     weights = weights / "vae.safetensors" if weights.is_dir() else weights
-    encode = load_encoder(FLAGS.config, weights)
+    encode, frames_per_latent = load_encoder(FLAGS.config, weights)
     for split in FLAGS.split:
         source = sources.open_sources(FLAGS.data, split)
         vae = sources.file_hash(weights)
-        examples = records.LatentExamples(
-            source, encode, size, FLAGS.frames, FLAGS.batch, FLAGS.fps, weights=vae
+        make = examples.LatentExamples(
+            source,
+            encode,
+            size,
+            FLAGS.frames,
+            frames_per_latent,
+            batch=FLAGS.batch,
+            fps=FLAGS.fps,
+            weights=vae,
         )
-        count = records.write_latents(FLAGS.out, split, examples, progress=ProgressLine())
+        count = records.write_latents(FLAGS.out, split, make, progress=ProgressLine())
         print(f"\n{FLAGS.out}: {count} clips in split {split}", file=sys.stderr)
 
 
-def load_encoder(config_path: str, weights: Path):
-    """The VAE's encoder: uint8 pixels [b, t, h, w, 3] to normalised latents [b, f, h', w', c].
+def load_encoder(config_path: str, weights: Path) -> tuple[Callable[[np.ndarray], Any], int]:
+    """The VAE's encoder, and its frames per latent frame.
+
+    It makes normalised latents [b, f, h', w', c] of uint8 pixels [b, t, h, w, 3].
 
     A config.json beside the weights says their sizes and the mean and deviation of their latents;
     without one the config file does.
@@ -130,7 +151,7 @@ def load_encoder(config_path: str, weights: Path):
     load_params(weights, vae)
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(to_model(pixels)))
-    return lambda pixels: encode(state, pixels)
+    return functools.partial(encode, state), config.temporal_factor
 
 
 class ProgressLine:
