@@ -30,7 +30,7 @@ from chameleon_jax.splits import SPLITS, split_of
 
 # Of so many seeds one must match a choice of clips, or the choice is taken for a mistake.
 SEEDS_WITHOUT_MATCH = 5000
-# Of a source that is encoded, every so many captions tell whether it is still the same source.
+# Every so many captions of a source are compared to see whether it is still the same.
 DIGEST_STEP = 50
 
 Record = dict[str, Any]

@@ -45,8 +45,8 @@ class LoaderConfig:
 
     batch: int = 8  # clips a step over all processes
     frames: int = 33  # first pixel frames of each clip
-    # `temporal_factor` of the VAE that sees them: the frames must be a multiple of it and one. None:
-    # any number of frames; latents bring their own.
+    # `temporal_factor` of the VAE that sees them: frames - 1 must be a multiple of it. None: any
+    # number of frames. Latents say their own.
     frames_per_latent: int | None = None
     # (height, width); a clip goes to the nearest aspect ratio.
     buckets: tuple[tuple[int, int], ...] = ((128, 80),)
@@ -284,7 +284,7 @@ class Batches(Iterator):
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """For each (height, width) the bucket whose height / width is nearest in ratio: int [records]."""
+    """For each (height, width) the bucket of the nearest aspect ratio: int [records]."""
     log_ratio = np.log(sizes[:, 0] / sizes[:, 1])
     of_buckets = np.log([height / width for height, width in buckets])
     return np.abs(log_ratio[:, None] - of_buckets).argmin(1)

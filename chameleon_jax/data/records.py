@@ -156,8 +156,8 @@ def write_records(
         raise RecordError(f"{out}: split {split} would be empty; ask for at least one clip")
     target.out.mkdir(parents=True, exist_ok=True)
     with _only_writer(target.out):
-        sizes = _plan(target, keys, shard_size)
         _add_new_names(target)
+        sizes = _plan(target, keys, shard_size)
         _make_missing(target, keys, sizes, workers, progress)
         paths = [target.shard(number) for number in range(len(sizes))]
         lengths = [count_records(path) for path in paths]
@@ -190,6 +190,12 @@ class _Target:
         """How many records each shard has, written after the last shard."""
         return self.out / f"shards.{self.split}.json"
 
+    def finished(self) -> int:
+        """Number of shards that readers of the folder use."""
+        if not self.lengths.exists():
+            return 0
+        return len(json.loads(self.lengths.read_text())["lengths"])
+
     def shard(self, number: int) -> Path:
         """A shard of the split."""
         return self.out / f"{self.name}-{self.split}.array_record-{number:05d}"
@@ -205,38 +211,46 @@ class _Target:
 def _plan(target: _Target, keys: Sequence[int], shard_size: int) -> list[int]:
     """How many keys each shard is for; kept in the split's recipe, with what it is made from.
 
-    What is planned already stays as it is, and new shards are for the rest of the keys.
+    Shards that are planned already stay as they are, as far as there are keys for them, and new
+    ones are for the rest of the keys.
     """
     out, split, examples = target.out, target.split, target.examples
     recipe = json.loads(json.dumps({"name": target.name, **examples.recipe()}))
     for path in out.glob("recipe.*.json"):
         _check_same(out, _read_recipe(path), recipe)
     recipe["first_key"] = int(keys[0])
-    sizes: list[int] = []
+    planned: list[dict[str, Any]] = []
     if target.recipe.exists():
         known = _read_recipe(target.recipe)
-        sizes = known["shards"]
-        there = sum(sizes)
         _check_same(out, known, recipe)
-        if len(keys) < there:
+        planned = known["shards"]
+    there = sum(shard["clips"] for shard in planned[: target.finished()])
+    if len(keys) < there:
+        raise RecordError(
+            f"{out}: split {split} has {there} clips, {len(keys)} are asked; ask for at least"
+            f" {there}, or choose another folder"
+        )
+    shards: list[dict[str, Any]] = []
+    first = 0
+    for shard in planned:
+        last = first + shard["clips"]
+        if last > len(keys):
+            break
+        digest = examples.digest(keys[first:last])
+        if shard["keys"] not in (None, digest):
             raise RecordError(
-                f"{out}: split {split} has {there} clips, {len(keys)} are asked; ask for at least"
-                f" {there}, or choose another folder"
+                f"{out}: clips {first} to {last - 1} are not those that split {split} was made"
+                " from; choose another folder"
             )
-        if "keys" not in known and recipe["kind"] == "latents" and len(keys) > there:
-            raise RecordError(
-                f"{out}: an older version wrote this set and did not note of which clips; it cannot"
-                " grow, choose another folder"
-            )
-        if "keys" in known and known["keys"] != examples.digest(keys[:there]):
-            raise RecordError(
-                f"{out}: the first {there} clips are not those that split {split} was made from;"
-                " choose another folder"
-            )
-    rest = len(keys) - sum(sizes)
-    sizes = sizes + [min(shard_size, rest - done) for done in range(0, rest, shard_size)]
-    files.write_json(target.recipe, recipe | {"shards": sizes, "keys": examples.digest(keys)})
-    return sizes
+        shards.append({"clips": shard["clips"], "keys": digest})
+        first = last
+    for number in range(len(shards), len(planned)):
+        target.shard(number).unlink(missing_ok=True)
+    for start in range(first, len(keys), shard_size):
+        some = keys[start : start + shard_size]
+        shards.append({"clips": len(some), "keys": examples.digest(some)})
+    files.write_json(target.recipe, recipe | {"shards": shards})
+    return [shard["clips"] for shard in shards]
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -245,9 +259,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         known = json.loads(path.read_text(encoding="utf-8"))
         if known.get("kind") == "latents":
             known = {"frames_per_latent": FRAMES_PER_LATENT_BEFORE} | known
-        if "shards" not in known:  # an older version said only these two
+        if "shards" not in known:  # of an older version, which did not note what keys stand for
             clips, size = known.pop("clips"), known.pop("shard_size")
-            known["shards"] = [min(size, clips - done) for done in range(0, clips, size)]
+            sizes = [min(size, clips - done) for done in range(0, clips, size)]
+            known["shards"] = [{"clips": count, "keys": None} for count in sizes]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{path}: not a readable recipe ({error!r})") from None
     return known
@@ -255,7 +270,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 def _check_same(out: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
     """Whether what a folder holds was made by the same recipe."""
-    names = sorted((known.keys() | asked.keys()) - {"shards", "keys"})
+    names = sorted((known.keys() | asked.keys()) - {"shards"})
     if "first_key" not in asked:  # it is that of another split
         names = [name for name in names if name != "first_key"]
     changed = [
@@ -456,10 +471,7 @@ def _remove_parts(out: Path) -> None:
 
 def _drop_incomplete(target: _Target, sizes: Sequence[int]) -> None:
     """Remove new shards that lack records, so that they are made again once the cause is mended."""
-    described = 0
-    if target.lengths.exists():  # these are in use
-        described = len(json.loads(target.lengths.read_text())["lengths"])
-    for number in range(described, len(sizes)):
+    for number in range(target.finished(), len(sizes)):
         path = target.shard(number)
         if path.exists() and count_records(path) < sizes[number]:
             path.unlink()

@@ -35,12 +35,12 @@ class NumberSource:
         if index in self.broken:
             raise sources.SourceError(f"record {index} is damaged")
         full = np.full((frames, *size, 3), index % 256, np.uint8)
-        spoken = {"static": f"static {index}", "dynamic": f"dynamic {index}"}
+        texts = {"static": f"static {index}", "dynamic": f"dynamic {index}"}
         return {
             "video": full,
             "reference": full[0],
             "garment": full[0],
-            "captions": spoken,
+            "captions": texts,
             "fps": 16,
             "seed": index,
         }
@@ -215,8 +215,8 @@ def test_captions_and_dropout():
         p for batch in take(iter(Loader(source, config(frames=1))), 300) for p in batch["prompt"]
     ]
     assert abs(prompts.count("") / len(prompts) - 0.1) < 0.03
-    spoken = [p for p in prompts if p]
-    assert abs(sum("static" not in p for p in spoken) / len(spoken) - 0.7) < 0.05
+    texts = [p for p in prompts if p]
+    assert abs(sum("static" not in p for p in texts) / len(texts) - 0.7) < 0.05
     full = next(iter(Loader(source, config(captions="full", dropout=0))))
     assert full["prompt"] == [f"dynamic {i} static {i}" for i in full["index"]]
 

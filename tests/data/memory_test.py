@@ -1,4 +1,4 @@
-"""Sources in memory answer like the source on disk."""
+"""A source in memory gives what the source on disk gives."""
 
 from __future__ import annotations
 

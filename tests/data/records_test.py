@@ -229,15 +229,14 @@ def test_a_run_killed_while_the_set_grows_loses_nothing(tmp_path, renderer):
         "if __name__ == '__main__':\n"
         "    make = examples.RunwayExamples(size=(32, 16), frames=9, fps=8,"
         " render=fake_renderer.slow)\n"
-        "    records.prepare_runway(sys.argv[1], int(sys.argv[2]), make, workers=2,"
-        " shard_size=4)\n"
+        "    records.prepare_runway(sys.argv[1], 24, make, workers=0, shard_size=4)\n"
     )
     script, out = tmp_path / "run.py", tmp_path / "killed"
     script.write_text(program)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
     command = [sys.executable, str(script), str(out)]
     records.prepare_runway(out, 6, examples(renderer.render), workers=0, shard_size=4)
-    process = subprocess.Popen([*command, "24"], env=env)
+    process = subprocess.Popen(command, env=env)
     deadline = time.monotonic() + 60
     while not (out / "runway_garment-train.array_record-00002").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -246,15 +245,37 @@ def test_a_run_killed_while_the_set_grows_loses_nothing(tmp_path, renderer):
     process.wait()
     assert [sources.RecordSource(out).load(i, 1, SIZE)["seed"] for i in range(6)] == [*range(6)]
     assert len(list(out.glob("*.array_record-?????"))) < 7
-    with pytest.raises(RecordError, match="split train has 24 clips, 6 are asked"):
-        records.prepare_runway(out, 6, examples(renderer.render), workers=0)
-    subprocess.run([*command, "24"], env=env, check=True, timeout=60)
+    with pytest.raises(RecordError, match="split train has 6 clips, 5 are asked"):
+        records.prepare_runway(out, 5, examples(renderer.render), workers=0)
+    records.prepare_runway(out, 24, examples(renderer.render), workers=0, shard_size=4)
     whole = tmp_path / "whole"
     records.prepare_runway(whole, 24, examples(renderer.render), workers=0, shard_size=4)
     assert contents(out)[1] == contents(whole)[1]
     assert sorted(path.name for path in out.iterdir() if ".array_record" in path.name) == [
         f"runway_garment-train.array_record-{number:05d}" for number in range(7)
     ]
+
+
+def test_an_unfinished_set_may_be_finished_with_fewer_clips(tmp_path, renderer):
+    make = examples(renderer.render)
+
+    def stop(done: int, found: int, total: int) -> None:
+        if done == 11:
+            raise KeyboardInterrupt
+
+    def made() -> list[int]:
+        return [record["seed"] for record in contents(tmp_path)[1]]
+
+    for finished, asked in ((0, 7), (7, 9), (9, 9)):  # from nothing, and while it grows
+        with pytest.raises(KeyboardInterrupt):
+            records.prepare_runway(tmp_path, 4000, make, workers=0, shard_size=4, progress=stop)
+        if finished:
+            assert made() == [*range(finished)]
+        records.prepare_runway(tmp_path, asked, make, workers=0, shard_size=4)
+        assert made() == [*range(asked)]
+    lengths = tfds.builder_from_directory(tmp_path).info.splits["train"].shard_lengths
+    assert lengths == [4, 3, 2]
+    assert len(list(tmp_path.glob("*.array_record-*"))) == 3
 
 
 def as_older_versions_wrote_it(folder: Path, split: str) -> None:
@@ -264,9 +285,9 @@ def as_older_versions_wrote_it(folder: Path, split: str) -> None:
         shard.rename(f"{shard}-of-{len(shards):05d}")
     path = folder / f"recipe.{split}.json"
     recipe = json.loads(path.read_text())
-    clips = recipe.pop("shards")
-    del recipe["keys"]
-    path.write_text(json.dumps(recipe | {"clips": sum(clips), "shard_size": clips[0]}))
+    clips = [shard["clips"] for shard in recipe.pop("shards")]
+    old = {"clips": sum(clips), "shard_size": clips[0]}
+    path.write_text(json.dumps(recipe | old))
     path = folder / "dataset_info.json"
     info = json.loads(path.read_text())
     for described in info["splits"]:
@@ -325,7 +346,8 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_part(tmp_path, renderer):
         "    make = examples.RunwayExamples((32, 16), 9, 8, render=fake_renderer.render)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, -1))\n"
         "    try:\n"
-        "        records.prepare_runway(sys.argv[1], 4, make, workers=int(sys.argv[2]), shard_size=2)\n"
+        "        workers = int(sys.argv[2])\n"
+        "        records.prepare_runway(sys.argv[1], 4, make, workers=workers, shard_size=2)\n"
         "    except records.RecordError as error:\n"
         "        print(error)\n"
     )
@@ -484,10 +506,10 @@ def test_latents_grow_with_their_source_and_notice_another(tmp_path, renderer):
     records.prepare_runway(tmp_path / "two", 4, make, seed_start=100, workers=0)
     assert write("latents", "one", "two") == [0, 1, 2, 100, 101, 102, 103]
     records.prepare_runway(tmp_path / "one", 4, make, workers=0)  # what follows has moved
-    changed = "latents: the first 7 clips are not those that split train was made from; choose"
+    changed = "latents: clips 3 to 4 are not those that split train was made from; choose"
     with pytest.raises(RecordError, match=changed):
         write("latents", "one", "two")
-    with pytest.raises(RecordError, match=changed):  # as many, but others
+    with pytest.raises(RecordError, match="clips 0 to 1 are not those"):
         write("latents", "two", "two")
     assert write("others", "one", "two") == [0, 1, 2, 3, 100, 101, 102, 103]
 
