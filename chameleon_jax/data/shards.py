@@ -8,6 +8,7 @@ needed for all of its records.
 from __future__ import annotations
 
 import bisect
+import importlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -87,7 +88,8 @@ def count_records(path: str | os.PathLike) -> int:
 
 def array_record() -> ModuleType:
     """The library of the format, of the extra `train`."""
-    return need("array_record.python.array_record_module", "train")
+    need("array_record", "train")
+    return importlib.import_module("array_record.python.array_record_module")
 
 
 def _fault(path: Path, length: int) -> str:
