@@ -11,11 +11,12 @@
     python -m launch.prepare tokenizer --out data/tokenizer.json
 
 `python -m launch.prepare COMMAND --help` lists the flags of each. The first two can be interrupted
-at any time; the same command again continues.
+at any time; the same command again continues, and with more clips the set grows.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,13 @@ def runway_flags(parser: cli.Parser) -> None:
     parser.flag("clips", "clips to render", kind=cli.whole_number(1), default=4000, metavar="N")
     parser.flag(
         "seed_start", "seed of the first clip", kind=cli.whole_number(0), default=0, metavar="N"
+    )
+    parser.flag(
+        "frames_per_latent",
+        "pixel frames of a latent frame, of the VAE that will encode the clips",
+        kind=cli.whole_number(1),
+        default=4,
+        metavar="N",
     )
     parser.flag(
         "match",
@@ -158,9 +166,10 @@ def prepare_runway(values: cli.Values) -> None:
         need(module, "runway")
     need("array_record", "train")
     places.check_writable(Path(values.out) / "dataset_info.json")
-    from chameleon_jax.data import records
+    from chameleon_jax.data import examples, records, sources
 
-    examples = records.RunwayExamples(
+    sources.latent_frames(values.frames, values.frames_per_latent)  # refuses what no VAE takes
+    make = examples.RunwayExamples(
         size=values.size,
         frames=values.frames,
         fps=values.fps,
@@ -172,7 +181,7 @@ def prepare_runway(values: cli.Values) -> None:
     split, count = records.prepare_runway(
         values.out,
         values.clips,
-        examples,
+        make,
         seed_start=values.seed_start,
         workers=values.workers,
         shard_size=values.shard_size,
@@ -186,50 +195,51 @@ def prepare_latents(values: cli.Values) -> None:
     need("array_record", "train")
     need("av", "video")
     places.check_writable(Path(values.out) / "dataset_info.json")
-    from chameleon_jax.data import records, sources
+    from chameleon_jax.data import examples, records, sources
 
     cli.start_jax(values)
     weights = Path(values.weights)
     weights = weights / "vae.safetensors" if weights.is_dir() else weights
-    encode = load_encoder(values, weights)
+    encode, frames_per_latent = load_encoder(values, weights)
     for split in values.split or ["train"]:
-        examples = records.LatentExamples(
+        make = examples.LatentExamples(
             sources.open_sources(values.data, split),
             encode,
             values.size,
             values.frames,
-            values.batch,
-            values.fps,
+            frames_per_latent,
+            batch=values.batch,
+            fps=values.fps,
             weights=sources.file_hash(weights),
         )
-        count = records.write_latents(values.out, split, examples, progress=ProgressLine())
+        count = records.write_latents(values.out, split, make, progress=ProgressLine())
         print(f"\n{values.out}: {count} clips in split {split}", file=sys.stderr)
 
 
-def load_encoder(values: cli.Values, weights: Path) -> Callable[[Any], Any]:
-    """The VAE's encoder: uint8 pixels [b, t, h, w, 3] to normalised latents [b, f, h', w', c].
+def load_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any], int]:
+    """The VAE's encoder, and its pixel frames a latent frame.
 
-    A config.json beside the weights says their sizes and the mean and deviation of their latents;
-    without one the config file does.
+    It makes normalised latents [b, f, h', w', c] of uint8 pixels [b, t, h, w, 3]. A config.json
+    beside the weights says their sizes and the mean and deviation of their latents; without one the
+    config file does.
     """
     import jax
     from flax import nnx
 
     from chameleon_jax.config import load_config
     from chameleon_jax.data.images import to_model
-    from chameleon_jax.models.vae import Vae, VaeConfig
+    from chameleon_jax.models import build
     from chameleon_jax.training.export import stored_model
     from chameleon_jax.weights.params import load_params
 
     sizes = stored_model(weights, "vae")
     if sizes is None:
         sizes = load_config(values.config or CONFIG, values.overrides).model.vae.to_dict()
-    # Shapes alone: drawing weights to throw them away takes a while.
-    vae = nnx.eval_shape(lambda: Vae(VaeConfig(**sizes), rngs=nnx.Rngs(0)))
+    vae = build.abstract("vae", sizes)
     load_params(weights, vae)
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(to_model(pixels)))
-    return lambda pixels: encode(state, pixels)
+    return functools.partial(encode, state), vae.config.temporal_factor
 
 
 def prepare_tokenizer(values: cli.Values) -> None:
@@ -237,8 +247,7 @@ def prepare_tokenizer(values: cli.Values) -> None:
     out = Path(values.out)
     places.check_writable(out)
     from chameleon_jax import files
-    from chameleon_jax.data.tokenizer import train_pieces
-    from chameleon_jax.models.text import clean_text
+    from chameleon_jax.data.tokenizer import clean_text, train_pieces
 
     texts = read_texts(values.texts) if values.texts else scene_captions(values.scenes)
     texts = [clean_text(text) for text in texts]

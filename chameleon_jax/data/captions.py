@@ -1,5 +1,4 @@
-"""Captions: what moves (dynamic) and what stays (static), and how much of it a training sample is
-told.
+"""Captions: what moves (dynamic) and what stays (static), and which of them a sample gets.
 
 FashionChameleon (arXiv 2605.15824, appendix "Dataset Configuration"): the teacher sees the dynamic
 caption alone in 70 % of the samples, so that it takes the person and the scene from the reference
@@ -54,11 +53,7 @@ def parse_prompt(prompt: str | Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         pair = prompt.get(name)
         if not pair:
             continue
-        if (
-            not isinstance(pair, (list, tuple))
-            or len(pair) != 2
-            or not all(isinstance(x, str) for x in pair)
-        ):
+        if not _is_pair(pair):
             raise CaptionError(
                 f"{name} of the prompt is {pair!r}; expected two strings, [dynamic, static]"
             )
@@ -76,9 +71,17 @@ def parse_prompt(prompt: str | Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: fields[name] for name in _FIELDS}
 
 
+def _is_pair(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return all(isinstance(text, str) for text in value)
+
+
 def from_prompt(prompt: str | Mapping[str, Any]) -> dict[str, str]:
-    """The captions that training uses, {"dynamic": ..., "static": ...}: the long English ones. See
-    `parse_prompt`.
+    """The captions that training uses, {"dynamic": ..., "static": ...}: the long English ones.
+
+    Raises:
+      CaptionError: see `parse_prompt`.
     """
     dynamic, static = parse_prompt(prompt)["en_long"]
     return {"dynamic": dynamic, "static": static}
@@ -92,7 +95,7 @@ def full(static: str, dynamic: str) -> str:
 def mix(
     static: str, dynamic: str, rng: np.random.Generator, dynamic_only: float = DYNAMIC_ONLY
 ) -> str:
-    """The dynamic caption with probability `dynamic_only`, otherwise both. Draws once from `rng`."""
+    """The dynamic caption with probability `dynamic_only`, otherwise both; one draw."""
     return dynamic if rng.random() < dynamic_only else full(static, dynamic)
 
 
@@ -129,9 +132,10 @@ def compile_match(pattern: str) -> re.Pattern[str]:
 
 def mentions(captions: Mapping[str, str | Sequence[str]], pattern: re.Pattern[str]) -> bool:
     """Whether the pattern is found in one of the captions; a caption may be several texts."""
-    texts = [
-        text
-        for value in captions.values()
-        for text in ([value] if isinstance(value, str) else value)
-    ]
+    texts: list[str] = []
+    for value in captions.values():
+        if isinstance(value, str):
+            texts.append(value)
+        else:
+            texts.extend(value)
     return any(pattern.search(text) for text in texts)

@@ -221,7 +221,7 @@ def fit_on_white(
 
 
 def to_model(x: Any) -> Any:
-    """uint8 pixels (NumPy or JAX, any shape) to float32 in [-1, 1]: x / 255, then (x - 0.5) / 0.5."""
+    """uint8 pixels (NumPy or JAX, any shape) to float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
     return (x.astype(np.float32) / 255 - 0.5) / 0.5
 
 

@@ -1,11 +1,12 @@
-"""Batches for training, through Grain: the same for the same seed, on any number of processes,
-before and after a kill.
+"""Batches for training, through Grain.
 
-What batch number n holds is a pure function of (seed, n): the epoch's order, the buckets, the
-captions and even the replacement of a broken record are drawn from keys, never from a running
-generator. The state of a loader is therefore one integer (and the list of records found broken),
-and every process can tell which bucket all others are in. Axes: b batch, t pixel frames, f latent
-frames, h w grid, c channels.
+They are the same for the same seed, on any number of processes, before and after a kill. What batch
+number n holds is a pure function of (seed, n): the epoch's order, the buckets, the captions and
+even the replacement of a broken record are drawn from keys, never from a running generator. The
+state of a loader is therefore one integer (and the list of records found broken), and every process
+knows which bucket all others are in.
+
+Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import numpy as np
 from absl import flags
 
 from chameleon_jax.data import captions
-from chameleon_jax.data.records import MAX_BROKEN
-from chameleon_jax.data.sources import Source, latent_frames
+from chameleon_jax.data.sources import MAX_BROKEN, Source, latent_frames
 from chameleon_jax.errors import UserError
 
 # First entry of each random key: what the numbers are for.
@@ -37,22 +37,47 @@ class DataError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are made."""
+    """How batches are made.
+
+    Raises:
+      DataError: a number that cannot be.
+    """
 
     batch: int = 8  # clips a step over all processes
-    frames: int = 33  # first pixel frames of each clip, 4k + 1
-    buckets: tuple[tuple[int, int], ...] = (
-        (128, 80),
-    )  # (height, width); a clip goes to the nearest aspect ratio
+    frames: int = 33  # first pixel frames of each clip
+    # `temporal_factor` of the VAE that sees them: frames - 1 must be a multiple of it. None: any
+    # number of frames. Latents say their own.
+    frames_per_latent: int | None = None
+    # (height, width); a clip goes to the nearest aspect ratio.
+    buckets: tuple[tuple[int, int], ...] = ((128, 80),)
     captions: str = "mixed"  # "mixed": 70 % dynamic alone; "full": always both; "dynamic"
-    random_start: bool = (
-        False  # any frames of the clip instead of the first ones; clips of pixels only
-    )
+    # Any frames of the clip instead of the first ones; clips of pixels only.
+    random_start: bool = False
     dropout: float = 0.1  # share of empty prompts, for classifier-free guidance
     seed: int = 0
     threads: int = 2  # threads that read ahead, in each worker
     prefetch: int = 4  # batches read ahead, in each worker
     workers: int = 0  # processes that read ahead; 0 reads in the threads of this one
+
+    def __post_init__(self):
+        for name, least in (
+            ("batch", 1),
+            ("frames", 1),
+            ("threads", 1),
+            ("prefetch", 0),
+            ("workers", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise DataError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if not self.buckets or min(min(size) for size in self.buckets) < 1:
+            raise DataError(f"buckets are {self.buckets}; expected sizes (height, width)")
+        if not 0 <= self.dropout <= 1:
+            raise DataError(f"dropout is {self.dropout}; expected a share from 0 to 1")
+        if self.captions not in captions.MODES:
+            raise DataError(
+                f"captions is {self.captions!r}; expected one of {', '.join(captions.MODES)}"
+            )
 
 
 class BatchPlan:
@@ -95,29 +120,28 @@ class BatchPlan:
         return self._order(epoch)[position]
 
     def replacement(self, bucket: int, step: int, slot: int, attempt: int) -> int:
-        """Another record of the bucket, for the `attempt`-th time that one for this slot was
-        broken.
-        """
-        return int(keyed_rng(self.seed, _REPLACE, step, slot, attempt).choice(self.members[bucket]))
+        """Another record of the bucket, after `attempt` others for this slot were broken too."""
+        rng = keyed_rng(self.seed, _REPLACE, step, slot, attempt)
+        return int(rng.choice(self.members[bucket]))
 
     def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         batches = []
         for bucket, members in enumerate(self.members):
             order = keyed_rng(self.seed, _ORDER, epoch, bucket).permutation(members)
             full = len(order) // self.batch
-            batches += [
-                (bucket, rows) for rows in order[: full * self.batch].reshape(full, self.batch)
-            ]
-        return [batches[i] for i in keyed_rng(self.seed, _BATCHES, epoch).permutation(len(batches))]
+            rows = order[: full * self.batch].reshape(full, self.batch)
+            batches += [(bucket, indices) for indices in rows]
+        order = keyed_rng(self.seed, _BATCHES, epoch).permutation(len(batches))
+        return [batches[i] for i in order]
 
 
 class Loader:
-    """Endless batches of one process; iterate it, or hold the `Batches` that `iter` gives to save
-    and restore it.
+    """Endless batches of one process.
 
         batches = iter(Loader(open_sources("data/runway"), LoaderConfig(batch=8)))
         batch = next(batches)
-        state = batches.get_state()      # JSON; a later batches.set_state(state) goes on with the same bits
+        state = batches.get_state()  # JSON values
+        batches.set_state(state)     # the same batches follow as did then, here or later
 
     A batch of pixels has video uint8 [b, t, h, w, 3], reference and garment uint8 [b, h, w, 3]; of
     latents, z_video float16 [b, f, h, w, c], z_reference and z_garment float16 [b, 1, h, w, c].
@@ -130,7 +154,9 @@ class Loader:
         `jax.process_count()`); each gets its slice of every batch, all of the same bucket.
 
     Raises:
-      DataError: the batch does not divide among the processes, or no bucket is full.
+      DataError: the batch does not divide among the processes, no bucket is full, or the latents
+        are of another VAE.
+      SourceError: a number of frames that the VAE does not take.
     """
 
     def __init__(
@@ -145,37 +171,38 @@ class Loader:
             raise DataError(
                 f"a batch of {config.batch} does not divide among {process_count} processes"
             )
-        latent_frames(config.frames)  # is it 4k + 1?
+        _check_frames(source, config)
         if config.random_start and source.kind == "latents":
             raise DataError(
                 "random_start needs pixels: the first latent frame is unlike the others"
-            )
-        if config.captions not in captions.MODES:
-            raise DataError(
-                f"captions is {config.captions!r}; expected one of {', '.join(captions.MODES)}"
             )
         self.source, self.config = source, config
         self.plan = BatchPlan(source.sizes, config.buckets, config.batch, config.seed)
         share = config.batch // process_count
         self.slots = range(process_index * share, (process_index + 1) * share)
 
+    def __repr__(self) -> str:
+        return (
+            f"Loader(batches of {self.config.batch}, {self.config.frames} frames, seed"
+            f" {self.config.seed}, {self.plan.batches_per_epoch} batches an epoch, of"
+            f" {self.source})"
+        )
+
     def __iter__(self) -> Batches:
         return Batches(self)
 
     def make_batch(self, step: int) -> dict[str, Any]:
-        """This process's part of batch `step`, and under "broken" the records that were replaced:
-        {index: why}.
+        """This process's part of batch `step`.
+
+        Under "broken" it has the records that were replaced: {index: why}.
         """
         bucket, indices = self.plan(step)
         samples, prompts, broken = [], [], {}
         for slot in self.slots:
             sample = self._load_slot(bucket, step, slot, int(indices[slot]), broken)
             rng = keyed_rng(self.config.seed, _CAPTION, step, slot)
-            prompts.append(
-                captions.choose(
-                    sample.pop("captions"), self.config.captions, rng, self.config.dropout
-                )
-            )
+            both = sample.pop("captions")
+            prompts.append(captions.choose(both, self.config.captions, rng, self.config.dropout))
             samples.append(sample)
         batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         return batch | {"prompt": prompts, "broken": broken}
@@ -190,7 +217,7 @@ class Loader:
                 sample = self.source.load(index, config.frames, config.buckets[bucket], start)
                 sample |= {"index": np.int64(index), "fps": np.float32(sample["fps"])}
                 return {name: value for name, value in sample.items() if name != "seed"}
-            except ValueError as error:  # SourceError, ImageError, VideoError, CaptionError
+            except ValueError as error:  # SourceError, ShardError, ImageError, VideoError, ...
                 broken[index] = str(error)
                 index = self.plan.replacement(bucket, step, slot, attempt)
         raise DataError(
@@ -199,8 +226,10 @@ class Loader:
 
 
 class Batches(Iterator):
-    """Running iterator of a `Loader`; see there. `broken` is {record: why} of the records found
-    broken so far.
+    """Running iterator of a `Loader`; see there.
+
+    Attributes:
+      broken: {record: why} of the records found broken so far.
     """
 
     def __init__(self, loader: Loader):
@@ -213,9 +242,8 @@ class Batches(Iterator):
         )
         batches = grain.MapDataset.range(_ENDLESS).map(loader.make_batch).to_iter_dataset(options)
         if config.workers:
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # Grain's workers read absl flags, which only programs under app.run parse
+            # Grain's workers read absl flags, which only programs under app.run parse.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
         self._batches = iter(batches)
@@ -235,10 +263,10 @@ class Batches(Iterator):
                 logging.warning("record %d is broken and was replaced: %s", index, why)
                 self.broken[index] = why
         if len(self.broken) > self._limit:
+            last = list(self.broken.values())[-1]
             raise DataError(
                 f"{len(self.broken)} of {self._records} records are broken, more than"
-                f" {MAX_BROKEN:.0%}; "
-                f"the last: {list(self.broken.values())[-1]}"
+                f" {MAX_BROKEN:.0%}; the last: {last}"
             )
         return batch
 
@@ -256,9 +284,7 @@ class Batches(Iterator):
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Index of the bucket whose height / width is nearest in ratio to that of each (height, width):
-    int [records].
-    """
+    """For each (height, width) the bucket of the nearest aspect ratio: int [records]."""
     log_ratio = np.log(sizes[:, 0] / sizes[:, 1])
     of_buckets = np.log([height / width for height, width in buckets])
     return np.abs(log_ratio[:, None] - of_buckets).argmin(1)
@@ -267,3 +293,16 @@ def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.
 def keyed_rng(seed: int, *key: int) -> np.random.Generator:
     """Independent random numbers for each (seed, purpose, step, ...)."""
     return np.random.default_rng([seed, *key])
+
+
+def _check_frames(source: Source, config: LoaderConfig) -> None:
+    group = config.frames_per_latent
+    if source.kind == "latents":
+        if group not in (None, source.frames_per_latent):
+            raise DataError(
+                f"the latents have {source.frames_per_latent} frames per latent frame, the VAE of"
+                f" the config has {group}; expected those of one VAE"
+            )
+        group = source.frames_per_latent
+    if group is not None:
+        latent_frames(config.frames, group)

@@ -1,7 +1,7 @@
-"""A source that is read once and then kept in memory: a small model on a CPU must not wait for
-video decoding.
+"""A source that is read once and then kept in memory.
 
-4000 clips of 33 frames of 128 x 80 pixels take 4.3 GB, their latents 0.1 GB.
+A small model on a CPU must not wait for the decoding of video. 4000 clips of 33 frames of 128 x 80
+pixels take 4.3 GB, their latents 0.1 GB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from chameleon_jax.data.sources import Source, SourceError, latent_frames
 
 
 class InMemorySource:
-    """All records of a source at one size, answering like the source itself.
+    """All records of a source at one size, with the same interface.
 
     Args:
       source: see `sources`; read now, in threads.
@@ -28,13 +28,14 @@ class InMemorySource:
 
     def __init__(self, source: Source, frames: int, size: tuple[int, int], threads: int = 2):
         self.kind, self.frames, self.size = source.kind, frames, tuple(size)
+        self.frames_per_latent = source.frames_per_latent
         self.sizes = np.tile(np.array([size]), (len(source), 1))
         start = time.monotonic()
         with ThreadPoolExecutor(threads) as pool:
             self._records = list(
                 pool.map(lambda index: _read(source, index, frames, size), range(len(source)))
             )
-        total = sum(value.nbytes for record in self._records for value in _arrays(record))
+        total = sum(array.nbytes for record in self._records for array in _arrays(record))
         seconds = time.monotonic() - start
         logging.info(
             "%d records in memory: %.2f GB, read in %.0f s", len(source), total / 1e9, seconds
@@ -43,25 +44,42 @@ class InMemorySource:
     def __len__(self) -> int:
         return len(self._records)
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.size))
+        return f"InMemorySource({len(self)} records of {self.kind}, {self.frames} frames of {size})"
+
+    def captions(self, index: int) -> dict[str, str]:
+        """See `sources`.
+
+        Raises:
+          ValueError: the record was broken.
+        """
+        return self._record(index)["captions"]
+
     def load(
         self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
     ) -> dict[str, Any]:
         """See `sources`; gives views, not copies.
 
         Raises:
-          SourceError: the record was broken, or another size or more frames are asked for than were
-            kept.
+          ValueError: the record was broken.
+          SourceError: another size or more frames are asked for than were kept.
         """
         if tuple(size) != self.size or frames > self.frames:
             asked = f"{frames} of {tuple(size)} were asked"
             raise SourceError(f"{self.frames} frames of {self.size} are in memory, {asked}")
+        record = self._record(index)
+        if self.kind == "latents":
+            wanted = latent_frames(frames, self.frames_per_latent)
+            return record | {"z_video": record["z_video"][:wanted]}
+        first = int(start * (self.frames - frames + 1))
+        return record | {"video": record["video"][first : first + frames]}
+
+    def _record(self, index: int) -> dict[str, Any]:
         record = self._records[index]
         if isinstance(record, ValueError):
             raise record
-        if self.kind == "latents":
-            return record | {"z_video": record["z_video"][: latent_frames(frames)]}
-        first = int(start * (self.frames - frames + 1))
-        return record | {"video": record["video"][first : first + frames]}
+        return record
 
 
 def _read(
@@ -74,8 +92,6 @@ def _read(
 
 
 def _arrays(record: dict[str, Any] | ValueError) -> list[np.ndarray]:
-    return (
-        []
-        if isinstance(record, ValueError)
-        else [v for v in record.values() if isinstance(v, np.ndarray)]
-    )
+    if isinstance(record, ValueError):
+        return []
+    return [value for value in record.values() if isinstance(value, np.ndarray)]

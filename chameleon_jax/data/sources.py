@@ -1,15 +1,22 @@
-"""Where triplets come from: records, latents, or a plain folder of clips. All answer the same few
-questions.
+"""Where triplets come from: records, latents, or a plain folder of clips. All have one interface.
 
-A source has `kind` ("pixels" or "latents"), `sizes` (int [records, 2], height and width of each in
-pixels, known without decoding), a length, and `load(index, frames, size, start=0)`, which gives
-`frames` pixel frames of one record at `size` (height, width), the first ones, or those that begin
-at the share `start` in [0, 1) of what is possible:
+A source has
 
-  pixels   video uint8 [t, h, w, 3], reference and garment uint8 [h, w, 3], captions {"static", "dynamic"}, fps, seed
-  latents  z_video [f, h, w, c], z_reference and z_garment [1, h, w, c], float16, captions, fps, seed
+  kind               "pixels" or "latents"
+  sizes              int [records, 2], height and width in pixels, known without decoding
+  frames_per_latent  pixel frames that a latent frame stands for; None for pixels
+  captions(index)    {"static", "dynamic"} of a record, without decoding its pictures
+  load(index, frames, size, start=0)
+                     `frames` pixel frames of a record at `size` (height, width): the first ones, or
+                     those that begin at the share `start` in [0, 1) of what is possible
 
-and raises a ValueError (SourceError, ImageError, VideoError, ...) if the record is broken. Sources
+and a length. What `load` gives:
+
+  pixels   video uint8 [t, h, w, 3], reference and garment uint8 [h, w, 3], captions, fps, seed
+  latents  z_video [f, h, w, c], z_reference and z_garment [1, h, w, c], all float16, captions, fps,
+           seed
+
+A broken record raises a ValueError (SourceError, ShardError, ImageError, VideoError, ...). Sources
 can be pickled.
 """
 
@@ -19,6 +26,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +34,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_jax.data import captions, images, video
-from chameleon_jax.errors import UserError
+from chameleon_jax.data import captions, images
+from chameleon_jax.data.shards import Shards
+from chameleon_jax.errors import UserError, need, one_line
+
+MAX_BROKEN = 0.01  # share of the records that may be broken before work with them stops
+# Of latents whose metadata.json does not say it: all of these were made with such a VAE.
+FRAMES_PER_LATENT_BEFORE = 4
+TABLES = (".csv", ".jsonl")
+
+Captions = dict[str, str]
 
 
 class SourceError(UserError):
@@ -39,12 +55,15 @@ class NoSplitError(SourceError):
 
 
 class Source(Protocol):
-    """What the loader needs of a set of triplets."""
+    """What the loader needs of a set of triplets; see the module's docstring."""
 
     kind: str
     sizes: np.ndarray
+    frames_per_latent: int | None
 
     def __len__(self) -> int: ...
+
+    def captions(self, index: int) -> Captions: ...
 
     def load(
         self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
@@ -52,28 +71,24 @@ class Source(Protocol):
 
 
 class RecordSource:
-    """One split of a folder written by `records` (or any `tensorflow_datasets` folder with the same
-    features).
+    """One split of a folder written by `records`, or of any `tensorflow_datasets` folder like it.
+
+    A shard that cannot be opened costs its records only: they count as broken.
 
     Args:
       folder: holds dataset_info.json.
       split: name of the split.
 
     Raises:
-      SourceError: no finished set there, or no such split.
+      MissingPackageError: records of pixels need PyAV.
+      NoSplitError: there is no such split.
+      SourceError: no finished set there, or more than 1 % of the records are in shards that cannot
+        be opened.
     """
 
     def __init__(self, folder: str | os.PathLike, split: str = "train"):
-        import tensorflow_datasets as tfds
-
         self.folder, self.split = Path(folder), split
-        if not (self.folder / "dataset_info.json").is_file():
-            if any(self.folder.glob("recipe.*.json")):
-                raise SourceError(
-                    f"{folder}: the set is not finished; the command that began it continues it"
-                )
-            raise SourceError(f"{folder}: there is no dataset_info.json in it")
-        info = tfds.builder_from_directory(self.folder).info
+        info = _read_info(self.folder)
         if split not in info.splits:
             raise NoSplitError(f"{folder}: no split {split!r}, there are {sorted(info.splits)}")
         meta = dict(info.metadata or {})
@@ -83,57 +98,95 @@ class RecordSource:
                 f"{folder}: metadata.json says nothing about {', '.join(sorted(missing))}"
             )
         self.kind, self.frames, self.fps = meta["kind"], meta["frames"], meta["fps"]
-        self._length = info.splits[split].num_examples
-        self.sizes = np.tile(np.array([[meta["height"], meta["width"]]]), (self._length, 1))
-        self._data = None
+        self.frames_per_latent = None
+        if self.kind == "latents":
+            self.frames_per_latent = meta.get("frames_per_latent", FRAMES_PER_LATENT_BEFORE)
+        else:
+            need("av", "video")  # missing, it would make every record look broken
+        shards = info.splits[split]
+        self._features = info.features
+        self._shards = Shards(shards.filepaths, shards.shard_lengths)
+        self._report_lost()
+        self.sizes = np.tile(np.array([[meta["height"], meta["width"]]]), (len(self._shards), 1))
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._shards)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_data": None}  # open files stay in this process
+    def __repr__(self) -> str:
+        return (
+            f"RecordSource({self.folder}, {self.split}: {len(self)} records of {self.kind},"
+            f" {self.frames} frames of {_size_text(self.sizes)} at {self.fps:g} fps)"
+        )
 
     def raw(self, index: int) -> dict[str, Any]:
-        """The record as stored: bytes of pictures and clip, or latents."""
-        if self._data is None:
-            import tensorflow_datasets as tfds
+        """The record as stored: bytes of pictures and clip, or latents.
 
-            self._data = tfds.builder_from_directory(self.folder).as_data_source(self.split)
+        Raises:
+          ShardError, SourceError: it is damaged.
+        """
+        data = self._shards[int(index)]
         try:
-            return self._data[index]
-        except (RuntimeError, ValueError, OSError, KeyError) as error:  # a damaged shard
+            return self._features.deserialize_example_np(data)
+        except Exception as error:  # of protobuf, NumPy or tensorflow_datasets
             raise SourceError(
-                f"{self.folder}: record {index} is damaged ({' '.join(str(error).split())})"
+                f"{self.folder}: record {index} is not one of this set ({one_line(error)})"
             ) from None
+
+    def captions(self, index: int) -> Captions:
+        """See the module's docstring."""
+        return self._captions(self.raw(index), index)
 
     def load(
         self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
     ) -> dict[str, Any]:
         """See the module's docstring."""
         raw = self.raw(index)
-        spoken = _json(raw["captions"])
-        if not isinstance(spoken, dict) or not {"static", "dynamic"} <= set(spoken):
-            raise SourceError(f"{self.folder}: record {index} has no static and dynamic caption")
-        common = {"captions": spoken, "fps": float(raw["fps"]), "seed": int(raw["seed"])}
+        common = {
+            "captions": self._captions(raw, index),
+            "fps": float(raw["fps"]),
+            "seed": int(raw["seed"]),
+        }
         if self.kind == "latents":
-            latents = latent_frames(frames)
-            if len(raw["z_video"]) < latents:
-                raise SourceError(
-                    f"{self.folder}: record {index} has {len(raw['z_video'])} latent frames of"
-                    f" {latents}"
-                )
-            if tuple(size) != tuple(self.sizes[index]):
-                raise SourceError(
-                    f"{self.folder}: latents of {self.sizes[index]} pixels cannot be resized to"
-                    f" {size}"
-                )
-            names = ("z_video", "z_reference", "z_garment")
-            return {name: raw[name][:latents] for name in names} | common
+            return self._latents(raw, index, frames, size) | common
         return {
             "video": fit_frames(read_frames(raw["video"], frames, start), size),
             "reference": images.prepare_training_frame(raw["reference"], size),
             "garment": images.prepare_training_garment(raw["garment"], size),
         } | common
+
+    def _latents(
+        self, raw: dict[str, Any], index: int, frames: int, size: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        wanted = latent_frames(frames, self.frames_per_latent)
+        if len(raw["z_video"]) < wanted:
+            raise SourceError(
+                f"{self.folder}: record {index} has {len(raw['z_video'])} latent frames of {wanted}"
+            )
+        if tuple(size) != tuple(self.sizes[index]):
+            raise SourceError(
+                f"{self.folder}: latents of {_size_text(self.sizes)} pixels cannot be resized to"
+                f" {size[0]}x{size[1]}"
+            )
+        names = ("z_video", "z_reference", "z_garment")
+        return {name: raw[name][:wanted] for name in names}
+
+    def _captions(self, raw: dict[str, Any], index: int) -> Captions:
+        found = _json(raw["captions"], f"{self.folder}: captions of record {index}")
+        if not isinstance(found, dict) or not {"static", "dynamic"} <= set(found):
+            raise SourceError(f"{self.folder}: record {index} has no static and dynamic caption")
+        return found
+
+    def _report_lost(self) -> None:
+        """Say which shards cannot be opened, or stop if they are too many."""
+        if not self._shards.unreadable:
+            return
+        path, why = next(iter(self._shards.unreadable.items()))
+        lost = f"{self._shards.lost} of {len(self)} records are lost: {path}: {why}"
+        if len(self._shards.unreadable) > 1:
+            lost += f", and {len(self._shards.unreadable) - 1} more shard(s)"
+        if self._shards.lost > MAX_BROKEN * len(self):
+            raise SourceError(f"{lost}; the command that made the set makes what is missing again")
+        logging.warning("%s; the others are used", lost)
 
 
 class DirectorySource:
@@ -147,19 +200,22 @@ class DirectorySource:
       table: the .csv or .jsonl file, or a folder with exactly one.
 
     Raises:
+      MissingPackageError: PyAV is not installed.
       SourceError: no table, or a row that is not as said, with its number.
     """
 
     kind = "pixels"
+    frames_per_latent = None
 
     def __init__(self, table: str | os.PathLike):
+        need("av", "video")  # missing, it would make every clip look broken
         table = Path(table)
         if table.is_dir():
-            found = sorted(p for p in table.iterdir() if p.suffix in (".csv", ".jsonl"))
+            found = sorted(path for path in table.iterdir() if path.suffix in TABLES)
             if len(found) != 1:
+                names = ", ".join(path.name for path in found) or "none"
                 raise SourceError(
-                    f"{table}: expected one .csv or .jsonl table in it, found"
-                    f" {[p.name for p in found]}"
+                    f"{table}: expected one .csv or .jsonl table in it, found {names}"
                 )
             table = found[0]
         self.folder = table.parent
@@ -173,6 +229,14 @@ class DirectorySource:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        sizes = _size_text(self.sizes)
+        return f"DirectorySource({self.folder}: {len(self)} clips of {sizes})"
+
+    def captions(self, index: int) -> Captions:
+        """See the module's docstring."""
+        return self.rows[index]["captions"]
 
     def load(
         self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
@@ -195,33 +259,55 @@ class DirectorySource:
 
 
 class JoinedSource:
-    """Several sources of one kind, one after the other."""
+    """Several sources of one kind, one after the other.
+
+    Raises:
+      SourceError: they are pixels and latents, or latents of different VAEs.
+    """
 
     def __init__(self, parts: Sequence[Source]):
-        kinds = {part.kind for part in parts}
+        kinds = {(part.kind, part.frames_per_latent) for part in parts}
         if len(kinds) != 1:
-            raise SourceError(f"sources of different kinds cannot be joined: {sorted(kinds)}")
-        self.parts, (self.kind,) = list(parts), kinds
+            raise SourceError(
+                "sources of different kinds cannot be joined: "
+                + " and ".join(_kind_text(*kind) for kind in sorted(kinds, key=str))
+            )
+        self.parts = list(parts)
+        self.kind, self.frames_per_latent = parts[0].kind, parts[0].frames_per_latent
         self.sizes = np.concatenate([part.sizes for part in parts])
         self._starts = np.cumsum([0] + [len(part) for part in parts])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __repr__(self) -> str:
+        return f"JoinedSource({len(self)} records of {self.kind}: {self.parts})"
+
+    def captions(self, index: int) -> Captions:
+        """See the module's docstring."""
+        part, own = self._place(index)
+        return part.captions(own)
+
     def load(
         self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
     ) -> dict[str, Any]:
         """See the module's docstring."""
+        part, own = self._place(index)
+        return part.load(own, frames, size, start)
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        """The source that has a record, and the record's number there."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.parts[part].load(index - int(self._starts[part]), frames, size, start)
+        return self.parts[part], index - int(self._starts[part])
 
 
 class MatchingSource:
-    """Those triplets of a source whose captions match a pattern; a broken one stays, for the loader
-    to count.
+    """Those triplets of a source whose captions match a pattern.
+
+    One whose captions cannot be read stays, for the loader to count.
 
     Args:
-      source: read once now, a frame of each triplet.
+      source: its captions are read once now.
       pattern: regular expression, looked for in every caption.
 
     Raises:
@@ -230,26 +316,33 @@ class MatchingSource:
 
     def __init__(self, source: Source, pattern: str):
         try:
-            self._pattern = captions.compile_match(pattern)
+            compiled = captions.compile_match(pattern)
         except captions.CaptionError as error:
             raise SourceError(str(error)) from None
-        self.source, self.kind = source, source.kind
-        self._chosen = np.array(
-            [index for index in range(len(source)) if self._matches(index)], int
-        )
-        if not self._chosen.size:
+        chosen = []
+        for index in range(len(source)):
+            try:
+                found = source.captions(index)
+            except ValueError:
+                chosen.append(index)
+                continue
+            if captions.mentions(found, compiled):
+                chosen.append(index)
+        if not chosen:
             raise SourceError(f"no caption of {len(source)} triplets matches {pattern!r}")
+        self.source, self.pattern, self._chosen = source, pattern, np.array(chosen, int)
+        self.kind, self.frames_per_latent = source.kind, source.frames_per_latent
         self.sizes = source.sizes[self._chosen]
-
-    def _matches(self, index: int) -> bool:
-        try:
-            found = self.source.load(index, 1, tuple(self.source.sizes[index]))["captions"]
-        except ValueError:
-            return True
-        return captions.mentions(found, self._pattern)
 
     def __len__(self) -> int:
         return len(self._chosen)
+
+    def __repr__(self) -> str:
+        return f"MatchingSource({len(self)} with {self.pattern!r} of {self.source})"
+
+    def captions(self, index: int) -> Captions:
+        """See the module's docstring."""
+        return self.source.captions(int(self._chosen[index]))
 
     def load(
         self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
@@ -261,8 +354,7 @@ class MatchingSource:
 def open_sources(
     folders: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train"
 ) -> Source:
-    """Open one or several folders: records where there is a dataset_info.json, else clips with a
-    table.
+    """Open one or several folders: records, or clips where there is a table.
 
     The split of several folders is what those have that have it: one that was made for training
     only adds nothing to the validation split.
@@ -274,12 +366,8 @@ def open_sources(
     parts: list[Source] = []
     without: list[NoSplitError] = []
     for folder in folders:
-        path = Path(folder)
-        if not path.exists():
-            raise SourceError(f"{folder}: no such folder")
-        tables = path.is_file() or any(p.suffix in (".csv", ".jsonl") for p in path.iterdir())
         try:
-            parts.append(DirectorySource(path) if tables else RecordSource(path, split))
+            parts.append(_open_source(Path(folder), split))
         except NoSplitError as error:
             without.append(error)
     if not parts:
@@ -287,10 +375,29 @@ def open_sources(
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
 
+def _open_source(path: Path, split: str) -> Source:
+    if not path.exists():
+        raise SourceError(f"{path}: no such folder")
+    if path.is_file():
+        return DirectorySource(path)
+    try:
+        has_table = any(file.suffix in TABLES for file in path.iterdir())
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return DirectorySource(path) if has_table else RecordSource(path, split)
+
+
 def read_frames(source: str | os.PathLike | bytes, frames: int, start: float) -> np.ndarray:
-    """`frames` frames of a video, uint8 [t, h, w, 3]: the first ones, or from the share `start` of
-    what is possible.
+    """`frames` frames of a video, uint8 [t, h, w, 3].
+
+    The first ones, or those that begin at the share `start` in [0, 1) of what is possible.
+
+    Raises:
+      VideoError: the video cannot be read, or has fewer frames.
+      SourceError: it has fewer frames.
     """
+    from chameleon_jax.data import video  # needs PyAV, which latents do without
+
     if not start:
         return video.read_video(source, frames)
     clip = video.read_video(source)
@@ -307,11 +414,24 @@ def fit_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack([images.prepare_training_frame(frame, size) for frame in frames])
 
 
-def latent_frames(frames: int) -> int:
-    """Latent frames of `frames` pixel frames: t = 4 (f - 1) + 1."""
-    if frames < 1 or frames % 4 != 1:
-        raise SourceError(f"{frames} frames; the VAE takes 4k + 1: 1, 5, 9, ..., 33, ..., 81")
-    return (frames - 1) // 4 + 1
+def latent_frames(frames: int, frames_per_latent: int) -> int:
+    """Latent frames of `frames` pixel frames: one for the first, then one for each group.
+
+    Args:
+      frames: t = frames_per_latent * (f - 1) + 1.
+      frames_per_latent: `temporal_factor` of the VAE's config.
+
+    Raises:
+      SourceError: the frames are not of that form.
+    """
+    group = frames_per_latent
+    if frames < 1 or (frames - 1) % group:
+        examples = ", ".join(str(group * k + 1) for k in (0, 1, 2))
+        raise SourceError(
+            f"{frames} frames; a VAE with {group} frames per latent frame takes {group}k + 1:"
+            f" {examples}, ..., {group * 8 + 1}, ..., {group * 20 + 1}"
+        )
+    return (frames - 1) // group + 1
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -344,9 +464,8 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    missing = [
-        name for name in ("video", "prompt", "width", "height") if row.get(name) in (None, "")
-    ]
+    columns = ("video", "prompt", "width", "height")
+    missing = [name for name in columns if row.get(name) in (None, "")]
     if missing:
         raise SourceError(f"{where}: column {', '.join(missing)} is missing or empty")
     path = Path(row["video"])
@@ -356,15 +475,51 @@ def _parse_row(row: dict[str, Any], where: str) -> dict[str, Any]:
         )
     try:
         width, height, fps = int(row["width"]), int(row["height"]), float(row.get("fps") or 24)
-        spoken = captions.from_prompt(row["prompt"])
+        both = captions.from_prompt(row["prompt"])
     except (ValueError, TypeError) as error:
         raise SourceError(f"{where}: {error}") from None
     if min(width, height) < 1:
         raise SourceError(f"{where}: {width} x {height} pixels")
-    return {"video": str(path), "width": width, "height": height, "fps": fps, "captions": spoken}
+    return {"video": str(path), "width": width, "height": height, "fps": fps, "captions": both}
 
 
-def _json(text: str | bytes, where: str = "captions") -> Any:
+def _read_info(folder: Path) -> Any:
+    """The `tfds.core.DatasetInfo` of a folder."""
+    if not (folder / "dataset_info.json").is_file():
+        if any(folder.glob("recipe.*.json")):
+            raise SourceError(
+                f"{folder}: the set is not finished; the command that began it continues it"
+            )
+        raise SourceError(f"{folder}: there is no dataset_info.json in it")
+    tfds = import_tfds()
+    try:
+        return tfds.builder_from_directory(folder).info
+    except Exception as error:  # tensorflow_datasets raises many kinds
+        raise SourceError(
+            f"{folder}: dataset_info.json or features.json cannot be read ({one_line(error)})"
+        ) from None
+
+
+def import_tfds() -> Any:
+    """The library `tensorflow_datasets`; it imports importlib_resources without asking for it."""
+    need("importlib_resources", "train")
+    return need("tensorflow_datasets", "train")
+
+
+def _size_text(sizes: np.ndarray) -> str:
+    """Sizes as `128x80`, height first; of several sizes the smallest and the largest."""
+    different = sorted({(int(height), int(width)) for height, width in sizes})
+    texts = [f"{height}x{width}" for height, width in different]
+    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}"
+
+
+def _kind_text(kind: str, frames_per_latent: int | None) -> str:
+    if frames_per_latent is None:
+        return kind
+    return f"{kind} with {frames_per_latent} frames per latent frame"
+
+
+def _json(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

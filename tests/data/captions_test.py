@@ -39,9 +39,9 @@ def test_bad_prompts_are_refused(bad):
 
 
 def test_shares():
-    spoken = {"dynamic": "walks", "static": "street"}
+    both = {"dynamic": "walks", "static": "street"}
     draws = [
-        captions.choose(spoken, "mixed", np.random.default_rng([0, i]), dropout=0.1)
+        captions.choose(both, "mixed", np.random.default_rng([0, i]), dropout=0.1)
         for i in range(4000)
     ]
     share = {text: draws.count(text) / len(draws) for text in set(draws)}
@@ -49,7 +49,7 @@ def test_shares():
     assert abs(share[""] - 0.1) < 0.02
     assert abs(share["walks"] - 0.7 * 0.9) < 0.03
     rng = np.random.default_rng(0)
-    assert {captions.choose(spoken, "full", rng) for _ in range(50)} == {"walks street"}
-    assert {captions.choose(spoken, "dynamic", rng) for _ in range(50)} == {"walks"}
+    assert {captions.choose(both, "full", rng) for _ in range(50)} == {"walks street"}
+    assert {captions.choose(both, "dynamic", rng) for _ in range(50)} == {"walks"}
     with pytest.raises(CaptionError, match="mixed, full, dynamic"):
-        captions.choose(spoken, "long", rng)
+        captions.choose(both, "long", rng)

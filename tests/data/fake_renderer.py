@@ -1,5 +1,6 @@
-"""A stand-in for the renderer: a moving square, made in no time, different for every seed. Workers
-can import it.
+"""A stand-in for the renderer: a moving square, different for every seed, made in no time.
+
+Worker processes can import it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 
 def render(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleNamespace:
-    """A triplet whose colours tell the seed."""
+    """A triplet whose colours follow from the seed."""
     height, width = size
     video = np.full((frames, height, width, 3), 200, np.uint8)
     colour = np.random.default_rng(seed).integers(0, 255, 3)

@@ -12,6 +12,7 @@ import pytest
 
 from chameleon_jax.data import loader as loader_lib
 from chameleon_jax.data import records, sources
+from chameleon_jax.data.examples import LatentExamples, RunwayExamples
 from chameleon_jax.data.loader import BatchPlan, DataError, Loader, LoaderConfig
 
 HERE = Path(__file__).parent
@@ -22,6 +23,7 @@ class NumberSource:
     """Record i is a clip of the number i; `broken` ones raise."""
 
     kind = "pixels"
+    frames_per_latent = None
 
     def __init__(self, sizes, broken=()):
         self.sizes, self.broken = np.asarray(sizes), set(broken)
@@ -33,12 +35,12 @@ class NumberSource:
         if index in self.broken:
             raise sources.SourceError(f"record {index} is damaged")
         full = np.full((frames, *size, 3), index % 256, np.uint8)
-        spoken = {"static": f"static {index}", "dynamic": f"dynamic {index}"}
+        texts = {"static": f"static {index}", "dynamic": f"dynamic {index}"}
         return {
             "video": full,
             "reference": full[0],
             "garment": full[0],
-            "captions": spoken,
+            "captions": texts,
             "fps": 16,
             "seed": index,
         }
@@ -138,7 +140,7 @@ def test_state_survives_a_killed_process(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
     import fake_renderer
 
-    make = records.RunwayExamples(size=SIZE, frames=9, fps=8, render=fake_renderer.render)
+    make = RunwayExamples(size=SIZE, frames=9, fps=8, render=fake_renderer.render)
     records.prepare_runway(tmp_path / "clips", 12, make, workers=0)
     program = (
         "import hashlib, json, os, sys\n"
@@ -194,7 +196,7 @@ def test_random_start_takes_other_frames(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
     import fake_renderer
 
-    make = records.RunwayExamples(size=SIZE, frames=9, fps=8, crf=0, render=fake_renderer.render)
+    make = RunwayExamples(size=SIZE, frames=9, fps=8, crf=0, render=fake_renderer.render)
     records.prepare_runway(tmp_path, 4, make, workers=0)
     source = sources.open_sources(tmp_path)
     whole = [source.load(i, 9, SIZE)["video"] for i in range(4)]
@@ -213,23 +215,21 @@ def test_captions_and_dropout():
         p for batch in take(iter(Loader(source, config(frames=1))), 300) for p in batch["prompt"]
     ]
     assert abs(prompts.count("") / len(prompts) - 0.1) < 0.03
-    spoken = [p for p in prompts if p]
-    assert abs(sum("static" not in p for p in spoken) / len(spoken) - 0.7) < 0.05
+    texts = [p for p in prompts if p]
+    assert abs(sum("static" not in p for p in texts) / len(texts) - 0.7) < 0.05
     full = next(iter(Loader(source, config(captions="full", dropout=0))))
     assert full["prompt"] == [f"dynamic {i} static {i}" for i in full["index"]]
-    with pytest.raises(DataError, match="mixed, full, dynamic"):
-        Loader(source, config(captions="all"))
 
 
 def test_records_and_latents_give_the_same_order(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
     import fake_renderer
 
-    make = records.RunwayExamples(size=SIZE, frames=9, fps=8, render=fake_renderer.render)
+    make = RunwayExamples(size=SIZE, frames=9, fps=8, render=fake_renderer.render)
     records.prepare_runway(tmp_path / "clips", 10, make, workers=0, shard_size=4)
     clips = sources.open_sources(tmp_path / "clips")
-    encode = records.LatentExamples(
-        clips, lambda x: x[:, ::4, ::8, ::8] / np.float32(255), SIZE, 9, batch=4
+    encode = LatentExamples(
+        clips, lambda x: x[:, ::4, ::8, ::8] / np.float32(255), SIZE, 9, 4, batch=4
     )
     records.write_latents(tmp_path / "latents", "train", encode)
     pixels = next(iter(Loader(clips, config())))
@@ -247,15 +247,39 @@ def test_worker_process_gives_the_same_batches(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
     import fake_renderer
 
-    make = records.RunwayExamples(size=SIZE, frames=5, fps=8, render=fake_renderer.render)
+    make = RunwayExamples(size=SIZE, frames=5, fps=8, render=fake_renderer.render)
     records.prepare_runway(tmp_path, 10, make, workers=0)
     source = sources.open_sources(tmp_path)
     here = take(iter(Loader(source, config())), 3)
     assert all(map(same, here, take(iter(Loader(source, config(workers=1))), 3)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 0}, "batch is 0; expected at least 1"),
+        ({"frames": -3}, "frames is -3"),
+        ({"threads": 0}, "threads is 0"),
+        ({"workers": -1}, "workers is -1; expected at least 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"dropout": 1.5}, "dropout is 1.5; expected a share from 0 to 1"),
+        ({"dropout": float("nan")}, "dropout is nan"),
+        ({"buckets": ()}, "buckets are"),
+        ({"buckets": ((0, 16),)}, "buckets are"),
+        ({"captions": "all"}, "mixed, full, dynamic"),
+    ],
+)
+def test_impossible_settings_are_one_line(change, message):
+    with pytest.raises(DataError, match=message):
+        config(**change)
+
+
 def test_too_few_records_and_odd_frames():
     with pytest.raises(DataError, match="no bucket has the 4 records"):
         Loader(NumberSource([SIZE] * 3), config())
-    with pytest.raises(ValueError, match=r"4k \+ 1"):
-        Loader(NumberSource([SIZE] * 8), config(frames=6))
+    with pytest.raises(ValueError, match=r"6 frames; a VAE with 4 .* takes 4k \+ 1: 1, 5, 9"):
+        Loader(NumberSource([SIZE] * 8), config(frames=6, frames_per_latent=4))
+    with pytest.raises(ValueError, match=r"takes 8k \+ 1: 1, 9, 17"):
+        Loader(NumberSource([SIZE] * 8), config(frames=5, frames_per_latent=8))
+    batch = next(iter(Loader(NumberSource([SIZE] * 8), config(frames=6))))  # no VAE is named
+    assert batch["video"].shape[1] == 6

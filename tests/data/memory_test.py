@@ -1,4 +1,4 @@
-"""Sources in memory answer like the source on disk."""
+"""A source in memory gives what the source on disk gives."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.data import records, sources
+from chameleon_jax.data.examples import RunwayExamples
 from chameleon_jax.data.memory import InMemorySource
 
 SIZE = (32, 16)
@@ -16,7 +17,7 @@ def folder(tmp_path_factory):
     from tests.data import fake_renderer
 
     folder = tmp_path_factory.mktemp("clips")
-    examples = records.RunwayExamples(size=SIZE, frames=9, render=fake_renderer.render)
+    examples = RunwayExamples(size=SIZE, frames=9, render=fake_renderer.render)
     records.prepare_runway(folder, 6, examples, workers=0)
     return folder
 
@@ -50,6 +51,7 @@ class HalfBroken:
     """Latents; record 1 cannot be read."""
 
     kind = "latents"
+    frames_per_latent = 2
     sizes = np.array([[32, 16]] * 2)
 
     def __len__(self):
@@ -63,14 +65,17 @@ class HalfBroken:
             "z_video": z,
             "z_reference": z[:1],
             "z_garment": z[:1],
-            "captions": {},
+            "captions": {"static": "A room.", "dynamic": "Walks."},
             "fps": 16.0,
             "seed": 0,
         }
 
 
 def test_broken_records_raise_when_they_are_loaded_and_latents_are_cut():
-    memory = InMemorySource(HalfBroken(), 9, SIZE)
-    assert memory.load(0, 5, SIZE)["z_video"].shape == (2, 1, 1, 1)
-    with pytest.raises(sources.SourceError, match="record 1 is damaged"):
-        memory.load(1, 5, SIZE)
+    memory = InMemorySource(HalfBroken(), 5, SIZE)
+    assert memory.load(0, 3, SIZE)["z_video"].shape == (2, 1, 1, 1)
+    assert memory.captions(0) == {"static": "A room.", "dynamic": "Walks."}
+    for read in (memory.captions, lambda index: memory.load(index, 5, SIZE)):
+        with pytest.raises(sources.SourceError, match="record 1 is damaged"):
+            read(1)
+    assert repr(memory) == "InMemorySource(2 records of latents, 5 frames of 32x16)"

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from chameleon_jax.data import images, sources, video
+from chameleon_jax.data.loader import Loader, LoaderConfig
 from chameleon_jax.data.sources import DirectorySource, JoinedSource, MatchingSource, SourceError
 
 PROMPT = json.dumps({"en_long": ["She turns.", "A room."]})
@@ -60,7 +61,7 @@ def test_bad_tables_are_refused_with_the_row(tmp_path):
     for change, expected in [
         ({"video": "../a.mp4"}, "row 2: video is '../a.mp4'; expected a path inside"),
         ({"video": "/etc/a.mp4"}, "expected a path inside"),
-        ({"width": ""}, "row 2: column width is missing"),
+        ({"width": ""}, "row 2: column width is missing or empty"),
         ({"height": "tall"}, "row 2: invalid literal"),
         ({"height": "0"}, "row 2: 30 x 0 pixels"),
         ({"prompt": "{"}, "row 2: prompt is not JSON"),
@@ -117,8 +118,43 @@ def test_sources_chosen_by_caption(tmp_path):
         MatchingSource(source, "flies")
     with pytest.raises(SourceError, match="not a regular expression"):
         MatchingSource(source, "(")
-    (tmp_path / rows[0]["video"]).write_bytes(b"")  # broken: left for the loader to see
-    assert len(MatchingSource(source, "still")) == 2
+    assert turning.captions(1) == {"dynamic": "She turns.", "static": "A room."}
+    for name in "abc":  # choosing opens no video
+        (tmp_path / f"{name}.mp4").unlink()
+    assert len(MatchingSource(source, "still")) == 1
+
+
+def test_every_source_is_one_line(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        clips = [
+            write_clip(tmp_path / name, "a", (32, 16), 50),
+            write_clip(tmp_path / name, "b", (16, 32), 50),
+        ]
+        write_table(tmp_path / name, clips)
+    one = sources.open_sources(tmp_path / "one")
+    assert repr(one) == f"DirectorySource({tmp_path / 'one'}: 2 clips of 16x32 to 32x16)"
+    both = sources.open_sources([tmp_path / "one", tmp_path / "two"])
+    assert repr(both).startswith(f"JoinedSource(4 records of pixels: [{one!r}, ")
+    assert repr(MatchingSource(both, "turns")) == f"MatchingSource(4 with 'turns' of {both!r})"
+    assert both.captions(3) == {"dynamic": "She turns.", "static": "A room."}
+    loader = Loader(both, LoaderConfig(batch=2, frames=5, buckets=((32, 16),), seed=7))
+    assert repr(loader) == (
+        f"Loader(batches of 2, 5 frames, seed 7, 2 batches an epoch, of {both!r})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("frames", "group", "latents"), [(1, 4, 1), (33, 4, 9), (81, 4, 21), (9, 8, 2), (6, 1, 6)]
+)
+def test_latent_frames(frames, group, latents):
+    assert sources.latent_frames(frames, group) == latents
+
+
+@pytest.mark.parametrize(("frames", "group"), [(0, 4), (-3, 4), (32, 4), (5, 8), (2, 4)])
+def test_frames_that_a_vae_does_not_take(frames, group):
+    with pytest.raises(SourceError, match=rf"^{frames} frames; a VAE with {group} frames per"):
+        sources.latent_frames(frames, group)
 
 
 def test_missing_folders(tmp_path):
@@ -128,3 +164,6 @@ def test_missing_folders(tmp_path):
         sources.open_sources(tmp_path)
     with pytest.raises(SourceError, match="no folder"):
         sources.open_sources([])
+    (tmp_path / "dataset_info.json").write_text('{"name": ')
+    with pytest.raises(SourceError, match=r"dataset_info\.json or features\.json cannot be read"):
+        sources.open_sources(tmp_path)

@@ -160,7 +160,7 @@ def _train(path):
 
 @pytest.mark.parametrize("end_in_file", [True, False])
 def test_tokenizer_agrees_with_transformers_on_the_same_file(tmp_path, end_in_file):
-    """Also when the file does not say that the end token is to be appended, as that of UMT5 does."""
+    """Also when the file does not ask for the end token, as that of UMT5 does."""
     plain, full = _train(tmp_path / "plain.json"), tmp_path / "full.json"
     pieces = tokenizers.Tokenizer.from_file(str(plain))
     pieces.post_processor = tokenizers.processors.TemplateProcessing(

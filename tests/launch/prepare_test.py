@@ -13,8 +13,9 @@ from flax import nnx
 
 from chameleon_jax.config import load_config
 from chameleon_jax.data import images, records, sources
+from chameleon_jax.data.examples import RunwayExamples
 from chameleon_jax.models.vae import Vae, VaeConfig
-from chameleon_jax.runway import render_triplet, split_of
+from chameleon_jax.runway import render_triplet
 from chameleon_jax.weights.params import param_shapes, save_params, set_params
 from launch import prepare
 
@@ -91,7 +92,7 @@ def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "data"))
     import fake_renderer
 
-    make = records.RunwayExamples(size=(32, 16), frames=9, fps=8, render=fake_renderer.render)
+    make = RunwayExamples(size=(32, 16), frames=9, fps=8, render=fake_renderer.render)
     records.prepare_runway(tmp_path / "clips", 3, make, workers=0)
     config = "configs/runway_tiny.py:smoke"
     vae_config = VaeConfig(**load_config(str(ROOT / config)).model.vae.to_dict())
@@ -126,11 +127,6 @@ def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatc
         assert np.std(expected) > 0.1
     missing = run(*command, "--weights", str(tmp_path / "none.safetensors"))
     assert missing.returncode == 2 and "no such file" in missing.stderr
-
-
-def test_splits_are_those_of_the_renderer():
-    for seed in (0, 799_999, 800_000, 899_999, 900_000, 10**9):
-        assert records.split_of(seed) == split_of(seed)
 
 
 def test_progress_line_tells_rate_and_time(capsys):

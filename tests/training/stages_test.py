@@ -12,6 +12,7 @@ from PIL import Image
 
 from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, tokenizer
+from chameleon_jax.data.examples import RunwayExamples
 from chameleon_jax.diffusion import flow
 from chameleon_jax.training.export import stored_model
 from chameleon_jax.training.feed import Feed
@@ -28,7 +29,7 @@ def data(tmp_path_factory):
     from tests.data import fake_renderer
 
     folder = tmp_path_factory.mktemp("data")
-    examples = records.RunwayExamples(size=SIZE, frames=21, render=fake_renderer.render)
+    examples = RunwayExamples(size=SIZE, frames=21, render=fake_renderer.render)
     for start, clips in ((0, 8), (800_000, 4)):
         records.prepare_runway(folder / "clips", clips, examples, seed_start=start, workers=0)
     texts = [f"A person in garment {i}. Walks {i} steps." for i in range(20)]

@@ -32,6 +32,7 @@ from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.tokenizer import Tokenizer
 from chameleon_jax.diffusion import flow, sampler
+from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import bidirectional_forward
 from chameleon_jax.training.feed import HostBatch, Part
 from chameleon_jax.training.networks import Network, build_network
@@ -232,6 +233,7 @@ def _part(config: ConfigDict, frames: int, clips: int) -> Part:
     loader = LoaderConfig(
         batch=clips,
         frames=frames,
+        frames_per_latent=read_sizes("vae", config.model.vae).temporal_factor,
         buckets=((config.video.height, config.video.width),),
         captions=data.captions,
         dropout=data.dropout,

@@ -30,6 +30,7 @@ from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.diffusion import flow
+from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import teacher_forcing_forward
 from chameleon_jax.training.stages import teacher
 from chameleon_jax.training.stages.teacher import before_export, make_eval_parts, make_parts
@@ -54,11 +55,12 @@ def make_stage(config: ConfigDict) -> Stage:
         raise ConfigError(str(error)) from None
     block = policy.block
     forward = functools.partial(teacher_forcing_forward, policy=policy)
+    group = read_sizes("vae", config.model.vae).temporal_factor
     for frames in [config.video.frames, *(frames for frames, _ in config.data.lengths)]:
-        if latent_frames(frames) < block:
+        if latent_frames(frames, group) < block:
             raise ConfigError(
-                f"clips of {frames} frames are {latent_frames(frames)} latent ones, a block is"
-                f" {block}"
+                f"clips of {frames} frames are {latent_frames(frames, group)} latent ones, a block"
+                f" is {block}"
             )
 
     def whole_blocks(z: jax.Array) -> jax.Array:

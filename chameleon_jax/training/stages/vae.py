@@ -20,6 +20,7 @@ from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
+from chameleon_jax.models.build import read_sizes
 from chameleon_jax.training.feed import HostBatch, Part, crop
 from chameleon_jax.training.networks import build_network
 from chameleon_jax.training.stages import vae_loss as losses
@@ -133,6 +134,7 @@ def _part(
     loader = LoaderConfig(
         batch=samples,
         frames=frames,
+        frames_per_latent=read_sizes("vae", config.model.vae).temporal_factor,
         buckets=((config.video.height, config.video.width),),
         captions="dynamic",
         dropout=0.0,
