@@ -160,7 +160,7 @@ def test_state_survives_a_killed_process(tmp_path, monkeypatch):
     def run(state: str, count: int) -> list[str]:
         command = [sys.executable, "-c", program, str(tmp_path), str(tmp_path / state), str(count)]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, cwd=HERE.parents[1]
+            command, capture_output=True, text=True, timeout=600, cwd=HERE.parents[1]
         )
         assert done.returncode == -9, done.stderr
         return done.stdout.splitlines()

@@ -185,7 +185,7 @@ def test_killed_run_continues_to_the_same_records(tmp_path, renderer):
     with pytest.raises(sources.SourceError, match="not finished"):
         sources.RecordSource(tmp_path / "killed")
     assert 0 < len(list(tmp_path.glob("killed/*.array_record-?????"))) < 6
-    subprocess.run(command, env=env, check=True, timeout=60)
+    subprocess.run(command, env=env, check=True, timeout=600)
     records.prepare_runway(
         tmp_path / "whole", 24, examples(renderer.render), workers=0, shard_size=4
     )
@@ -356,7 +356,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_part(tmp_path, renderer):
     for workers in ("0", "2"):
         out = tmp_path / workers
         command = [sys.executable, str(tmp_path / "run.py"), str(out), workers]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
         assert all(line.endswith("the same command continues") for line in lines), lines
         assert any("00000: cannot be written (write() failed: File too large" in x for x in lines)

@@ -240,7 +240,7 @@ for limit in range(0, 40_000, 1_500):
         folder = tmp_path / keep
         folder.mkdir()
         command = [sys.executable, "-c", program, str(folder), keep]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         lengths, files = [], {path.name for path in folder.iterdir()}
         for line in done.stdout.splitlines():

@@ -174,7 +174,7 @@ def end(code: str, **options) -> subprocess.CompletedProcess:
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=600,
         **{"stdout": subprocess.PIPE, **options},
     )
 

@@ -238,7 +238,7 @@ def interrupt(argv, marker):
             assert piece, seen.decode()
             seen += piece
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=120)[1]
+        rest = process.communicate(timeout=600)[1]
     finally:
         process.kill()
     return process.returncode, (seen + rest).decode()

@@ -246,7 +246,7 @@ def test_ctrl_c_leaves_a_playable_file(pictures, tmp_path):
     try:
         run_until(written, process)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -278,7 +278,7 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(pictures, tmp_path):
     try:
         assert "compiling" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130

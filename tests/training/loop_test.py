@@ -29,7 +29,7 @@ def run_program(workdir: Path, *arguments: str, devices: int = 1) -> subprocess.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[1])}
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(HERE / "toy.py"), str(workdir), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
 def saved_params(workdir: Path) -> dict[str, np.ndarray]:
