@@ -256,12 +256,20 @@ def main(
       interrupted: what is said after Ctrl-C, besides that it was.
     """
 
-    def command() -> int | None:
-        parser = Parser(program, about or "")
-        define_flags(parser)
-        return run(parser.read(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    finish(lambda: run(read(define_flags, words, program, about)), interrupted=interrupted)
 
-    finish(command, interrupted=interrupted)
+
+def read(
+    define_flags: Callable[[Parser], None],
+    argv: Sequence[str],
+    program: str = "",
+    about: str | None = "",
+) -> Values:
+    """Read a command line by the flags of a command; arguments and errors as for `main`."""
+    parser = Parser(program, about or "")
+    define_flags(parser)
+    return parser.read(argv)
 
 
 @dataclasses.dataclass(frozen=True)
