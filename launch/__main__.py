@@ -29,7 +29,7 @@ MODULES = {
     "train": "launch.train",
     "prepare": "launch.prepare",
     "runway": "launch.runway",
-    "convert": "converters.__main__",
+    "convert": "launch.convert",
 }
 
 

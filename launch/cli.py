@@ -256,12 +256,20 @@ def main(
       interrupted: what is said after Ctrl-C, besides that it was.
     """
 
-    def command() -> int | None:
-        parser = Parser(program, about or "")
-        define_flags(parser)
-        return run(parser.read(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    finish(lambda: run(read(define_flags, words, program, about)), interrupted=interrupted)
 
-    finish(command, interrupted=interrupted)
+
+def read(
+    define_flags: Callable[[Parser], None],
+    argv: Sequence[str],
+    program: str = "",
+    about: str | None = "",
+) -> Values:
+    """Read a command line by the flags of a command; arguments and errors as for `main`."""
+    parser = Parser(program, about or "")
+    define_flags(parser)
+    return parser.read(argv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +341,13 @@ def finish(command: Callable[[], int | None], *, interrupted: str = "") -> NoRet
             raise
         _abandon_stdout()
         code = _report(one_line(places.explain(error)))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        code = _report(
+            f"not enough memory ({one_line(error)}); choose smaller sizes, fewer frames or a"
+            " smaller batch"
+        )
     sys.exit(code)
 
 
@@ -367,6 +382,11 @@ def variants(file: str) -> list[str]:
             if names == ["VARIANTS"]:
                 return list(ast.literal_eval(statement.value))
     return []
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory, on the host or (as JAX says it) on a device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _report(message: str) -> int:

@@ -15,7 +15,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import ftfy
@@ -23,6 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from chameleon_jax import places
 from chameleon_jax.errors import UserError, one_line
 
 PAD, END = "<pad>", "</s>"
@@ -84,15 +84,16 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, length: int) -> Tokenizer:
-        """Read a `tokenizer.json`.
+        """Read a `tokenizer.json`; one that is not here is looked for beside the package, too.
 
         Raises:
           TokenizerError: the file is missing, is not a tokenizer, or lacks the special tokens.
         """
-        if not Path(path).is_file():
+        file = places.find(path)
+        if not file.is_file():
             raise TokenizerError(f"{path}: no such file; expected a tokenizer.json")
         try:
-            pieces = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            pieces = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise TokenizerError(f"{path}: cannot be read ({error.strerror or error})") from None
         except Exception as error:  # the library raises nothing narrower

@@ -14,7 +14,7 @@ SAMPLER = {"name": "few_step", "shift": 5.0, "timesteps": (1000, 750, 500, 250)}
 SWITCH = {"refresh": True, "withdraw": True, "disentangle": True, "drop_repeated_frame": True}
 
 # Whole clips: Wan2.2-TI2V-5B as published.
-VIDEO = {"height": 704, "width": 1280, "fps": 24, "frames": 121}
+VIDEO = {"height": 704, "width": 1280, "fps": 24.0, "frames": 121}
 GENERATE = {
     "grid": "wan",  # the original's; `diffusers` is the slightly different one of that library
     "steps": 50,

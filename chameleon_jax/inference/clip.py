@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from chameleon_jax.attention.positions import MAX_POSITION
 from chameleon_jax.data.images import first_frame, open_image
 from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, Model, guided, step_unipc
@@ -147,8 +148,16 @@ def latent_shape(
             "1 frame, which is the image itself: nothing to generate; the shortest clip is"
             f" {group + 1}"
         )
+    latents = (frames - 1) // group + 1
+    tokens = (latents, size[0] // units[0], size[1] // units[1])
+    if max(tokens) > MAX_POSITION:
+        most = (MAX_POSITION - 1) * group + 1
+        raise GenerateError(
+            f"{frames} frames of {size[0]}x{size[1]}: expected at most {most} frames of"
+            f" {MAX_POSITION * units[0]}x{MAX_POSITION * units[1]}, as far as positions reach"
+        )
     grid = (side // vae.spatial_factor for side in size)
-    return 1, (frames - 1) // group + 1, *grid, vae.z_dim
+    return 1, latents, *grid, vae.z_dim
 
 
 def size_units(config: Mapping[str, Any]) -> tuple[int, int]:

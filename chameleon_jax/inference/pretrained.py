@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chameleon_jax import places
 from chameleon_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from chameleon_jax.weights.lora import Lora
 
-ROOT = Path(__file__).parents[2]  # config files name folders of weights from here
 CACHE_VERSION = 1  # of our layout; a new one leaves older conversions aside
 FILES = (
     "config.json",
@@ -71,18 +71,11 @@ def find_weights(name: str | os.PathLike) -> Path:
     return folder if _is_ours(folder) else _converted(folder)
 
 
-def cache_folder() -> Path:
-    """Where conversions are kept."""
-    if os.environ.get("CHAMELEON_CACHE"):
-        return Path(os.environ["CHAMELEON_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chameleon_jax"
-
-
 def _find_folder(name: str | os.PathLike) -> Path:
-    for candidate in (Path(name), ROOT / name):
-        if candidate.is_dir():
-            return candidate
-    if Path(name).exists():
+    folder = places.find(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
         raise PipelineError(
             f"{name}: not a folder; expected one with config.json and *.safetensors"
         )
@@ -133,7 +126,7 @@ def _converted(folder: Path) -> Path:
 
     try:
         files = checkpoint_files(folder)
-        place = cache_folder() / f"{folder.resolve().name}-{_fingerprint(folder, files)}"
+        place = places.cache_folder() / f"{folder.resolve().name}-{_fingerprint(folder, files)}"
         if place.is_dir():
             return place
         parts = recognise([folder])

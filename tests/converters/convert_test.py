@@ -34,7 +34,6 @@ from chameleon_jax.weights.tensors import (
     open_tensors,
     read_tensors,
 )
-from converters import __main__ as command
 from converters import convert, dit, writing
 from converters.families import NETWORKS
 from converters.layouts import Network
@@ -43,6 +42,7 @@ from converters.recognise import Part, recognise
 from converters.reward import HeadConfig
 from converters.rules import invert, shapes_in
 from tests import tiny_wan
+from tests.commands import run_converter
 
 BF16 = DTYPES["BF16"]
 
@@ -56,7 +56,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def run(*arguments) -> None:
-    assert command.run([str(item) for item in arguments]) == 0
+    run_converter(*arguments)
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -421,12 +421,12 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_the_next_one_cl
 ):
     """Killed while it writes: the first tensor takes for ever."""
     script = (
-        "import sys, time; from converters import writing, __main__ as command\n"
+        "import sys, time; from converters import writing; from tests.commands import run_converter\n"
         "write = writing.write_entries\n"
         "def slow(path, entries, *args):\n"
         "    write(path, entries, *args); print('begun', flush=True); time.sleep(60)\n"
         "writing.write_entries = slow\n"
-        f"command.run([{str(source)!r}, '--to', 'jax', '--out', {str(tmp_path / 'out')!r}])\n"
+        f"run_converter({str(source)!r}, '--to', 'jax', '--out', {str(tmp_path / 'out')!r})\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

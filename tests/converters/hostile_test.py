@@ -19,12 +19,13 @@ import torch
 from chameleon_jax.models.dit import DiTConfig
 from chameleon_jax.models.text import TextConfig
 from chameleon_jax.weights.tensors import write_tensors
-from converters import __main__ as command
 from converters import pickles
 from converters.dit import DIT
 from converters.rules import invert, shapes_in
 from converters.text import TEXT
+from launch import convert as command
 from tests import tiny_wan
+from tests.commands import run_converter
 
 
 def shapes_of(config, layout: str = "official") -> dict[str, tuple[int, ...]]:
@@ -73,7 +74,7 @@ def refused(folder, monkeypatch, capsys):
 def test_the_good_one_is_taken(good, folder):
     """Otherwise the tests below show nothing."""
     write_tensors(folder / "dit.safetensors", good)
-    assert command.run([str(folder), "--to", "jax", "--out", str(folder.parent / "out")]) == 0
+    run_converter(folder, "--to", "jax", "--out", folder.parent / "out")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, 0.999])
@@ -345,7 +346,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(good, folder):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"sys.argv = ['converters', {str(folder)!r}, '--to', 'jax', '--out',"
         f" {str(folder.parent / 'out')!r}]\n"
-        "from converters import __main__ as command; command.main()"
+        "from launch import convert as command; command.main()"
     )
     done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
@@ -372,7 +373,7 @@ def test_what_training_leaves_beside_the_weights_is_not_read(good, folder):
     write_tensors(folder / "model.safetensors", good)
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth"):
         torch.save({"x": Evil("true")}, folder / name)
-    assert command.run([str(folder), "--to", "jax", "--out", str(folder.parent / "out")]) == 0
+    run_converter(folder, "--to", "jax", "--out", folder.parent / "out")
 
 
 def test_sizes_that_make_no_network(folder, refused):

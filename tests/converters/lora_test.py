@@ -17,11 +17,11 @@ from chameleon_jax.models.dit import bidirectional_forward
 from chameleon_jax.weights.lora import Change, Lora, attach, detach, lora_params, merge
 from chameleon_jax.weights.params import flat_params
 from chameleon_jax.weights.tensors import WeightsError, read_tensors
-from converters import __main__ as command
 from converters import lora
-from converters.recognise import recognise
+from converters.recognise import RecognitionError, recognise
 from converters.rules import ConversionError
 from tests import tiny_dit, tiny_wan
+from tests.commands import run_converter
 
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.fc1", "text_embedding.fc2")
 KERNELS = {
@@ -30,7 +30,7 @@ KERNELS = {
 
 
 def run(*arguments) -> None:
-    assert command.run([str(item) for item in arguments]) == 0
+    run_converter(*arguments)
 
 
 def changes(seed: int = 0, dtype=np.float32) -> dict[str, Change]:
@@ -293,7 +293,7 @@ def test_other_kinds_and_halves_are_refused_by_name(tmp_path, name, message):
 
 def test_a_lora_without_a_transformer_or_of_another_size_is_refused(base, tmp_path):
     path = save(tmp_path / "lora.safetensors", "official")
-    with pytest.raises(command.RecognitionError, match="no transformer"):
+    with pytest.raises(RecognitionError, match="no transformer"):
         run(base / "vae", "--lora", path, "--to", "jax", "--out", tmp_path / "out")
     wide = {
         "blocks.0.self_attn.q": Change(

@@ -16,12 +16,12 @@ from chameleon_jax.models.taehv import TaehvConfig
 from chameleon_jax.models.text import TextConfig
 from chameleon_jax.models.vae import VaeConfig
 from chameleon_jax.weights.tensors import read_tensors, write_tensors
-from converters import __main__ as command
 from converters import sidecar
 from converters.families import NETWORKS
 from converters.recognise import RecognitionError, recognise
 from converters.reward import HeadConfig
 from converters.rules import ConversionError
+from tests.commands import run_converter
 from tests.converters.convert_test import assert_same, tensors_of
 
 RUNWAY_TINY = Path(__file__).parents[2] / "chameleon_jax/assets/runway_tiny"
@@ -80,7 +80,7 @@ ODD = {
 
 
 def run(*arguments) -> None:
-    assert command.run([str(item) for item in arguments]) == 0
+    run_converter(*arguments)
 
 
 def in_our_layout(folder: Path, name: str, config) -> Path:

@@ -14,14 +14,15 @@ import jax
 import numpy as np
 import pytest
 
+from chameleon_jax import places
 from chameleon_jax.data.tokenizer import byte_tokenizer
-from chameleon_jax.inference import Pipeline, pretrained
+from chameleon_jax.inference import Pipeline
 from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.weights import tensors
 from chameleon_jax.weights.params import WeightsError, flat_params
-from converters import __main__ as command
 from converters import writing
 from tests import tiny_wan
+from tests.commands import run_converter
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def public(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("public")
     tiny_wan.pipeline().save_pretrained(root / "diffusers")
     for layout in ("jax", "official"):
-        command.run([str(root / "diffusers"), "--to", layout, "--out", str(root / layout)])
+        run_converter(root / "diffusers", "--to", layout, "--out", root / layout)
     return {name: root / name for name in ("jax", "official", "diffusers")}
 
 
@@ -215,7 +216,7 @@ def test_a_file_of_ours_that_does_not_fit_is_reported_as_before(public, tmp_path
     (tmp_path / "bad/config.json").unlink()
     with pytest.raises(PipelineError, match=r"no config\.json; expected one beside the weights"):
         Pipeline.from_pretrained(tmp_path / "bad")
-    assert pretrained.cache_folder().exists() is False  # nothing was taken for a public checkpoint
+    assert places.cache_folder().exists() is False  # nothing was taken for a public checkpoint
 
 
 def test_a_lora_in_any_naming_is_added_to_a_pipeline(public, tmp_path):

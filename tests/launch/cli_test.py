@@ -209,6 +209,12 @@ def end(code: str, **options) -> subprocess.CompletedProcess:
             "interrupted\n",
         ),
         ("raise BrokenPipeError", cli.OUTPUT_CLOSED, ""),
+        (
+            "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')",
+            2,
+            "error: not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.);"
+            " choose smaller sizes, fewer frames or a smaller batch\n",
+        ),
     ],
 )
 def test_how_a_command_ends(code, exit_code, stderr):
@@ -217,7 +223,13 @@ def test_how_a_command_ends(code, exit_code, stderr):
 
 
 @pytest.mark.parametrize(
-    "fault", ["ValueError('x')", "KeyError('x')", "FileNotFoundError(errno.ENOENT, 'x', 'y')"]
+    "fault",
+    [
+        "ValueError('x')",
+        "RuntimeError('x')",
+        "KeyError('x')",
+        "FileNotFoundError(errno.ENOENT, 'x', 'y')",
+    ],
 )
 def test_a_fault_of_the_project_keeps_its_traceback(fault):
     done = end(f"raise {fault}")

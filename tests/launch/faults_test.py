@@ -74,7 +74,7 @@ def test_bytes_that_are_no_text_are_refused_before_any_work(flag, tmp_path):
         (["--config=" + "x" * 300 + ".py"], "File name too long"),
         (["--config.video.fps=0"], "video.fps"),
         (["--config.video.fps=nan"], "cannot be set to 'nan'"),
-        (["--config.video.frames=0"], "a video has at least 1 frame"),
+        (["--config.video.frames=0"], "video.frames is 0; expected a whole number of at least 1"),
         (["--config.video.height=-64"], "video.height is -64"),
         (["--config.video.height=0"], "video.height is 0"),
         (["--config.model.dit.heads=0"], "heads"),
@@ -112,7 +112,7 @@ def test_a_billion_frames_are_refused_without_a_list_of_their_chunks(tmp_path, c
     assert code == 2 and "absolute positions reach" in stderr
     clip = ["--task=t2v", f"--config={ROOT}/configs/wan22_ti2v.py:smoke", "--frames=1000000001"]
     code, _, stderr = call([*clip, "--prompt=a", f"--out={tmp_path}/o.mp4"], capsys)
-    assert code == 2 and "error: " in stderr
+    assert code == 2 and "expected at most 4093 frames of" in stderr
     assert list(tmp_path.iterdir()) == []
 
 
