@@ -11,6 +11,7 @@ import yaml
 
 from chameleon_jax import __version__
 from chameleon_jax.config import load_config
+from launch.__main__ import MODULES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
@@ -24,6 +25,7 @@ DOCUMENTS = (
 OURS = ("launch", "converters")  # packages with commands
 PROBES = [  # a wrong command and the word that the message has to name
     ("python -m launch.smaple --out a.mp4", "launch.smaple"),
+    ("chameleon smaple --out a.mp4", "smaple"),
     ("python -m launch.sample --refrence a.png", "refrence"),
     ("python -m launch.train --config configs/vae.py:giant", "giant"),
     ("python -m launch.train --config configs/vae.py:runway_tiny --config.data.dri=x", "dri"),
@@ -35,11 +37,17 @@ def read(document: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """`python -m` commands of the bash blocks, as words without `python -m`."""
+    """Our commands in the bash blocks: the module, then the words behind it."""
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    split = [shlex.split(line, comments=True) for line in lines]
-    return [words[2:] for words in split if words[:2] == ["python", "-m"]]
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["python", "-m"]:
+            found.append(words[2:])
+        if words[:1] == ["chameleon"]:
+            found.append([MODULES.get(words[1], words[1]), *words[2:]])
+    return found
 
 
 def problems(words: list[str]) -> list[str]:
@@ -62,7 +70,7 @@ def problems(words: list[str]) -> list[str]:
 
 def command_sources(module: str) -> str:
     """The source of a command with all files of its package; empty if there is no such command."""
-    file = ROOT / (module.replace(".", "/") + ".py")
+    file = ROOT / (module.removesuffix(".__main__").replace(".", "/") + ".py")
     entry = file if file.exists() else file.with_suffix("") / "__main__.py"
     if not entry.exists():
         return ""
