@@ -1,12 +1,11 @@
-"""Compile the chunk step of the published size for a chip that is not here, and print what comes
-out as JSON.
+"""Compile the chunk step of the published size for another chip, and print a report as JSON.
 
-    python tests/aot_compile.py v6e      one TPU v6e chip, through libtpu (pip install 'jax[tpu]')
-    python tests/aot_compile.py h200     one NVIDIA H200, through the CUDA plugin (pip install 'jax[cuda13]')
+    python tests/aot_compile.py v6e      one TPU v6e chip; needs pip install 'jax[tpu]'
+    python tests/aot_compile.py h200     one NVIDIA H200; needs pip install 'jax[cuda13]'
 
-The step is four denoising passes and the clean pass over a chunk of three latent frames at 1280x704
-(latent 80x44, 880 tokens a frame) with the paper's cache of 23 frames, in bfloat16. Parameters are
-abstract: no memory is used for them.
+The chip itself need not be in this machine. The step is four denoising passes and the clean pass
+over a chunk of three latent frames at 1280x704 (latent 80x44, 880 tokens a frame) with the paper's
+cache of 23 frames, in bfloat16. Parameters are abstract: no memory is used for them.
 
 Exit code 3 says that the compiler for the target is not installed.
 """
@@ -23,6 +22,10 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 NOT_INSTALLED = 3
 TARGETS = {
@@ -34,29 +37,34 @@ GIB = 2**30
 
 
 def installed(module: str) -> bool:
+    """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
-def target_device(target: str):
-    """A device to compile for, without having it."""
+def target_device(target: str) -> jax.Device:
+    """A description of a chip to compile for."""
     from jax.experimental import topologies
 
     if target == "v6e":
-        return topologies.get_topology_desc(
-            "v6e:1x1", "tpu", chips_per_host_bounds=[1, 1, 1]
-        ).devices[0]
-    config = H200_CONFIG.read_text()
-    return topologies.get_topology_desc(
-        "h200", "cuda", target_config=config, topology="1x1x1"
-    ).devices[0]
+        topology = topologies.get_topology_desc("v6e:1x1", "tpu", chips_per_host_bounds=[1, 1, 1])
+    else:
+        config = H200_CONFIG.read_text()
+        topology = topologies.get_topology_desc(
+            "h200", "cuda", target_config=config, topology="1x1x1"
+        )
+    return topology.devices[0]
 
 
-def lower_chunk_step(device, attention: str, positions: str, layers: int):
-    """The jitted step, cache donated, traced for `device`; and the number of elements of a layer's
-    K buffer.
+def lower_chunk_step(
+    device: jax.Device, attention: str, positions: str, layers: int
+) -> tuple[jax.stages.Lowered, int]:
+    """Trace the step for a device; the cache is donated.
+
+    Returns:
+      The program before compilation, and the number of elements of a layer's K buffer.
     """
     import jax
     import jax.numpy as jnp
@@ -67,12 +75,22 @@ def lower_chunk_step(device, attention: str, positions: str, layers: int):
     from chameleon_jax.models.dit import DiT, DiTConfig
 
     config = DiTConfig.wan22_ti2v_5b(attention=attention, layers=layers)
-    build = lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)  # noqa: E731
+
+    def build() -> DiT:
+        return DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
     graph, state = nnx.split(nnx.eval_shape(build))
     policy = Ring(frames=23, context=2, block=3, sink=3, positions=positions)
-    cache = jax.eval_shape(lambda: rollout.new_cache(nnx.merge(graph, state), policy, 1, (80, 44)))
+
+    def new_cache():
+        return rollout.new_cache(nnx.merge(graph, state), policy, 1, (80, 44))
+
+    def project_text(state, text):
+        return nnx.merge(graph, state).text_kv(text)
+
+    cache = jax.eval_shape(new_cache)
     text = jax.ShapeDtypeStruct((1, config.text_length, config.text_width), jnp.bfloat16)
-    text_kv = jax.eval_shape(lambda state, text: nnx.merge(graph, state).text_kv(text), state, text)
+    text_kv = jax.eval_shape(project_text, state, text)
     sampler = rollout.make_sampler("few_step")
 
     def step(state, cache, text_kv, seed):
@@ -81,18 +99,24 @@ def lower_chunk_step(device, attention: str, positions: str, layers: int):
         )
 
     sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (state, cache, text_kv, jax.ShapeDtypeStruct((), jnp.uint32)),
-    )
+
+    def on_device(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    arguments = jax.tree.map(on_device, (state, cache, text_kv, seed))
     return jax.jit(step, donate_argnums=1).lower(*arguments), cache.k[0].size
 
 
 def large_operations(hlo: str, elements: int) -> dict[str, int]:
-    """How often each kind of operation makes an array of `elements` elements; updates in place are
-    not counted.
+    """How often each kind of operation makes an array of `elements` elements.
 
-    Only what runs as a kernel counts: the insides of fusions and regions of reductions are skipped.
+    Updates in place do not count, nor do operations inside of fusions and reductions, which do not
+    run as kernels of their own.
+
+    Args:
+      hlo: text of a compiled program.
+      elements: size of the arrays to look for.
     """
     computations = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \(.*\{\n)", hlo)
     roots, bodies = {}, {}
@@ -119,9 +143,9 @@ def large_operations(hlo: str, elements: int) -> dict[str, int]:
         for shape, operation, rest in re.findall(r" = \(?\w+\[([\d,]+)\]\S* ([\w\-]+)\((.*)", text):
             if math.prod(int(n) for n in shape.split(",")) != elements:
                 continue
-            if operation == "fusion":
-                called = re.search(r"calls=%?([\w.\-]+)", rest)
-                operation = f"fusion:{roots.get(called.group(1), '')}" if called else operation
+            called = re.search(r"calls=%?([\w.\-]+)", rest)
+            if operation == "fusion" and called:
+                operation = f"fusion:{roots.get(called.group(1), '')}"
             if operation.removeprefix("fusion:") not in free:
                 counts[operation] += 1
     return dict(counts)
@@ -138,10 +162,8 @@ def main() -> int:
     args = parser.parse_args()
     wanted = TARGETS[args.target]
     if not any(installed(name) for name in wanted["needs"]):
-        print(
-            f"{args.target}: its compiler is not installed ({' or '.join(wanted['needs'])})",
-            file=sys.stderr,
-        )
+        needed = " or ".join(wanted["needs"])
+        print(f"{args.target}: its compiler is not installed ({needed})", file=sys.stderr)
         return NOT_INSTALLED
 
     device = target_device(args.target)
@@ -153,28 +175,22 @@ def main() -> int:
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     if args.hlo:
         Path(args.hlo).write_text(hlo)
-    total = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    program = memory.generated_code_size_in_bytes
+    cudnn_flash = len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', hlo))
+    tpu_kernels = len(re.findall(r'custom_call_target="tpu_custom_call"', hlo))
     report = {
         "target": args.target,
         "trace_seconds": round(traced - start, 1),
         "compile_seconds": round(done - traced, 1),
-        "arguments_gib": round(memory.argument_size_in_bytes / GIB, 3),
-        "outputs_not_aliased_gib": round(
-            (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, 3
-        ),
-        "temporary_gib": round(memory.temp_size_in_bytes / GIB, 3),
-        "program_gib": round(memory.generated_code_size_in_bytes / GIB, 3),
-        "total_bytes": total,
-        "attention_kernels": len(
-            re.findall(r'custom_call_target="(?:__cudnn\$fmhaSoftmax|tpu_custom_call)"', hlo)
-        ),
-        "cudnn_flash": len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax"', hlo)),
+        "arguments_gib": round(arguments / GIB, 3),
+        "outputs_not_aliased_gib": round(new_outputs / GIB, 3),
+        "temporary_gib": round(temporary / GIB, 3),
+        "program_gib": round(program / GIB, 3),
+        "total_bytes": arguments + new_outputs + temporary + program,
+        "attention_kernels": cudnn_flash + tpu_kernels,
+        "cudnn_flash": cudnn_flash,
         "layer_sized_operations": large_operations(hlo, layer),
     }
     print(json.dumps(report))
@@ -182,8 +198,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Before JAX is imported: this machine's own platform does not matter, and no metadata server is
-    # asked for one.
+    # Before JAX is imported: this machine's own devices do not matter, and libtpu need not ask a
+    # metadata server what they are.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -1,5 +1,4 @@
-"""The 5B chunk step compiles for the chips it is meant for, fits them, and uses their attention
-kernels.
+"""The 5B chunk step compiles for a TPU v6e and an H200, fits them and uses their attention kernels.
 
 The compilers run in processes of their own: the platform of a process is chosen once, and a
 compiler takes gigabytes.

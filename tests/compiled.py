@@ -1,6 +1,4 @@
-"""A fixture for tests that build many pipelines of the same shapes: programs are compiled once,
-also for child processes.
-"""
+"""A fixture for tests that build many pipelines of the same shapes: each program compiles once."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @pytest.fixture(scope="package", autouse=True)
 def share_compiled_programs(tmp_path_factory):
+    """Compiled programs are kept in a folder for the whole run, also for child processes."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -1,14 +1,18 @@
-"""A tiny Wan2.2 in the form of diffusers, with random weights: the reference for converters and
-pipelines.
-"""
+"""A tiny Wan2.2 of diffusers with random weights: the reference for converters and pipelines."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import tokenizers
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from chameleon_jax.data.tokenizer import byte_tokenizer
@@ -29,12 +33,19 @@ VAE = VaeConfig(
     latent_std=(0.5, 1.5, 0.8, 1.1),
 )
 TEXT = TextConfig(
-    vocab=258, width=16, heads=2, head_dim=8, ffn=32, layers=1, length=DIT.text_length
-)  # as many rows as the transformer reads
+    vocab=258,
+    width=16,
+    heads=2,
+    head_dim=8,
+    ffn=32,
+    layers=1,
+    length=DIT.text_length,  # as many rows as the transformer reads
+)
+Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
 
-def components(seed: int = 0) -> dict[str, Any]:
-    """Networks, tokenizer and scheduler, as the pipelines of diffusers take them."""
+def components(seed: int = 0) -> dict[str, object]:
+    """Networks, tokenizer and scheduler by the names that the pipelines of diffusers give them."""
     torch.manual_seed(seed)
     networks = {
         "transformer": WanTransformer3DModel(
@@ -78,20 +89,8 @@ def components(seed: int = 0) -> dict[str, Any]:
             )
         ),
     }
-    with torch.no_grad():
-        for network in networks.values():
-            for (
-                name,
-                x,
-            ) in (
-                network.eval().named_parameters()
-            ):  # nothing stays zero or one, and the scale is kept
-                if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
-                    x.copy_(1 + 0.2 * torch.randn_like(x))
-                elif x.ndim > 1 and "table" not in name and "shared" not in name:
-                    x.copy_(torch.randn_like(x) * x[0].numel() ** -0.5)
-                else:
-                    x.copy_(0.3 * torch.randn_like(x))
+    for network in networks.values():
+        _randomise(network.eval())
     pieces = byte_tokenizer(TEXT.length).pieces
     pieces.post_processor = tokenizers.processors.TemplateProcessing(
         "$A </s>", special_tokens=[("</s>", 1)]
@@ -105,7 +104,19 @@ def components(seed: int = 0) -> dict[str, Any]:
     return networks
 
 
-def pipeline(kind: type = WanPipeline, seed: int = 0) -> Any:
+@torch.no_grad()
+def _randomise(network: torch.nn.Module) -> None:
+    """Random weights, none 0 or 1, with outputs of about unit scale."""
+    for name, x in network.named_parameters():
+        if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+            x.copy_(1 + 0.2 * torch.randn_like(x))
+        elif x.ndim > 1 and "table" not in name and "shared" not in name:
+            x.copy_(torch.randn_like(x) * x[0].numel() ** -0.5)
+        else:
+            x.copy_(0.3 * torch.randn_like(x))
+
+
+def pipeline(kind: type[Kind] = WanPipeline, seed: int = 0) -> Kind:
     """A pipeline of diffusers in its Wan2.2-5B form."""
     made = kind(**components(seed), expand_timesteps=True)
     made.set_progress_bar_config(disable=True)

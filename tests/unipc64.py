@@ -1,6 +1,4 @@
-"""UniPC written out step by step in float64: correct, then predict, as the formulas are usually
-printed.
-"""
+"""UniPC in float64, step by step: correct, then predict, as the paper has it (arXiv 2302.04867)."""
 
 from __future__ import annotations
 
@@ -9,19 +7,23 @@ from collections.abc import Callable
 import numpy as np
 
 
+def unchanged(x: np.ndarray) -> np.ndarray:
+    return x
+
+
 def unipc64(
     velocity: Callable[[int, np.ndarray], np.ndarray],
     x: np.ndarray,
     sigmas: np.ndarray,
-    put_back: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+    put_back: Callable[[np.ndarray], np.ndarray] = unchanged,
 ) -> list[np.ndarray]:
     """The samples before, between and after the steps.
 
     Args:
-      velocity: of step k at x.
+      velocity: the network's output for step k and the sample x.
       x: noise.
       sigmas: noise levels, one more than steps; the last is 0.
-      put_back: restores given frames; called before every step and after the last.
+      put_back: restores the frames that are given; called before every step and after the last.
     """
     s, n, a = sigmas, len(sigmas) - 1, 1 - sigmas
     with np.errstate(divide="ignore"):

@@ -1,8 +1,8 @@
-"""Measures of frames: fidelity, motion, and the colour of what a mask shows. Pure functions of
-NumPy arrays.
+"""Measures of frames: fidelity, motion, and the colour of a masked region.
 
-Frames are uint8 in [0, 255] or float in [0, 1]; the two arrays of a comparison may differ in form.
-Results are in units of full scale (1 is white), in decibels (PSNR), or in CIELAB units (colours).
+Pure functions of NumPy arrays. Frames are uint8 in [0, 255] or float in [0, 1]; the two arrays of
+a comparison may differ in form. Results are in units of full scale (1 is white), in decibels (PSNR),
+or in CIELAB units (colours).
 
 Axes: t pixel frames, h w pixels, 3 colours (sRGB). Leading axes may be more or none.
 """
@@ -13,9 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+# IEC 61966-2-1
 _LINEAR_TO_XYZ = np.array(
-    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-)  # IEC 61966-2-1
+    [
+        (0.4124, 0.3576, 0.1805),
+        (0.2126, 0.7152, 0.0722),
+        (0.0193, 0.1192, 0.9505),
+    ]
+)
 _WHITE = _LINEAR_TO_XYZ.sum(axis=1)  # D65
 
 
@@ -31,7 +36,8 @@ def unit(frames: np.ndarray) -> np.ndarray:
         return frames / 255.0
     if not np.issubdtype(frames.dtype, np.floating):
         raise ValueError(f"frames are {frames.dtype}; expected uint8 or float in [0, 1]")
-    if frames.size and not (frames.min() >= -1e-3 and frames.max() <= 1 + 1e-3):
+    in_range = frames.size == 0 or (frames.min() >= -1e-3 and frames.max() <= 1 + 1e-3)
+    if not in_range:  # NaN is not in range either
         raise ValueError(
             f"frames run from {frames.min():.3g} to {frames.max():.3g}; expected floats in [0, 1]"
         )
@@ -39,6 +45,7 @@ def unit(frames: np.ndarray) -> np.ndarray:
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as `unit` gives them; a ValueError if their shapes differ."""
     a, b = unit(a), unit(b)
     if a.shape != b.shape:
         raise ValueError(f"frames of shape {a.shape} cannot be compared with {b.shape}")
@@ -46,8 +53,13 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio over all pixels, -10 log10(mean (a - b)^2) in dB; infinite if they
-    are equal.
+    """Peak signal-to-noise ratio over all pixels, -10 log10(mean (a - b)^2), in dB.
+
+    Infinite if they are equal. This is the definition for finished frames; the VAE's loss computes
+    its own inside a compiled step, from an error on the model's scale [-1, 1].
+
+    Raises:
+      ValueError: see `unit`, or the shapes differ.
     """
     a, b = _pair(a, b)
     error = np.mean((a - b) ** 2)
@@ -60,15 +72,16 @@ def psnr_per_frame(a_thw3: np.ndarray, b_thw3: np.ndarray) -> np.ndarray:
 
 
 class Motion(NamedTuple):
-    """How much a clip moves, from the absolute differences of neighbouring frames, in units of full
-    scale.
+    """How much a clip moves.
+
+    From the mean absolute difference of each frame to the one before, in units of full scale.
     """
 
-    mean: float  # over the clip; 0 for a still picture
-    least: float  # smallest of the per-frame means: 0 if any frame repeats
-    most: float  # largest of the per-frame means: a cut or a flash
+    mean: float  # of all differences; 0 for a still picture
+    least: float  # smallest difference: 0 if any frame repeats
+    most: float  # largest difference: a cut or a flash
     jump: float  # `most` over the median: about 1 for smooth motion, large where a clip is cut
-    still: float  # share of neighbouring frames that differ by less than half a level of 255
+    still: float  # share of the differences that are below half a level of 255
 
 
 def frame_differences(frames_thw3: np.ndarray, mask_thw: np.ndarray | None = None) -> np.ndarray:
@@ -104,13 +117,21 @@ def motion(frames_thw3: np.ndarray) -> Motion:
     change = frame_differences(frames_thw3)
     median = float(np.median(change))
     most = float(change.max())
-    jump = most / median if median > 0 else (1.0 if most == 0 else float("inf"))
+    if median > 0:
+        jump = most / median
+    else:
+        jump = 1.0 if most == 0 else float("inf")
     return Motion(
-        float(change.mean()), float(change.min()), most, jump, float(np.mean(change < 0.5 / 255))
+        mean=float(change.mean()),
+        least=float(change.min()),
+        most=most,
+        jump=jump,
+        still=float(np.mean(change < 0.5 / 255)),
     )
 
 
 def _mask(mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """The mask as an array; a ValueError if it does not fit the frames."""
     mask = np.asarray(mask)
     if mask.dtype != bool or mask.shape != frames.shape[:-1]:
         raise ValueError(f"mask is {mask.dtype} {mask.shape}; expected bool {frames.shape[:-1]}")
@@ -118,19 +139,22 @@ def _mask(mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (uint8, or float in [0, 1]) to CIELAB under D65, [..., 3]: L in [0, 100], a and b about
-    [-110, 110].
+    """sRGB (uint8, or float in [0, 1]) to CIELAB under D65 (CIE 15:2004).
 
     Equal distances look about equally different; 2.3 is just noticeable.
+
+    Args:
+      rgb: [..., 3].
+
+    Returns:
+      [..., 3]: L in [0, 100], a and b about [-110, 110].
     """
     x = unit(rgb)
     linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
     ratio = linear @ _LINEAR_TO_XYZ.T / _WHITE
     f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack(
-        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])],
-        axis=-1,
-    )
+    f_x, f_y, f_z = f[..., 0], f[..., 1], f[..., 2]
+    return np.stack([116 * f_y - 16, 500 * (f_x - f_y), 200 * (f_y - f_z)], axis=-1)
 
 
 def mean_colour(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -143,30 +167,35 @@ def mean_colour(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: if the mask is empty or of another size.
     """
-    mask = _mask(mask, np.asarray(rgb))
+    return to_lab(_masked(np.asarray(rgb), mask)).mean(axis=0)
+
+
+def _masked(frames: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The pixels in a mask, [n, 3]; a ValueError if there is none."""
+    mask = _mask(mask, frames)
     if not mask.any():
         raise ValueError("the mask is empty: there is no colour to measure")
-    return to_lab(np.asarray(rgb)[mask]).mean(axis=0)
+    return frames[mask]
 
 
 def colour_distance(a: np.ndarray, mask_a: np.ndarray, b: np.ndarray, mask_b: np.ndarray) -> float:
-    """Distance of the mean colours of two masked regions in CIELAB (CIE 1976 delta E); the regions
-    may differ in size.
+    """Distance of the mean colours of two masked regions in CIELAB (CIE 1976 delta E).
 
-    It tells whether the right garment is worn: 0 for the same mean colour, 100 from black to white.
+    It shows whether the right garment is worn: 0 for the same mean colour, 100 from black to white.
+    The regions may differ in size.
+
+    Raises:
+      ValueError: a mask is empty or of another size than its picture.
     """
     return float(np.linalg.norm(mean_colour(a, mask_a) - mean_colour(b, mask_b)))
 
 
 def masked_colour_error(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    """Mean CIELAB distance pixel by pixel inside a mask; for frames that should be the same
-    picture.
+    """Mean CIELAB distance pixel by pixel inside a mask, for frames that should be equal.
 
     Raises:
       ValueError: if the mask is empty, or anything is of another size.
     """
     a, b = _pair(a, b)
-    mask = _mask(mask, a)
-    if not mask.any():
-        raise ValueError("the mask is empty: there is no colour to measure")
-    return float(np.linalg.norm(to_lab(a[mask]) - to_lab(b[mask]), axis=-1).mean())
+    difference = to_lab(_masked(a, mask)) - to_lab(_masked(b, mask))
+    return float(np.linalg.norm(difference, axis=-1).mean())

@@ -20,6 +20,7 @@ from einops import rearrange
 from flax import nnx
 
 from chameleon_jax.attention.core import attention
+from chameleon_jax.models.checks import check_positive, check_sizes
 from chameleon_jax.models.dit import MLP, LayerNorm
 
 # Of the colours on which CLIP was trained, for pixels in [0, 1].
@@ -31,7 +32,10 @@ HEAD_WIDTHS = (1024, 128, 64, 16, 1)  # outputs of the layers of the aesthetic p
 
 @dataclasses.dataclass(frozen=True)
 class ClipVisionConfig:
-    """Sizes of the image encoder, and how it is computed."""
+    """Sizes of the image encoder, and how it is computed.
+
+    A value that cannot be used raises a ValueError when the config is made.
+    """
 
     width: int  # channels of the residual stream
     ffn: int  # hidden channels of the feed-forward
@@ -44,6 +48,8 @@ class ClipVisionConfig:
     attention: str | None = None  # "cudnn", "splash", "xla"; None chooses by platform
 
     def __post_init__(self):
+        check_sizes(self, "width", "ffn", "heads", "layers", "projection", "image", "patch")
+        check_positive(self, "eps")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.image % self.patch:
@@ -61,14 +67,14 @@ class ClipVisionConfig:
 
 
 def preprocess(frames: jax.Array, size: int = 224) -> jax.Array:
-    """Frames as CLIP wants them: shortest side to `size`, bicubic and antialiased, centre crop,
-    normalised.
+    """Prepare frames for CLIP: resize the shortest side to `size`, crop the centre, normalise.
 
-    The frame is rounded to 8 bits three times: as it comes, after its width and after its height
-    were changed. Both image processors of transformers 5 do so, that of Pillow and that of
-    torchvision. With random weights the score then stays within 2e-4 of the one and 6e-4 of the
-    other; rounded once or not at all it strays by up to 2e-2. Where a frame is more than twice as
-    high as wide, Pillow from 13 on changes the height first; this does not, as torchvision.
+    Resizing is bicubic and antialiased. The frame is rounded to 8 bits three times: before it is
+    resized, after its width was changed and after its height was changed. Both image processors of
+    transformers 5 do so, that of Pillow and that of torchvision. With random weights the score is
+    within 2e-4 of the first and 6e-4 of the second; rounded once or not at all it differs by up to
+    2e-2. Where a frame is more than twice as high as wide, Pillow 13 and later change the height
+    first; torchvision does not, and neither does this function.
 
     The rounding passes no gradient.
 
@@ -81,7 +87,7 @@ def preprocess(frames: jax.Array, size: int = 224) -> jax.Array:
       [b, size, size, 3] float32.
 
     Raises:
-      ValueError: if the shape or the dtype is another one.
+      ValueError: the shape or the dtype is another one.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:3]:
         raise ValueError(f"frames are {frames.shape}; expected [b, h, w, 3]")
@@ -89,9 +95,8 @@ def preprocess(frames: jax.Array, size: int = 224) -> jax.Array:
         raise ValueError(f"frames are {frames.dtype}; expected uint8, or float in [0, 255]")
     b, h, w, _ = frames.shape
     rows, columns = (size * side // min(h, w) for side in (h, w))
-    x = jnp.clip(
-        jnp.round(frames.astype(jnp.float32)), 0, 255
-    )  # halves to even, as when frames are stored
+    # Halves are rounded to even, as when frames are stored.
+    x = jnp.clip(jnp.round(frames.astype(jnp.float32)), 0, 255)
     x = _whole_levels(jax.image.resize(x, (b, h, columns, 3), "cubic", antialias=True))
     x = _whole_levels(jax.image.resize(x, (b, rows, columns, 3), "cubic", antialias=True))
     top, left = (rows - size) // 2, (columns - size) // 2
@@ -100,7 +105,7 @@ def preprocess(frames: jax.Array, size: int = 224) -> jax.Array:
 
 
 def _whole_levels(x: jax.Array) -> jax.Array:
-    """To 0 .. 255, halves up, as resizing in fixed point does."""
+    """Round to 0 .. 255, halves up, as resizing in fixed point does."""
     return jnp.clip(jnp.floor(x + 0.5), 0, 255)
 
 
@@ -110,7 +115,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention of all tokens to all tokens."""
+    """Multi-head attention between all tokens."""
 
     def __init__(
         self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype
@@ -123,12 +128,11 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x_blm: jax.Array) -> jax.Array:
         q, k, v = (
-            rearrange(f(x_blm), "b l (n d) -> b l n d", n=self.config.heads)
-            for f in (self.q, self.k, self.v)
+            rearrange(project(x_blm), "b l (n d) -> b l n d", n=self.config.heads)
+            for project in (self.q, self.k, self.v)
         )
-        return self.o(
-            rearrange(attention(q, k, v, backend=self.config.attention), "b l n d -> b l (n d)")
-        )
+        y_blnd = attention(q, k, v, backend=self.config.attention)
+        return self.o(rearrange(y_blnd, "b l n d -> b l (n d)"))
 
 
 class Block(nnx.Module):
@@ -172,12 +176,10 @@ class ClipVision(nnx.Module):
         self.patch_embedding = nnx.Conv(
             3, m, patch, strides=patch, padding="VALID", use_bias=False, **kw
         )
-        self.class_embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (m,), param_dtype) * m**-0.5
-        )
-        self.positions = nnx.Param(
-            jax.random.normal(rngs.params(), (config.tokens, m), param_dtype) * m**-0.5
-        )
+        class_embedding = jax.random.normal(rngs.params(), (m,), param_dtype) * m**-0.5
+        positions = jax.random.normal(rngs.params(), (config.tokens, m), param_dtype) * m**-0.5
+        self.class_embedding = nnx.Param(class_embedding)
+        self.positions = nnx.Param(positions)
         self.norm_in = LayerNorm(m, config.eps, param_dtype=param_dtype)
         self.blocks = nnx.List([Block(config, **kw) for _ in range(config.layers)])
         self.norm_out = LayerNorm(m, config.eps, param_dtype=param_dtype)
@@ -193,18 +195,16 @@ class ClipVision(nnx.Module):
           [b, projection] in the computing dtype, not normalised.
 
         Raises:
-          ValueError: if the frames are of another size.
+          ValueError: the frames are of another size.
         """
-        expected = (self.config.image, self.config.image, 3)
-        if x_bhwc.shape[1:] != expected:
+        image = self.config.image
+        if x_bhwc.shape[1:] != (image, image, 3):
             raise ValueError(
-                f"frames are {x_bhwc.shape}; expected [b, {', '.join(map(str, expected))}]; see"
-                " preprocess"
+                f"frames are {x_bhwc.shape}; expected [b, {image}, {image}, 3]; see preprocess"
             )
         patches = rearrange(self.patch_embedding(x_bhwc.astype(self.dtype)), "b h w m -> b (h w) m")
-        first, positions = (
-            p.get_value().astype(self.dtype) for p in (self.class_embedding, self.positions)
-        )
+        first = self.class_embedding.get_value().astype(self.dtype)
+        positions = self.positions.get_value().astype(self.dtype)
         first = jnp.broadcast_to(first, (x_bhwc.shape[0], 1, self.config.width))
         x_blm = self.norm_in(jnp.concatenate([first, patches], axis=1) + positions)
         for block in self.blocks:
@@ -213,8 +213,9 @@ class ClipVision(nnx.Module):
 
 
 class AestheticHead(nnx.Module):
-    """The aesthetic predictor: linear layers without activations in between. Its dropouts act in
-    its training only.
+    """The aesthetic predictor: linear layers without activations in between.
+
+    The original has dropouts, which act only while it is trained.
 
     Args:
       inputs: channels of the embedding, 768 as published.
@@ -223,16 +224,21 @@ class AestheticHead(nnx.Module):
     """
 
     def __init__(self, inputs: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
-        # Always float32 and in full: it costs nothing, and the frames of a clip differ by tenths of
-        # a score.
-        kw = {
-            "rngs": rngs,
-            "dtype": jnp.float32,
-            "param_dtype": param_dtype,
-            "precision": jax.lax.Precision.HIGHEST,
-        }
-        widths = itertools.pairwise((inputs, *HEAD_WIDTHS))
-        self.layers = nnx.List([nnx.Linear(i, o, **kw) for i, o in widths])
+        # Always float32 at full precision: it costs nothing, and the scores of the frames of a clip
+        # differ by tenths.
+        layers = []
+        for i, o in itertools.pairwise((inputs, *HEAD_WIDTHS)):
+            layers.append(
+                nnx.Linear(
+                    i,
+                    o,
+                    rngs=rngs,
+                    dtype=jnp.float32,
+                    param_dtype=param_dtype,
+                    precision=jax.lax.Precision.HIGHEST,
+                )
+            )
+        self.layers = nnx.List(layers)
 
     def __call__(self, x_bm: jax.Array) -> jax.Array:
         """Scores [b] of embeddings [b, m] of length 1; float32."""
@@ -263,7 +269,7 @@ class Reward(nnx.Module):
         self.head = AestheticHead(config.projection, rngs=rngs, param_dtype=param_dtype)
 
     def score(self, frames: jax.Array) -> jax.Array:
-        """Score each frame by itself; under jit, one program per batch and frame size.
+        """Score each frame independently; under jit, one program per batch and frame size.
 
         Args:
           frames: [b, h, w, 3] of any size, RGB; uint8, or float in [0, 255], which is rounded to

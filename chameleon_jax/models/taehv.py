@@ -6,13 +6,13 @@ scaled latents and the same pixels go in and come out. Two decoders are publishe
 twice as large, "super"; the encoder is the same.
 
 Every layer works on single frames. Time enters in three places: memory blocks, which also see the
-frame before, as it came into this block; pooling, which makes one frame of two; growth, which makes
-two of one. There is one path: a chunk of frames plus what the memory blocks remember gives a chunk
-of results plus what they remember then.
+input that they had for the frame before; pooling, which makes one frame of two; growth, which makes
+two of one. There is one path: a chunk of frames plus the state of the memory blocks gives a chunk
+of results plus the new state.
 
-Decoding drops the first `temporal_factor - 1` frames of a stream, so latent frame i stands for the
-same pixel frames as in the VAE, with a factor of 4: 4i - 3 to 4i, and the first one for frame 0
-alone. Encoding is shifted against it: see `Taehv.encode`.
+Decoding drops the first `temporal_factor - 1` frames of a stream, so that a latent frame stands for
+the same pixel frames as in the VAE. With a factor of 4, latent frame 0 stands for frame 0 alone and
+latent frame i for the frames 4i - 3 to 4i. Encoding looks ahead: see `Taehv.encode`.
 
 Axes: b batch, t pixel frames or frames between the two, f latent frames, h w grid, c channels; in
 rearrangements r is the position in a group of frames, p and q are row and column in a patch.
@@ -21,57 +21,62 @@ rearrangements r is the position in a group of frames, p and q are row and colum
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from typing import TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-# {"stages": [{"blocks": [array, ...]}, ...]}: of each memory block the last input frame [b, 1, h,
-# w, c].
-State = Any
+from chameleon_jax.models.checks import check_choice, check_flags, check_sizes, to_tuples
+from chameleon_jax.models.vae import (
+    check_latents,
+    check_pixels,
+    check_state,
+    double_grid,
+    run_layers,
+)
+
+# {"stages": [{"blocks": [array, ...]}, ...]}, the last input [b, 1, h, w, c] of each memory block.
+State: TypeAlias = "dict[str, list[dict[str, list[jax.Array]]]]"
 
 VARIANTS = ("base", "super")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaehvConfig:
-    """Sizes of the small encoder and decoder."""
+    """Sizes of the small encoder and decoder.
+
+    A value that cannot be used raises a ValueError when the config is made.
+    """
 
     z_dim: int  # latent channels
     enc_width: int  # channels throughout the encoder
     dec_widths: tuple[int, ...]  # width of each decoder stage, then what its last convolution reads
-    temporal_down: tuple[
-        bool, ...
-    ]  # for each encoder stage, all of which halve the grid: halve time as well?
-    temporal_up: tuple[
-        bool, ...
-    ]  # for each decoder stage, all of which double the grid: double time as well?
+    # For each encoder stage, all of which halve the grid: halve time as well?
+    temporal_down: tuple[bool, ...]
+    # For each decoder stage, all of which double the grid: double time as well?
+    temporal_up: tuple[bool, ...]
     variant: str = "base"  # of the decoder: "base" or "super"
     blocks: int = 3  # memory blocks per stage
     patch: int = 2  # pixels of a patch x patch square become channels before the first convolution
 
     def __post_init__(self):
-        # Configs that come from files bring lists.
-        for name in ("dec_widths", "temporal_down", "temporal_up"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}")
+        to_tuples(self, "dec_widths", "temporal_down", "temporal_up")
+        check_sizes(self, "z_dim", "enc_width", "dec_widths", "blocks", "patch")
+        check_flags(self, "temporal_down", "temporal_up")
+        check_choice(self, "variant", VARIANTS)
         if len(self.dec_widths) != len(self.temporal_up) + 1:
             raise ValueError(
                 f"dec_widths has {len(self.dec_widths)} entries for {len(self.temporal_up)} stages;"
-                " expected one for each"
-                " stage and one for the last convolution"
+                " expected one for each stage and one for the last convolution"
             )
-        if len(self.temporal_down) != len(self.temporal_up) or sum(self.temporal_down) != sum(
-            self.temporal_up
-        ):
+        if sorted(self.temporal_down) != sorted(self.temporal_up):
             raise ValueError(
                 f"temporal_down is {self.temporal_down} and temporal_up is {self.temporal_up};"
-                " expected as many stages,"
-                " and as many of them that change time, so that what is encoded can be decoded"
+                " expected as many stages, and as many of them that change time, so that what is"
+                " encoded can be decoded"
             )
 
     @property
@@ -82,7 +87,7 @@ class TaehvConfig:
     @property
     def temporal_factor(self) -> int:
         """Pixel frames of a latent frame, the first one of a decoded stream excepted."""
-        return 2 ** sum(self.temporal_down)
+        return 2 ** self.temporal_down.count(True)
 
     @classmethod
     def taew2_2(cls) -> TaehvConfig:
@@ -101,12 +106,22 @@ class TaehvConfig:
         return dataclasses.replace(cls.taew2_2(), dec_widths=(512, 256, 128, 64), variant="super")
 
 
+class Build(TypedDict):
+    """What all layers are built with."""
+
+    rngs: nnx.Rngs
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+
 # Pieces without parameters
 
 
 def fold_pixels(x_bthwc: jax.Array, patch: int) -> jax.Array:
-    """Squares of pixels to channels: channel = (colour * patch + row) * patch + column. The VAE has
-    columns first.
+    """Squares of pixels to channels.
+
+    channel = (colour * patch + row) * patch + column: the row comes before the column, unlike in
+    the VAE.
     """
     return rearrange(x_bthwc, "b t (h p) (w q) c -> b t h w (c p q)", p=patch, q=patch)
 
@@ -117,8 +132,15 @@ def unfold_pixels(x_bthwc: jax.Array, patch: int) -> jax.Array:
 
 
 def with_previous(x_bthwc: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every frame, followed by the frame before it: [b, t, h, w, 2c]. And the last frame, for the
-    next chunk.
+    """Join every frame with the frame before it.
+
+    Args:
+      x_bthwc: frames.
+      state: the frame before the first one, [b, 1, h, w, c].
+
+    Returns:
+      [b, t, h, w, 2c], the channels of a frame and then those of the frame before; and the last
+      frame, which is the state for the next chunk.
     """
     seen = jnp.concatenate([state, x_bthwc], axis=1)
     return jnp.concatenate([x_bthwc, seen[:, :-1]], axis=-1), seen[:, -1:]
@@ -126,17 +148,18 @@ def with_previous(x_bthwc: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.
 
 def repeat_last(x_bthwc: jax.Array, group: int) -> jax.Array:
     """The last frame is repeated until the frames are a multiple of `group`."""
-    return jnp.pad(
-        x_bthwc, ((0, 0), (0, -x_bthwc.shape[1] % group), (0, 0), (0, 0), (0, 0)), mode="edge"
-    )
+    missing = -x_bthwc.shape[1] % group
+    return jnp.pad(x_bthwc, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
 
 
 # Layers
 
 
-def _conv(inputs: int, outputs: int, **kw: Any) -> nnx.Conv:
+def _conv(
+    inputs: int, outputs: int, *, stride: int = 1, use_bias: bool = True, **build: Unpack[Build]
+) -> nnx.Conv:
     """3x3 convolution of every frame, with zeros around it."""
-    return nnx.Conv(inputs, outputs, (3, 3), padding=1, **kw)
+    return nnx.Conv(inputs, outputs, (3, 3), strides=stride, padding=1, use_bias=use_bias, **build)
 
 
 class MemoryBlock(nnx.Module):
@@ -145,12 +168,11 @@ class MemoryBlock(nnx.Module):
     State: the last input frame, zeros at the start.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
-        kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.width, self.dtype = width, dtype
-        self.conv1 = _conv(2 * width, width, **kw)
-        self.conv2 = _conv(width, width, **kw)
-        self.conv3 = _conv(width, width, **kw)
+    def __init__(self, width: int, **build: Unpack[Build]):
+        self.width, self.dtype = width, build["dtype"]
+        self.conv1 = _conv(2 * width, width, **build)
+        self.conv2 = _conv(width, width, **build)
+        self.conv3 = _conv(width, width, **build)
 
     def init_state(self, b: int, h: int, w: int) -> jax.Array:
         return jnp.zeros((b, 1, h, w, self.width), self.dtype)
@@ -162,26 +184,20 @@ class MemoryBlock(nnx.Module):
 
 
 class SuperMemoryBlock(nnx.Module):
-    """The block of the super decoder: a 7x7 convolution per channel, a wide hidden layer, plus the
-    current frame.
+    """The block of the super decoder: a 7x7 convolution per channel and a wide hidden layer.
 
-    In the manner of ConvNeXt (arXiv 2201.03545), without a norm. State: as in `MemoryBlock`.
+    The current frame is added to the result. Like ConvNeXt (arXiv 2201.03545), without a norm.
+    State: the last input frame, zeros at the start.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype, param_dtype: jnp.dtype):
-        kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.width, self.dtype = width, dtype
+    def __init__(self, width: int, **build: Unpack[Build]):
+        self.width, self.dtype = width, build["dtype"]
+        both = 2 * width  # channels of the current frame and of the one before
         self.depthwise = nnx.Conv(
-            2 * width,
-            2 * width,
-            (7, 7),
-            padding=3,
-            feature_group_count=2 * width,
-            use_bias=False,
-            **kw,
+            both, both, (7, 7), padding=3, feature_group_count=both, use_bias=False, **build
         )
-        self.expand = nnx.Linear(2 * width, 4 * width, **kw)
-        self.contract = nnx.Linear(4 * width, width, use_bias=False, **kw)
+        self.expand = nnx.Linear(both, 4 * width, **build)
+        self.contract = nnx.Linear(4 * width, width, use_bias=False, **build)
 
     def init_state(self, b: int, h: int, w: int) -> jax.Array:
         return jnp.zeros((b, 1, h, w, self.width), self.dtype)
@@ -197,47 +213,54 @@ class SuperMemoryBlock(nnx.Module):
 class EncoderStage(nnx.Module):
     """Pools `frames` frames into one, halves the grid, then memory blocks."""
 
-    def __init__(self, width: int, frames: int, blocks: int, **kw: Any):
+    def __init__(self, width: int, frames: int, blocks: int, **build: Unpack[Build]):
         self.frames = frames
-        self.pool = nnx.Linear(frames * width, width, use_bias=False, **kw)
-        self.conv = _conv(width, width, strides=2, use_bias=False, **kw)
-        self.blocks = nnx.List([MemoryBlock(width, **kw) for _ in range(blocks)])
+        self.pool = nnx.Linear(frames * width, width, use_bias=False, **build)
+        self.conv = _conv(width, width, stride=2, use_bias=False, **build)
+        self.blocks = nnx.List([MemoryBlock(width, **build) for _ in range(blocks)])
 
     def init_state(self, b: int, h: int, w: int) -> State:
         return {"blocks": [block.init_state(b, h // 2, w // 2) for block in self.blocks]}
 
     def __call__(self, x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
         x = self.pool(rearrange(x_bthwc, "b (t r) h w c -> b t h w (r c)", r=self.frames))
-        return _run_blocks(self.blocks, self.conv(x), state)
+        x, blocks = run_layers(self.blocks, self.conv(x), state["blocks"])
+        return x, {"blocks": blocks}
 
 
 class DecoderStage(nnx.Module):
     """Memory blocks, then the grid is doubled and every frame grows to `frames` frames."""
 
     def __init__(
-        self, inputs: int, outputs: int, frames: int, blocks: int, variant: str, **kw: Any
+        self,
+        inputs: int,
+        outputs: int,
+        frames: int,
+        blocks: int,
+        variant: str,
+        **build: Unpack[Build],
     ):
         self.frames, self.variant = frames, variant
-        block = SuperMemoryBlock if variant == "super" else MemoryBlock
-        self.blocks = nnx.List([block(inputs, **kw) for _ in range(blocks)])
-        grown = outputs if variant == "super" else inputs
-        self.grow = nnx.Linear(grown, frames * grown, use_bias=False, **kw)
         if variant == "super":
-            self.conv = _conv(inputs, 4 * outputs, **kw)
+            self.blocks = nnx.List([SuperMemoryBlock(inputs, **build) for _ in range(blocks)])
+            self.grow = nnx.Linear(outputs, frames * outputs, use_bias=False, **build)
+            self.conv = _conv(inputs, 4 * outputs, **build)
         else:
-            self.conv = _conv(inputs, outputs, use_bias=False, **kw)
+            self.blocks = nnx.List([MemoryBlock(inputs, **build) for _ in range(blocks)])
+            self.grow = nnx.Linear(inputs, frames * inputs, use_bias=False, **build)
+            self.conv = _conv(inputs, outputs, use_bias=False, **build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
         return {"blocks": [block.init_state(b, h, w) for block in self.blocks]}
 
     def __call__(self, x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
-        x, state = _run_blocks(self.blocks, x_bthwc, state)
+        x, blocks = run_layers(self.blocks, x_bthwc, state["blocks"])
+        new_state = {"blocks": blocks}
         if self.variant == "super":
-            return self._more_frames(unfold_pixels(jax.nn.relu(self.conv(x)), 2)), state
-        # The original copies pixels first. Growth looks at one pixel at a time, so that is the same
-        # for four times the work.
-        x = self._more_frames(x)
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)), state
+            return self._more_frames(unfold_pixels(jax.nn.relu(self.conv(x)), 2)), new_state
+        # The original doubles the grid first. Growth looks at one pixel at a time, so the result is
+        # the same, with a quarter of the work.
+        return self.conv(double_grid(self._more_frames(x))), new_state
 
     def _more_frames(self, x_bthwc: jax.Array) -> jax.Array:
         return rearrange(self.grow(x_bthwc), "b t h w (r c) -> b (t r) h w c", r=self.frames)
@@ -246,62 +269,71 @@ class DecoderStage(nnx.Module):
 class Encoder(nnx.Module):
     """Patched pixels in [0, 1] to z_dim channels."""
 
-    def __init__(self, config: TaehvConfig, **kw: Any):
+    def __init__(self, config: TaehvConfig, **build: Unpack[Build]):
         width = config.enc_width
-        self.conv_in = _conv(3 * config.patch**2, width, **kw)
-        self.stages = nnx.List(
-            [EncoderStage(width, 1 + down, config.blocks, **kw) for down in config.temporal_down]
-        )
-        self.conv_out = _conv(width, config.z_dim, **kw)
+        self.conv_in = _conv(3 * config.patch**2, width, **build)
+        stages = []
+        for temporal in config.temporal_down:
+            frames = 2 if temporal else 1
+            stages.append(EncoderStage(width, frames, config.blocks, **build))
+        self.stages = nnx.List(stages)
+        self.conv_out = _conv(width, config.z_dim, **build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
         return {
-            "stages": [stage.init_state(b, h >> i, w >> i) for i, stage in enumerate(self.stages)]
+            "stages": [
+                stage.init_state(b, h // 2**i, w // 2**i) for i, stage in enumerate(self.stages)
+            ]
         }
 
     def __call__(self, x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
-        x, state = _run_stages(self.stages, jax.nn.relu(self.conv_in(x_bthwc)), state)
-        return self.conv_out(x), state
+        x = jax.nn.relu(self.conv_in(x_bthwc))
+        x, stages = run_layers(self.stages, x, state["stages"])
+        return self.conv_out(x), {"stages": stages}
 
 
 class Decoder(nnx.Module):
     """z_dim channels to patched pixels in [0, 1], or a little outside."""
 
-    def __init__(self, config: TaehvConfig, **kw: Any):
+    def __init__(self, config: TaehvConfig, **build: Unpack[Build]):
         self.variant = config.variant
         widths = config.dec_widths
         if config.variant == "super":
-            self.conv_in = nnx.Linear(config.z_dim, widths[0], use_bias=False, **kw)
+            self.conv_in = nnx.Linear(config.z_dim, widths[0], use_bias=False, **build)
         else:
-            self.conv_in = _conv(config.z_dim, widths[0], **kw)
-        self.stages = nnx.List(
-            [
-                DecoderStage(i, o, 1 + up, config.blocks, config.variant, **kw)
-                for i, o, up in zip(widths, widths[1:], config.temporal_up, strict=False)
-            ]
-        )
-        self.conv_out = _conv(widths[-1], 3 * config.patch**2, **kw)
+            self.conv_in = _conv(config.z_dim, widths[0], **build)
+        stages = []
+        for temporal, (inputs, outputs) in zip(
+            config.temporal_up, itertools.pairwise(widths), strict=True
+        ):
+            frames = 2 if temporal else 1
+            stages.append(
+                DecoderStage(inputs, outputs, frames, config.blocks, config.variant, **build)
+            )
+        self.stages = nnx.List(stages)
+        self.conv_out = _conv(widths[-1], 3 * config.patch**2, **build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
         return {
-            "stages": [stage.init_state(b, h << i, w << i) for i, stage in enumerate(self.stages)]
+            "stages": [
+                stage.init_state(b, h * 2**i, w * 2**i) for i, stage in enumerate(self.stages)
+            ]
         }
 
     def __call__(self, z_bfhwc: jax.Array, state: State) -> tuple[jax.Array, State]:
         if self.variant == "super":
-            x, state = _run_stages(self.stages, self.conv_in(z_bfhwc), state)
-            return self.conv_out(x), state
-        z = 3 * jnp.tanh(z_bfhwc / 3)
-        x, state = _run_stages(self.stages, jax.nn.relu(self.conv_in(z)), state)
-        return self.conv_out(jax.nn.relu(x)), state
+            x, stages = run_layers(self.stages, self.conv_in(z_bfhwc), state["stages"])
+            return self.conv_out(x), {"stages": stages}
+        x = jax.nn.relu(self.conv_in(3 * jnp.tanh(z_bfhwc / 3)))
+        x, stages = run_layers(self.stages, x, state["stages"])
+        return self.conv_out(jax.nn.relu(x)), {"stages": stages}
 
 
 class Taehv(nnx.Module):
-    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back, t =
-    temporal_factor (f - 1) + 1.
+    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back.
 
-    Latents are scaled ones, as the transformer sees them and as `Vae` hands them out. Inputs may
-    have any float dtype, results are float32.
+    t = temporal_factor (f - 1) + 1. Latents are scaled, as the transformer sees them and as `Vae`
+    returns them. Inputs may have any float dtype, results are float32.
 
     Args:
       config: sizes.
@@ -319,18 +351,18 @@ class Taehv(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.config = config
-        kw = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        self.encoder = Encoder(config, **kw)
-        self.decoder = Decoder(config, **kw)
+        build = Build(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.encoder = Encoder(config, **build)
+        self.decoder = Decoder(config, **build)
 
     def encode(self, x_bthwc: jax.Array) -> jax.Array:
         """Scaled latents of a whole clip, or of images if t = 1.
 
         Latent frame i is computed from the frames up to 4i + 3 (with a `temporal_factor` of 4),
-        though it stands for those up to 4i: the encoder looks three frames ahead. A clip is
-        therefore padded behind its end, with its last frame, to a multiple of 4. The 4k + 1 frames
-        that `Vae` takes give k + 1 latent frames, as there; other numbers of frames are taken too
-        and give t / 4, rounded up.
+        though it stands for those up to 4i: the encoder looks three frames ahead. The last frame of
+        a clip is therefore repeated until there is a multiple of 4. The 4k + 1 frames that `Vae`
+        takes give k + 1 latent frames, as in `Vae`. Other numbers of frames are allowed too, and
+        give t / 4 latent frames, rounded up.
 
         Raises:
           ValueError: h or w is no multiple of `spatial_factor`, or the axes do not fit.
@@ -342,8 +374,11 @@ class Taehv(nnx.Module):
 
         Args:
           z_bfhwc: scaled latents.
-          clamp: keep the pixels in [-1, 1]; training goes without, as a clamped pixel has no
+          clamp: keep the pixels in [-1, 1]; training does not, because a clamped pixel has no
             gradient.
+
+        Raises:
+          ValueError: the axes or the channels do not fit.
         """
         return self._decode(z_bfhwc, None, first=True, clamp=clamp)[0]
 
@@ -357,16 +392,18 @@ class Taehv(nnx.Module):
         return self.decoder.init_state(b, h, w)
 
     def encode_chunk(
-        self, x_bthwc: jax.Array, state: State, first: bool
-    ) -> tuple[jax.Array, State]:
-        """The next frames of a stream; any split of a stream gives what `encode` gives for the
-        whole of it.
+        self, x_bthwc: jax.Array, state: State | None, first: bool
+    ) -> tuple[jax.Array, State | None]:
+        """Encode the next frames of a stream.
 
-        A latent frame needs all of its four frames (`temporal_factor`), so a stream goes on only
-        behind a multiple of four. This differs from `Vae`, whose first chunk has one frame more. A
-        chunk with another number of frames ends the stream: it is padded as `encode` pads, and
-        there is no state to go on from. So 4k + 1 frames go in as k groups of four, in any chunks,
-        and the one frame at the end, alone or with the last of them.
+        Any split of a stream into chunks gives what `encode` gives for the whole of it.
+
+        A latent frame needs all of its four frames (`temporal_factor`), so a stream can continue
+        only after a multiple of four frames. This differs from `Vae`, whose first chunk has one
+        frame more. A chunk with another number of frames ends the stream: its last frame is
+        repeated, as in `encode`, and no state is returned. So 4k + 1 frames are encoded as k groups
+        of four, in chunks of any number of groups, and the frame at the end is encoded alone or in
+        one chunk with the last groups.
 
         Args:
           x_bthwc: t is a multiple of `temporal_factor`, or any number in the last chunk of a
@@ -382,25 +419,25 @@ class Taehv(nnx.Module):
         Raises:
           ValueError: if the size does not fit, or the state is missing.
         """
-        self._check_pixels(x_bthwc)
+        check_pixels(x_bthwc, self.config.spatial_factor)
         if state is None and first:
             state = self.init_encode_state(x_bthwc.shape[0], *x_bthwc.shape[2:4])
         group = self.config.temporal_factor
-        if state is None:
-            raise ValueError(
-                "state is None in a chunk that does not start the stream; hand in what the chunk"
-                " before returned, which"
-                f" must have had a multiple of {group} frames: another number ends the stream"
-            )
+        check_state(
+            state,
+            f"; that chunk must have a multiple of {group} frames: another number ends the stream",
+        )
         x = (repeat_last(x_bthwc, group).astype(jnp.float32) + 1) / 2
         z, new_state = self.encoder(fold_pixels(x, self.config.patch), state)
-        return z.astype(jnp.float32), None if x_bthwc.shape[1] % group else new_state
+        ended = x_bthwc.shape[1] % group != 0
+        return z.astype(jnp.float32), None if ended else new_state
 
     def decode_chunk(
-        self, z_bfhwc: jax.Array, state: State, first: bool
+        self, z_bfhwc: jax.Array, state: State | None, first: bool
     ) -> tuple[jax.Array, State]:
-        """The next latent frames of a stream; any split of a stream gives what `decode` gives for
-        the whole of it.
+        """Decode the next latent frames of a stream.
+
+        Any split of a stream into chunks gives what `decode` gives for the whole of it.
 
         Args:
           z_bfhwc: scaled latents, any number of frames.
@@ -417,51 +454,16 @@ class Taehv(nnx.Module):
         return self._decode(z_bfhwc, state, first, clamp=True)
 
     def _decode(
-        self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool
+        self, z_bfhwc: jax.Array, state: State | None, first: bool, clamp: bool
     ) -> tuple[jax.Array, State]:
-        if z_bfhwc.ndim != 5 or z_bfhwc.shape[1] < 1 or z_bfhwc.shape[-1] != self.config.z_dim:
-            raise ValueError(
-                f"latents {z_bfhwc.shape}; expected [b, f, h, w, {self.config.z_dim}] with f >= 1"
-            )
+        check_latents(z_bfhwc, self.config.z_dim)
         if state is None and first:
             state = self.init_decode_state(z_bfhwc.shape[0], *z_bfhwc.shape[2:4])
-        if state is None:
-            raise ValueError(
-                "state is None in a chunk that does not start the stream; hand in what the chunk"
-                " before returned"
-            )
+        check_state(state)
         x, state = self.decoder(z_bfhwc.astype(jnp.float32), state)
         if first:
             x = x[:, self.config.temporal_factor - 1 :]
         pixels = 2 * unfold_pixels(x.astype(jnp.float32), self.config.patch) - 1
-        return (jnp.clip(pixels, -1, 1) if clamp else pixels), state
-
-    def _check_pixels(self, x_bthwc: jax.Array) -> None:
-        if x_bthwc.ndim != 5 or x_bthwc.shape[1] < 1 or x_bthwc.shape[-1] != 3:
-            raise ValueError(f"pixels {x_bthwc.shape}; expected [b, t, h, w, 3] with t >= 1")
-        h, w = x_bthwc.shape[2:4]
-        unit = self.config.spatial_factor
-        if h % unit or w % unit:
-            raise ValueError(
-                f"frames of {h}x{w} pixels; expected multiples of {unit}: crop or pad them first"
-            )
-
-
-def _run_blocks(
-    blocks: Sequence[nnx.Module], x_bthwc: jax.Array, state: State
-) -> tuple[jax.Array, State]:
-    states = []
-    for block, block_state in zip(blocks, state["blocks"], strict=True):
-        x_bthwc, block_state = block(x_bthwc, block_state)
-        states.append(block_state)
-    return x_bthwc, {"blocks": states}
-
-
-def _run_stages(
-    stages: Sequence[nnx.Module], x_bthwc: jax.Array, state: State
-) -> tuple[jax.Array, State]:
-    states = []
-    for stage, stage_state in zip(stages, state["stages"], strict=True):
-        x_bthwc, stage_state = stage(x_bthwc, stage_state)
-        states.append(stage_state)
-    return x_bthwc, {"stages": states}
+        if clamp:
+            pixels = jnp.clip(pixels, -1, 1)
+        return pixels, state

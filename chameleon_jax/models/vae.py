@@ -1,5 +1,4 @@
-"""The causal video VAE of Wan2.2: pixels to latents and back, for whole clips and for endless
-streams.
+"""The causal video VAE of Wan2.2: pixels to latents and back, for whole clips and for streams.
 
 Wan2.2's VAE follows that of Wan 2.1 (arXiv 2503.20314, section 4.1): convolutions over (time, row,
 column) that see no later frame, so that an image is a clip of one frame and a stream is a clip
@@ -25,65 +24,106 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-# Nested dictionaries of arrays [b, frames, h, w, c], named as the layers are. None in its place:
-# the input is a single picture and nothing follows, so that what multiplies the empty past can be
-# left out.
-State = Any
+from chameleon_jax.models.checks import (
+    check_choice,
+    check_finite,
+    check_flags,
+    check_positive,
+    check_sizes,
+    to_tuples,
+)
+
+# What a stream remembers: arrays [b, frames, h, w, c] in dictionaries and lists that are named as
+# the layers are. None: the input is a single picture and nothing follows, so that the products with
+# the empty past can be left out.
+State: TypeAlias = "jax.Array | dict[str, State] | list[State] | None"
 
 CONV_FORMS = ("auto", "conv3d", "stacked")
+KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    """Sizes of the VAE."""
+    """Sizes of the VAE.
+
+    A value that cannot be used raises a ValueError when the config is made.
+    """
 
     z_dim: int  # latent channels
     enc_width: int  # channels of the encoder's first stage, before `width_mult`
     dec_width: int  # channels of the decoder's last stage, before `width_mult`
-    width_mult: tuple[
-        int, ...
-    ]  # width of each encoder stage; the decoder goes through them backwards
+    # Width of each encoder stage; the decoder goes through them backwards.
+    width_mult: tuple[int, ...]
     enc_blocks: int  # residual blocks per encoder stage
     dec_blocks: int  # residual blocks per decoder stage
-    temporal_down: tuple[
-        bool, ...
-    ]  # for each stage but the last, all of which halve the grid: halve time as well?
+    # For each stage but the last, all of which halve the grid: halve time as well?
+    temporal_down: tuple[bool, ...]
     patch: int = 2  # pixels of a patch x patch square become channels before the first convolution
-    latent_mean: tuple[float, ...] = ()  # of the encoder's means, per channel; empty: 0
-    latent_std: tuple[
-        float, ...
-    ] = ()  # the same, empty: 1; latents handed out have about mean 0 and deviation 1
+    # Mean and standard deviation of the encoder's means, per channel; empty: 0 and 1. Latents that
+    # `encode` returns are scaled by them to about mean 0 and deviation 1.
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
     conv: str = "auto"  # form of the convolutions over time, see `choose_conv`
 
     def __post_init__(self):
-        # Configs that come from files bring lists, and the two statistics may be left out.
-        fill = {"latent_mean": (0.0,) * self.z_dim, "latent_std": (1.0,) * self.z_dim}
-        for name in ("width_mult", "temporal_down", "latent_mean", "latent_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)) or fill.get(name, ()))
+        to_tuples(self, "width_mult", "temporal_down", "latent_mean", "latent_std")
+        check_sizes(self, "z_dim", "enc_width", "dec_width", "width_mult", "patch")
+        check_sizes(self, "enc_blocks", "dec_blocks")
+        check_flags(self, "temporal_down")
+        check_choice(self, "conv", CONV_FORMS)
         if len(self.temporal_down) != len(self.width_mult) - 1:
             raise ValueError(
                 f"temporal_down has {len(self.temporal_down)} entries for {len(self.width_mult)}"
-                " stages; expected one for"
-                " each stage but the last"
+                " stages; expected one for each stage but the last"
             )
+        if not self.latent_mean:
+            object.__setattr__(self, "latent_mean", (0.0,) * self.z_dim)
+        if not self.latent_std:
+            object.__setattr__(self, "latent_std", (1.0,) * self.z_dim)
+        check_finite(self, "latent_mean")
+        check_positive(self, "latent_std")
         for name in ("latent_mean", "latent_std"):
-            if len(getattr(self, name)) != self.z_dim:
+            count = len(getattr(self, name))
+            if count != self.z_dim:
+                raise ValueError(f"{name} has {count} entries, expected z_dim={self.z_dim}")
+        self._check_shortcuts()
+
+    def _check_shortcuts(self) -> None:
+        """The shortcuts average or copy whole groups of channels, so the widths must divide."""
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(self.encoder_widths)):
+            down, temporal = stage_change(self.temporal_down, i)
+            members = inputs * group_size(down, temporal)
+            if members % outputs and outputs % members:
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries, expected z_dim={self.z_dim}"
+                    f"an encoder stage from {inputs} to {outputs} channels cannot average {members}"
+                    " values evenly; change enc_width or width_mult"
                 )
-        if min(self.latent_std) <= 0:
-            raise ValueError(
-                f"latent_std has the entry {min(self.latent_std)}; expected positive numbers"
-            )
-        if self.conv not in CONV_FORMS:
-            raise ValueError(f"conv is {self.conv!r}; expected one of {', '.join(CONV_FORMS)}")
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(self.decoder_widths)):
+            up, temporal = stage_change(self.temporal_down[::-1], i)
+            if up and outputs * group_size(up, temporal) % inputs:
+                raise ValueError(
+                    f"a decoder stage from {inputs} to {outputs} channels cannot copy its channels"
+                    " evenly; change dec_width or width_mult"
+                )
+
+    @property
+    def encoder_widths(self) -> tuple[int, ...]:
+        """Channels before the encoder's first stage and behind each stage."""
+        mult = self.width_mult
+        return tuple(self.enc_width * m for m in (mult[0], *mult))
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels before the decoder's first stage and behind each stage."""
+        mult = self.width_mult[::-1]
+        return tuple(self.dec_width * m for m in (mult[0], *mult))
 
     @property
     def spatial_factor(self) -> int:
@@ -93,11 +133,14 @@ class VaeConfig:
     @property
     def temporal_factor(self) -> int:
         """Pixel frames of a latent frame, the first one excepted."""
-        return 2 ** sum(self.temporal_down)
+        return 2 ** self.temporal_down.count(True)
 
     @classmethod
     def wan22(cls) -> VaeConfig:
-        """The VAE of Wan2.2-TI2V-5B: 704,688,668 parameters, 16x in space, 4x in time, 48 channels."""
+        """The VAE of Wan2.2-TI2V-5B: 16x in space, 4x in time, 48 channels.
+
+        It has 704,688,668 parameters.
+        """
         return cls(
             z_dim=48,
             enc_width=160,
@@ -113,25 +156,47 @@ class VaeConfig:
 
 # Published with the weights of Wan2.2's VAE.
 WAN22_LATENT_MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
 )  # fmt: skip
 WAN22_LATENT_STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
 
 
 # Pieces without parameters
 
 
+def stage_change(temporal: Sequence[bool], stage: int) -> tuple[bool, bool]:
+    """Whether a stage changes the grid, and whether it changes time: the last stage does neither.
+
+    Args:
+      temporal: of each stage but the last, in the order of the stages: does it change time?
+      stage: number of the stage, from 0.
+    """
+    if stage == len(temporal):
+        return False, False
+    return True, temporal[stage]
+
+
+def group_size(spatial: bool, temporal: bool) -> int:
+    """Input values of one output value where the grid, and perhaps time, is halved."""
+    return (4 if spatial else 1) * (2 if temporal else 1)
+
+
 def patchify(x_bthwc: jax.Array, patch: int) -> jax.Array:
-    """Squares of pixels to channels: channel = (colour * patch + column) * patch + row. The column
-    comes before the row.
+    """Squares of pixels to channels.
+
+    channel = (colour * patch + column) * patch + row: the column comes before the row.
     """
     return rearrange(x_bthwc, "b t (h p) (w q) c -> b t h w (c q p)", p=patch, q=patch)
 
@@ -144,11 +209,11 @@ def unpatchify(x_bthwc: jax.Array, patch: int) -> jax.Array:
 def average_shortcut(
     x_bthwc: jax.Array, channels: int, factor_t: int, factor_s: int, first: bool
 ) -> jax.Array:
-    """Around a stage of the encoder: means over groups of (channel, frame, row, column), in this
-    order.
+    """Around a stage of the encoder: means over groups of input values.
 
-    The first frame of a stream is paired with empty frames in front of it. Where the width grows by
-    more than the groups have members, channels are copied instead.
+    A group has neighbours in the order (channel, frame, row, column). The first frame of a stream
+    is paired with empty frames in front of it. Where the width grows by more than the groups have
+    members, channels are copied instead.
 
     Args:
       x_bthwc: t is a multiple of `factor_t`, or one more than that if `first`.
@@ -169,10 +234,10 @@ def average_shortcut(
 def copy_shortcut(
     x_bthwc: jax.Array, channels: int, factor_t: int, factor_s: int, first: bool
 ) -> jax.Array:
-    """Around a stage of the decoder: every channel is copied over (channel, frame, row, column), in
-    this order.
+    """Around a stage of the decoder: every channel is copied to a group of output values.
 
-    Of the first frame of a stream only the last copy in time is kept.
+    The copies go over (channel, frame, row, column), in this order. Of the first frame of a stream
+    only the last copy in time is kept.
     """
     copies = jnp.repeat(x_bthwc, channels * factor_t * factor_s**2 // x_bthwc.shape[-1], axis=-1)
     y = rearrange(
@@ -182,12 +247,12 @@ def copy_shortcut(
 
 
 def choose_conv(form: str = "auto") -> str:
-    """How to compute convolutions over time: "conv3d", or "stacked" (the taps as channels of one
-    2-D convolution).
+    """How to compute convolutions over time: "conv3d" or "stacked".
 
-    Both give the same up to rounding. XLA has fast 3-D convolutions for GPU and TPU; on a CPU the
-    stacked form is several times faster, in training most of all. "auto" asks for the default
-    backend: to compile for another one than that, name the form.
+    "stacked" takes the frames that a kernel sees as channels of one 2-D convolution. Both give the
+    same up to rounding. XLA has fast 3-D convolutions for GPU and TPU; on a CPU the stacked form is
+    several times faster, in training most of all. "auto" chooses for the default backend of JAX: to
+    compile for another backend, name the form.
     """
     if form != "auto":
         return form
@@ -195,8 +260,9 @@ def choose_conv(form: str = "auto") -> str:
 
 
 def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str) -> jax.Array:
-    """Convolution without padding in time and with zeros around each frame, so that the grid stays
-    as it is.
+    """Convolution without padding in time, and with zeros around each frame.
+
+    The grid keeps its size, time gets shorter.
 
     Args:
       x_bthwc: input.
@@ -251,24 +317,40 @@ class Build:
     param_dtype: jnp.dtype
     conv: str
 
-    def linear(self, inputs: int, outputs: int, **kw: Any) -> nnx.Linear:
-        """A convolution of one tap and one pixel."""
+    def linear(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_init: nnx.Initializer = KERNEL_INIT,
+        bias_init: nnx.Initializer = nnx.initializers.zeros,
+    ) -> nnx.Linear:
+        """A convolution that sees one frame and one pixel."""
         return nnx.Linear(
-            inputs, outputs, rngs=self.rngs, dtype=self.dtype, param_dtype=self.param_dtype, **kw
+            inputs,
+            outputs,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=self.rngs,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
         )
 
     def kernel(self, *shape: int) -> nnx.Param:
-        return nnx.Param(
-            nnx.initializers.lecun_normal()(self.rngs.params(), shape, self.param_dtype)
-        )
+        return nnx.Param(KERNEL_INIT(self.rngs.params(), shape, self.param_dtype))
 
     def bias(self, outputs: int) -> nnx.Param:
         return nnx.Param(jnp.zeros(outputs, self.param_dtype))
 
 
+def cast(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """The value of a parameter in the dtype of the computation."""
+    return param.get_value().astype(dtype)
+
+
 class ChannelNorm(nnx.Module):
-    """x / max(|x|, 1e-12) * sqrt(channels) * scale, |x| over the channels, in float32; no mean, no
-    bias.
+    """x / max(|x|, 1e-12) * sqrt(channels) * scale, where |x| is over the channels.
+
+    Computed in float32; without a mean and without a bias.
     """
 
     def __init__(self, channels: int, *, build: Build):
@@ -278,13 +360,14 @@ class ChannelNorm(nnx.Module):
         x = x_bthwc.astype(jnp.float32)
         # The floor is put under the square: the root of a sum has no gradient at zero.
         inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
-        gain = math.sqrt(x.shape[-1]) * self.scale.get_value().astype(jnp.float32)
+        gain = math.sqrt(x.shape[-1]) * cast(self.scale, jnp.float32)
         return (x * inverse * gain).astype(x_bthwc.dtype)
 
 
 class Conv2d(nnx.Module):
-    """3x3 convolution of every frame; `stride` 2 halves the grid, with zeros below and to the right
-    only.
+    """3x3 convolution of every frame.
+
+    A `stride` of 2 halves the grid, with zeros below and to the right only.
     """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, build: Build):
@@ -293,25 +376,21 @@ class Conv2d(nnx.Module):
 
     def __call__(self, x_bthwc: jax.Array) -> jax.Array:
         pad = ((1, 1), (1, 1)) if self.stride == 1 else ((0, 1), (0, 1))
-        kernel, bias = (
-            self.kernel.get_value().astype(self.dtype),
-            self.bias.get_value().astype(self.dtype),
-        )
+        kernel, bias = cast(self.kernel, self.dtype), cast(self.bias, self.dtype)
         return conv_grid(x_bthwc, kernel, self.stride, pad) + bias
 
 
 class CausalConv3d(nnx.Module):
-    """Convolution over the current frame and the two before it. State: the last two input frames,
-    zeros at the start.
+    """Convolution over the current frame and the two before it.
+
+    State: the last two input frames, zeros at the start.
     """
 
-    TAPS = 3
+    TAPS = 3  # frames that the kernel sees
 
     def __init__(self, inputs: int, outputs: int, *, size: int = 3, build: Build):
-        self.kernel, self.bias = (
-            build.kernel(self.TAPS, size, size, inputs, outputs),
-            build.bias(outputs),
-        )
+        self.kernel = build.kernel(self.TAPS, size, size, inputs, outputs)
+        self.bias = build.bias(outputs)
         self.inputs, self.dtype, self.conv = inputs, build.dtype, build.conv
 
     def init_state(self, b: int, h: int, w: int) -> jax.Array:
@@ -320,22 +399,19 @@ class CausalConv3d(nnx.Module):
     def __call__(
         self, x_bthwc: jax.Array, state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        kernel, bias = (
-            self.kernel.get_value().astype(self.dtype),
-            self.bias.get_value().astype(self.dtype),
-        )
+        kernel, bias = cast(self.kernel, self.dtype), cast(self.bias, self.dtype)
+        form = choose_conv(self.conv)
         if state is None:
-            return conv_frames(x_bthwc, kernel[-1:], 1, choose_conv(self.conv)) + bias, None
+            return conv_frames(x_bthwc, kernel[-1:], 1, form) + bias, None
         seen = jnp.concatenate([state, x_bthwc], axis=1)
-        return conv_frames(seen, kernel, 1, choose_conv(self.conv)) + bias, seen[:, 1 - self.TAPS :]
+        return conv_frames(seen, kernel, 1, form) + bias, seen[:, 1 - self.TAPS :]
 
 
 class StridedTimeConv(nnx.Module):
-    """Halves the frames with windows of three frames, two frames apart. State: the last input
-    frame.
+    """Halves the frames with windows of three frames, two frames apart.
 
     A stream of 4k + 1 frames gives 2k + 1: the first frame passes, then come the windows (0, 1, 2),
-    (2, 3, 4), ...
+    (2, 3, 4), ... State: the last input frame.
     """
 
     def __init__(self, channels: int, *, build: Build):
@@ -348,16 +424,15 @@ class StridedTimeConv(nnx.Module):
     def __call__(
         self, x_bthwc: jax.Array, state: jax.Array | None, first: bool
     ) -> tuple[jax.Array, jax.Array | None]:
-        kernel, bias = (
-            self.kernel.get_value().astype(self.dtype),
-            self.bias.get_value().astype(self.dtype),
-        )
+        kernel, bias = cast(self.kernel, self.dtype), cast(self.bias, self.dtype)
         new_state = None if state is None else x_bthwc[:, -1:]
         if first and x_bthwc.shape[1] == 1:
             return x_bthwc, new_state
         seen = x_bthwc if first else jnp.concatenate([state, x_bthwc], axis=1)
         y = conv_frames(seen, kernel, 2, choose_conv(self.conv)) + bias
-        return (jnp.concatenate([x_bthwc[:, :1], y], axis=1) if first else y), new_state
+        if first:
+            y = jnp.concatenate([x_bthwc[:, :1], y], axis=1)
+        return y, new_state
 
 
 class ResidualBlock(nnx.Module):
@@ -392,10 +467,9 @@ class AttentionBlock(nnx.Module):
         _, _, h, w, channels = x_bthwc.shape
         qkv = rearrange(self.qkv(self.norm(x_bthwc)), "b t h w c -> b t (h w) c")
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        logits = jnp.einsum(
-            "btlc,btsc->btls", q, k, preferred_element_type=jnp.float32
-        ) / math.sqrt(channels)
-        y = jnp.einsum("btls,btsc->btlc", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+        products = jnp.einsum("btlc,btsc->btls", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(products / math.sqrt(channels), axis=-1).astype(v.dtype)
+        y = jnp.einsum("btls,btsc->btlc", weights, v)
         return x_bthwc + self.proj(rearrange(y, "b t (h w) c -> b t h w c", h=h, w=w))
 
 
@@ -430,11 +504,9 @@ class Down(nnx.Module):
         self.time_conv = StridedTimeConv(channels, build=build) if temporal else None
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        return (
-            {}
-            if self.time_conv is None
-            else {"time_conv": self.time_conv.init_state(b, h // 2, w // 2)}
-        )
+        if self.time_conv is None:
+            return {}
+        return {"time_conv": self.time_conv.init_state(b, h // 2, w // 2)}
 
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
         x = self.conv(x_bthwc)
@@ -448,18 +520,21 @@ class Up(nnx.Module):
     """Doubles the frames if `temporal`, then the grid (nearest neighbour, then a convolution).
 
     Frames are doubled by a causal convolution to twice the width, whose first half is the earlier
-    frame. The first frame of a stream passes by and is not part of the convolution's past either,
-    which starts from zeros behind it.
+    frame. The first frame of a stream is not doubled. It is not part of the convolution's past
+    either: for the second frame that past is zero.
     """
 
     def __init__(self, channels: int, temporal: bool, *, build: Build):
-        self.time_conv = (
-            CausalConv3d(channels, 2 * channels, size=1, build=build) if temporal else None
-        )
+        if temporal:
+            self.time_conv = CausalConv3d(channels, 2 * channels, size=1, build=build)
+        else:
+            self.time_conv = None
         self.conv = Conv2d(channels, channels, build=build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        return {} if self.time_conv is None else {"time_conv": self.time_conv.init_state(b, h, w)}
+        if self.time_conv is None:
+            return {}
+        return {"time_conv": self.time_conv.init_state(b, h, w)}
 
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
         x, new_state = x_bthwc, {}
@@ -470,110 +545,101 @@ class Up(nnx.Module):
                 rest, past = self.time_conv(rest, past)
                 rest = rearrange(rest, "b t h w (r c) -> b (t r) h w c", r=2)
             x, new_state = jnp.concatenate([alone, rest], axis=1), {"time_conv": past}
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.conv(x), new_state
+        return self.conv(double_grid(x)), new_state
 
 
 class EncoderStage(nnx.Module):
-    """Residual blocks and down-sampling (all stages but the last), with an averaging shortcut
-    around all of it.
-    """
+    """Residual blocks, then down-sampling if `down`; an averaging shortcut around all of it."""
 
     def __init__(
         self, inputs: int, outputs: int, blocks: int, down: bool, temporal: bool, *, build: Build
     ):
-        widths = (inputs, *[outputs] * blocks)
-        self.blocks = nnx.List(
-            [ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)]
-        )
+        self.blocks = _residual_blocks(inputs, outputs, blocks, build)
         self.down = Down(outputs, temporal, build=build) if down else None
-        self.outputs, self.factor_t, self.factor_s = outputs, 2 if temporal else 1, 2 if down else 1
-        members = inputs * self.factor_t * self.factor_s**2
-        if members % outputs and outputs % members:
-            raise ValueError(
-                f"an encoder stage from {inputs} to {outputs} channels cannot average {members}"
-                " values evenly"
-            )
+        self.outputs = outputs
+        self.factor_t = 2 if temporal else 1
+        self.factor_s = 2 if down else 1
 
     def init_state(self, b: int, h: int, w: int) -> State:
         state: dict[str, State] = {"blocks": [block.init_state(b, h, w) for block in self.blocks]}
-        return state if self.down is None else state | {"down": self.down.init_state(b, h, w)}
+        if self.down is not None:
+            state["down"] = self.down.init_state(b, h, w)
+        return state
 
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
-        x, new_state = _run_blocks(self.blocks, x_bthwc, state)
+        x, blocks = run_layers(self.blocks, x_bthwc, _of(state, "blocks"))
+        new_state: dict[str, State] = {"blocks": blocks}
         if self.down is not None:
             x, new_state["down"] = self.down(x, _of(state, "down"), first)
-        return x + average_shortcut(
-            x_bthwc, self.outputs, self.factor_t, self.factor_s, first
-        ), new_state
+        around = average_shortcut(x_bthwc, self.outputs, self.factor_t, self.factor_s, first)
+        return x + around, new_state
 
 
 class DecoderStage(nnx.Module):
-    """Residual blocks and, in all stages but the last, up-sampling, with a copying shortcut around
-    both.
-    """
+    """Residual blocks, and if `up`, up-sampling with a copying shortcut around all of it."""
 
     def __init__(
         self, inputs: int, outputs: int, blocks: int, up: bool, temporal: bool, *, build: Build
     ):
-        widths = (inputs, *[outputs] * blocks)
-        self.blocks = nnx.List(
-            [ResidualBlock(i, o, build=build) for i, o in itertools.pairwise(widths)]
-        )
+        self.blocks = _residual_blocks(inputs, outputs, blocks, build)
         self.up = Up(outputs, temporal, build=build) if up else None
-        self.outputs, self.factor_t = outputs, 2 if temporal else 1
-        if up and outputs * self.factor_t * 4 % inputs:
-            raise ValueError(
-                f"a decoder stage from {inputs} to {outputs} channels cannot copy its channels"
-                " evenly"
-            )
+        self.outputs = outputs
+        self.factor_t = 2 if temporal else 1
 
     def init_state(self, b: int, h: int, w: int) -> State:
         state: dict[str, State] = {"blocks": [block.init_state(b, h, w) for block in self.blocks]}
-        return state if self.up is None else state | {"up": self.up.init_state(b, h, w)}
+        if self.up is not None:
+            state["up"] = self.up.init_state(b, h, w)
+        return state
 
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
-        x, new_state = _run_blocks(self.blocks, x_bthwc, state)
+        x, blocks = run_layers(self.blocks, x_bthwc, _of(state, "blocks"))
+        new_state: dict[str, State] = {"blocks": blocks}
         if self.up is None:
             return x, new_state
         x, new_state["up"] = self.up(x, _of(state, "up"), first)
         return x + copy_shortcut(x_bthwc, self.outputs, self.factor_t, 2, first), new_state
 
 
+def _residual_blocks(inputs: int, outputs: int, count: int, build: Build) -> nnx.List:
+    """The blocks of a stage; the first one changes the width."""
+    first = ResidualBlock(inputs, outputs, build=build)
+    rest = [ResidualBlock(outputs, outputs, build=build) for _ in range(count - 1)]
+    return nnx.List([first, *rest])
+
+
 class Encoder(nnx.Module):
     """Patched pixels to 2 * z_dim channels."""
 
     def __init__(self, config: VaeConfig, *, build: Build):
-        widths = [config.enc_width * m for m in (config.width_mult[0], *config.width_mult)]
+        widths = config.encoder_widths
         self.conv_in = CausalConv3d(3 * config.patch**2, widths[0], build=build)
-        downs = (*config.temporal_down, None)
-        self.stages = nnx.List(
-            [
-                EncoderStage(i, o, config.enc_blocks, down is not None, bool(down), build=build)
-                for i, o, down in zip(widths, widths[1:], downs, strict=False)
-            ]
-        )
+        stages = []
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            down, temporal = stage_change(config.temporal_down, i)
+            stages.append(
+                EncoderStage(inputs, outputs, config.enc_blocks, down, temporal, build=build)
+            )
+        self.stages = nnx.List(stages)
         self.middle = Middle(widths[-1], build=build)
         self.norm_out = ChannelNorm(widths[-1], build=build)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, build=build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        grids = [(h >> i, w >> i) for i in range(len(self.stages))]
+        shrink = 2 ** (len(self.stages) - 1)
+        low_h, low_w = h // shrink, w // shrink
         return {
             "conv_in": self.conv_in.init_state(b, h, w),
             "stages": [
-                stage.init_state(b, *grid) for stage, grid in zip(self.stages, grids, strict=True)
+                stage.init_state(b, h // 2**i, w // 2**i) for i, stage in enumerate(self.stages)
             ],
-            "middle": self.middle.init_state(b, *grids[-1]),
-            "conv_out": self.conv_out.init_state(b, *grids[-1]),
+            "middle": self.middle.init_state(b, low_h, low_w),
+            "conv_out": self.conv_out.init_state(b, low_h, low_w),
         }
 
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
         x, conv_in = self.conv_in(x_bthwc, _of(state, "conv_in"))
-        stages = []
-        for i, stage in enumerate(self.stages):
-            x, stage_state = stage(x, _of(state, "stages", i), first)
-            stages.append(stage_state)
+        x, stages = run_layers(self.stages, x, _of(state, "stages"), first)
         x, middle = self.middle(x, _of(state, "middle"))
         x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), _of(state, "conv_out"))
         return x, {"conv_in": conv_in, "stages": stages, "middle": middle, "conv_out": conv_out}
@@ -583,48 +649,44 @@ class Decoder(nnx.Module):
     """z_dim channels to patched pixels."""
 
     def __init__(self, config: VaeConfig, *, build: Build):
-        mult = config.width_mult[::-1]
-        widths = [config.dec_width * m for m in (mult[0], *mult)]
+        widths = config.decoder_widths
         self.conv_in = CausalConv3d(config.z_dim, widths[0], build=build)
         self.middle = Middle(widths[0], build=build)
-        ups = (*config.temporal_down[::-1], None)
-        self.stages = nnx.List(
-            [
-                DecoderStage(i, o, config.dec_blocks, up is not None, bool(up), build=build)
-                for i, o, up in zip(widths, widths[1:], ups, strict=False)
-            ]
-        )
+        stages = []
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            up, temporal = stage_change(config.temporal_down[::-1], i)
+            stages.append(
+                DecoderStage(inputs, outputs, config.dec_blocks, up, temporal, build=build)
+            )
+        self.stages = nnx.List(stages)
         self.norm_out = ChannelNorm(widths[-1], build=build)
         self.conv_out = CausalConv3d(widths[-1], 3 * config.patch**2, build=build)
 
     def init_state(self, b: int, h: int, w: int) -> State:
-        grids = [(h << i, w << i) for i in range(len(self.stages))]
+        grow = 2 ** (len(self.stages) - 1)
         return {
             "conv_in": self.conv_in.init_state(b, h, w),
             "middle": self.middle.init_state(b, h, w),
             "stages": [
-                stage.init_state(b, *grid) for stage, grid in zip(self.stages, grids, strict=True)
+                stage.init_state(b, h * 2**i, w * 2**i) for i, stage in enumerate(self.stages)
             ],
-            "conv_out": self.conv_out.init_state(b, *grids[-1]),
+            "conv_out": self.conv_out.init_state(b, h * grow, w * grow),
         }
 
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
         x, conv_in = self.conv_in(x_bthwc, _of(state, "conv_in"))
         x, middle = self.middle(x, _of(state, "middle"))
-        stages = []
-        for i, stage in enumerate(self.stages):
-            x, stage_state = stage(x, _of(state, "stages", i), first)
-            stages.append(stage_state)
+        x, stages = run_layers(self.stages, x, _of(state, "stages"), first)
         x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), _of(state, "conv_out"))
         return x, {"conv_in": conv_in, "middle": middle, "stages": stages, "conv_out": conv_out}
 
 
 class Vae(nnx.Module):
-    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back, t =
-    temporal_factor (f - 1) + 1.
+    """Pixels [b, t, h, w, 3] in [-1, 1] to latents [b, f, h', w', z_dim] and back.
 
-    Latents handed out and taken in are scaled, (mean - latent_mean) / latent_std; there is no
-    sampling. Inputs may have any float dtype, results are float32.
+    t = temporal_factor (f - 1) + 1. The latents of all methods are scaled, (mean - latent_mean) /
+    latent_std; `encode` returns the mean and draws no sample. Inputs may have any float dtype,
+    results are float32.
 
     Args:
       config: sizes.
@@ -658,9 +720,11 @@ class Vae(nnx.Module):
         return self._scale(self.encode_moments(x_bthwc)[0])
 
     def encode_moments(self, x_bthwc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance of the posterior of a whole clip, both float32 and not scaled, for
-        training.
+        """Mean and log-variance of the posterior of a whole clip, for training.
+
+        Both are float32 and not scaled.
         """
+        self._check_pixels(x_bthwc, first=True)
         b, t, h, w, _ = x_bthwc.shape
         state = None if t == 1 else self.init_encode_state(b, h, w)
         mean, logvar, _ = self._encode(x_bthwc, state, first=True)
@@ -671,9 +735,13 @@ class Vae(nnx.Module):
 
         Args:
           z_bfhwc: scaled latents.
-          clamp: keep the pixels in [-1, 1]; training goes without, as a clamped pixel has no
+          clamp: keep the pixels in [-1, 1]; training does not, because a clamped pixel has no
             gradient.
+
+        Raises:
+          ValueError: the axes or the channels do not fit.
         """
+        check_latents(z_bfhwc, self.config.z_dim)
         b, f, h, w, _ = z_bfhwc.shape
         state = None if f == 1 else self.init_decode_state(b, h, w)
         return self._decode(z_bfhwc, state, first=True, clamp=clamp)[0]
@@ -690,11 +758,12 @@ class Vae(nnx.Module):
     def encode_chunk(
         self, x_bthwc: jax.Array, state: State, first: bool
     ) -> tuple[jax.Array, State]:
-        """The next frames of a stream; any split of a stream gives what `encode` gives for the
-        whole of it.
+        """Encode the next frames of a stream.
+
+        Any split of a stream into chunks gives what `encode` gives for the whole of it.
 
         Args:
-          x_bthwc: t is a multiple of `temporal_factor`, and 1 more than one in the first chunk.
+          x_bthwc: t is a multiple of `temporal_factor`, and in the first chunk 1 more than one.
           state: what the chunk before returned; in the first chunk `init_encode_state` or None.
           first: does the stream start with this chunk? Static.
 
@@ -705,16 +774,19 @@ class Vae(nnx.Module):
         Raises:
           ValueError: if the number of frames or the size does not fit, or the state is missing.
         """
+        self._check_pixels(x_bthwc, first)
         if state is None and first:
             state = self.init_encode_state(x_bthwc.shape[0], *x_bthwc.shape[2:4])
-        mean, _, state = self._encode(x_bthwc, _needed(state), first)
+        check_state(state)
+        mean, _, state = self._encode(x_bthwc, state, first)
         return self._scale(mean), state
 
     def decode_chunk(
         self, z_bfhwc: jax.Array, state: State, first: bool
     ) -> tuple[jax.Array, State]:
-        """The next latent frames of a stream; any split of a stream gives what `decode` gives for
-        the whole of it.
+        """Decode the next latent frames of a stream.
+
+        Any split of a stream into chunks gives what `decode` gives for the whole of it.
 
         Args:
           z_bfhwc: scaled latents, any number of frames.
@@ -728,14 +800,15 @@ class Vae(nnx.Module):
         Raises:
           ValueError: if the channels do not fit, or the state is missing.
         """
+        check_latents(z_bfhwc, self.config.z_dim)
         if state is None and first:
             state = self.init_decode_state(z_bfhwc.shape[0], *z_bfhwc.shape[2:4])
-        return self._decode(z_bfhwc, _needed(state), first, clamp=True)
+        check_state(state)
+        return self._decode(z_bfhwc, state, first, clamp=True)
 
     def _encode(
         self, x_bthwc: jax.Array, state: State, first: bool
     ) -> tuple[jax.Array, jax.Array, State]:
-        self._check_pixels(x_bthwc, first)
         x = patchify(x_bthwc.astype(self.dtype), self.config.patch)
         x, state = self.encoder(x, state, first)
         mean, logvar = jnp.split(self.quant(x).astype(jnp.float32), 2, axis=-1)
@@ -744,66 +817,100 @@ class Vae(nnx.Module):
     def _decode(
         self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool
     ) -> tuple[jax.Array, State]:
-        if z_bfhwc.ndim != 5 or z_bfhwc.shape[1] < 1 or z_bfhwc.shape[-1] != self.config.z_dim:
-            raise ValueError(
-                f"latents {z_bfhwc.shape}; expected [b, f, h, w, {self.config.z_dim}] with f >= 1"
-            )
         mean, std = jnp.array(self.config.latent_mean), jnp.array(self.config.latent_std)
         z = (z_bfhwc.astype(jnp.float32) * std + mean).astype(self.dtype)
         x, state = self.decoder(self.post_quant(z), state, first)
         pixels = unpatchify(x.astype(jnp.float32), self.config.patch)
-        return (jnp.clip(pixels, -1, 1) if clamp else pixels), state
+        if clamp:
+            pixels = jnp.clip(pixels, -1, 1)
+        return pixels, state
 
     def _scale(self, mean_bfhwc: jax.Array) -> jax.Array:
         return (mean_bfhwc - jnp.array(self.config.latent_mean)) / jnp.array(self.config.latent_std)
 
     def _check_pixels(self, x_bthwc: jax.Array, first: bool) -> None:
-        if x_bthwc.ndim != 5 or x_bthwc.shape[-1] != 3:
-            raise ValueError(f"pixels {x_bthwc.shape}; expected [b, t, h, w, 3]")
-        t, h, w = x_bthwc.shape[1:4]
-        unit, group = self.config.spatial_factor, self.config.temporal_factor
-        if h % unit or w % unit:
+        check_pixels(x_bthwc, self.config.spatial_factor)
+        t, group = x_bthwc.shape[1], self.config.temporal_factor
+        grouped, expected = (t - 1, f"{group}k + 1") if first else (t, f"{group}k")
+        if grouped % group:
             raise ValueError(
-                f"frames of {h}x{w} pixels; expected multiples of {unit}: crop or pad them first"
-            )
-        if t < 1 or (t - first) % group:
-            expected = f"{group}k + 1" if first else f"{group}k"
-            raise ValueError(
-                f"{t} frames; expected {expected}: leave out the last {(t - first) % group}"
+                f"{t} frames; expected {expected}: leave out the last {grouped % group}"
             )
 
 
 def _quant_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Zero for means, -5 for log-variances: training starts with little noise, and does not have to
-    unlearn it first.
-    """
+    """Zero for means, -5 for log-variances: training starts with little noise."""
     del key
     return jnp.repeat(jnp.array([0.0, -5.0], dtype), shape[0] // 2)
 
 
-def _of(state: State, *keys: str | int) -> State:
-    """The part of a state that belongs to a layer; None if there is none, which is how pictures are
-    computed.
+# Streams: shared with models/taehv.py
+
+
+def run_layers(
+    layers: Sequence[nnx.Module], x_bthwc: jax.Array, states: State, *args: bool
+) -> tuple[jax.Array, list[State]]:
+    """Run layers one after another, each with its own state.
+
+    Args:
+      layers: each takes (x, state, *args) and returns (x, state).
+      x_bthwc: input of the first layer.
+      states: a list with the state of each layer, or None for a single picture.
+      args: passed to every layer.
+
+    Returns:
+      Output of the last layer, and the new states.
     """
-    for key in keys:
-        state = None if state is None else state[key]
-    return state
+    new_states = []
+    for i, layer in enumerate(layers):
+        x_bthwc, state = layer(x_bthwc, _of(states, i), *args)
+        new_states.append(state)
+    return x_bthwc, new_states
 
 
-def _needed(state: State) -> State:
+def _of(state: State, key: str | int) -> State:
+    """The part of a state that belongs to a layer; None where the whole is None."""
+    return None if state is None else state[key]
+
+
+def double_grid(x_bthwc: jax.Array) -> jax.Array:
+    """Every pixel becomes a square of 2 x 2 pixels."""
+    return jnp.repeat(jnp.repeat(x_bthwc, 2, axis=2), 2, axis=3)
+
+
+def check_pixels(x_bthwc: jax.Array, unit: int) -> None:
+    """Pixels must be [b, t, h, w, 3] with t >= 1 and with h and w multiples of `unit`.
+
+    Raises:
+      ValueError: they are not.
+    """
+    if x_bthwc.ndim != 5 or x_bthwc.shape[1] < 1 or x_bthwc.shape[-1] != 3:
+        raise ValueError(f"pixels {x_bthwc.shape}; expected [b, t, h, w, 3] with t >= 1")
+    h, w = x_bthwc.shape[2:4]
+    if h % unit or w % unit:
+        raise ValueError(
+            f"frames of {h}x{w} pixels; expected multiples of {unit}: crop or pad them first"
+        )
+
+
+def check_latents(z_bfhwc: jax.Array, channels: int) -> None:
+    """Latents must be [b, f, h, w, channels] with f >= 1.
+
+    Raises:
+      ValueError: they are not.
+    """
+    if z_bfhwc.ndim != 5 or z_bfhwc.shape[1] < 1 or z_bfhwc.shape[-1] != channels:
+        raise ValueError(f"latents {z_bfhwc.shape}; expected [b, f, h, w, {channels}] with f >= 1")
+
+
+def check_state(state: State, hint: str = "") -> None:
+    """A chunk that continues a stream needs a state.
+
+    Raises:
+      ValueError: there is none. `hint` is added to the message.
+    """
     if state is None:
         raise ValueError(
-            "state is None in a chunk that does not start the stream; hand in what the chunk before"
-            " returned"
+            "state is None in a chunk that does not start the stream; pass the state that the chunk"
+            f" before returned{hint}"
         )
-    return state
-
-
-def _run_blocks(
-    blocks: Sequence[ResidualBlock], x_bthwc: jax.Array, state: State
-) -> tuple[jax.Array, dict[str, State]]:
-    states = []
-    for i, block in enumerate(blocks):
-        x_bthwc, block_state = block(x_bthwc, _of(state, "blocks", i))
-        states.append(block_state)
-    return x_bthwc, {"blocks": states}

@@ -1,7 +1,6 @@
-"""Runway: a synthetic set of people in clothes, rendered from a seed, with exact ground truth.
+"""Runway: a synthetic data set of people in clothes, rendered from a seed, with exact ground truth.
 
-Adults only, always dressed. Needs the extra `runway` (numba and pillow). See `clip` for the
-interface.
+Adults only, always dressed. Needs the extra `runway` (numba). See `clip` for the interface.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The body data that ships with the package (CC0, see `assets/runway/LICENSE.md`), decoded once per
-process.
+"""The body data that comes with the package (CC0, see `assets/runway/LICENSE.md`).
 
-Legend: v vertices, k shape coefficients, j bones. Metres; x to the person's left, y up, z to the
-front.
+It is decoded once per process. Legend: v vertices, k shape coefficients, j bones. Metres; x to the
+person's left, y up, z to the front.
 """
 
 from __future__ import annotations
@@ -27,9 +26,11 @@ PHENOTYPE = (
     "asian",
     "caucasian",
 )
+# See `Asset.bone_indices` for what the names mean.
+ARM_BONES = ("upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Asset:
     """One skeleton, one topology, 512 adults.
 
@@ -98,31 +99,34 @@ class Asset:
         return self.dense_weights(*self.ranges["body"])
 
     def body_share(self, *bones: str) -> np.ndarray:
-        """Summed skin weight of some bones for each body vertex; `.*` in a name stands for both
-        sides.
-        """
+        """Summed skin weight of some bones for each body vertex; names as in `bone_indices`."""
         return self.body_weights[:, self.bone_indices(*bones)].sum(1)
 
     def bone_indices(self, *bones: str) -> list[int]:
         """Indices of bones by name; a name that ends in `.*` stands for its left and right bone."""
-        names = [
-            name[:-1] + side
-            for name in bones
-            for side in ("LR" if name.endswith(".*") else name[-1])
-        ]
-        return [self.bone[name] for name in names]
+        indices = []
+        for name in bones:
+            if name.endswith(".*"):
+                stem = name.removesuffix("*")
+                indices += [self.bone[f"{stem}L"], self.bone[f"{stem}R"]]
+            else:
+                indices.append(self.bone[name])
+        return indices
 
 
 @functools.lru_cache(maxsize=1)
 def load() -> Asset:
     """Read the data file of the package."""
-    with (
-        resources.files("chameleon_jax").joinpath("assets/runway/body.npz").open("rb") as file,
-        np.load(file) as npz,
-    ):
+    path = resources.files("chameleon_jax").joinpath("assets/runway/body.npz")
+    with path.open("rb") as file, np.load(file) as npz:
         data = {name: npz[name] for name in npz.files}
     weights = data["w"].astype(np.float32)
-    body = slice(*data["range_body"])
+    ranges = {}
+    for name in REGIONS:
+        first, end = data[f"range_{name}"]
+        ranges[name] = (int(first), int(end))
+    body = slice(*ranges["body"])
+    expression_scales = data["expr_s"].astype(np.float32)
     return Asset(
         mean_v3=(data["mean_lo"] + data["mean"] * data["mean_sc"]).astype(np.float32),
         basis_kv3=data["basis"],
@@ -135,11 +139,8 @@ def load() -> Asset:
         skin_index=data["widx"].astype(np.int32),
         skin_weight=weights / weights.sum(1, keepdims=True),
         triangles={name: data[f"tri_{name}"].astype(np.int32) for name in REGIONS},
-        ranges={
-            name: (int(data[f"range_{name}"][0]), int(data[f"range_{name}"][1])) for name in REGIONS
-        },
-        expressions=data["expr"].astype(np.float32)
-        * data["expr_s"].astype(np.float32)[:, None, None],
+        ranges=ranges,
+        expressions=data["expr"].astype(np.float32) * expression_scales[:, None, None],
         expression_vertices=data["expr_idx"].astype(np.int32),
         lips=data["mask_lips"][body].astype(np.float32) / 255,
         ears=data["mask_ears"][body].astype(np.float32) / 255,

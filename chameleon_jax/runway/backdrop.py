@@ -1,5 +1,6 @@
-"""Backgrounds: a floor plane and a back wall, ray-cast and drawn by rule, so parallax is right for
-every camera.
+"""Backgrounds: a floor plane and a back wall, ray-cast and drawn by formulas.
+
+Both are planes in space, so the parallax is right for every camera.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from chameleon_jax.runway.patterns import band, lattice, noise, step
 
 KINDS = ("studio", "room", "street", "park", "blank")
 _STUDIO, _ROOM, _STREET, _PARK, _BLANK = range(5)
-_NOWHERE = 1e9
+_NOWHERE = 1e9  # distance of a plane that the ray does not meet
 
 
 @kernel
 def _studio(colour, place, hx, hy, floor_z):
-    """A paper roll: the wall's gradient runs into the floor."""
+    """A roll of paper: the gradient of the wall continues on the floor."""
     high = step(0.0, 2.6, hy)
     glow = place.glow * math.exp(-((hx - place.glow_x) ** 2 + (hy - 1.2) ** 2) / 3.5)
     on_floor = step(place.wall_z - 0.2, place.wall_z + 1.6, floor_z) if floor_z < _NOWHERE else 0.0
@@ -39,11 +40,8 @@ def _floor(colour, place, x, z, distance, f):
     elif place.kind == _STREET:
         i, j = math.floor(x / 0.6), math.floor(z / 0.6 + 0.3)
         joint = band(x / 0.6, 0.965, f / 0.6) * band(z / 0.6 + 0.3, 0.965, f / 0.6)
-        value = (
-            (0.88 + 0.14 * lattice(i, j, 5))
-            * (0.8 + 0.2 * joint)
-            * (0.95 + 0.1 * noise(11 * x, 11 * z, 8))
-        )
+        stone = 0.88 + 0.14 * lattice(i, j, 5)
+        value = stone * (0.8 + 0.2 * joint) * (0.95 + 0.1 * noise(11 * x, 11 * z, 8))
     else:
         value = 0.8 + 0.2 * noise(5 * x, 5 * z, 3) + 0.2 * noise(17 * x, 17 * z, 4)
     value *= 0.75 + 0.25 * step(8.0, 2.0, distance)
@@ -52,11 +50,18 @@ def _floor(colour, place, x, z, distance, f):
 
 
 @kernel
-def _frame(box, x, y, margin, soft):
-    """Inside a rectangle given as centre x, y and half sizes, less a margin."""
-    return step(box[2] - margin + soft, box[2] - margin - soft, abs(x - box[0])) * step(
-        box[3] - margin + soft, box[3] - margin - soft, abs(y - box[1])
-    )
+def _inside(box, x, y, margin, soft):
+    """How far a point is inside a rectangle, 0 to 1.
+
+    Args:
+      box: centre x, centre y, half width, half height.
+      x, y: the point.
+      margin: by how much the rectangle is smaller than the box.
+      soft: half the width of its soft edge.
+    """
+    across = step(box[2] - margin + soft, box[2] - margin - soft, abs(x - box[0]))
+    up = step(box[3] - margin + soft, box[3] - margin - soft, abs(y - box[1]))
+    return across * up
 
 
 @kernel
@@ -68,25 +73,23 @@ def _room_wall(colour, place, x, y):
     for c in range(3):
         colour[c] = place.wall[c] * value * (1 - board) + place.frame[c] * board
     if place.window[2] > 0:
-        outer = _frame(place.window, x, y, 0.0, soft)
+        outer = _inside(place.window, x, y, 0.0, soft)
         bars = step(0.005 - 0.5 * soft, 0.025 + 0.5 * soft, abs(x - place.window[0]))
         bars *= step(0.005 - 0.5 * soft, 0.025 + 0.5 * soft, abs(y - place.window[1]))
-        inner = _frame(place.window, x, y, 0.05, soft) * bars
-        bright = 0.75 + 0.25 * step(
-            place.window[1] - place.window[3], place.window[1] + place.window[3], y
-        )
+        inner = _inside(place.window, x, y, 0.05, soft) * bars
+        low, high = place.window[1] - place.window[3], place.window[1] + place.window[3]
+        bright = 0.75 + 0.25 * step(low, high, y)
         for c in range(3):
             colour[c] += (place.frame[c] - colour[c]) * outer
             colour[c] += (place.sky[c] * bright - colour[c]) * inner
     if place.picture[2] > 0:
-        outer = _frame(place.picture, x, y, 0.0, soft)
-        inner = _frame(place.picture, x, y, 0.05, soft)
+        outer = _inside(place.picture, x, y, 0.0, soft)
+        inner = _inside(place.picture, x, y, 0.05, soft)
         paint = noise(4 * (x - place.picture[0]) + 5, 4 * (y - place.picture[1]), place.seed)
         for c in range(3):
             colour[c] += (0.5 * place.frame[c] - colour[c]) * outer
-            colour[c] += (
-                place.accent[c] * paint + 0.8 * place.sky[c] * (1 - paint) - colour[c]
-            ) * inner
+            canvas = place.accent[c] * paint + 0.8 * place.sky[c] * (1 - paint)
+            colour[c] += (canvas - colour[c]) * inner
     glow = place.glow * math.exp(-((x - place.glow_x) ** 2 + (y - 1.7) ** 2) / 0.9)
     for c in range(3):
         colour[c] += glow * place.sky[c]
@@ -100,9 +103,8 @@ def _street_wall(colour, place, x, y):
     column, row = x / pitch, (y - 0.3) / (1.25 * pitch)
     i, j = math.floor(column), math.floor(row)
     soft = place.soft / pitch
-    pane = step(0.30 + soft, 0.30 - soft, abs(column - i - 0.5)) * step(
-        0.33 + soft, 0.33 - soft, abs(row - j - 0.5)
-    )
+    pane = step(0.30 + soft, 0.30 - soft, abs(column - i - 0.5))
+    pane *= step(0.33 + soft, 0.33 - soft, abs(row - j - 0.5))
     shade = lattice(int(i), int(j), place.seed)
     stone = 0.9 + 0.2 * noise(1.5 * x, 1.5 * y, 4)
     for c in range(3):
@@ -114,9 +116,9 @@ def _street_wall(colour, place, x, y):
 @kernel
 def _park_wall(colour, place, x, y):
     """Unsharp foliage and the sky."""
-    outline = 0.6 * noise(0.8 * x, 0.8 * y, place.seed) + 0.4 * noise(
-        2.1 * x, 2.1 * y, place.seed + 1
-    )
+    coarse = noise(0.8 * x, 0.8 * y, place.seed)
+    fine = noise(2.1 * x, 2.1 * y, place.seed + 1)
+    outline = 0.6 * coarse + 0.4 * fine
     sky = step(1.2, 3.2, y + 1.6 * outline)
     leaves = 0.55 + 0.9 * noise(1.6 * x + 3, 1.6 * y, place.seed + 3)
     for c in range(3):
@@ -125,8 +127,9 @@ def _park_wall(colour, place, x, y):
 
 @kernel
 def _floor_shadow(x, y, z, shadow_map, matrix_34):
-    """Share of the key light that is blocked on the floor; a wide filter, because the floor is
-    looked at from afar.
+    """Share of the key light that is blocked on the floor, 0 to 1.
+
+    The filter is wide, because the floor is far from the camera.
     """
     edge = shadow_map.shape[0]
     u = matrix_34[0, 0] * x + matrix_34[0, 1] * y + matrix_34[0, 2] * z + matrix_34[0, 3]
@@ -138,7 +141,8 @@ def _floor_shadow(x, y, z, shadow_map, matrix_34):
     blocked = 0
     for b in range(-6, 7, 3):
         for a in range(-6, 7, 3):
-            blocked += shadow_map[j + b, i + a] > depth
+            if shadow_map[j + b, i + a] > depth:
+                blocked += 1
     return blocked / 25
 
 

@@ -3,8 +3,8 @@
 Rest bones are aligned with the world, so a bone's global rotation R_j moves its joint to
 pos_j = pos_parent + R_parent (rest_j - rest_parent) and its skin by [R_j | pos_j - R_j rest_j].
 
-Legend: j bones. Metres and radians; x to the person's left, y up, z to the front; side 0 is left, 1
-is right.
+Legend: j bones. Metres and radians; x to the person's left, y up, z to the front; side 0 is left,
+side 1 is right.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SHORTEST, TALLEST = 1.55, 1.92  # random adults are scaled into this range
 X, Y, Z = np.eye(3)
 _SIDES = (("L", 1.0), ("R", -1.0))
 _REACH = 0.9955  # share of the leg's length at which the knee counts as straight
-_REACH_SOFTNESS = 0.004
-_KNEE_OUT = 0.10
+_REACH_SOFTNESS = 0.004  # of the minimum of the heights that the legs reach, metres
+_KNEE_OUT = 0.10  # by how much the knees point outwards, radians
 
 
 class Person:
@@ -46,14 +46,15 @@ class Person:
         geometry.morph(data.mean_v3, data.basis_kv3, weights, points)
         body = points[data.region("body")]
         low, high = float(body[:, 1].min()), float(body[:, 1].max())
-        self.stretch = (
-            float(np.clip(high - low, SHORTEST, TALLEST)) / (high - low) if scale_height else 1.0
-        )
+        height = high - low
+        self.stretch = 1.0
+        if scale_height:
+            self.stretch = float(np.clip(height, SHORTEST, TALLEST)) / height
         points[:, 1] -= low
         points *= np.float32(self.stretch)
         self.vertices = points[: data.vertices]
         self.joints = points[data.vertices : data.vertices + len(data.bones)].astype(np.float64)
-        self.height = (high - low) * self.stretch
+        self.height = height * self.stretch
         self.size = self.height / 1.72
 
     def joint(self, name: str) -> np.ndarray:
@@ -65,15 +66,15 @@ class Person:
         return self.vertices[asset.load().region(name)]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Pose:
     """One posture; `motion.Motion` holds the same fields for every frame.
 
     Attributes:
       root: x, z of the pelvis over the ground.
       drop: how far the pelvis is lowered on purpose (squats).
-      pelvis, spine, head: pitch, yaw, roll; the spine's and the head's are relative to what carries
-        them.
+      pelvis, spine, head: pitch, yaw, roll; those of the spine are relative to the pelvis, those of
+        the head are relative to the chest.
       arms: [2, 5] abduction, forward flexion, humeral twist, elbow flexion, pronation.
       wrists: [2, 2] flexion, deviation.
       feet: [2, 5] x, z of the ball of the foot, lift, yaw, pitch (positive: on the toes).
@@ -122,7 +123,7 @@ def rotation(axis: np.ndarray, angle: float) -> np.ndarray:
 
 
 def turned(pitch: float = 0.0, yaw: float = 0.0, roll: float = 0.0) -> np.ndarray:
-    """Yaw after pitch after roll."""
+    """A rotation: first roll about z, then pitch about x, then yaw about y."""
     return rotation(Y, yaw) @ rotation(X, pitch) @ rotation(Z, roll)
 
 
@@ -131,8 +132,8 @@ def skeleton(person: Person, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       person: rest shape.
-      pose: posture. The pelvis is lowered as far as needed for both feet to reach the ground, which
-        gives a walk its bob.
+      pose: posture. The pelvis is lowered until both feet reach the ground; in a walk it moves up
+        and down.
 
     Returns:
       Skin matrices, float32 [36, 3, 4], and joint positions [36, 3].
@@ -176,9 +177,8 @@ class _Bones:
 
     def matrices(self) -> np.ndarray:
         moved = np.einsum("jab,jb->ja", self.rotations, self.person.joints)
-        return np.concatenate([self.rotations, (self.positions - moved)[..., None]], 2).astype(
-            np.float32
-        )
+        offsets = (self.positions - moved)[..., None]
+        return np.concatenate([self.rotations, offsets], 2).astype(np.float32)
 
 
 def _ankle(person: Person, side: str, foot: np.ndarray) -> np.ndarray:
@@ -197,8 +197,9 @@ def _leg_lengths(person: Person, side: str) -> tuple[float, float]:
 def _root_position(
     person: Person, pose: Pose, pelvis: np.ndarray, ankles: list[np.ndarray]
 ) -> np.ndarray:
-    """Pelvis position: as high as wanted, but no higher than both legs reach (a soft minimum, so
-    nothing snaps).
+    """Position of the pelvis: at the wanted height, but no higher than both legs reach.
+
+    The minimum is soft, so that the height changes smoothly.
     """
     rest = person.joint("root")
     wanted = np.array([pose.root[0], rest[1] - pose.drop, pose.root[1]])
@@ -210,9 +211,8 @@ def _root_position(
         across = math.hypot(hip[0] - ankle[0], hip[2] - ankle[2])
         heights.append(ankle[1] + math.sqrt(max(reach**2 - across**2, 0.05)) - offset[1])
     low = min(heights)
-    soft = low - _REACH_SOFTNESS * math.log(
-        sum(math.exp((low - y) / _REACH_SOFTNESS) for y in heights)
-    )
+    total = sum(math.exp((low - y) / _REACH_SOFTNESS) for y in heights)
+    soft = low - _REACH_SOFTNESS * math.log(total)
     return np.array([wanted[0], soft, wanted[2]])
 
 
@@ -228,9 +228,8 @@ def _pose_arm(
             math.cos(abduction) * math.sin(forward),
         ]
     )
-    bend_towards = rotation(direction, sign * twist) @ np.array(
-        [0, math.sin(forward), math.cos(forward)]
-    )
+    front = np.array([0, math.sin(forward), math.cos(forward)])
+    bend_towards = rotation(direction, sign * twist) @ front
     hinge = _unit(_cross(direction, bend_towards))
 
     elevation = math.acos(np.clip(-direction[1], -1, 1))
@@ -264,8 +263,9 @@ def _pose_leg(
     foot: np.ndarray,
     ankle: np.ndarray,
 ) -> None:
-    """Two-bone inverse kinematics; the knee bends in a plane between those of the pelvis and of the
-    foot.
+    """Two-bone inverse kinematics.
+
+    The knee bends in a plane between the direction of the pelvis and that of the foot.
     """
     person, (side, sign) = bones.person, _SIDES[number]
     data = bones.data
@@ -296,9 +296,8 @@ def _pose_leg(
     bones.put(f"lowerleg02.{side}", lower)
     _, _, _, yaw, pitch = foot
     bones.put(f"foot.{side}", turned(pitch, yaw))
-    bones.put(
-        f"toe2-1.{side}", turned(min(pitch, 0.0), yaw)
-    )  # on tiptoe the toes stay on the ground
+    # On tiptoe the toes stay on the ground.
+    bones.put(f"toe2-1.{side}", turned(min(pitch, 0.0), yaw))
 
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -324,7 +323,9 @@ def _swing(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     a, b = _unit(start), _unit(end)
     axis = _cross(a, b)
     sine = float(np.linalg.norm(axis))
-    return np.eye(3) if sine < 1e-8 else rotation(axis / sine, math.atan2(sine, float(a @ b)))
+    if sine < 1e-8:
+        return np.eye(3)
+    return rotation(axis / sine, math.atan2(sine, float(a @ b)))
 
 
 def _twist(rotation_33: np.ndarray, axis: np.ndarray) -> float:

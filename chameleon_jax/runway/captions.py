@@ -1,10 +1,12 @@
-"""What a clip is described with: plain English sentences about what stays (person, place, clothes)
-and what happens.
+"""Captions of a clip in plain English.
+
+A static caption describes the person, the place and the clothes, a dynamic caption what happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 from chameleon_jax.runway.figure import PersonSpec
 from chameleon_jax.runway.garments import GarmentSpec, describe, indefinite
@@ -24,7 +26,8 @@ _FRAMING = {
     "knee": "The person is seen from the knees up.",
     "thigh": "The person is seen from the thighs up.",
 }
-_NEARS = ("walk", "walk_turn", "approach")  # comes closer, so that a framing holds for the end
+# The person comes closer, so that the framing is true for the end of the clip.
+_COMES_CLOSER = ("walk", "walk_turn", "approach")
 _CAMERA = {
     "static": "The camera stands still.",
     "dolly": "The camera moves slowly {dolly}.",
@@ -32,7 +35,9 @@ _CAMERA = {
     "orbit": "The camera circles slowly to the {side}.",
     "handheld": "The camera is held by hand and sways a little.",
 }
-_GESTURE = {  # infinitive and participle with {their} for the possessive
+# What happens when the gesture starts, and when it ends in a clip that begins in it; {their} stands
+# for "her" or "his".
+_GESTURE = {
     "hip": ("puts one hand on {their} hip", "takes the hand off {their} hip"),
     "hips": ("puts both hands on {their} hips", "takes both hands off {their} hips"),
     "wave": ("raises one hand and waves", "stops waving and lowers the hand"),
@@ -52,26 +57,44 @@ _HEAD = {
 }
 
 
+# {side} is the person's own left or right: their left is on the right of the picture.
+_LOCOMOTION = {
+    "stand": "stands in place",
+    "sway": "sways gently from side to side",
+    "walk": "walks slowly towards the camera",
+    "walk_turn": "walks towards the camera and turns to {their} {side}",
+    "turn": "turns to {their} {side}",
+    "spin": "turns around in place",
+    "sidestep": "steps to {their} {side}",
+    "squat": "bends {their} knees and squats",
+    "approach": "walks up to the camera and stops",
+}
+
+
+class Captions(TypedDict):
+    """All captions of a clip; the pairs are (dynamic, static)."""
+
+    static: str
+    dynamic: str
+    en_long: tuple[str, str]
+    en_short: tuple[str, str]
+
+
 def _words(person: PersonSpec) -> dict[str, str]:
     if person.feminine:
-        return {"noun": "woman", "they": "she", "their": "her"}
-    return {"noun": "man", "they": "he", "their": "his"}
+        return {"noun": "woman", "their": "her"}
+    return {"noun": "man", "their": "his"}
 
 
-def _locomotion(action: MotionSpec) -> str:
-    # the person's left is on the right of the picture; captions speak from the person's side
-    side = "left" if action.side > 0 else "right"
-    return {
-        "stand": "stands in place",
-        "sway": "sways gently from side to side",
-        "walk": "walks slowly towards the camera",
-        "walk_turn": f"walks towards the camera and turns to {{their}} {side}",
-        "turn": f"turns to {{their}} {side}",
-        "spin": "turns around in place",
-        "sidestep": f"steps to {{their}} {side}",
-        "squat": "bends {their} knees and squats",
-        "approach": "walks up to the camera and stops",
-    }[action.locomotion]
+def _side(action: MotionSpec) -> str:
+    return "left" if action.side > 0 else "right"
+
+
+def _listed(items: Sequence[str]) -> str:
+    """Join with commas, and with "and" before the last one."""
+    if len(items) == 1:
+        return items[0]
+    return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _person(person: PersonSpec, long: bool) -> str:
@@ -93,29 +116,27 @@ def _person(person: PersonSpec, long: bool) -> str:
 
 
 def _place(scene: SceneSpec, long: bool) -> str:
+    wall = indefinite(scene.wall)
     if scene.place == "studio":
-        return f"in front of {indefinite(scene.wall)} backdrop"
+        return f"in front of {wall} backdrop"
     if scene.place == "room":
-        room = f"in a room with {indefinite(scene.wall)} wall"
+        room = f"in a room with {wall} wall"
         return f"{room} and {_WOOD[scene.floor]}" if long else room
     if scene.place == "street":
-        return (
-            f"on a paved street in front of {indefinite(scene.wall)} facade"
-            if long
-            else "on a street"
-        )
+        return f"on a paved street in front of {wall} facade" if long else "on a street"
     return f"in a park with {scene.wall} foliage" if long else "in a park"
 
 
 def _clothes(outfit: Mapping[str, GarmentSpec], person: PersonSpec, long: bool) -> str:
-    items = [
-        describe(outfit[slot]) for slot in ("outer", "dress", "top", "bottom") if slot in outfit
-    ]
+    worn = [slot for slot in ("outer", "dress", "top", "bottom") if slot in outfit]
+    items = [describe(outfit[slot]) for slot in worn]
     if "outer" in outfit and len(items) > 1:
-        items[:2] = [f"{items[0]} over {items[1]}"]
+        outer, inner, *rest = items
+        items = [f"{outer} over {inner}", *rest]
     if long:
-        items.append(f"{person.shoes.colour} {'boots' if person.shoes.shaft > 0.1 else 'shoes'}")
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+        kind = "boots" if person.shoes.shaft > 0.1 else "shoes"
+        items.append(f"{person.shoes.colour} {kind}")
+    return _listed(items)
 
 
 def static_caption(
@@ -127,12 +148,13 @@ def static_caption(
     long: bool = True,
 ) -> str:
     """Person, place and clothes."""
-    text = f"{_person(person, long)} is {_place(scene, long)}, wearing {_clothes(outfit, person, long)}."
+    clothes = _clothes(outfit, person, long)
+    text = f"{_person(person, long)} is {_place(scene, long)}, wearing {clothes}."
     text = text[0].upper() + text[1:]
     if not long:
         return text
     framing = _FRAMING[camera.framing]
-    if action.locomotion in _NEARS and camera.framing != "full":
+    if action.locomotion in _COMES_CLOSER and camera.framing != "full":
         framing = f"In the end {framing[0].lower()}{framing[1:]}"
     return f"{text} {framing}"
 
@@ -141,22 +163,28 @@ def dynamic_caption(
     person: PersonSpec, action: MotionSpec, camera: CameraSpec, long: bool = True
 ) -> str:
     """What the person and the camera do."""
-    words = _words(person) | {"side": "left" if action.side > 0 else "right"}
-    clauses = [_locomotion(action)]
+    words = _words(person) | {"side": _side(action)}
+    clauses = [_LOCOMOTION[action.locomotion]]
     if action.gesture != "none":
-        clauses.append(_GESTURE[action.gesture][1 if action.posed else 0])
+        starts, ends = _GESTURE[action.gesture]
+        clauses.append(ends if action.posed else starts)
     if long and action.head != "none":
         clauses.append(_HEAD[action.head])
-    joined = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
     if len(clauses) == 2 and " and " in clauses[0] + clauses[1]:
         joined = f"{clauses[0]}, then {clauses[1]}"
+    else:
+        joined = _listed(clauses)
     text = f"The {words['noun']} {joined}.".format(**words)
     if not long:
         return text
-    amount = camera.amounts[2]
-    # an orbit or a drift to +x goes to the right of the picture
-    moves = {"side": "right" if amount > 0 else "left", "dolly": "closer" if amount > 0 else "back"}
-    return f"{text} {_CAMERA[camera.move].format(**moves)}"
+    return f"{text} {_camera(camera)}"
+
+
+def _camera(camera: CameraSpec) -> str:
+    # An orbit or a drift to +x goes to the right of the picture.
+    forward = camera.amounts[2] > 0
+    side, dolly = ("right", "closer") if forward else ("left", "back")
+    return _CAMERA[camera.move].format(side=side, dolly=dolly)
 
 
 def captions(
@@ -165,16 +193,15 @@ def captions(
     outfit: Mapping[str, GarmentSpec],
     action: MotionSpec,
     camera: CameraSpec,
-) -> dict[str, str | tuple[str, str]]:
-    """All captions of a clip.
-
-    Returns:
-      `static` and `dynamic` (the long forms), and the pairs `en_long` and `en_short`, each (what
-      happens, what it looks like).
-    """
+) -> Captions:
+    """All captions of a clip; `static` and `dynamic` are the long forms."""
     static = static_caption(person, scene, outfit, action, camera)
     dynamic = dynamic_caption(person, action, camera)
     short_static = static_caption(person, scene, outfit, action, camera, long=False)
     short_dynamic = dynamic_caption(person, action, camera, long=False)
-    short = (short_dynamic, short_static)
-    return {"static": static, "dynamic": dynamic, "en_long": (dynamic, static), "en_short": short}
+    return {
+        "static": static,
+        "dynamic": dynamic,
+        "en_long": (dynamic, static),
+        "en_short": (short_dynamic, short_static),
+    }

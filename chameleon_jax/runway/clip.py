@@ -23,17 +23,25 @@ from typing import Any
 import numpy as np
 
 from chameleon_jax.runway import motion, parts, renderer, scene
-from chameleon_jax.runway.captions import captions
+from chameleon_jax.runway.captions import Captions, captions
 from chameleon_jax.runway.drape import Styling
 from chameleon_jax.runway.figure import Figure, PersonSpec, ShoeSpec, sample_person
-from chameleon_jax.runway.garments import SKIRTS, GarmentSpec, held_out, sample_garment
+from chameleon_jax.runway.garments import (
+    SKIRTS,
+    GarmentSpec,
+    describe,
+    held_out,
+    sample_garment,
+)
 from chameleon_jax.runway.hair import HairSpec
 from chameleon_jax.runway.motion import MotionSpec, sample_motion
 from chameleon_jax.runway.scene import CameraSpec, SceneSpec, sample_camera, sample_scene
 from chameleon_jax.splits import SPLITS, split_of
 
-VIDEO_SAMPLES, PICTURE_SAMPLES = 2, 3
+VIDEO_SAMPLES, PICTURE_SAMPLES = 2, 3  # sub-samples per pixel and axis
 _HELD_OUT_TARGETS = 0.5  # share of validation clips whose garment was never seen in training
+# Relative frequency with which the garment of a slot becomes the one that the triplet is about.
+_TARGET_SHARES = {"dress": 1.0, "top": 0.7, "bottom": 0.3, "outer": 0.6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +49,9 @@ class ClipSpec:
     """Everything a clip is made from.
 
     Attributes:
-      seed, split: where it comes from.
+      seed, split: the seed that it was drawn from, and the name of its split.
       frames, size, fps: pixel frames, (height, width), frames per second.
-      person, motion, scene, camera: see there.
+      person, motion, scene, camera: see `PersonSpec`, `MotionSpec`, `SceneSpec`, `CameraSpec`.
       outfit: garments by slot.
       styling: how they are worn.
       slot: the slot whose garment the triplet is about.
@@ -64,6 +72,12 @@ class ClipSpec:
     slot: str
     reference_garment: GarmentSpec
 
+    def __repr__(self) -> str:
+        return (
+            f"ClipSpec(seed={self.seed}, split={self.split!r}, {_extent(self.frames, self.size)},"
+            f" fps={self.fps:g}, {self.slot}={describe(self.garment)!r})"
+        )
+
     @property
     def garment(self) -> GarmentSpec:
         """The garment that the triplet is about."""
@@ -73,8 +87,7 @@ class ClipSpec:
         """The same clip in another garment.
 
         Raises:
-          ValueError: nothing is worn in that garment's slot, so that swapping it would change the
-            outfit.
+          ValueError: nothing is worn in that garment's slot, so it would be an additional garment.
         """
         if garment.slot not in self.outfit:
             worn = ", ".join(self.outfit)
@@ -83,7 +96,7 @@ class ClipSpec:
             )
         return dataclasses.replace(self, outfit=self.outfit | {garment.slot: garment})
 
-    def captions(self) -> dict[str, Any]:
+    def captions(self) -> Captions:
         """See `captions.captions`."""
         return captions(self.person, self.scene, self.outfit, self.motion, self.camera)
 
@@ -93,10 +106,15 @@ class ClipSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ClipSpec:
-        """Inverse of `to_json`, also after a detour through JSON text."""
+        """Inverse of `to_json`, also for values that were written as JSON text and read again."""
         person = dict(values["person"])
-        person |= {"hair": HairSpec(**person["hair"]), "shoes": ShoeSpec(**person["shoes"])}
+        person["hair"] = HairSpec(**person["hair"])
+        person["shoes"] = ShoeSpec(**person["shoes"])
         camera = dict(values["camera"])
+        camera["amounts"] = tuple(camera["amounts"])
+        outfit = {
+            slot: GarmentSpec.from_json(garment) for slot, garment in values["outfit"].items()
+        }
         return cls(
             seed=values["seed"],
             split=values["split"],
@@ -106,10 +124,8 @@ class ClipSpec:
             person=PersonSpec(**person),
             motion=MotionSpec(**values["motion"]),
             scene=SceneSpec(**values["scene"]),
-            camera=CameraSpec(**(camera | {"amounts": tuple(camera["amounts"])})),
-            outfit={
-                slot: GarmentSpec.from_json(garment) for slot, garment in values["outfit"].items()
-            },
+            camera=CameraSpec(**camera),
+            outfit=outfit,
             styling=Styling(**values["styling"]),
             slot=values["slot"],
             reference_garment=GarmentSpec.from_json(values["reference_garment"]),
@@ -118,11 +134,11 @@ class ClipSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A rendered clip; the fields after `frames` are filled when ground truth is asked for.
+    """A rendered clip; the fields after `frames` are None unless ground truth is asked for.
 
     Attributes:
       frames: uint8 [t, h, w, 3].
-      parts: uint8 [t, h, w], numbers in `parts.NAMES`: what most of a pixel shows.
+      parts: uint8 [t, h, w], index in `parts.NAMES` of the part with most sub-samples in a pixel.
       touched: uint16 [t, h, w], bit p set where part p has at least one sub-sample in the pixel;
         for a garment also where another garment lies over it.
       depth: float32 [t, h, w], metres along the view axis, infinite for the background.
@@ -139,8 +155,16 @@ class Clip:
     joints_2d: np.ndarray | None = None
     cameras: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        truth = "with" if self.touched is not None else "without"
+        return f"Clip({_extent(len(self.frames), self.frames.shape[1:3])}, {truth} ground truth)"
+
     def mask(self, slot: str) -> np.ndarray:
-        """bool [t, h, w]: pixels with at least one sub-sample of the garment in a slot."""
+        """bool [t, h, w]: pixels with at least one sub-sample of the garment in a slot.
+
+        Raises:
+          ValueError: the clip was rendered without ground truth.
+        """
         if self.touched is None:
             raise ValueError("this clip has no masks; render it with ground_truth=True")
         return (self.touched >> parts.SLOTS[slot]) & 1 == 1
@@ -148,7 +172,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Triplet:
-    """What a model learns from.
+    """One training example: a video, a reference picture and a picture of the garment.
 
     Attributes:
       video: uint8 [t, h, w, 3].
@@ -162,8 +186,17 @@ class Triplet:
     video: np.ndarray
     reference: np.ndarray
     garment: np.ndarray
-    captions: dict[str, Any]
+    captions: Captions
     spec: dict[str, Any]
+
+    def __repr__(self) -> str:
+        extent = _extent(len(self.video), self.video.shape[1:3])
+        return f"Triplet(seed={self.spec['seed']}, {extent}, caption={self.captions['static']!r})"
+
+
+def _extent(frames: int, size: Sequence[int]) -> str:
+    height, width = size
+    return f"{frames} frames of {height}x{width}"
 
 
 def sample_spec(
@@ -182,15 +215,16 @@ def sample_spec(
       split: draw the garments as this split does; None takes the seed's own.
 
     Raises:
-      ValueError: an impossible argument.
+      ValueError: an argument is outside of its range.
     """
-    split = split_of(seed) if split is None else split
+    if split is None:
+        split = split_of(seed)
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     if frames < 1 or min(size) < 8 or fps <= 0:
         raise ValueError(
-            f"frames={frames}, size={size}, fps={fps}; expected at least 1 frame, 8 pixels, and fps"
-            " > 0"
+            f"frames={frames}, size={size}, fps={fps}; expected at least 1 frame, at least 8 pixels"
+            " in height and width, and fps above 0"
         )
     person = sample_person(_stream(seed, "person"))
     outfit, styling, slot, reference = _sample_outfit(_stream(seed, "outfit"), person, split)
@@ -225,68 +259,84 @@ def render_clip(
       spec: what to render.
       shadows: cast shadows. Without them a clip and the same clip in another garment are equal, bit
         for bit, in every pixel that neither garment touches (see `Clip.mask`).
-      ground_truth: fill in masks, depth, joints and cameras too.
+      ground_truth: return masks, depth, joints and cameras too.
       samples: sub-samples per pixel and axis.
       only: render these frames of the clip; None is all of them.
     """
-    return Stage(spec).clip(
-        spec, range(spec.frames) if only is None else only, shadows, ground_truth, samples
-    )
+    frames = range(spec.frames) if only is None else only
+    return ClipRenderer(spec).clip(spec, frames, shadows, ground_truth, samples)
 
 
 def render_triplet(
     seed: int, frames: int = 81, size: tuple[int, int] = (128, 80), fps: float = 16
 ) -> Triplet:
-    """Render the triplet of a seed: a clip, its person in another garment, its garment alone."""
+    """Render the triplet of a seed: a clip, its person in another garment, its garment alone.
+
+    Args:
+      seed, frames, size, fps: see `sample_spec`.
+
+    Raises:
+      ValueError: see `sample_spec`.
+    """
     spec = sample_spec(seed, frames=frames, size=size, fps=fps)
-    stage = Stage(spec)
-    video = stage.clip(
-        spec, range(spec.frames), shadows=True, ground_truth=False, samples=VIDEO_SAMPLES
-    )
+    clip_renderer = ClipRenderer(spec)
     return Triplet(
-        video=video.frames,
-        reference=stage.reference(spec),
+        video=clip_renderer.clip(spec, range(spec.frames), samples=VIDEO_SAMPLES).frames,
+        reference=clip_renderer.reference(spec),
         garment=renderer.garment_picture(spec.garment, spec.size, PICTURE_SAMPLES),
         captions=spec.captions(),
         spec=spec.to_json(),
     )
 
 
-class Stage:
-    """What a clip and its counterparts in other garments share: the person, the motion, the
-    cameras, the setting.
+class ClipRenderer:
+    """Renders a clip, and the same clip in other garments.
+
+    Holds what does not depend on the garments: the person, the motion, the cameras, the place.
     """
 
     def __init__(self, spec: ClipSpec):
         self.figure = Figure(spec.person)
-        self.motion = motion.animate(spec.motion, self.figure.person, spec.frames, spec.fps)
-        self.swing = renderer.cloth_swing(self.motion)
         person, hair = self.figure.person, spec.person.hair.thickness
+        self.motion = motion.animate(spec.motion, person, spec.frames, spec.fps)
+        self.swing = renderer.cloth_swing(self.motion)
         self.cameras = scene.make_cameras(
             spec.camera, spec.motion, person, hair, self.motion, spec.size
         )
         self.light, self.backdrop = scene.make_light(spec.scene), scene.make_backdrop(spec.scene)
 
     def clip(
-        self, spec: ClipSpec, frames: Sequence[int], shadows: bool, ground_truth: bool, samples: int
+        self,
+        spec: ClipSpec,
+        frames: Sequence[int],
+        shadows: bool = True,
+        ground_truth: bool = False,
+        samples: int = VIDEO_SAMPLES,
     ) -> Clip:
-        """Render some frames; see `render_clip`. `spec` may differ from the stage's own in its
-        garments.
+        """Render some frames.
+
+        Args:
+          spec: may have other garments than the one that the renderer was made for, and must be
+            equal otherwise.
+          frames: numbers of the frames.
+          shadows, ground_truth, samples: see `render_clip`.
         """
         model = self.figure.dress(spec.outfit, spec.styling)
-        artist = renderer.Renderer(model, spec.size, samples)
+        frame_renderer = renderer.Renderer(model, spec.size, samples)
         setting = renderer.Setting(self.light, self.backdrop, shadows)
-        drawn = []
+        images, drawn = [], []
         for t in frames:
-            joints = artist.pose(self.motion.pose(t), self.swing[t])
-            frame = artist.draw(self.cameras[t], setting, joints, ground_truth)
-            drawn.append(frame if ground_truth else frame.image)
+            joints = frame_renderer.pose(self.motion.pose(t), self.swing[t])
+            frame = frame_renderer.draw(self.cameras[t], setting, joints, ground_truth)
+            images.append(frame.image)
+            if ground_truth:
+                drawn.append(frame)
         if not ground_truth:
-            return Clip(np.stack(drawn))
+            return Clip(np.stack(images))
         joints = np.stack([frame.joints for frame in drawn])
         cameras = np.stack([self.cameras[t].matrix for t in frames])
         return Clip(
-            frames=np.stack([frame.image for frame in drawn]),
+            frames=np.stack(images),
             parts=np.stack([frame.part for frame in drawn]),
             touched=np.stack([frame.touched for frame in drawn]),
             depth=np.stack([frame.depth for frame in drawn]),
@@ -298,9 +348,7 @@ class Stage:
     def reference(self, spec: ClipSpec) -> np.ndarray:
         """The first frame in the reference garment, uint8 [h, w, 3]."""
         other = spec.with_garment(spec.reference_garment)
-        return self.clip(
-            other, range(1), shadows=True, ground_truth=False, samples=PICTURE_SAMPLES
-        ).frames[0]
+        return self.clip(other, [0], samples=PICTURE_SAMPLES).frames[0]
 
 
 def project(points: np.ndarray, cameras: np.ndarray) -> np.ndarray:
@@ -317,50 +365,60 @@ def _stream(seed: int, purpose: str) -> np.random.Generator:
 def _sample_outfit(
     rng: np.random.Generator, person: PersonSpec, split: str
 ) -> tuple[dict[str, GarmentSpec], Styling, str, GarmentSpec]:
-    """Garments by slot, how they are worn, the slot that the triplet is about, and the reference's
-    garment there.
+    """Draw garments by slot and how they are worn.
+
+    Returns:
+      Garments by slot; how they are worn; the slot that the triplet is about; and the garment of
+      the reference picture in that slot.
     """
     skirts = 0.15 + 1.7 * person.phenotype["gender"] if person.feminine else 0.05
-    dressed = bool(rng.random() < 0.30) and person.feminine
-    layered = bool(rng.random() < 0.12) and not dressed
-    slots = ["dress"] if dressed else ["top", "bottom"] + (["outer"] if layered else [])
-    shares = np.array(
-        [{"dress": 1.0, "top": 0.7, "bottom": 0.3, "outer": 0.6}[slot] for slot in slots]
-    )
+    in_dress = bool(rng.random() < 0.30) and person.feminine
+    layered = bool(rng.random() < 0.12) and not in_dress
+    slots = ["dress"] if in_dress else ["top", "bottom"]
+    if layered:
+        slots.append("outer")
+    shares = np.array([_TARGET_SHARES[slot] for slot in slots])
     slot = str(rng.choice(slots, p=shares / shares.sum()))
-    wants_held_out = split == "validation" and bool(rng.random() < _HELD_OUT_TARGETS)
+    target_held_out = split == "validation" and bool(rng.random() < _HELD_OUT_TARGETS)
 
     draw: Callable[..., GarmentSpec] = functools.partial(sample_garment, rng, skirts=skirts)
-    outfit = {name: draw(name, accept=lambda g: not held_out(g)) for name in slots}
-    if wants_held_out:
+    outfit = {name: draw(name, accept=_seen_in_training) for name in slots}
+    if target_held_out:
         outfit[slot] = draw(slot, accept=held_out)
-    if not dressed:
-        outfit["bottom"] = _calmer(outfit["top"], outfit["bottom"], slot, draw)
-    reference = draw(slot, accept=lambda g: not held_out(g) and _differs(g, outfit[slot]))
-    if dressed:
-        styling = Styling()
-    else:
-        skirt = outfit["bottom"].type in SKIRTS
-        styling = Styling(tucked=bool(rng.random() < (0.85 if skirt else 0.2)), layered=layered)
+    if not in_dress and slot != "bottom":
+        outfit["bottom"] = _matching_bottom(outfit["top"], outfit["bottom"], draw)
+    target = outfit[slot]
+
+    def fits_reference(garment: GarmentSpec) -> bool:
+        return _seen_in_training(garment) and _look_different(garment, target)
+
+    reference = draw(slot, accept=fits_reference)
+    if in_dress:
+        return outfit, Styling(), slot, reference
+    share_tucked = 0.85 if outfit["bottom"].type in SKIRTS else 0.2
+    styling = Styling(tucked=bool(rng.random() < share_tucked), layered=layered)
     return outfit, styling, slot, reference
 
 
-def _calmer(
-    top: GarmentSpec, bottom: GarmentSpec, slot: str, draw: Callable[..., GarmentSpec]
+def _matching_bottom(
+    top: GarmentSpec, bottom: GarmentSpec, draw: Callable[..., GarmentSpec]
 ) -> GarmentSpec:
-    """A bottom that can be told from the top: of another colour, and plain if the top is not."""
-    if slot == "bottom":
-        return bottom
+    """A bottom that is easy to distinguish from the top; drawn again if the given one is not.
 
-    def fits(g: GarmentSpec) -> bool:
-        quiet = g.pattern == "plain" or top.pattern == "plain"
-        return not held_out(g) and quiet and g.colours[0] != top.colours[0]
+    It has another colour, and it is plain if the top has a pattern.
+    """
+
+    def fits(garment: GarmentSpec) -> bool:
+        one_is_plain = "plain" in (garment.pattern, top.pattern)
+        return _seen_in_training(garment) and one_is_plain and garment.colours[0] != top.colours[0]
 
     return bottom if fits(bottom) else draw("bottom", accept=fits)
 
 
-def _differs(one: GarmentSpec, other: GarmentSpec) -> bool:
-    """Whether the difference between two garments can be seen: another type, pattern or main
-    colour.
-    """
+def _seen_in_training(garment: GarmentSpec) -> bool:
+    return not held_out(garment)
+
+
+def _look_different(one: GarmentSpec, other: GarmentSpec) -> bool:
+    """Whether two garments differ visibly: in type, pattern or main colour."""
     return (one.type, one.pattern, one.colours[0]) != (other.type, other.pattern, other.colours[0])

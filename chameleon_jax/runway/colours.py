@@ -1,4 +1,4 @@
-"""Named colours, sRGB 8 bits, and the step to linear light in which everything is shaded."""
+"""Named colours (sRGB, 8 bits), and their conversion to linear light, used for all shading."""
 
 from __future__ import annotations
 
@@ -112,9 +112,6 @@ def luma(name: str) -> float:
 def skin(tone: float) -> np.ndarray:
     """Linear light of skin, `tone` from 0 (light) to 1 (dark)."""
     position = np.clip(tone, 0, 1) * (len(SKIN_RAMP) - 1)
-    return linear(
-        [
-            np.interp(position, range(len(SKIN_RAMP)), channel)
-            for channel in zip(*SKIN_RAMP, strict=True)
-        ]
-    )
+    ramp = np.array(SKIN_RAMP)
+    places = np.arange(len(ramp))
+    return linear([np.interp(position, places, ramp[:, channel]) for channel in range(3)])

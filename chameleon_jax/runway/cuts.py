@@ -1,7 +1,7 @@
-"""From the record of a garment to its meshes and its look: which cut each type has, where collars
-and pockets go.
+"""From the record of a garment to its meshes and its look.
 
-Lengths are for a person of 1.72 m; `fit.size` scales them.
+Says which cut each type has, and where collars and pockets are. Lengths are for a person of 1.72 m;
+`fit.size` scales them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from chameleon_jax.runway.garments import BUTTONED, SKIRTS, GarmentSpec
 from chameleon_jax.runway.measure import Fit
 from chameleon_jax.runway.parts import FAR, HEM
 
-_NECKS = {  # depth, how much deeper it may be, width
+# Neckline: depth, how much deeper it may be, width.
+_NECKS = {
     "crew": (0.030, 0.0, 0.072),
     "turtle": (0.030, 0.0, 0.072),
     "v": (0.10, 0.05, 0.075),
@@ -37,7 +38,19 @@ _NECKS = {  # depth, how much deeper it may be, width
     "square": (0.08, 0.0, 0.08),
 }
 _COLLARED_NECK = (0.052, 0.0, 0.064)
-_EVERYWHERE = 9.0  # a height no garment reaches
+_EVERYWHERE = 9.0  # a height that no garment reaches
+# Shift across, in periods, that makes a pattern symmetric about the centre line; vertical stripes
+# need half of their duty.
+_PATTERN_SHIFTS = {"gingham": 0.25, "tartan": 0.21, "argyle": 0.5}
+# Flare of a skirt in metres per metre: the least, and how much more it may be.
+_SKIRT_FLARES = {
+    "midi_skirt": (0.04, 0.12),
+    "mini_skirt": (0.05, 0.20),
+    "pleated_skirt": (0.28, 0.15),
+    "maxi_skirt": (0.16, 0.14),
+}
+_LIGHT_BUTTONS, _DARK_BELT, _BROWN_BELT = (235, 235, 230), (24, 24, 26), (120, 80, 48)
+_GOLD_BUCKLE, _STEEL_BUCKLE = (214, 180, 90), (190, 180, 150)
 
 
 def make_garment(
@@ -54,15 +67,23 @@ def make_garment(
       Meshes in the rest pose, and one `looks.CLOTH` record.
     """
     rng = np.random.default_rng(garment.seed)
-    maker = {"top": _top, "outer": _top, "dress": _dress, "bottom": _bottom}[garment.slot]
-    return maker(fit, garment, styling, rng)
+    if garment.slot in ("top", "outer"):
+        return _top(fit, garment, styling, rng)
+    if garment.slot == "dress":
+        return _dress(fit, garment, rng)
+    if garment.type in SKIRTS:
+        return _skirt(fit, garment, styling, rng)
+    return _trousers(fit, garment, styling, rng)
 
 
 def _look(fit: Fit, garment: GarmentSpec) -> np.ndarray:
-    """What all garments have in common."""
+    """The part of the look that does not depend on the type."""
     main, second, third, accent = (colours.garment(name) for name in garment.colours)
-    shift = {"vertical stripes": 0.5 * garment.duty, "gingham": 0.25, "tartan": 0.21, "argyle": 0.5}
-    record = looks.record(
+    if garment.pattern == "vertical stripes":
+        shift = 0.5 * garment.duty
+    else:
+        shift = _PATTERN_SHIFTS.get(garment.pattern, 0.0)
+    return looks.record(
         looks.CLOTH,
         main=main,
         second=second,
@@ -77,8 +98,7 @@ def _look(fit: Fit, garment: GarmentSpec) -> np.ndarray:
         period=garment.period,
         duty=garment.duty,
         pattern_seed=garment.seed % 1000,
-        pattern_u=garment.period
-        * shift.get(garment.pattern, 0.0),  # symmetric about the centre line
+        pattern_u=garment.period * shift,
         trim=accent if garment.contrast_trim else 0.82 * main,
         print=prints.NAMES.index(garment.print) if garment.print else -1,
         print_v=fit.chest - fit.waist - 0.01,
@@ -87,22 +107,17 @@ def _look(fit: Fit, garment: GarmentSpec) -> np.ndarray:
         sleeve_radius=SLEEVE_RADIUS * fit.size,
         wrap_radius=SKIRT_RADIUS * fit.size,
     )
-    return record
 
 
 def _neck(garment: GarmentSpec) -> tuple[float, float]:
+    """Depth and width of the neckline."""
     depth, deeper, width = _COLLARED_NECK if garment.type in BUTTONED else _NECKS[garment.neck]
     return depth + deeper * garment.neck_depth, width
 
 
-def _light_buttons(garment: GarmentSpec) -> np.ndarray:
-    dark = colours.luma(garment.colours[0]) < 150
-    return colours.linear((235, 235, 230)) if dark else colours.garment(garment.colours[3])
-
-
 def _top(
     fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
-) -> tuple[list, np.ndarray]:
+) -> tuple[list[ClothMesh], np.ndarray]:
     size, fit_share, kind = fit.size, garment.fit, garment.type
     outer = garment.slot == "outer"
     depth, width = _neck(garment)
@@ -129,14 +144,13 @@ def _top(
             change = {"ease": 0.007 + 0.008 * fit_share, "sleeve_flare": 0.0}
     elif kind == "polo":
         look["neck_trim"], look["cuff_trim"], look["placket"] = 0.028, 0.02, 0.014
-        look["buttoned"], look["button_low"], look["button_high"] = (
-            1,
-            fit.neck - 0.16 - fit.waist,
-            chest + 0.3,
-        )
+        look["buttoned"] = 1
+        look["button_low"] = fit.neck - 0.16 - fit.waist
+        look["button_high"] = chest + 0.3
     elif kind == "shirt":
         change = {"sleeve_flare": 0.006}
-        look["neck_trim"], look["cuff_trim"] = 0.026, 0.045 if garment.sleeve > 0.5 else 0.02
+        look["neck_trim"] = 0.026
+        look["cuff_trim"] = 0.045 if garment.sleeve > 0.5 else 0.02
         _button_all_the_way(look, garment)
         if garment.pocket:
             _pockets(look, u=0.075, v=chest + 0.02, width=0.042, height=0.05)
@@ -160,12 +174,15 @@ def _top(
             "neck_width": 0.085,
             "hem": fit.crotch + (0.045 + 0.04 * garment.length) * size,
         }
-        look["neck_trim"], look["cuff_trim"] = 0.018 if kind == "cardigan" else 0.03, 0.03
-        look["grain"], look["rib"] = (0.35, garment.rib) if kind == "cardigan" else (0.0, 0.0)
+        look["cuff_trim"] = 0.03
         _pockets(look, u=0.10, v=-0.06 * size, width=0.05, height=0.012)
-        if kind == "jacket":
+        if kind == "cardigan":
+            look["neck_trim"] = 0.018
+            look["grain"], look["rib"] = 0.35, garment.rib
+        else:
+            look["neck_trim"] = 0.03
             look["hem_trim"] = 0.04
-            look["shine"] = 0.03 + 0.09 * (garment.sheen > 0.6)
+            look["shine"] = 0.12 if garment.sheen > 0.6 else 0.03
     if garment.hem_trim and kind in ("tshirt", "long_sleeve", "blouse"):
         look["hem_trim"] = 0.025
     look["raglan"] = garment.raglan
@@ -178,11 +195,11 @@ def _top(
     if outer:
         change["extra"] = 0.020
     else:
-        change |= {"over_bottom": not styling.tucked, "tucked": styling.tucked}
-        change["extra"] = 0.0 if styling.tucked else 0.004
         if styling.tucked:
-            change["hem"] = fit.waist - 0.10 * size
-        if styling.layered:  # slim, to go under an outer garment
+            change |= {"tucked": True, "extra": 0.0, "hem": fit.waist - 0.10 * size}
+        else:
+            change |= {"over_bottom": True, "extra": 0.004}
+        if styling.layered:  # slim, to fit under an outer garment
             change["ease"] = min(change.get("ease", cut.ease), 0.010)
             change["sleeve_flare"] = 0.0
     cut = dataclasses.replace(cut, **change)
@@ -190,15 +207,15 @@ def _top(
 
 
 def _dress(
-    fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
-) -> tuple[list, np.ndarray]:
+    fit: Fit, garment: GarmentSpec, rng: np.random.Generator
+) -> tuple[list[ClothMesh], np.ndarray]:
     size, kind, length = fit.size, garment.type, garment.length
-    hem = {
+    hems = {
         "sundress": fit.knee + 0.12 * size * (1 - length) + 0.03,
         "tshirt_dress": fit.knee + 0.14 * size * (1 - 0.6 * length),
         "long_dress": fit.ankle + 0.08 * size + 0.2 * size * (1 - length),
         "shirt_dress": fit.knee + 0.10 * size * (1 - length),
-    }[kind]
+    }
     depth, width = _neck(garment)
     ease = 0.006 + 0.01 * garment.fit
     upper = TopCut(
@@ -212,11 +229,18 @@ def _dress(
         sleeve_flare=0.012,
         folds=0.0018,
     )
-    flare = 0.05 if kind == "tshirt_dress" else (0.10, 0.22, 0.38)[min(int(3 * garment.flare), 2)]
+    if kind == "tshirt_dress":
+        flare = 0.05
+    elif garment.flare < 1 / 3:
+        flare = 0.10
+    elif garment.flare < 2 / 3:
+        flare = 0.22
+    else:
+        flare = 0.38
     waist = fit.waist + 0.015 * size
     lower = SkirtCut(
         waist=waist,
-        hem=hem,
+        hem=hems[kind],
         ease=ease + 0.004,
         flare=flare,
         flare_from=waist - 0.06 * size,
@@ -232,7 +256,7 @@ def _dress(
     if garment.belt:
         look["belt_width"] = 0.016 + 0.014 * garment.block_height
         look["belt"] = look["third"] if garment.belt == "contrast" else 0.6 * look["main"]
-        look["buckled"], look["buckle"] = garment.buckle, colours.linear((214, 180, 90))
+        look["buckled"], look["buckle"] = garment.buckle, colours.linear(_GOLD_BUCKLE)
     if kind == "shirt_dress":
         look["neck_trim"] = 0.026
         _button_all_the_way(look, garment)
@@ -246,39 +270,35 @@ def _dress(
     return [bodice, skirt], look
 
 
-def _bottom(
-    fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
-) -> tuple[list, np.ndarray]:
-    return (_skirt if garment.type in SKIRTS else _trousers)(fit, garment, styling, rng)
-
-
 def _skirt(
     fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
-) -> tuple[list, np.ndarray]:
+) -> tuple[list[ClothMesh], np.ndarray]:
     size, kind, length = fit.size, garment.type, garment.length
-    hem = {
+    hems = {
         "midi_skirt": fit.knee - 0.02 * size + 0.1 * size * (0.5 - length),
         "mini_skirt": fit.crotch - 0.12 * size - 0.06 * size * length,
         "pleated_skirt": fit.knee + 0.13 * size * (1 - length),
         "maxi_skirt": fit.ankle + 0.08 * size + 0.1 * size * (1 - length),
-    }[kind]
-    flare, more = {
-        "midi_skirt": (0.04, 0.12),
-        "mini_skirt": (0.05, 0.20),
-        "pleated_skirt": (0.28, 0.15),
-        "maxi_skirt": (0.16, 0.14),
-    }[kind]
-    waist = fit.waist + (0.01 if styling.tucked else -0.03) * size
+    }
+    flare, more = _SKIRT_FLARES[kind]
+    if styling.tucked:
+        waist, ease = fit.waist + 0.01 * size, 0.014
+        flare_from = waist - 0.06 * size
+    else:
+        waist, ease = fit.waist - 0.03 * size, 0.008
+        flare_from = fit.crotch + 0.06 * size  # below an untucked top
+    if kind == "pleated_skirt":
+        pleats, pleat_depth = 16, 0.016
+    else:
+        pleats, pleat_depth = garment.pleats, 0.003 + 0.012 * garment.pleat_depth
     cut = SkirtCut(
         waist=waist,
-        hem=hem,
-        ease=0.014 if styling.tucked else 0.008,
+        hem=hems[kind],
+        ease=ease,
         flare=flare + more * garment.flare,
-        flare_from=waist - 0.06 * size
-        if styling.tucked
-        else fit.crotch + 0.06 * size,  # below an untucked top
-        pleats=16 if kind == "pleated_skirt" else garment.pleats,
-        pleat_depth=0.016 if kind == "pleated_skirt" else 0.003 + 0.012 * garment.pleat_depth,
+        flare_from=flare_from,
+        pleats=pleats,
+        pleat_depth=pleat_depth,
     )
     look = _look(fit, garment)
     look["cuff_trim"] = 0.028
@@ -292,28 +312,32 @@ def _skirt(
 
 def _trousers(
     fit: Fit, garment: GarmentSpec, styling: Styling, rng: np.random.Generator
-) -> tuple[list, np.ndarray]:
+) -> tuple[list[ClothMesh], np.ndarray]:
     size, kind, share = fit.size, garment.type, garment.fit
-    hem = {
+    hems = {
         "jeans": fit.ankle - 0.005,
         "trousers": fit.ankle - 0.015,
         "shorts": fit.knee + (0.02 + 0.16 * garment.length) * size,
         "joggers": fit.ankle + 0.02,
         "wide_trousers": fit.ankle - 0.03,
-        "leggings": fit.ankle + 0.02 + (0.15 * size if garment.length < 0.3 else 0.0),
-    }[kind]
-    ease, widen = {
-        "jeans": (0.004, -0.8)
-        if garment.flare < 0.4
-        else (0.006 + 0.008 * share, -0.52 + 0.22 * share),
+        "leggings": fit.ankle + 0.02,
+    }
+    hem = hems[kind]
+    if kind == "leggings" and garment.length < 0.3:
+        hem += 0.15 * size
+    eases_and_widths = {
+        "jeans": (0.006 + 0.008 * share, -0.52 + 0.22 * share),
         "trousers": (0.010 + 0.008 * share, -0.46 + 0.24 * share),
         "shorts": (0.014 + 0.012 * share, 0.0),
         "joggers": (0.014, -0.45),
         "wide_trousers": (0.014, 0.12 + 0.2 * share),
         "leggings": (0.003, -0.9),
-    }[kind]
+    }
+    ease, widen = eases_and_widths[kind]
+    if kind == "jeans" and garment.flare < 0.4:  # skinny jeans
+        ease, widen = 0.004, -0.8
     cut = TrouserCut(
-        waist=fit.waist - (0.0 if styling.tucked else 0.045) * size,
+        waist=fit.waist if styling.tucked else fit.waist - 0.045 * size,
         hem=hem,
         ease=ease,
         widen=widen,
@@ -330,21 +354,22 @@ def _trousers(
     look["stripe_width"] = 0.014 if garment.side_stripe else 0.0
     if garment.belt and kind in ("jeans", "trousers", "shorts"):
         look["belt_v"], look["belt_width"] = cut.waist - fit.waist - 0.019, 0.016
-        look["belt"] = colours.linear((24, 24, 26) if garment.belt == "tone" else (120, 80, 48))
-        look["buckled"], look["buckle"] = 1, colours.linear((190, 180, 150))
+        look["belt"] = colours.linear(_DARK_BELT if garment.belt == "tone" else _BROWN_BELT)
+        look["buckled"], look["buckle"] = 1, colours.linear(_STEEL_BUCKLE)
     return [make_trousers(fit, cut, rng, parts.BOTTOM)], look
 
 
 def _button_all_the_way(look: np.ndarray, garment: GarmentSpec) -> None:
+    """Buttons from the neck to the hem: light ones on dark cloth, else in the accent colour."""
     look["buttoned"], look["placket"] = 1, 0.016
     look["button_low"], look["button_high"] = -_EVERYWHERE, _EVERYWHERE
-    look["button"] = _light_buttons(garment)
+    if colours.luma(garment.colours[0]) < 150:
+        look["button"] = colours.linear(_LIGHT_BUTTONS)
+    else:
+        look["button"] = colours.garment(garment.colours[3])
 
 
 def _pockets(look: np.ndarray, u: float, v: float, width: float, height: float) -> None:
-    look["pocket_u"], look["pocket_v"], look["pocket_width"], look["pocket_height"] = (
-        u,
-        v,
-        width,
-        height,
-    )
+    """Two pockets at +u and -u; width and height are half sizes."""
+    look["pocket_u"], look["pocket_v"] = u, v
+    look["pocket_width"], look["pocket_height"] = width, height

@@ -1,9 +1,9 @@
 """Garments as meshes, cut and draped on a person in the rest pose.
 
-Nothing is remeshed: every vertex knows its signed distance to the neckline, the hem and the cuff or
-waistband, and the rasteriser drops what lies outside. The same distances draw collars, cuffs, seams
-and stitching. A garment's shape depends on the person, on itself and on how the outfit is worn
-(`Styling`), never on another garment.
+Nothing is remeshed: every vertex has its signed distance to the neckline, the hem and the cuff or
+waistband, and the rasteriser leaves out what is outside of them. The same distances place collars,
+cuffs, seams and stitching. A garment's shape depends on the person, on itself and on how the outfit
+is worn (`Styling`), never on another garment.
 
 Legend: v vertices of the template. Metres in the rest pose.
 """
@@ -31,14 +31,17 @@ from chameleon_jax.runway.parts import (
     V,
 )
 
-# Width of the hollow between the body and an untucked top, for the waistband of whatever is worn
-# below.
+# Radii of a mean arm, leg and torso: they turn an angle into a pattern coordinate.
+SLEEVE_RADIUS = 0.052
+LEG_RADIUS = 0.085
+SKIRT_RADIUS = 0.155
+SOLE = -0.012  # height of the floor: shoes are thicker than bare feet
+
+# Space between the body and an untucked top, for the waistband of the bottom.
 _WAISTBAND_ROOM = 0.009
-_LEG_OFFSET = {
-    False: 0.008,
-    True: 0.013,
-}  # cloth of trousers above the crotch, by whether a top is tucked into them
-_TUCKED_OFFSET = 0.007
+# Greatest distance of trousers from the body above the crotch, without and with a top tucked in.
+_LEG_OFFSET, _TUCKED_LEG_OFFSET = 0.008, 0.013
+_TUCKED_OFFSET = 0.007  # distance of a tucked top from the body at the waist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Styling:
     layered: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class ClothMesh:
     """A mesh to be skinned, wrinkled and drawn.
 
@@ -118,8 +121,14 @@ class TopCut:
 
 @dataclasses.dataclass(frozen=True)
 class TrouserCut:
-    """Shape of anything with legs: heights of waist and hem, ease, how wide the leg becomes towards
-    the hem, folds.
+    """Shape of anything with legs.
+
+    Attributes:
+      waist, hem: heights.
+      ease: distance from the body.
+      widen: by which share the leg gets wider from thigh to hem; negative is narrower.
+      folds: depth of folds.
+      tucked: a top is tucked into it.
     """
 
     waist: float
@@ -132,10 +141,14 @@ class TrouserCut:
 
 @dataclasses.dataclass(frozen=True)
 class SkirtCut:
-    """Shape of a skirt: heights of waist and hem, ease, flare (m per m), number and depth of
-    pleats.
+    """Shape of a skirt.
 
-    `flare_from` is the height below which it flares.
+    Attributes:
+      waist, hem: heights.
+      ease: distance from the body.
+      flare: how fast it gets wider (m per m).
+      flare_from: the height below which it gets wider.
+      pleats, pleat_depth: number and depth of pleats.
     """
 
     waist: float
@@ -154,7 +167,7 @@ def make_top(fit: Fit, cut: TopCut, rng: np.random.Generator, part: int) -> Clot
     x, y, z = body.T
     ease = cut.ease + cut.extra
     normals = tights.normals(body)
-    facing_up = smoothstep(0.35, 0.85, normals[:, 1])  # on the shoulders cloth rests on the body
+    facing_up = smoothstep(0.35, 0.85, normals[:, 1])  # on the shoulders cloth lies on the body
     points = body + normals * (ease * 0.6 * (1 - 0.7 * facing_up) + 0.0045)[:, None]
 
     torso_folds = _folds(rng, fit.angle / 6.28, 0.6 * y, (3, 8), (0.3, 1.5))
@@ -167,18 +180,14 @@ def make_top(fit: Fit, cut: TopCut, rng: np.random.Generator, part: int) -> Clot
         radius = np.where(low > 0, np.maximum(radius, radius * (1 - low) + hips * low), radius)
     if cut.tucked:
         low = smoothstep(fit.waist + 0.10 * size, fit.waist + 0.02 * size, y)
-        waist = (
-            fit.sample(fit.hang(0.004, 0.3, fit.waist + 0.02), fit.angle, y)
-            + _TUCKED_OFFSET
-            - 0.004
-        )
+        waist = fit.sample(fit.hang(0.004, 0.3, fit.waist + 0.02), fit.angle, y)
+        waist = waist + _TUCKED_OFFSET - 0.004
         radius = radius * (1 - low) + waist * low
     draped = np.stack(
         [np.sin(fit.angle) * radius, points[:, 1], fit.axis_z + np.cos(fit.angle) * radius], 1
     )
-    on_torso = smoothstep(fit.shoulder - 0.06 * size, fit.shoulder - 0.17 * size, y) * (
-        1 - smoothstep(0.15, 0.5, arms)
-    )
+    below_shoulder = smoothstep(fit.shoulder - 0.06 * size, fit.shoulder - 0.17 * size, y)
+    on_torso = below_shoulder * (1 - smoothstep(0.15, 0.5, arms))
     points = _blend(points, draped, on_torso)
 
     sleeve = cut.sleeve * fit.arm_length
@@ -186,22 +195,17 @@ def make_top(fit: Fit, cut: TopCut, rng: np.random.Generator, part: int) -> Clot
     from_axis = body - fit.arm_axis
     arm_radius = np.linalg.norm(from_axis, axis=1) + 1e-6
     along = np.clip(fit.arm_along / max(sleeve, 0.08), 0, 1)
-    room = (
-        (0.8 * ease + cut.sleeve_flare * along) * (1 - 0.55 * facing_up)
-        + 0.003
-        + 0.8 * cut.folds * sleeve_folds
-    )
+    loose = (0.8 * ease + cut.sleeve_flare * along) * (1 - 0.55 * facing_up)
+    room = loose + 0.003 + 0.8 * cut.folds * sleeve_folds
     sleeves = fit.arm_axis + from_axis * (1 + room / arm_radius)[:, None]
     on_sleeve = smoothstep(0.3, 0.8, arms)
     points = tights.smooth(_blend(points, sleeves, on_sleeve), 2, 0.45)
 
     inside_neck = _neckline(fit, cut)
     if cut.sleeve > 0:
-        inside_cuff = np.where(
-            arms > 0.5,
-            sleeve - fit.arm_along,
-            np.maximum(sleeve - fit.arm_along, 0.3 * (0.5 - arms) + 0.02),
-        )
+        to_cuff = sleeve - fit.arm_along
+        near_torso = np.maximum(to_cuff, 0.3 * (0.5 - arms) + 0.02)
+        inside_cuff = np.where(arms > 0.5, to_cuff, near_torso)
     else:
         inside_cuff = _armhole(fit)
     inside_cuff = np.clip(inside_cuff, -FAR, FAR)
@@ -228,28 +232,20 @@ def make_top(fit: Fit, cut: TopCut, rng: np.random.Generator, part: int) -> Clot
     return _on_tights(points, attributes, keep, part, wrinkle)
 
 
-SLEEVE_RADIUS = 0.052  # of a mean arm: turns an angle into a pattern coordinate
-LEG_RADIUS = 0.085
-SKIRT_RADIUS = 0.155
-
-
 def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int) -> ClothMesh:
     """Trousers, shorts, leggings: a tube round each leg that hangs from the thigh."""
     tights = template("tights")
     body, size = fit.tights, fit.size
     y = body[:, 1]
-    offset = (
-        np.minimum(0.5 * cut.ease + 0.004, _LEG_OFFSET[False])
-        + _LEG_OFFSET[cut.tucked]
-        - _LEG_OFFSET[False]
-    )
+    greatest = _TUCKED_LEG_OFFSET if cut.tucked else _LEG_OFFSET
+    offset = np.minimum(0.5 * cut.ease + 0.004, _LEG_OFFSET) + greatest - _LEG_OFFSET
     points = body + tights.normals(body) * offset
     below = np.clip(fit.crotch - y, 0, None)
     down = np.clip(below / max(fit.crotch - cut.hem, 0.1), 0, 1)
     angle = np.zeros(len(tights))
     side_x = np.zeros(len(tights))
     for side, sign in (("L", 1), ("R", -1)):
-        mine = body[:, 0] * sign >= 0 if sign > 0 else body[:, 0] < 0
+        mine = body[:, 0] >= 0 if side == "L" else body[:, 0] < 0
         hip, knee, ankle = (
             fit.person.joint(f"{name}.{side}") for name in ("upperleg01", "lowerleg01", "foot")
         )
@@ -260,17 +256,14 @@ def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int
         radius = np.linalg.norm(from_axis, axis=1) + 1e-6
         near_top = mine & (np.abs(y - (fit.crotch - 0.10 * size)) < 0.02)
         thigh = float(np.median(radius[near_top])) if near_top.any() else 0.08
-        folds = _folds(
-            rng, np.arctan2(from_axis[:, 0], from_axis[:, 2]) / 6.28, 1.2 * y, (1, 3), (1, 3)
-        )
+        turn = np.arctan2(from_axis[:, 0], from_axis[:, 2])
+        folds = _folds(rng, turn / 6.28, 1.2 * y, (1, 3), (1, 3))
         hanging = thigh * (1 + cut.widen * down) + cut.ease
-        wanted = np.maximum(radius + cut.ease, hanging) + cut.folds * folds * (
-            0.4 + 0.8 * smoothstep(0.5, 1, down)
-        )
+        fold_depth = cut.folds * folds * (0.4 + 0.8 * smoothstep(0.5, 1, down))
+        wanted = np.maximum(radius + cut.ease, hanging) + fold_depth
         tube = axis + from_axis * (wanted / radius)[:, None]
-        tube[:, 0] = np.where(
-            tube[:, 0] * sign < 0.003, 0.003 * sign, tube[:, 0]
-        )  # legs do not pass each other
+        # Each leg stays on its own side of the middle.
+        tube[:, 0] = np.where(tube[:, 0] * sign < 0.003, 0.003 * sign, tube[:, 0])
         tube[:, 1] = y
         points = _blend(points, tube, smoothstep(0.02 * size, 0.13 * size, below) * mine)
         angle = np.where(mine, np.arctan2(from_axis[:, 0] * sign, from_axis[:, 2]), angle)
@@ -280,13 +273,13 @@ def make_trousers(fit: Fit, cut: TrouserCut, rng: np.random.Generator, part: int
     inside_waist = np.where(fit.arm_share > 0.25, -FAR, cut.waist - y)
     inside_hem = y - cut.hem
     round_leg = np.abs(angle)
-    leg_u = side_x + LEG_RADIUS * size * np.sign(angle) * np.where(
-        round_leg < np.pi / 2, round_leg, np.pi - round_leg
-    )
+    from_side = np.where(round_leg < np.pi / 2, round_leg, np.pi - round_leg)
+    leg_u = side_x + LEG_RADIUS * size * np.sign(angle) * from_side
     on_leg = smoothstep(fit.crotch + 0.05 * size, fit.crotch - 0.05 * size, y)
     torso_u = np.abs(fit.arc(fit.angle, y, body[:, 0]))
     attributes = np.zeros((len(tights), parts.ATTRIBUTES), np.float32)
-    attributes[:, U] = (torso_u * (1 - on_leg) + leg_u * on_leg) * np.where(body[:, 0] >= 0, 1, -1)
+    left_or_right = np.where(body[:, 0] >= 0, 1, -1)
+    attributes[:, U] = (torso_u * (1 - on_leg) + leg_u * on_leg) * left_or_right
     attributes[:, V] = y - fit.waist
     attributes[:, SLEEVE_U] = angle * LEG_RADIUS * size
     attributes[:, [SLEEVE_V, SLEEVE]] = -0.2
@@ -310,13 +303,11 @@ def make_skirt(
     radius = fit.sample(hips, angle, np.maximum(y, fit.crotch))
     radius = radius + cut.flare * np.clip(cut.flare_from - y, 0, None)
     phase = rng.uniform(0, 6.28)
-    waves = np.cos(cut.pleats * angle + phase) + 0.35 * np.cos(
-        (0.5 * cut.pleats + 1.3) * angle + 2 * phase
-    )
-    radius = (
-        radius
-        + cut.pleat_depth * np.clip((cut.flare_from + 0.06 * fit.size - y) / 0.35, 0, 1.3) * waves
-    )
+    fine_waves = np.cos(cut.pleats * angle + phase)
+    coarse_waves = np.cos((0.5 * cut.pleats + 1.3) * angle + 2 * phase)
+    waves = fine_waves + 0.35 * coarse_waves
+    growth = np.clip((cut.flare_from + 0.06 * fit.size - y) / 0.35, 0, 1.3)
+    radius = radius + cut.pleat_depth * growth * waves
     points = np.stack([np.sin(angle) * radius, y, fit.axis_z + np.cos(angle) * radius], 1)
     length = cut.waist - cut.hem
     hanging = np.clip((cut.waist - y) / max(length, 0.1), 0, 1.1)
@@ -355,16 +346,12 @@ def make_shoes(fit: Fit, shaft: float) -> ClothMesh:
     attributes = np.zeros((len(tights), parts.ATTRIBUTES), np.float32)
     attributes[:, U] = body[:, 0]
     attributes[:, V] = points[:, 1]
-    left, right = (fit.person.joint(f"foot.{side}")[2] for side in "LR")
-    attributes[:, SLEEVE_U] = body[:, 2] - np.where(
-        body[:, 0] > 0, left, right
-    )  # ahead of the ankle
+    left, right = fit.person.joint("foot.L")[2], fit.person.joint("foot.R")[2]
+    ankle = np.where(body[:, 0] > 0, left, right)
+    attributes[:, SLEEVE_U] = body[:, 2] - ankle
     attributes[:, CUFF] = keep
     attributes[:, OCCLUSION] = 1
     return _on_tights(points, attributes, keep, parts.SHOES, None)
-
-
-SOLE = -0.012  # height of the floor: shoes are thicker than bare feet
 
 
 def _on_tights(
@@ -374,6 +361,7 @@ def _on_tights(
     part: int,
     wrinkle: np.ndarray | None,
 ) -> ClothMesh:
+    """A garment with the triangles and the skin weights of the tights."""
     tights = template("tights")
     return ClothMesh(
         rest=np.ascontiguousarray(points, dtype=np.float32),
@@ -405,9 +393,8 @@ def _folds(
     for _ in range(waves):
         a, b = rng.uniform(*across) * rng.choice([-1, 1]), rng.uniform(*along)
         phase = rng.uniform(0, 6.28)
-        warp = np.sin(
-            2 * np.pi * (rng.uniform(0.5, 2) * v + rng.uniform(0.3, 1) * u) + rng.uniform(0, 6.28)
-        )
+        bend = rng.uniform(0.5, 2) * v + rng.uniform(0.3, 1) * u
+        warp = np.sin(2 * np.pi * bend + rng.uniform(0, 6.28))
         total += np.sin(2 * np.pi * (a * u + b * v) + phase + 1.2 * warp)
     return total / np.sqrt(waves)
 
@@ -432,5 +419,8 @@ def _neckline(fit: Fit, cut: TopCut) -> np.ndarray:
 
 
 def _armhole(fit: Fit) -> np.ndarray:
-    """Metres inside a sleeveless armhole, [v]; smoothed, because skin weights change in steps."""
+    """Metres inside the armhole of a sleeveless garment, [v].
+
+    Smoothed, because skin weights change in steps.
+    """
     return template("tights").smooth(0.13 * (0.32 - fit.arm_share), 4, 0.5)

@@ -1,8 +1,7 @@
-"""A person ready to be dressed: body with its underlayer, eyes, hair and shoes, and the wardrobe
-that goes on top.
+"""A person ready to be dressed: body with its underlayer, eyes, hair and shoes.
 
-Everybody wears a plain one-piece from the chest to the thighs, drawn on the body itself: whatever a
-garment leaves open or a pose pushes apart, there is cloth under it.
+Everybody wears a plain one-piece from the chest to the thighs, drawn on the body itself: where a
+garment leaves a gap, there is cloth under it.
 """
 
 from __future__ import annotations
@@ -23,18 +22,33 @@ from chameleon_jax.runway.hair import HairSpec, make_hair
 from chameleon_jax.runway.measure import Fit
 from chameleon_jax.runway.parts import EARS, EYELIDS, LIPS, OCCLUSION, UNDER
 
-_UNDERLAYER_OFFSET = 0.003
-_COVER = {
-    "body": 0.030,
-    "cloth": 0.020,
-    "shoes": 0.012,
-}  # what lies this far inside a garment's edge is covered
-_NONE = -1.0
+_UNDERLAYER_OFFSET = 0.003  # distance of the underlayer from the skin, metres
+# What is farther inside a garment's edge than this (metres) is covered: skin, other garments and
+# shoes by garments; feet by shoes.
+_SKIN_MARGIN, _CLOTH_MARGIN, _FOOT_MARGIN = 0.030, 0.020, 0.012
+_NOT_COVERED = -1.0
+# Relative frequency of the hairstyles.
+_FEMININE_STYLES = {
+    "bob": 0.24,
+    "long": 0.32,
+    "bun": 0.12,
+    "ponytail": 0.16,
+    "side": 0.04,
+    "curly_bob": 0.08,
+    "afro": 0.04,
+}
+_MASCULINE_STYLES = {"short": 0.50, "side": 0.25, "buzz": 0.15, "afro": 0.07, "bun": 0.03}
 
 
 @dataclasses.dataclass(frozen=True)
 class ShoeSpec:
-    """Height of the shaft over the ankle (m), colour and sole by name, toe cap in another colour."""
+    """A pair of shoes.
+
+    Attributes:
+      shaft: height over the ankle, metres.
+      colour, sole: names from `colours.GARMENT_COLOURS` and `colours.SOLE_COLOURS`.
+      toe_cap: whether the tip has another colour.
+    """
 
     shaft: float
     colour: str
@@ -99,20 +113,13 @@ def sample_person(rng: np.random.Generator) -> PersonSpec:
     if look["age"] > 0.55 and rng.random() < 0.6:
         hair = str(rng.choice(["grey", "white"]))
     if feminine:
-        shares = {
-            "bob": 0.24,
-            "long": 0.32,
-            "bun": 0.12,
-            "ponytail": 0.16,
-            "side": 0.04,
-            "curly_bob": 0.08,
-            "afro": 0.04,
-        }
+        styles = _FEMININE_STYLES
         fringe = float(rng.choice([0, 0, 9, 18]))
     else:
-        shares = {"short": 0.50, "side": 0.25, "buzz": 0.15, "afro": 0.07, "bun": 0.03}
+        styles = _MASCULINE_STYLES
         fringe = float(rng.choice([0, 6]))
-    style = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+    shares = np.array(list(styles.values())) / sum(styles.values())
+    style = str(rng.choice(list(styles), p=shares))
     return PersonSpec(
         first=first,
         second=second,
@@ -143,7 +150,7 @@ class Figure:
     """One person's meshes without garments; `dress` adds those.
 
     Args:
-      spec: who; None is the mean body, bare of everything, on which garments are shown.
+      spec: who; None is the mean body without eyes, hair and shoes, on which garments are shown.
     """
 
     def __init__(self, spec: PersonSpec | None):
@@ -170,19 +177,16 @@ class Figure:
         if self.base:
             layers += [self.base, [self.shoes]]
         cloths = np.zeros(parts.COUNT, looks.CLOTH)
-        order = (
-            ("top", "bottom", "dress", "outer")
-            if styling.tucked
-            else ("bottom", "top", "dress", "outer")
-        )
-        for slot in order:
-            if slot in outfit:
-                meshes, look = make_garment(self.fit, outfit[slot], styling)
-                for mesh in meshes:
-                    if mesh.source == "tights":
-                        mesh.attributes[:, OCCLUSION] = asset.load().occlusion_tights
-                layers.append(meshes)
-                cloths[parts.SLOTS[slot]] = look[0]
+        inner = ("top", "bottom") if styling.tucked else ("bottom", "top")
+        for slot in (*inner, "dress", "outer"):
+            if slot not in outfit:
+                continue
+            meshes, look = make_garment(self.fit, outfit[slot], styling)
+            for mesh in meshes:
+                if mesh.source == "tights":
+                    mesh.attributes[:, OCCLUSION] = asset.load().occlusion_tights
+            layers.append(meshes)
+            cloths[parts.SLOTS[slot]] = look[0]
         return Model(self, layers, cloths)
 
 
@@ -190,9 +194,9 @@ class Model:
     """A dressed figure as flat arrays, ready to be posed and drawn.
 
     Triangles are sorted by layer; layer 0 is body, eyes and hair, then shoes, then garments from
-    the inside out. Triangles that are cut away entirely are left out of `triangles`, but those next
-    to visible ones still count for the normals, so that a cut leaves no trace in the shading of
-    what remains.
+    the inside out. Triangles that are cut away entirely are left out of `triangles`. Those next to
+    visible ones still count for the normals, so that a cut does not change the shading of what
+    remains.
 
     Attributes:
       figure: who is dressed.
@@ -212,76 +216,71 @@ class Model:
         self.figure, self.cloths = figure, cloths
         meshes = [mesh for layer in layers for mesh in layer]
         picked = [_Pick(mesh) for mesh in meshes]
-        offsets = np.cumsum([0] + [len(pick.vertices) for pick in picked])
 
-        def join(name: str, kind: type) -> np.ndarray:
+        def join(name: str, dtype: type) -> np.ndarray:
             rows = []
             for mesh, pick in zip(meshes, picked, strict=True):
                 values = getattr(mesh, name)
-                rows.append(
-                    np.zeros(len(pick.vertices)) if values is None else values[pick.vertices]
-                )
-            return np.ascontiguousarray(np.concatenate(rows), dtype=kind)
+                if values is None:
+                    rows.append(np.zeros(len(pick.vertices)))
+                else:
+                    rows.append(values[pick.vertices])
+            return np.ascontiguousarray(np.concatenate(rows), dtype=dtype)
 
         self.rest = join("rest", np.float32)
-        self.skin_index, self.skin_weight = (
-            join("skin_index", np.int32),
-            join("skin_weight", np.float32),
-        )
+        self.skin_index = join("skin_index", np.int32)
+        self.skin_weight = join("skin_weight", np.float32)
         self.attributes, self.keep = join("attributes", np.float32), join("keep", np.float32)
         self.sway, self.wrinkle = join("sway", np.float32), join("wrinkle", np.float32)
-        shifted = list(zip(picked, offsets, strict=False))
-        self.triangles = np.concatenate([pick.triangles + start for pick, start in shifted]).astype(
-            np.int32
-        )
-        self.normal_triangles = np.concatenate(
-            [pick.ring + start for pick, start in shifted]
-        ).astype(np.int32)
+        self.triangles, self.normal_triangles = _join_triangles(picked)
         counts = [len(pick.triangles) for pick in picked]
         self.part = np.repeat([mesh.part for mesh in meshes], counts).astype(np.uint8)
         self.layers, self.covers = [], []
-        first = mesh_number = 0
+        first = below = 0  # triangles and meshes of the layers below
         for layer in layers:
-            last = first + sum(counts[mesh_number : mesh_number + len(layer)])
+            last = first + sum(counts[below : below + len(layer)])
             self.layers.append((layer[0].part, first, last))
-            cover = [
-                _cover(figure.fit, layer, mesh)[pick.vertices]
-                if number < mesh_number
-                else np.full(len(pick.vertices), _NONE)
-                for number, (mesh, pick) in enumerate(zip(meshes, picked, strict=True))
-            ]
+            cover = []
+            for number, (mesh, pick) in enumerate(zip(meshes, picked, strict=True)):
+                if number < below:
+                    cover.append(_cover(figure.fit, layer, mesh)[pick.vertices])
+                else:
+                    cover.append(np.full(len(pick.vertices), _NOT_COVERED))
             self.covers.append(np.concatenate(cover).astype(np.float32))
-            first, mesh_number = last, mesh_number + len(layer)
+            first, below = last, below + len(layer)
         self._prepare_wrinkles()
         self._prepare_face(picked)
 
     def _prepare_wrinkles(self) -> None:
+        """Edges of the triangles that can wrinkle, and their lengths in the rest pose."""
         bends = self.normal_triangles[(self.wrinkle[self.normal_triangles] != 0).any(1)]
         self.starts, self.neighbours = geometry.edges(bends, len(self.rest))
         self.rest_lengths = np.empty(len(self.neighbours), np.float32)
         geometry.edge_lengths(self.rest, self.starts, self.neighbours, self.rest_lengths)
 
     def _prepare_face(self, picked: list[_Pick]) -> None:
+        """Which vertices the face moves, and by how much; none without a body."""
         data = asset.load()
         if not self.figure.base:
-            self.expression_index, self.expression_offsets = (
-                np.zeros(0, np.int32),
-                np.zeros((6, 0, 3), np.float32),
-            )
+            self.expression_index = np.zeros(0, np.int32)
+            self.expression_offsets = np.zeros((6, 0, 3), np.float32)
             return
         place = np.full(data.vertices, -1)
         start, end = data.ranges["body"]
         place[start:end][picked[0].vertices] = np.arange(len(picked[0].vertices))
         found = place[data.expression_vertices]
         self.expression_index = found[found >= 0].astype(np.int32)
-        self.expression_offsets = data.expressions[:, found >= 0] * np.float32(
-            self.figure.person.stretch
-        )
+        stretch = np.float32(self.figure.person.stretch)
+        self.expression_offsets = data.expressions[:, found >= 0] * stretch
 
 
 class _Pick:
-    """What is needed of a mesh: triangles not cut away, their neighbours for normals, and the
-    vertices of both.
+    """What is needed of a mesh.
+
+    Attributes:
+      triangles: those that are not cut away.
+      ring: the same and their neighbours, from which normals are computed.
+      vertices: of the ring; triangles and ring hold positions in this list.
     """
 
     def __init__(self, mesh: ClothMesh):
@@ -297,77 +296,81 @@ class _Pick:
         self.ring = number[mesh.triangles[ring]]
 
 
+def _join_triangles(picked: list[_Pick]) -> tuple[np.ndarray, np.ndarray]:
+    """Triangles and rings of all meshes, as indices of the joined vertices."""
+    triangles, rings, start = [], [], 0
+    for pick in picked:
+        triangles.append(pick.triangles + start)
+        rings.append(pick.ring + start)
+        start += len(pick.vertices)
+    return np.concatenate(triangles).astype(np.int32), np.concatenate(rings).astype(np.int32)
+
+
 def _cover(fit: Fit, layer: list[ClothMesh], below: ClothMesh) -> np.ndarray:
-    """Metres by which the vertices of `below` lie inside the region that a layer covers, [v];
-    positive is covered.
+    """Metres by which the vertices of `below` are inside the region that a layer covers, [v].
+
+    Positive is covered.
     """
-    inside = np.full(len(below.rest), _NONE)
+    inside = np.full(len(below.rest), _NOT_COVERED)
     for mesh in layer:
         inside = np.maximum(inside, _covered_by(fit, mesh, below))
     return inside
 
 
 def _covered_by(fit: Fit, mesh: ClothMesh, below: ClothMesh) -> np.ndarray:
-    nothing = np.full(len(below.rest), _NONE)
-    if below.part in (parts.SKIN, parts.SHOES):
-        margin = _COVER["body"] if below.part == parts.SKIN else _COVER["cloth"]
-    else:
-        margin = _COVER["cloth"]
     if below.part == parts.SKIN:
         if mesh.part == parts.SHOES:
-            return _shoe_cover(fit, mesh)
-        return (
-            _body_cover_tights(mesh) if mesh.source == "tights" else _body_cover_skirt(fit, mesh)
-        ) - margin
-    if below.source == "tights":
+            return _body_under_shoes(fit, mesh)
         if mesh.source == "tights":
-            return mesh.keep - margin
+            return _body_under_tights(mesh) - _SKIN_MARGIN
+        return _body_under_skirt(fit, mesh) - _SKIN_MARGIN
+    if below.source == "tights" and mesh.source == "tights":
+        return mesh.keep - _CLOTH_MARGIN
+    if below.source == "tights":
         y = fit.tights[:, 1]
         inside = np.minimum(mesh.waist - y - 0.005, y - mesh.hem - 0.02)
-        return np.where((fit.arm_share < 0.1) & (below.part != parts.SHOES), inside, _NONE) - margin
+        can_be_covered = (fit.arm_share < 0.1) & (below.part != parts.SHOES)
+        return np.where(can_be_covered, inside, _NOT_COVERED) - _CLOTH_MARGIN
     if below.source == "skirt" and mesh.source == "tights":
         lowest = fit.tights[(mesh.keep >= 0) & (fit.arm_share < 0.1), 1].min()
         inside = fit.skirt[:, 1] - lowest - 0.01
         if mesh.part == parts.OUTER:  # it is open in front
             behind = (fit.skirt[:, 2] < fit.axis_z) | (np.abs(fit.skirt[:, 0]) > 0.12 * fit.size)
-            inside = np.where(behind, inside, _NONE)
-        return inside - margin
-    return nothing
+            inside = np.where(behind, inside, _NOT_COVERED)
+        return inside - _CLOTH_MARGIN
+    return np.full(len(below.rest), _NOT_COVERED)
 
 
-def _body_cover_tights(mesh: ClothMesh) -> np.ndarray:
-    """Each body vertex is as far inside as the nearest vertex of the tights; chin and head stay
-    free of collars.
+def _body_under_tights(mesh: ClothMesh) -> np.ndarray:
+    """Each body vertex is as far inside as the nearest vertex of the tights.
+
+    Collars do not cover the chin and the head.
     """
     data = asset.load()
-    inside = np.where(data.nearest_distance < 0.06, mesh.keep[data.nearest], _NONE)
+    inside = np.where(data.nearest_distance < 0.06, mesh.keep[data.nearest], _NOT_COVERED)
     if mesh.part == parts.BOTTOM:
         return inside
     head = data.body_share("head", "neck03")
     near = (data.nearest_distance < 0.02) & (head < 0.75)
-    return np.where(
-        head > 0.05, np.minimum(inside, np.where(near, 0.08 - 0.1 * head, _NONE)), inside
-    )
+    limit = np.where(near, 0.08 - 0.1 * head, _NOT_COVERED)
+    return np.where(head > 0.05, np.minimum(inside, limit), inside)
 
 
-def _body_cover_skirt(fit: Fit, mesh: ClothMesh) -> np.ndarray:
-    data = asset.load()
+def _body_under_skirt(fit: Fit, mesh: ClothMesh) -> np.ndarray:
+    """Each body vertex between waist and hem is inside, except those of the arms."""
     y = fit.person.region("body")[:, 1]
-    arms = data.body_share(
-        "upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*"
-    )
-    return np.where(arms < 0.1, np.minimum(mesh.waist - y - 0.01, y - mesh.hem - 0.02), _NONE)
+    arms = asset.load().body_share(*asset.ARM_BONES)
+    inside = np.minimum(mesh.waist - y - 0.01, y - mesh.hem - 0.02)
+    return np.where(arms < 0.1, inside, _NOT_COVERED)
 
 
-def _shoe_cover(fit: Fit, mesh: ClothMesh) -> np.ndarray:
+def _body_under_shoes(fit: Fit, mesh: ClothMesh) -> np.ndarray:
     """All of the foot below the ankle, and the leg inside the shaft."""
     y = fit.person.region("body")[:, 1]
-    inside = np.where(y < 0.3, mesh.keep[asset.load().nearest], _NONE)
-    foot = np.where(y < fit.ankle - 0.02, 0.2, _NONE)
-    return (
-        np.where((y < fit.ankle - 0.01) | (inside > 0), np.maximum(inside, foot), _NONE)
-        - _COVER["shoes"]
-    )
+    inside = np.where(y < 0.3, mesh.keep[asset.load().nearest], _NOT_COVERED)
+    foot = np.where(y < fit.ankle - 0.02, 0.2, _NOT_COVERED)
+    in_shoe = (y < fit.ankle - 0.01) | (inside > 0)
+    return np.where(in_shoe, np.maximum(inside, foot), _NOT_COVERED) - _FOOT_MARGIN
 
 
 @functools.lru_cache(maxsize=1)
@@ -377,14 +380,12 @@ def _body_edges() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inside_underlayer(fit: Fit) -> np.ndarray:
-    """Metres inside the underlayer for each body vertex: torso from the chest down, and the top of
-    the thighs.
+    """Metres inside the underlayer for each body vertex.
+
+    It covers the torso from the chest down, and the top of the thighs.
     """
     y = fit.person.region("body")[:, 1]
-    data = asset.load()
-    arms = data.body_share(
-        "upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*"
-    )
+    arms = asset.load().body_share(*asset.ARM_BONES)
     top = fit.shoulder - 0.085 * fit.size - y
     bottom = y - (fit.crotch - 0.075 * fit.size)
     return np.minimum(np.minimum(top, bottom), 0.25 * (0.22 - arms))
@@ -395,18 +396,16 @@ def _body(fit: Fit) -> ClothMesh:
     body = fit.person.region("body")
     triangles = data.triangles["body"]
     under = _inside_underlayer(fit).astype(np.float32)
-    # the underlayer is cloth: a little outside the skin, and smoother
+    # The underlayer is cloth: a little outside of the skin, and smoother.
     strength = 0.5 * smoothstep(0.0, 0.03, under).astype(np.float32)
     rest = geometry.smooth(np.ascontiguousarray(body), *_body_edges(), strength, 6)
     offset = (_UNDERLAYER_OFFSET * smoothstep(-0.002, 0.004, under))[:, None]
     rest = rest + offset.astype(np.float32) * geometry.normals(rest, triangles)
     attributes = np.zeros((len(body), parts.ATTRIBUTES), np.float32)
     attributes[:, :3] = body - fit.person.region("eyes").mean(0)
-    attributes[:, LIPS], attributes[:, EARS], attributes[:, EYELIDS] = (
-        data.lips,
-        data.ears,
-        data.eyelids,
-    )
+    attributes[:, LIPS] = data.lips
+    attributes[:, EARS] = data.ears
+    attributes[:, EYELIDS] = data.eyelids
     attributes[:, UNDER] = under
     attributes[:, OCCLUSION] = data.occlusion_body
     region = data.region("body")
@@ -445,12 +444,12 @@ def _eyes(person: Person) -> tuple[ClothMesh, float]:
 
 
 def _looks(spec: PersonSpec, eye_x: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The records of skin, hair and shoes."""
     tone, hair = colours.skin(spec.skin), colours.linear(colours.HAIR_COLOURS[spec.hair.colour])
-    lips = (
-        tone * np.array([0.78, 0.58, 0.56])
-        if spec.lips < 0
-        else colours.linear(colours.LIP_COLOURS[spec.lips])
-    )
+    if spec.lips < 0:
+        lips = tone * np.array([0.78, 0.58, 0.56])
+    else:
+        lips = colours.linear(colours.LIP_COLOURS[spec.lips])
     skin = looks.record(
         looks.SKIN,
         tone=tone,
@@ -465,11 +464,12 @@ def _looks(spec: PersonSpec, eye_x: float) -> tuple[np.ndarray, np.ndarray, np.n
         iris=colours.linear(colours.EYE_COLOURS[spec.eyes]),
     )
     shoe = colours.garment(spec.shoes.colour)
+    detail = (240, 240, 238) if shoe.mean() < 0.5 else (60, 60, 64)
     shoes = looks.record(
         looks.SHOES,
         colour=shoe,
         sole=colours.linear(colours.SOLE_COLOURS[spec.shoes.sole]),
-        detail=colours.linear((240, 240, 238) if shoe.mean() < 0.5 else (60, 60, 64)),
+        detail=colours.linear(detail),
         sole_top=0.012,
         toe_cap=spec.shoes.toe_cap,
         laces=spec.shoes.shaft < 0.03,

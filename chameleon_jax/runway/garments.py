@@ -1,8 +1,7 @@
 """What a garment is: a plain record that can be drawn, named, compared and stored as JSON.
 
-About 10^5 garments can be told apart by colours, pattern and type alone. One in twenty combinations
-of type, pattern and main colour is held out: validation clips may contain it, training clips never
-do.
+Colours, pattern and type alone make about 10^5 different garments. One in twenty combinations of
+type, pattern and main colour is held out: validation clips may contain it, training clips never do.
 """
 
 from __future__ import annotations
@@ -25,16 +24,17 @@ BUTTONED = ("shirt", "polo", "shirt_dress")
 
 @dataclasses.dataclass(frozen=True)
 class GarmentType:
-    """How a type is called, how often it is drawn within its slot, and what it may look like.
+    """The name of a type, how often it is drawn within its slot, and what it may look like.
 
     Attributes:
-      slot, noun: where it is worn, and its name; plural nouns take no article.
+      slot, noun: where it is worn, and its name.
       share: relative frequency.
       sleeves: ranges of the sleeve's length as a share of the arm, one is drawn; (0, 0) is
         sleeveless.
       necks: necklines, one is drawn.
       patterned: whether it can have a pattern.
-      printable: whether a plain one can carry a print.
+      printable: whether a plain one can have a print.
+      plural: whether the noun is plural, and has no article.
     """
 
     slot: str
@@ -98,6 +98,26 @@ _PERIODS = {
 }
 _DENIM = ("navy", "blue", "sky blue", "black", "grey")
 _KNITTED = ("plain", "horizontal stripes", "argyle", "zigzag")
+_BLOCKABLE = ("tshirt", "long_sleeve", "sweater", "hoodie", "tank")
+_BANDED = ("tshirt", "long_sleeve", "sweater", "polo")
+# Share of trousers with a stripe down the side, by type.
+_SIDE_STRIPE_SHARES = {"joggers": 0.6, "trousers": 0.15, "shorts": 0.2, "wide_trousers": 0.15}
+# How the pattern is called in a description.
+_ADJECTIVES = {
+    "plain": "",
+    "horizontal stripes": "horizontally striped",
+    "vertical stripes": "vertically striped",
+    "gingham": "gingham",
+    "tartan": "tartan",
+    "polka dots": "polka dot",
+    "diagonal stripes": "diagonally striped",
+    "zigzag": "zigzag",
+    "argyle": "argyle",
+    "floral": "floral",
+    "camouflage": "camouflage",
+    "houndstooth": "houndstooth",
+}
+_BLOCK_ADJECTIVES = {"block": "colour-block", "ombre": "ombre"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +175,15 @@ class GarmentSpec:
     sheen: float
     seed: int
 
+    def __repr__(self) -> str:
+        return f"GarmentSpec({self.slot}, {describe(self, article=False)!r}, seed={self.seed})"
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> GarmentSpec:
         """Inverse of `dataclasses.asdict`."""
-        return cls(**(dict(values) | {"colours": tuple(values["colours"])}))
+        fields = dict(values)
+        fields["colours"] = tuple(fields["colours"])
+        return cls(**fields)
 
 
 def held_out(garment: GarmentSpec) -> bool:
@@ -179,8 +204,8 @@ def sample_garment(
     Args:
       rng: source of randomness.
       slot: one of `SLOTS`.
-      skirts: how likely skirts are among the bottoms, relative to 1.
-      accept: draw again until it says yes.
+      skirts: factor on the share of skirts among the bottoms.
+      accept: draw again until it returns True.
 
     Raises:
       ValueError: there is no such slot.
@@ -215,6 +240,7 @@ def _draw(rng: np.random.Generator, slot: str, skirts: float) -> GarmentSpec:
     has_print = bool(rng.random() < 0.6) and plain and kind.printable
     block = str(rng.choice(["", "block", "ombre"], p=[0.62, 0.28, 0.10]))
     blockable = plain and not has_print and (slot == "dress" or name in _BLOCKABLE)
+    side_stripe_share = _SIDE_STRIPE_SHARES.get(name, 0.0)
     u = rng.random(12)
     return GarmentSpec(
         slot=slot,
@@ -238,10 +264,7 @@ def _draw(rng: np.random.Generator, slot: str, skirts: float) -> GarmentSpec:
         block_height=round(float(u[7]), 4),
         rib=bool(u[8] < 0.5) and plain and name in ("sweater", "turtleneck", "cardigan"),
         pocket=bool(u[9] < 0.5),
-        side_stripe=bool(
-            u[10]
-            < {"joggers": 0.6, "trousers": 0.15, "shorts": 0.2, "wide_trousers": 0.15}.get(name, 0)
-        ),
+        side_stripe=bool(u[10] < side_stripe_share),
         belt=str(rng.choice(["", "tone", "contrast"], p=[0.4, 0.25, 0.35])),
         buckle=bool(u[11] < 0.5),
         open_width=round(float(rng.random()), 4),
@@ -253,43 +276,30 @@ def _draw(rng: np.random.Generator, slot: str, skirts: float) -> GarmentSpec:
     )
 
 
-_BLOCKABLE = ("tshirt", "long_sleeve", "sweater", "hoodie", "tank")
-_BANDED = ("tshirt", "long_sleeve", "sweater", "polo")
-
-
 def _draw_colours(rng: np.random.Generator, name: str) -> tuple[str, str, str, str]:
-    """Main, second, third and accent; the second and the accent stand out from the main colour."""
-    everything = list(GARMENT_COLOURS)
-    main = str(rng.choice(_DENIM if name == "jeans" else everything))
+    """Main, second, third and accent; brightness of the second and the accent differs from main."""
+    every_colour = list(GARMENT_COLOURS)
+    main = str(rng.choice(_DENIM if name == "jeans" else every_colour))
 
-    def different(contrast: float) -> str:
-        return str(rng.choice([c for c in everything if abs(luma(c) - luma(main)) >= contrast]))
+    def draw(contrast: float) -> str:
+        """A colour whose brightness differs from that of the main one by `contrast` or more."""
+        fitting = [c for c in every_colour if abs(luma(c) - luma(main)) >= contrast]
+        return str(rng.choice(fitting))
 
-    return main, different(45), different(0), different(40)
+    second, third, accent = draw(45), draw(0), draw(40)
+    return main, second, third, accent
 
 
 def describe(garment: GarmentSpec, article: bool = True) -> str:
     """A noun phrase, for example "a coral and green floral long dress" or "navy jeans"."""
     kind = TYPES[garment.type]
     main, second, _, accent = garment.colours
-    adjective = {
-        "plain": "",
-        "horizontal stripes": "horizontally striped",
-        "vertical stripes": "vertically striped",
-        "gingham": "gingham",
-        "tartan": "tartan",
-        "polka dots": "polka dot",
-        "diagonal stripes": "diagonally striped",
-        "zigzag": "zigzag",
-        "argyle": "argyle",
-        "floral": "floral",
-        "camouflage": "camouflage",
-        "houndstooth": "houndstooth",
-    }[garment.pattern]
+    if garment.block:
+        adjective = _BLOCK_ADJECTIVES[garment.block]
+    else:
+        adjective = _ADJECTIVES[garment.pattern]
     two_coloured = garment.pattern != "plain" or garment.block
     colour = f"{main} and {second}" if two_coloured else main
-    if garment.block:
-        adjective = {"block": "colour-block", "ombre": "ombre"}[garment.block]
     phrase = " ".join(word for word in (colour, adjective, kind.noun) if word)
     if garment.print:
         phrase += f" with {indefinite(f'{accent} {garment.print} print')}"
@@ -298,4 +308,5 @@ def describe(garment: GarmentSpec, article: bool = True) -> str:
 
 def indefinite(phrase: str) -> str:
     """The phrase with "a" or "an" before it."""
-    return f"{'an' if phrase[0].lower() in 'aeiou' else 'a'} {phrase}"
+    article = "an" if phrase[0].lower() in "aeiou" else "a"
+    return f"{article} {phrase}"

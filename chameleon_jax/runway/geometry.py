@@ -52,8 +52,9 @@ def skin(rest_v3, index, weight, matrices_j34, out_v3):
 
 @kernel
 def sway(points_v3, share_v, root, shift_x, shift_z, turn):
-    """Swing hanging cloth in place: turn about the vertical axis through `root` and shift, both
-    times `share_v`.
+    """Swing hanging cloth, in place.
+
+    Every point is turned about the vertical axis through `root` and shifted, both times `share_v`.
     """
     for v in range(points_v3.shape[0]):
         share = share_v[v]
@@ -89,8 +90,9 @@ def vertex_normals(points_v3, triangles_m3, out_v3):
 
 @kernel
 def smooth(values_vc, starts, neighbours, strength_v, rounds):
-    """Laplacian smoothing: each round moves every value by `strength` of the way to the mean of its
-    neighbours.
+    """Laplacian smoothing.
+
+    Each round moves every value towards the mean of its neighbours, by the share `strength_v`.
     """
     current = values_vc.copy()
     for _ in range(rounds):
@@ -108,23 +110,27 @@ def smooth(values_vc, starts, neighbours, strength_v, rounds):
 
 
 @kernel
+def _distance(points_v3, v, n):
+    """Distance between two vertices."""
+    dx = points_v3[v, 0] - points_v3[n, 0]
+    dy = points_v3[v, 1] - points_v3[n, 1]
+    dz = points_v3[v, 2] - points_v3[n, 2]
+    return math.sqrt(dx * dx + dy * dy + dz * dz)
+
+
+@kernel
 def edge_lengths(points_v3, starts, neighbours, out_e):
     """Length of every edge."""
     for v in range(points_v3.shape[0]):
         for e in range(starts[v], starts[v + 1]):
-            n = neighbours[e]
-            dx, dy, dz = (
-                points_v3[v, 0] - points_v3[n, 0],
-                points_v3[v, 1] - points_v3[n, 1],
-                points_v3[v, 2] - points_v3[n, 2],
-            )
-            out_e[e] = math.sqrt(dx * dx + dy * dy + dz * dz)
+            out_e[e] = _distance(points_v3, v, neighbours[e])
 
 
 @kernel
 def wrinkle(points_v3, normals_v3, depth_v, starts, neighbours, rest_e, out_v3):
-    """Folds where the pose compresses the cloth: displacement along the normal, `depth` times the
-    mean compression.
+    """Folds where the pose compresses the cloth.
+
+    Every vertex moves along its normal by `depth_v` times the mean compression of its edges.
     """
     for v in range(points_v3.shape[0]):
         push = 0.0
@@ -132,13 +138,8 @@ def wrinkle(points_v3, normals_v3, depth_v, starts, neighbours, rest_e, out_v3):
         if depth_v[v] != 0 and count > 0:
             total = 0.0
             for e in range(starts[v], starts[v + 1]):
-                n = neighbours[e]
-                dx, dy, dz = (
-                    points_v3[v, 0] - points_v3[n, 0],
-                    points_v3[v, 1] - points_v3[n, 1],
-                    points_v3[v, 2] - points_v3[n, 2],
-                )
-                total += max(0.0, 1 - math.sqrt(dx * dx + dy * dy + dz * dz) / (rest_e[e] + 1e-9))
+                length = _distance(points_v3, v, neighbours[e])
+                total += max(0.0, 1 - length / (rest_e[e] + 1e-9))
             push = depth_v[v] * min(4 * total / count, 1.2)
         for c in range(3):
             out_v3[v, c] = points_v3[v, c] + push * normals_v3[v, c]
@@ -146,8 +147,9 @@ def wrinkle(points_v3, normals_v3, depth_v, starts, neighbours, rest_e, out_v3):
 
 @kernel
 def project(points_v3, camera_34, scale, out_v3):
-    """Pinhole projection to (x, y, 1 / depth), pixels times `scale`; 1 / depth is -1 behind the
-    camera.
+    """Pinhole projection to (x, y, 1 / depth).
+
+    x and y are in pixels times `scale`. Behind the camera 1 / depth is -1.
     """
     for v in range(points_v3.shape[0]):
         x, y, z = points_v3[v, 0], points_v3[v, 1], points_v3[v, 2]
@@ -182,15 +184,19 @@ def normals(points_v3: np.ndarray, triangles_m3: np.ndarray) -> np.ndarray:
 
 
 def edges(triangles_m3: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours of each of `count` vertices in compressed rows: (starts int32 [count + 1],
-    neighbours int32 [e]).
+    """Neighbours of each vertex, in compressed rows.
+
+    Args:
+      triangles_m3: corner indices.
+      count: number of vertices.
+
+    Returns:
+      Starts int32 [count + 1] and neighbours int32 [e].
     """
-    pairs = np.concatenate(
-        [triangles_m3[:, [0, 1]], triangles_m3[:, [1, 2]], triangles_m3[:, [2, 0]]]
-    ).astype(np.int64)
-    keys = np.unique(
-        np.concatenate([pairs[:, 0] * count + pairs[:, 1], pairs[:, 1] * count + pairs[:, 0]])
-    )
+    corners = triangles_m3.astype(np.int64)
+    start = np.concatenate([corners[:, 0], corners[:, 1], corners[:, 2]])
+    end = np.concatenate([corners[:, 1], corners[:, 2], corners[:, 0]])
+    keys = np.unique(np.concatenate([start * count + end, end * count + start]))
     starts = np.concatenate([[0], np.cumsum(np.bincount(keys // count, minlength=count))])
     return starts.astype(np.int32), (keys % count).astype(np.int32)
 

@@ -1,5 +1,6 @@
-"""Hair: a dome over the skull, cut along a hairline, with a curtain, a bun or a ponytail where the
-style has one.
+"""Hair: a dome over the skull, cut along a hairline.
+
+Some styles add a curtain (hair that hangs from the dome), a bun or a ponytail.
 
 Legend: r c rows and columns of the dome's grid (polar angle from the crown, azimuth). Metres.
 """
@@ -22,114 +23,85 @@ _LOWEST = np.radians(140)  # where the dome ends
 _CURTAIN_FROM = 97  # degrees from the crown
 _CURTAIN_ROWS = 16
 
-# Hairline: (degrees from the front, degrees from the crown), symmetric.
+# Hairlines, the same on both sides: degrees from the front, and degrees from the crown there.
+_BUZZ = (
+    (0, 25, 42, 58, 70, 82, 88, 105, 115, 135, 180),
+    (70, 70, 73, 90, 112, 116, 100, 101, 118, 128, 132),
+)
 _SHORT = (
-    (0, 70),
-    (25, 70),
-    (42, 74),
-    (58, 92),
-    (70, 112),
-    (82, 116),
-    (88, 101),
-    (105, 103),
-    (115, 120),
-    (135, 130),
-    (180, 134),
+    (0, 25, 42, 58, 70, 82, 88, 105, 115, 135, 180),
+    (70, 70, 74, 92, 112, 116, 101, 103, 120, 130, 134),
+)
+_PARTED = (
+    (0, 25, 42, 58, 70, 82, 90, 105, 115, 135, 180),
+    (69, 70, 76, 94, 113, 118, 108, 108, 122, 130, 134),
 )
 _TIED = (
-    (0, 69),
-    (25, 70),
-    (42, 76),
-    (58, 92),
-    (72, 108),
-    (84, 112),
-    (90, 103),
-    (105, 103),
-    (115, 116),
-    (135, 126),
-    (180, 128),
+    (0, 25, 42, 58, 72, 84, 90, 105, 115, 135, 180),
+    (69, 70, 76, 92, 108, 112, 103, 103, 116, 126, 128),
 )
-_LOOSE = ((0, 70), (22, 71), (38, 78), (50, 96), (60, 115), (70, 140), (180, 140))
+_LOOSE = (
+    (0, 22, 38, 50, 60, 70, 180),
+    (70, 71, 78, 96, 115, 140, 140),
+)
+_AFRO = (
+    (0, 25, 42, 55, 68, 84, 100, 115, 135, 180),
+    (69, 70, 77, 94, 118, 126, 128, 132, 136, 138),
+)
+# Ellipsoids of a style: offset from the centre of the skull, and radii, for a person of 1.72 m.
+_BLOBS = {
+    "bun": (((0, 0.085, -0.095), (0.042, 0.038, 0.040)),),
+    "ponytail": (
+        ((0, 0.04, -0.118), (0.028, 0.028, 0.028)),
+        ((0, -0.075, -0.150), (0.036, 0.135, 0.030)),
+    ),
+}
+_CURLS = ((11, 5, 0.3), (15, -9, 1.0), (8, 13, 2.0))  # waves: azimuth, polar angle, phase
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """A hairstyle: how it is called, its hairline, thickness, and length of the curtain (0 for
-    none).
+    """A hairstyle.
+
+    Attributes:
+      words: its name in captions.
+      hairline: two rows of angles, see above.
+      thickness: distance of the hair from the head, for a person of 1.72 m.
+      curtain: length of the hair that hangs from the dome, 0 for none.
+      curls: curls instead of straight strands.
     """
 
     words: str
-    hairline: tuple[tuple[int, int], ...]
+    hairline: tuple[tuple[int, ...], tuple[int, ...]]
     thickness: float
     curtain: float = 0.0
     curls: bool = False
 
 
 STYLES = {
-    "buzz": Style(
-        "buzz-cut",
-        (
-            (0, 70),
-            (25, 70),
-            (42, 73),
-            (58, 90),
-            (70, 112),
-            (82, 116),
-            (88, 100),
-            (105, 101),
-            (115, 118),
-            (135, 128),
-            (180, 132),
-        ),
-        0.004,
-    ),
+    "buzz": Style("buzz-cut", _BUZZ, 0.004),
     "short": Style("short", _SHORT, 0.020),
-    "side": Style(
-        "side-parted",
-        (
-            (0, 69),
-            (25, 70),
-            (42, 76),
-            (58, 94),
-            (70, 113),
-            (82, 118),
-            (90, 108),
-            (105, 108),
-            (115, 122),
-            (135, 130),
-            (180, 134),
-        ),
-        0.024,
-    ),
+    "side": Style("side-parted", _PARTED, 0.024),
     "bob": Style("chin-length", _LOOSE, 0.024, curtain=0.12),
     "long": Style("long", _LOOSE, 0.022, curtain=0.38),
     "bun": Style("tied-up", _TIED, 0.010),
     "ponytail": Style("ponytailed", _TIED, 0.010),
-    "afro": Style(
-        "voluminous curly",
-        (
-            (0, 69),
-            (25, 70),
-            (42, 77),
-            (55, 94),
-            (68, 118),
-            (84, 126),
-            (100, 128),
-            (115, 132),
-            (135, 136),
-            (180, 138),
-        ),
-        0.075,
-        curls=True,
-    ),
+    "afro": Style("voluminous curly", _AFRO, 0.075, curls=True),
     "curly_bob": Style("curly", _LOOSE, 0.045, curtain=0.13, curls=True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class HairSpec:
-    """A person's hair: style, colour name, volume (about 1), fringe (degrees), length of long hair
-    (m), seed.
+    """A person's hair.
+
+    Attributes:
+      style: name from `STYLES`.
+      colour: name from `colours.HAIR_COLOURS`.
+      volume: factor on the thickness, about 1.
+      fringe: how far the hair hangs into the forehead, degrees.
+      length: of the style "long", metres.
+      seed: the parting.
     """
 
     style: str
@@ -146,7 +118,7 @@ class HairSpec:
 
 
 def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
-    """Build the hair on a head."""
+    """Make the mesh of the hair on a head."""
     style, size = STYLES[spec.style], fit.size
     rng = np.random.default_rng(spec.seed)
     skull, centre = _skull(fit)
@@ -162,15 +134,12 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
 
     around = np.degrees(np.abs(theta))
     parting = rng.choice([-1, 1]) * rng.uniform(0, 5)
-    limit = np.interp(around, *zip(*style.hairline, strict=True))
-    limit = (
-        limit
-        + parting * np.sin(theta) * np.exp(-((around / 50) ** 2))
-        + spec.fringe * np.exp(-((around / 34) ** 2))
-    )
-    jagged = (0.3 if spec.style == "buzz" else 1.0) * (
-        0.8 * np.sin(13 * theta + 1) + 0.5 * np.sin(29 * theta + 2)
-    )
+    limit = np.interp(around, *style.hairline)
+    limit = limit + parting * np.sin(theta) * np.exp(-((around / 50) ** 2))
+    limit = limit + spec.fringe * np.exp(-((around / 34) ** 2))
+    jagged = 0.8 * np.sin(13 * theta + 1) + 0.5 * np.sin(29 * theta + 2)
+    if spec.style == "buzz":
+        jagged = 0.3 * jagged
     inside = np.radians(limit + jagged - np.degrees(psi)) * radius
 
     thickness = spec.thickness * size
@@ -179,12 +148,8 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
         taper = taper * (0.35 + 0.65 * smoothstep(100, 62, np.degrees(psi)))
     if spec.style == "side":
         thickness = thickness * (1 + 0.35 * np.sin(theta - 0.6) * np.sin(np.clip(psi, 0, 1.57)))
-    surface = (
-        radius
-        + thickness * taper
-        + 0.003
-        + _strands(spec.style, style.curls, theta, psi, taper, size)
-    )
+    relief = _strands(spec.style, style.curls, theta, psi, taper, size)
+    surface = radius + thickness * taper + 0.003 + relief
     points = centre + direction * surface[..., None]
 
     mesh = _Grid(points, inside, np.ones_like(theta), theta / (2 * np.pi), 0.11 * psi)
@@ -195,8 +160,13 @@ def make_hair(fit: Fit, spec: HairSpec) -> ClothMesh:
 
 @dataclasses.dataclass
 class _Grid:
-    """A grid of points [r, c, 3]: metres inside the hairline, share of the head's motion, strand
-    coordinates.
+    """A grid of points.
+
+    Attributes:
+      points: [r, c, 3].
+      inside: metres inside the hairline, [r, c].
+      head_share: share of the head's motion, the rest moves with neck and chest, [r, c].
+      u, v: coordinates across and along the strands, [r, c].
     """
 
     points: np.ndarray
@@ -205,18 +175,22 @@ class _Grid:
     u: np.ndarray
     v: np.ndarray
 
+    @classmethod
+    def stack(cls, grids: list[_Grid]) -> _Grid:
+        """Grids with the same columns, one below the other."""
+        joined = {}
+        for field in dataclasses.fields(cls):
+            joined[field.name] = np.concatenate([getattr(grid, field.name) for grid in grids])
+        return cls(**joined)
+
 
 def _skull(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """Vertices of the skull without the ears, and its centre."""
     data = asset.load()
     body = fit.person.region("body")
     eyes = fit.person.region("eyes").mean(0)
-    chosen = (
-        (data.body_share("head") > 0.6)
-        & (data.ears <= 60 / 255)
-        & (body[:, 1] > eyes[1] - 0.07 * fit.size)
-    )
-    skull = body[chosen]
+    on_head = (data.body_share("head") > 0.6) & (data.ears <= 60 / 255)
+    skull = body[on_head & (body[:, 1] > eyes[1] - 0.07 * fit.size)]
     back = skull[skull[:, 1] > eyes[1], 2].min()
     front = skull[skull[:, 1] > eyes[1] + 0.03 * fit.size, 2].max()
     return skull, np.array([0, eyes[1] + 0.012 * fit.size, 0.5 * (back + front) - 0.004])
@@ -224,9 +198,7 @@ def _skull(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
 
 @geometry.kernel
 def _skull_radius(direction_rc3, offsets):
-    """Distance of the skull in each direction: a mean of nearby vertices, weighted by a narrow
-    lobe.
-    """
+    """Distance of the skull in each direction: a mean of the vertices near that direction."""
     rows, columns, _ = direction_rc3.shape
     length = np.sqrt((offsets * offsets).sum(1))
     out = np.zeros((rows, columns))
@@ -247,17 +219,15 @@ def _skull_radius(direction_rc3, offsets):
 def _strands(
     name: str, curls: bool, theta: np.ndarray, psi: np.ndarray, taper: np.ndarray, size: float
 ) -> np.ndarray | float:
-    """Relief of curls or strands."""
+    """Height of curls or strands over the surface, metres."""
     away_from_pole = smoothstep(0.05, 0.5, psi)
     if curls:
-        waves = ((11, 5, 0.3), (15, -9, 1.0), (8, 13, 2.0))
-        relief = sum(np.sin(a * theta + 2 * b * psi + phase) for a, b, phase in waves)
+        relief = sum(np.sin(a * theta + 2 * b * psi + phase) for a, b, phase in _CURLS)
         return 0.010 * size / 2.4 * relief * taper * away_from_pole
     if name == "buzz":
         return 0.0
-    return (
-        0.0018 * (np.sin(26 * theta + 2 * psi) + np.sin(47 * theta - psi)) * taper * away_from_pole
-    )
+    relief = np.sin(26 * theta + 2 * psi) + np.sin(47 * theta - psi)
+    return 0.0018 * relief * taper * away_from_pole
 
 
 def _add_curtain(
@@ -269,24 +239,25 @@ def _add_curtain(
     polar: np.ndarray,
 ) -> _Grid:
     """Hair that hangs from the sides and the back of the dome."""
-    style, size = STYLES[spec.style], fit.size
-    length = (spec.length if spec.style == "long" else style.curtain) * size
+    size, long = fit.size, spec.style == "long"
+    length = (spec.length if long else STYLES[spec.style].curtain) * size
     cut = int(np.argmin(np.abs(np.degrees(polar) - _CURTAIN_FROM)))
     from_face = np.interp(np.degrees(np.abs(azimuth)), [0, 52, 60, 180], [-1, -1, 0.02, 0.05])
+    top = slice(0, cut + 1)
     rows = [
         _Grid(
-            *(
-                np.asarray(part)[: cut + 1]
-                for part in (dome.points, dome.inside, dome.head_share, dome.u, dome.v)
-            )
+            points=dome.points[top],
+            inside=np.minimum(dome.inside[top], 0.3),
+            head_share=dome.head_share[top],
+            u=dome.u[top],
+            v=dome.v[top],
         )
     ]
-    rows[0].inside = np.minimum(rows[0].inside, 0.3)
     for number in range(1, _CURTAIN_ROWS + 1):
         t = number / _CURTAIN_ROWS
         row = dome.points[cut].copy()
         row[:, 1] -= t * length
-        if spec.style == "long":
+        if long:
             widen = 1 + 0.06 * np.sin(3 * t)
         elif spec.style == "bob":
             widen = 1 + 0.10 * np.sin(2.6 * t) - 0.16 * t
@@ -294,71 +265,56 @@ def _add_curtain(
             widen = 1 + 0.12 * np.sin(3 * t) - 0.05 * t
         row[:, [0, 2]] = (row[:, [0, 2]] - centre[[0, 2]]) * widen + centre[[0, 2]]
         share = 1.0
-        if (
-            spec.style == "long"
-        ):  # behind the shoulders, outside the back; the tips follow the chest
-            share = 1 - 0.75 * smoothstep(0.25, 1.0, t)
-            y = row[:, 1]
-            back = (
-                fit.axis_z - fit.sample(fit.torso_radius, np.full_like(y, np.pi), y) - 0.022 * size
-            )
-            behind = np.minimum(row[:, 2], np.minimum(back, centre[2] - 0.055 * size))
-            low = smoothstep(fit.neck + 0.06 * size, fit.neck - 0.03 * size, y)
-            row[:, 2] = row[:, 2] * (1 - low) + behind * low
-            row[:, 0] *= 1 + 0.25 * low
+        if long:
+            share = 1 - 0.75 * smoothstep(0.25, 1.0, t)  # the tips follow the chest
+            _move_behind_shoulders(row, fit, centre)
         ripple = 0.003 * np.sin(31 * azimuth + 4 * t) + 0.002 * np.sin(53 * azimuth + 2 * t)
         row[:, 0] += ripple * np.sin(azimuth)
         row[:, 2] += ripple * np.cos(azimuth)
         inside = np.minimum(from_face, (1 - t) * length + 0.006 * np.sin(37 * azimuth))
         u, v = dome.u[cut], dome.v[cut] + t * length
-        rows.append(
-            _Grid(row[None], inside[None], np.full((1, len(azimuth)), share), u[None], v[None])
-        )
-    return _Grid(
-        *(np.concatenate([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(_Grid))
-    )
+        shares = np.full((1, len(azimuth)), share)
+        rows.append(_Grid(row[None], inside[None], shares, u[None], v[None]))
+    return _Grid.stack(rows)
+
+
+def _move_behind_shoulders(row: np.ndarray, fit: Fit, centre: np.ndarray) -> None:
+    """Move the points of a row that are below the neck behind the back, in place."""
+    size, y = fit.size, row[:, 1]
+    back = fit.axis_z - fit.sample(fit.torso_radius, np.full_like(y, np.pi), y) - 0.022 * size
+    behind = np.minimum(row[:, 2], np.minimum(back, centre[2] - 0.055 * size))
+    low = smoothstep(fit.neck + 0.06 * size, fit.neck - 0.03 * size, y)
+    row[:, 2] = row[:, 2] * (1 - low) + behind * low
+    row[:, 0] *= 1 + 0.25 * low
 
 
 def _blobs(name: str, centre: np.ndarray, size: float) -> list[_Grid]:
     """Ellipsoids: a bun, or the knot and the tail of a ponytail."""
-    shapes = {
-        "bun": [((0, 0.085, -0.095), (0.042, 0.038, 0.040))],
-        "ponytail": [
-            ((0, 0.04, -0.118), (0.028, 0.028, 0.028)),
-            ((0, -0.075, -0.150), (0.036, 0.135, 0.030)),
-        ],
-    }.get(name, [])
+    turn, tilt = np.meshgrid(np.linspace(-np.pi, np.pi, 21), np.linspace(0, np.pi, 13))
+    ball = np.stack([np.sin(tilt) * np.sin(turn), np.cos(tilt), np.sin(tilt) * np.cos(turn)], -1)
+    grooves = (1 + 0.03 * np.sin(9 * turn) * np.sin(tilt))[..., None]
     grids = []
-    for offset, radii in shapes:
-        turn, tilt = np.meshgrid(np.linspace(-np.pi, np.pi, 21), np.linspace(0, np.pi, 13))
-        ball = np.stack(
-            [np.sin(tilt) * np.sin(turn), np.cos(tilt), np.sin(tilt) * np.cos(turn)], -1
-        )
-        grooves = 1 + 0.03 * np.sin(9 * turn) * np.sin(tilt)
-        points = (
-            centre + np.array(offset) * size + np.array(radii) * size * ball * grooves[..., None]
-        )
+    for offset, radii in _BLOBS.get(name, ()):
         grids.append(
             _Grid(
-                points,
-                np.full(turn.shape, 0.1),
-                np.ones(turn.shape),
-                turn / (2 * np.pi),
-                0.04 * tilt,
+                points=centre + np.array(offset) * size + np.array(radii) * size * ball * grooves,
+                inside=np.full(turn.shape, 0.1),
+                head_share=np.ones(turn.shape),
+                u=turn / (2 * np.pi),
+                v=0.04 * tilt,
             )
         )
     return grids
 
 
 def _to_mesh(grids: list[_Grid]) -> ClothMesh:
+    """One mesh; every square of a grid becomes two triangles."""
     triangles, start = [], 0
     for grid in grids:
         index = start + np.arange(grid.u.size).reshape(grid.u.shape)
         a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]
-        triangles += [
-            np.stack([a, d, b], -1).reshape(-1, 3),
-            np.stack([b, d, c], -1).reshape(-1, 3),
-        ]
+        triangles.append(np.stack([a, d, b], -1).reshape(-1, 3))
+        triangles.append(np.stack([b, d, c], -1).reshape(-1, 3))
         start += grid.u.size
 
     def flat(name: str) -> np.ndarray:

@@ -1,10 +1,12 @@
-"""What surfaces look like: records that the shading kernels read, one per part. Colours in linear
-light.
+"""What surfaces look like: records that the shading kernels read, one per part.
+
+Colours are in linear light, lengths in metres.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _RGB = ("f4", 3)
 
@@ -52,8 +54,8 @@ CLOTH = np.dtype(
         ("banded", "f4"),
         ("band_low", "f4"),
         ("band_high", "f4"),
-        # sleeves: there are some; in the third colour; radius that turns an angle into metres; the
-        # same for the torso
+        # sleeves: whether there are any; whether they are in the third colour; radius by which an
+        # angle is multiplied to get metres; the same for the torso
         ("sleeves", "f4"),
         ("raglan", "f4"),
         ("sleeve_radius", "f4"),
@@ -101,16 +103,16 @@ CLOTH = np.dtype(
 )
 LIGHT = np.dtype(
     [
-        # direction to the light, its colour; direction to the fill light and its strength
+        # direction to the key light, its colour; direction to the fill light, its strength
         ("key_direction", *_RGB),
         ("key", *_RGB),
         ("fill_direction", *_RGB),
         ("fill", "f4"),
-        # light from above and from below, strength of the rim
+        # light from above and from below, strength of the light at the outline of the body
         ("sky", *_RGB),
         ("ground", *_RGB),
         ("rim", "f4"),
-        # how dark cast shadows are on things and on the floor; 0 is none
+        # how dark cast shadows are on people and on the floor; 0 is none
         ("shadow", "f4"),
         ("floor_shadow", "f4"),
     ]
@@ -133,7 +135,7 @@ BACKDROP = np.dtype(
         # a glow on the wall
         ("glow_x", "f4"),
         ("glow", "f4"),
-        # centres and half sizes of a window and of a picture on the wall; no width, none
+        # centre x, y and half sizes of a window and of a picture on the wall; none if they are 0
         ("window", "f4", 4),
         ("picture", "f4", 4),
         # street: height of the facade, distance of its windows
@@ -143,8 +145,8 @@ BACKDROP = np.dtype(
 )
 
 
-def record(dtype: np.dtype, **values) -> np.ndarray:
-    """An array with one record, zero where nothing is said."""
+def record(dtype: np.dtype, **values: ArrayLike) -> np.ndarray:
+    """An array with one record; fields that are not given are zero."""
     out = np.zeros(1, dtype)
     for name, value in values.items():
         out[0][name] = value

@@ -1,5 +1,4 @@
-"""Taking a person's measurements: the cloth template on their body, and where arms, legs and torso
-run under it.
+"""A person's measurements: the cloth template on their body, and where arms, legs and torso are.
 
 Cloth is cut from two templates of the asset that follow every body shape: the tights, once
 subdivided, for everything that wraps the body, and the skirt.
@@ -22,7 +21,7 @@ ANGLES, HEIGHTS = 72, 64
 _BLUR = np.array([1, 2, 3, 2, 1]) / 9
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Template:
     """A region of the asset, subdivided at edge midpoints.
 
@@ -53,9 +52,8 @@ class Template:
         """Laplacian smoothing of [v] or [v, c]."""
         columns = np.ascontiguousarray(values.reshape(len(self), -1), dtype=np.float32)
         share = np.full(len(self), strength, np.float32)
-        return geometry.smooth(columns, self.starts, self.neighbours, share, rounds).reshape(
-            values.shape
-        )
+        smoothed = geometry.smooth(columns, self.starts, self.neighbours, share, rounds)
+        return smoothed.reshape(values.shape)
 
     def normals(self, points: np.ndarray) -> np.ndarray:
         """Unit normals of the whole template."""
@@ -74,13 +72,20 @@ def template(region: str) -> Template:
     parents, triangles = _subdivide(data.triangles[region], start, end)
     coarse = data.dense_weights(start, end)
     weights = 0.5 * (coarse[parents[:, 0] - start] + coarse[parents[:, 1] - start])
+    skin_index, skin_weight = largest_weights(weights)
     starts, neighbours = geometry.edges(triangles, len(parents))
-    return Template(parents, triangles, weights, *largest_weights(weights), starts, neighbours)
+    return Template(parents, triangles, weights, skin_index, skin_weight, starts, neighbours)
 
 
 def largest_weights(weights: np.ndarray, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest of dense skin weights, scaled to sum to one: indices int32 and weights
-    float32 [v, count].
+    """The `count` largest skin weights of each vertex, scaled so that their sum is one.
+
+    Args:
+      weights: dense skin weights [v, bones].
+      count: how many to keep.
+
+    Returns:
+      Indices int32 and weights float32, both [v, count].
     """
     order = np.argsort(-weights, axis=1, kind="stable")[:, :count]
     picked = np.take_along_axis(weights, order, 1)
@@ -107,7 +112,7 @@ def _subdivide(triangles: np.ndarray, start: int, end: int) -> tuple[np.ndarray,
 
 
 class Fit:
-    """One person, measured. Everything here depends on the body alone.
+    """The measurements of one person. All of them depend on the body alone.
 
     Attributes:
       person, size: who, and the unit of length (1 for 1.72 m).
@@ -140,9 +145,7 @@ class Fit:
         )
         self.crotch = float(y[between_legs].min())
 
-        self.arm_share = tights.share(
-            "upperarm01.*", "upperarm02.*", "lowerarm01.*", "lowerarm02.*", "wrist.*"
-        )
+        self.arm_share = tights.share(*asset.ARM_BONES)
         self._measure_arms()
 
         torso = (self.arm_share < 0.35) & (y > self.crotch - 0.06)
@@ -167,9 +170,8 @@ class Fit:
             upper_axis, lower_axis = (elbow - shoulder) / upper, (wrist - elbow) / lower
             on_upper, on_lower = (points - shoulder) @ upper_axis, (points - elbow) @ lower_axis
             past_elbow = smoothstep(-0.05, 0.05, 0.5 * (on_upper - upper + on_lower))
-            along = (1 - past_elbow) * np.minimum(on_upper, upper + 0.05) + past_elbow * (
-                upper + on_lower
-            )
+            before_elbow = np.minimum(on_upper, upper + 0.05)
+            along = (1 - past_elbow) * before_elbow + past_elbow * (upper + on_lower)
             axis = shoulder + np.clip(along, -0.1, upper)[:, None] * upper_axis
             axis = axis + np.clip(along - upper, 0, None)[:, None] * lower_axis
             sideways = np.cross(upper_axis, [0, 0, 1.0])
@@ -189,61 +191,69 @@ class Fit:
         return np.arctan2(x, z).astype(np.float32), np.hypot(x, z).astype(np.float32)
 
     def _polar_grid(self, torso: np.ndarray) -> np.ndarray:
-        """Largest radius of the torso for every angle and height: the tights, rasterised in polar
-        coordinates.
+        """Largest radius of the torso for every angle and height.
+
+        The tights are rasterised in polar coordinates, with the radius as the depth.
         """
         triangles = template("tights").triangles
         triangles = triangles[torso[triangles].all(1)]
         angle, radius = self.polar(self.tights)
         row = (self._top - self.tights[:, 1]) / (self._top - self._bottom) * HEIGHTS
-        grid = np.zeros((HEIGHTS, ANGLES), np.float32)
-        # twice, with the seam behind and in front, so that no triangle is lost at the seam
-        for seam_behind in (True, False):
-            unrolled = angle if seam_behind else np.where(angle < 0, angle + 2 * np.pi, angle)
-            column = (unrolled + (np.pi if seam_behind else 0)) / (2 * np.pi) * ANGLES
+
+        def draw(unrolled: np.ndarray, first: float) -> np.ndarray:
+            """Radii where the angles run from `first` on, without the triangles at the seam."""
+            column = (unrolled - first) / (2 * np.pi) * ANGLES
             corners = unrolled[triangles]
             connected = np.ascontiguousarray(triangles[corners.max(1) - corners.min(1) < np.pi])
             screen = np.stack([column, row, radius], 1).astype(np.float32)
             drawn = raster.Fragments(HEIGHTS, ANGLES)
             keep = np.ones(len(screen), np.float32)
             raster.rasterise(screen, connected, 0, len(connected), keep, *drawn.arrays)
-            radii = (
-                drawn.inverse_depth if seam_behind else np.roll(drawn.inverse_depth, ANGLES // 2, 1)
-            )
-            grid = np.maximum(grid, radii)
+            return drawn.inverse_depth
+
+        # Twice, with the seam behind and in front, so that no triangle is lost at the seam.
+        seam_behind = draw(angle, -np.pi)
+        seam_in_front = draw(np.where(angle < 0, angle + 2 * np.pi, angle), 0)
+        grid = np.maximum(seam_behind, np.roll(seam_in_front, ANGLES // 2, 1))
         columns = np.arange(ANGLES)
         for number, line in enumerate(grid):
             found = np.flatnonzero(line > 0)
             if len(found) > 8:
                 wrapped = np.r_[found - ANGLES, found, found + ANGLES]
                 grid[number] = np.interp(columns, wrapped, np.tile(line[found], 3))
+            elif number > 0:
+                grid[number] = grid[number - 1]
             else:
-                grid[number] = grid[number - 1] if number else 0.1
+                grid[number] = 0.1
         return grid
 
     def sample(self, grid: np.ndarray, angle: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Bilinear look-up of a polar grid; heights beyond the grid take its edge."""
+        """Bilinear look-up in a polar grid; heights outside of the grid take its edge."""
         column = (angle + np.pi) / (2 * np.pi) * ANGLES - 0.5
-        left = np.floor(column).astype(int)
-        across = column - left
+        floor = np.floor(column).astype(int)
+        across = column - floor
+        left, right = floor % ANGLES, (floor + 1) % ANGLES
         top, down = self._row(y)
-        upper = grid[top, left % ANGLES] * (1 - across) + grid[top, (left + 1) % ANGLES] * across
-        lower = (
-            grid[top + 1, left % ANGLES] * (1 - across)
-            + grid[top + 1, (left + 1) % ANGLES] * across
-        )
+        upper = grid[top, left] * (1 - across) + grid[top, right] * across
+        lower = grid[top + 1, left] * (1 - across) + grid[top + 1, right] * across
         return upper * (1 - down) + lower * down
 
     def _row(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        row = np.clip(
-            (self._top - y) / (self._top - self._bottom) * HEIGHTS - 0.5, 0, HEIGHTS - 1.001
-        )
+        """Row of the polar grid above a height, and how far the height is below that row."""
+        row = (self._top - y) / (self._top - self._bottom) * HEIGHTS - 0.5
+        row = np.clip(row, 0, HEIGHTS - 1.001)
         return row.astype(int), row - row.astype(int)
 
     def hang(self, ease: float, taper: float, start: float) -> np.ndarray:
-        """Drape cloth over the torso: `ease` from the body, and below `start` the radius shrinks by
-        at most `taper` per metre downwards, as gravity lets cloth fall straight from wherever the
-        body is widest.
+        """Drape cloth over the torso: cloth hangs straight down from where the body is widest.
+
+        Args:
+          ease: distance of the cloth from the body.
+          taper: by how much the radius may get smaller, per metre downwards.
+          start: the height below which the cloth hangs.
+
+        Returns:
+          Radius of the cloth, float32 [HEIGHTS, ANGLES].
         """
         grid = self.torso_radius + ease
         step = (self._top - self._bottom) / HEIGHTS
@@ -256,8 +266,9 @@ class Fit:
         return np.maximum(grid, self.torso_radius + min(ease, 0.004)).astype(np.float32)
 
     def _measure_arcs(self) -> np.ndarray:
-        """Distance along the torso from the nearer of the front and back centre lines, [HEIGHTS,
-        half + 1].
+        """Distance along the torso from the nearer of the front and back centre lines.
+
+        [HEIGHTS, ANGLES / 2 + 1], for angles from front to back.
         """
         step = 2 * np.pi / ANGLES
         slope = (np.roll(self.torso_radius, -1, 1) - np.roll(self.torso_radius, 1, 1)) / (2 * step)
@@ -270,8 +281,9 @@ class Fit:
         return np.minimum(arcs, arcs[:, -1:] - arcs).astype(np.float32)
 
     def arc(self, angle: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Horizontal pattern coordinate: signed arc length from the centre lines, planar at the
-        shoulders.
+        """Horizontal pattern coordinate: signed arc length from the centre lines.
+
+        At the shoulders it is the distance from the plane x = 0.
         """
         half = ANGLES // 2
         column = np.clip(np.abs(angle) / np.pi * half, 0, half - 1e-3)
@@ -287,5 +299,6 @@ class Fit:
 
 
 def _blur_rows(grid: np.ndarray) -> np.ndarray:
+    """Blur over the heights."""
     padded = np.pad(grid, ((2, 2), (0, 0)), mode="edge")
     return sum(w * padded[i : i + len(grid)] for i, w in enumerate(_BLUR))

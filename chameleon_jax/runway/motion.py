@@ -1,7 +1,7 @@
-"""What the person does: where they go, where the feet land, what arms, head and face do.
+"""What the person does: where they go, where the feet land, how arms, head and face move.
 
-One planner serves every motion: the body follows a path over the ground, and the feet take turns to
-step whenever their place under the body has moved away. Arms blend between key poses.
+One planner is used for every motion: the body follows a path over the ground, and the feet step in
+turn whenever the place where they should stand has moved away. Arms blend between key poses.
 
 Legend: t frames, side 0 left, 1 right. Metres, radians, seconds.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -57,9 +58,11 @@ LOCOMOTION = {
 }
 HEADS = ("none", "tilt", "nod", "look", "glance_down")
 
-_MARGIN = 0.75  # seconds of the path before and after the clip, for the feet to have somewhere to come from
+# Seconds of the path before and after the clip, so that a foot may be in the middle of a step when
+# the clip starts or ends.
+_MARGIN = 0.75
 _FINE = 4  # planner samples per frame
-_TOE_OFF, _HEEL_STRIKE = 0.75, -0.30
+_TOE_OFF, _HEEL_STRIKE = 0.75, -0.30  # pitch of the foot when it leaves the ground and lands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class MotionSpec:
       side: +1 if turns, steps and looks go to the person's left, -1 to the right.
       lead: which arm leads, 0 left, 1 right.
       start, move, hold: seconds until the gesture starts, to reach it, and to hold it.
-      posed: the clip begins in the gesture, which is given up at `start`.
+      posed: the clip begins in the gesture, which ends at `start`.
       at_camera: the head keeps turned to the camera while the body turns.
       seed: small variations (speeds, stance, idle sway, blinks).
     """
@@ -89,10 +92,12 @@ class MotionSpec:
     seed: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Motion:
-    """A posture per frame; fields as in `Pose` with a leading frame axis, and the path x, z, yaw
-    [t, 3].
+    """A posture per frame.
+
+    The fields up to `expression` are those of `Pose` with a leading frame axis; `path` is x, z and
+    yaw of the body [t, 3].
     """
 
     root: np.ndarray
@@ -112,9 +117,8 @@ class Motion:
 
     def pose(self, frame: int) -> Pose:
         """The posture of one frame."""
-        return Pose(
-            **{field.name: getattr(self, field.name)[frame] for field in dataclasses.fields(Pose)}
-        )
+        names = [field.name for field in dataclasses.fields(Pose)]
+        return Pose(**{name: getattr(self, name)[frame] for name in names})
 
 
 def sample_motion(rng: np.random.Generator) -> MotionSpec:
@@ -148,11 +152,12 @@ def animate(spec: MotionSpec, person: Person, frames: int, fps: float) -> Motion
     def at_frames(values: np.ndarray) -> np.ndarray:
         return np.interp(time, margin_time, values)
 
-    feet = np.stack(
-        [[at_frames(feet_fine[:, side, i]) for i in range(5)] for side in (0, 1)]
-    ).transpose(2, 0, 1)
+    feet = np.empty((frames, 2, 5))
+    for side in (0, 1):
+        for i in range(5):
+            feet[:, side, i] = at_frames(feet_fine[:, side, i])
     walking = at_frames(np.clip(np.abs(np.gradient(z, margin_time)) / (0.5 * size), 0, 1.3))
-    # > 0 while the left foot swings: weight is on the right one
+    # Above 0 while the left foot swings: the weight is on the right one.
     swing = np.clip(feet_fine[:, :, 2] / (0.05 * size), 0, 1)
     shift = at_frames(_blur(swing[:, 0] - swing[:, 1], seconds=0.2, rate=fps * _FINE))
     x, z, yaw, drop = at_frames(x), at_frames(z), at_frames(yaw), at_frames(drop)
@@ -163,43 +168,27 @@ def animate(spec: MotionSpec, person: Person, frames: int, fps: float) -> Motion
     def breathe(amplitude: float, period: float, number: int) -> np.ndarray:
         return amplitude * np.sin(2 * np.pi * time / period + phase[number])
 
-    # how far each foot is ahead of the body drives hips and arms
-    ahead = np.stack([feet[:, side, 1] - z for side in (0, 1)], 1) - 0.03 * size
+    # Hips and arms follow how far each foot is ahead of the body.
+    ahead = feet[:, :, 1] - z[:, None] - 0.03 * size
     stride = (ahead[:, 0] - ahead[:, 1]) * walking / size
-    root = np.stack(
-        [
-            x - 0.028 * size * shift + breathe(0.010 * idle, 3.1, 0) * np.cos(yaw),
-            z + breathe(0.006, 2.3, 1),
-        ],
-        1,
-    )
-    roll = -0.05 * shift * (0.4 + walking) + breathe(0.018 * idle, 3.1, 0)
-    pelvis = np.stack(
-        [0.03 + 0.5 * drop, yaw - 0.22 * stride + breathe(0.025 * idle, 3.7, 2), roll], 1
-    )
-    spine = np.stack(
-        [
-            0.02 + breathe(0.02, 2.9, 3) + 0.35 * drop,
-            0.40 * stride - breathe(0.04 * idle, 3.7, 2),
-            -0.9 * roll,
-        ],
-        1,
-    )
-    head = np.stack(
-        [
-            breathe(0.05, 3.3, 4) - 0.5 * drop,
-            -0.6 * spine[:, 1] + breathe(0.08, 4.1, 5),
-            breathe(0.03, 3.0, 6),
-        ],
-        1,
-    )
-    head += _head_motion(spec, time, yaw)
+    root_x = x - 0.028 * size * shift + breathe(0.010 * idle, 3.1, 0) * np.cos(yaw)
+    root_z = z + breathe(0.006, 2.3, 1)
+    pelvis_pitch = 0.03 + 0.5 * drop
+    pelvis_yaw = yaw - 0.22 * stride + breathe(0.025 * idle, 3.7, 2)
+    pelvis_roll = -0.05 * shift * (0.4 + walking) + breathe(0.018 * idle, 3.1, 0)
+    spine_pitch = 0.02 + breathe(0.02, 2.9, 3) + 0.35 * drop
+    spine_yaw = 0.40 * stride - breathe(0.04 * idle, 3.7, 2)
+    spine_roll = -0.9 * pelvis_roll
+    head_pitch = breathe(0.05, 3.3, 4) - 0.5 * drop
+    head_yaw = -0.6 * spine_yaw + breathe(0.08, 4.1, 5)
+    head_roll = breathe(0.03, 3.0, 6)
+    head = np.stack([head_pitch, head_yaw, head_roll], 1) + _head_motion(spec, time, yaw)
     arms, wrists = _arm_motion(spec, rng, time, ahead, walking, breathe(0.03, 2.7, 7), size)
     return Motion(
-        root=root,
+        root=np.stack([root_x, root_z], 1),
         drop=drop,
-        pelvis=pelvis,
-        spine=spine,
+        pelvis=np.stack([pelvis_pitch, pelvis_yaw, pelvis_roll], 1),
+        spine=np.stack([spine_pitch, spine_yaw, spine_roll], 1),
         head=head,
         arms=arms,
         wrists=wrists,
@@ -216,7 +205,8 @@ def smootherstep(x: np.ndarray | float) -> np.ndarray:
     return x * x * x * (x * (6 * x - 15) + 10)
 
 
-def _shares(weights) -> np.ndarray:
+def _shares(weights: Iterable[float]) -> np.ndarray:
+    """Weights scaled so that their sum is one."""
     weights = np.array(list(weights))
     return weights / weights.sum()
 
@@ -228,9 +218,13 @@ def _blur(values: np.ndarray, seconds: float, rate: float) -> np.ndarray:
     return np.convolve(np.pad(values, radius, mode="edge"), weights / weights.sum(), "valid")
 
 
-def _path(spec: MotionSpec, rng: np.random.Generator, whole: float, size: float):
-    """A function of time that gives x, z, yaw of the body and the depth of a squat, for a clip of
-    `whole` seconds.
+def _path(
+    spec: MotionSpec, rng: np.random.Generator, whole: float, size: float
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """The path of the body in a clip of `whole` seconds.
+
+    Returns:
+      A function of time that gives x, z and yaw of the body, and the depth of a squat.
     """
     speed = rng.uniform(0.38, 0.65) * size
     angle = spec.side * rng.uniform(0.8, 1.57)
@@ -252,21 +246,19 @@ def _path(spec: MotionSpec, rng: np.random.Generator, whole: float, size: float)
             z = speed * (np.minimum(t, 0.5 * whole) - 0.5 * whole)
             yaw = angle * smootherstep((t - 0.5 * whole) / max(0.4 * whole, 1.2))
         elif kind == "turn":
-            yaw = angle * (
-                smootherstep((t - 0.3) / 1.5) - returns * smootherstep((t - 0.55 * whole) / 1.5)
-            )
+            there = smootherstep((t - 0.3) / 1.5)
+            back = smootherstep((t - 0.55 * whole) / 1.5)
+            yaw = angle * (there - returns * back)
         elif kind == "spin":
             yaw = spec.side * 2 * np.pi * smootherstep((t - 0.3) / max(whole - 0.6, 3.2))
         elif kind == "sidestep":
-            there, back = (
-                smootherstep((t - 0.3) / 1.4),
-                smootherstep((t - max(0.55 * whole, 1.7)) / 1.4),
-            )
+            there = smootherstep((t - 0.3) / 1.4)
+            back = smootherstep((t - max(0.55 * whole, 1.7)) / 1.4)
             x = spec.side * distance * (there - back)
         elif kind == "squat":
-            drop = depth * (
-                smootherstep((t - 0.4) / 1.1) - smootherstep((t - max(0.55 * whole, 1.6)) / 1.1)
-            )
+            down = smootherstep((t - 0.4) / 1.1)
+            up = smootherstep((t - max(0.55 * whole, 1.6)) / 1.1)
+            drop = depth * (down - up)
         return x, z, yaw, drop
 
     return at
@@ -294,8 +286,10 @@ def _plan_feet(
     yaw: np.ndarray,
     size: float,
 ) -> np.ndarray:
-    """x, z, lift, yaw, pitch of both feet, [time, 2, 5]: each foot may step every other beat, and
-    does if it has to.
+    """x, z, lift, yaw, pitch of both feet, [time, 2, 5].
+
+    The feet take turns: in every beat one of them steps, if the place where it should stand is too
+    far away.
     """
     beat = rng.uniform(0.44, 0.54)
     gap = rng.uniform(0.075, 0.095) * size
@@ -303,7 +297,7 @@ def _plan_feet(
     stagger = rng.uniform(-0.05, 0.05) * size
 
     def home(side: int, t: float) -> np.ndarray:
-        """Where the foot would like to stand at time t."""
+        """x, z, yaw of the place where a foot should stand at time t."""
         sign = 1 if side == 0 else -1
         px, pz, turn = (float(np.interp(t, time, values)) for values in (x, z, yaw))
         right, front = sign * gap, 0.03 * size + sign * stagger
@@ -323,9 +317,9 @@ def _plan_feet(
         if math.hypot(moved[0], moved[1]) > 0.03 or moved[2] > 0.10:
             steps[side].append(_Step(start, end, standing[side], target))
             standing[side] = target
-    return np.stack(
-        [_follow_steps(steps[side], home(side, time[0]), time, size) for side in (0, 1)], 1
-    )
+    left = _follow_steps(steps[0], home(0, time[0]), time, size)
+    right = _follow_steps(steps[1], home(1, time[0]), time, size)
+    return np.stack([left, right], 1)
 
 
 def _follow_steps(
@@ -337,28 +331,21 @@ def _follow_steps(
     for step in steps:
         vigour = min(step.length / 0.6, 1.0)
         u = (time - step.start) / (step.end - step.start)
-        place = np.where(
-            (u >= 0)[:, None],
-            step.origin + (step.target - step.origin) * smootherstep(u)[:, None],
-            place,
-        )
+        moved = step.origin + (step.target - step.origin) * smootherstep(u)[:, None]
+        place = np.where((u >= 0)[:, None], moved, place)
         swing = (u >= 0) & (u < 1)
-        arc = (
-            (0.035 + 0.05 * min(step.length, 0.6)) * size * np.sin(np.pi * np.clip(u, 0, 1)) ** 1.2
-        )
-        lift = np.where(swing, arc, lift)
-        roll_off = _TOE_OFF * (1 - smootherstep(1.9 * u)) + _HEEL_STRIKE * smootherstep(
-            (u - 0.35) / 0.5
-        )
-        pitch = np.where(swing, vigour * roll_off, pitch)
+        height = (0.035 + 0.05 * min(step.length, 0.6)) * size
+        lift = np.where(swing, height * np.sin(np.pi * np.clip(u, 0, 1)) ** 1.2, lift)
+        toe_off = _TOE_OFF * (1 - smootherstep(1.9 * u))
+        heel_strike = _HEEL_STRIKE * smootherstep((u - 0.35) / 0.5)
+        pitch = np.where(swing, vigour * (toe_off + heel_strike), pitch)
         before = (time >= step.start - 0.22) & (time < step.start)
         heel_off = vigour * _TOE_OFF * smootherstep((time - step.start + 0.22) / 0.22)
         pitch = np.where(before, heel_off, pitch)
         after = (time >= step.end) & (time < step.end + 0.12)
         pitch = np.where(after, vigour * _HEEL_STRIKE * (1 - (time - step.end) / 0.12), pitch)
-    lift = lift + 0.17 * size * np.sin(
-        np.clip(-pitch, 0, None)
-    )  # toes up: the foot turns about its heel
+    # Toes up: the foot turns about its heel.
+    lift = lift + 0.17 * size * np.sin(np.clip(-pitch, 0, None))
     return np.stack([place[:, 0], place[:, 1], lift, place[:, 2], pitch], 1)
 
 
@@ -367,9 +354,9 @@ def _head_motion(spec: MotionSpec, time: np.ndarray, yaw: np.ndarray) -> np.ndar
     out = np.zeros((len(time), 3))
     if spec.at_camera:
         away = (yaw + np.pi) % (2 * np.pi) - np.pi
-        # let go gradually once the camera is out of reach, so that the head does not snap round
-        grip = 1 - smootherstep((np.abs(away) - 1.0) / 1.4)
-        out[:, 1] -= 0.8 * np.clip(away, -0.7, 0.7) * grip
+        # Less and less once the camera is too far round, so that the head does not jump.
+        share = 1 - smootherstep((np.abs(away) - 1.0) / 1.4)
+        out[:, 1] -= 0.8 * np.clip(away, -0.7, 0.7) * share
     since = time - spec.start
     active = smootherstep((since - 0.2) / 0.7) - smootherstep((since - 2.0) / 0.7)
     if spec.head == "tilt":
@@ -401,27 +388,26 @@ def _arm_motion(
     up = smootherstep((time - spec.start) / spec.move)
     down = smootherstep((time - spec.start - spec.move - spec.hold) / spec.move)
     engaged = 1 - up if spec.posed else up * (1 - down)
+    leading, other, _ = GESTURES[spec.gesture]
     for side in (0, 1):
-        name = GESTURES[spec.gesture][0 if side == spec.lead else 1]
-        share = engaged[:, None] if name != "relax" else np.zeros((len(time), 1))
-        angles = relaxed + (np.array(ARM_POSES[name]) - relaxed) * share
-        loose = 1 - share[:, 0]
+        name = leading if side == spec.lead else other
+        share = np.zeros(len(time)) if name == "relax" else engaged
+        angles = relaxed + (np.array(ARM_POSES[name]) - relaxed) * share[:, None]
+        loose = 1 - share
         if name == "wave":
-            angles[:, 2] += 0.35 * np.sin(2 * np.pi * 1.3 * (time - spec.start)) * share[:, 0]
+            angles[:, 2] += 0.35 * np.sin(2 * np.pi * 1.3 * (time - spec.start)) * share
         angles[:, :5] += jitter[side] * 0.6 * loose[:, None]
-        swing = (
-            -0.75 * (ahead[:, side] - ahead.mean(1)) * walking / size
-        )  # arms swing against the legs
+        # Arms swing against the legs.
+        swing = -0.75 * (ahead[:, side] - ahead.mean(1)) * walking / size
         angles[:, 1] += loose * (swing + idle)
-        angles[:, 3] += loose * np.clip(
-            0.25 * walking + 0.5 * np.maximum(0, -ahead[:, side]), 0, 0.5
-        )
+        bend = 0.25 * walking + 0.5 * np.maximum(0, -ahead[:, side])
+        angles[:, 3] += loose * np.clip(bend, 0, 0.5)
         arms[:, side], wrists[:, side] = angles[:, :5], angles[:, 5:]
     return arms, wrists
 
 
 def _face(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
-    """Expression weights [t, 6]: a smile that changes once, blinks every now and then."""
+    """Expression weights [t, 6]: a smile that changes once, and a few blinks."""
     blinks = rng.uniform(0.5, 3.0, 3).cumsum()
     smile = rng.uniform(0, 0.55)
     later = smile * rng.uniform(0, 1)
@@ -429,6 +415,5 @@ def _face(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
     change = rng.uniform(0.5, 3.5)
     blink = np.exp(-(((time[:, None] - blinks) / 0.07) ** 2)).max(1)
     smiling = smile + (later - smile) * smootherstep((time - change) / 0.8)
-    return np.stack(
-        [smiling, blink, 0.12 + 0.1 * smiling, 0 * time, 0.5 * smiling, wide * (1 - blink)], 1
-    )
+    brows, jaw, squint = 0.12 + 0.1 * smiling, np.zeros_like(time), 0.5 * smiling
+    return np.stack([smiling, blink, brows, jaw, squint, wide * (1 - blink)], 1)

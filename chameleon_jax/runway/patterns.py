@@ -1,5 +1,4 @@
-"""Procedural patterns and noise, filtered by the footprint of a sub-sample. Called from the shading
-kernels.
+"""Procedural patterns and noise for the shading kernels, filtered against aliasing.
 
 Lengths are metres on the cloth; `footprint` is the width that one sub-sample covers there.
 """
@@ -44,7 +43,10 @@ NAMES = (
 def step(start, end, x):
     """Hermite step from 0 at `start` to 1 at `end`, which may be the smaller one."""
     t = (x - start) / (end - start)
-    t = 0.0 if t < 0 else (1.0 if t > 1 else t)
+    if t < 0:
+        return 0.0
+    if t > 1:
+        return 1.0
     return t * t * (3 - 2 * t)
 
 
@@ -69,8 +71,9 @@ def noise(x, y, seed):
 
 @kernel
 def band(x, duty, footprint):
-    """Stripes of period 1, one on [0, duty); fades to its mean where the footprint nears the
-    period.
+    """Stripes of period 1: 1 on [0, duty), 0 elsewhere.
+
+    The edges are as wide as the footprint; with a footprint near the period it is the mean.
     """
     if footprint > 0.7:
         return duty
@@ -109,9 +112,7 @@ def flowers(x, y, f, seed):
             dy = y - (j + 0.5 + 0.5 * (lattice(i, j, seed + 7) - 0.5))
             size = 0.26 + 0.12 * lattice(i, j, seed + 3)
             distance = math.sqrt(dx * dx + dy * dy)
-            if (
-                distance > size + 0.6 * f + 0.02
-            ):  # beyond the petals: spares most of the trigonometry
+            if distance > size + 0.6 * f + 0.02:  # outside of the petals: no need to compute them
                 continue
             angle = math.atan2(dy, dx) + 2 * math.pi * lattice(i, j, seed + 5)
             edge = size * (0.72 + 0.28 * math.cos(5 * angle))
@@ -158,9 +159,9 @@ def pattern(kind, u, v, footprint, period, duty, seed):
     if kind == CAMOUFLAGE:
         first = noise(1.1 * x, 1.1 * y, seed) + 0.5 * noise(2.3 * x, 2.3 * y, seed + 1)
         second = noise(1.2 * x + 9, 1.2 * y, seed + 2) + 0.5 * noise(2.1 * x, 2.1 * y, seed + 3)
-        return step(0.78 - 0.3 * f, 0.82 + 0.3 * f, first), step(
-            0.92 - 0.3 * f, 0.96 + 0.3 * f, second
-        )
+        first = step(0.78 - 0.3 * f, 0.82 + 0.3 * f, first)
+        second = step(0.92 - 0.3 * f, 0.96 + 0.3 * f, second)
+        return first, second
     if kind == HOUNDSTOOTH:
         dark = band(x, 0.5, f) * band(y, 0.5, f)
         light = (1 - band(x, 0.5, f)) * (1 - band(y, 0.5, f))

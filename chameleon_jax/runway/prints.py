@@ -14,10 +14,9 @@ _OVERSAMPLE = 4
 def _star(draw: ImageDraw.ImageDraw, s: float) -> None:
     points = []
     for i in range(10):
-        radius = s * 0.46 * (1 if i % 2 == 0 else 0.42)
-        points.append(
-            (s / 2 + radius * math.sin(i * math.pi / 5), s / 2 - radius * math.cos(i * math.pi / 5))
-        )
+        radius = s * 0.46 if i % 2 == 0 else s * 0.46 * 0.42
+        angle = i * math.pi / 5
+        points.append((s / 2 + radius * math.sin(angle), s / 2 - radius * math.cos(angle)))
     draw.polygon(points, fill=255)
 
 
@@ -44,10 +43,8 @@ def _triangle(draw: ImageDraw.ImageDraw, s: float) -> None:
 
 
 def _diamond(draw: ImageDraw.ImageDraw, s: float) -> None:
-    draw.polygon(
-        [(s * 0.5, s * 0.04), (s * 0.86, s * 0.5), (s * 0.5, s * 0.96), (s * 0.14, s * 0.5)],
-        fill=255,
-    )
+    corners = [(0.5, 0.04), (0.86, 0.5), (0.5, 0.96), (0.14, 0.5)]
+    draw.polygon([(s * x, s * y) for x, y in corners], fill=255)
 
 
 def _lightning(draw: ImageDraw.ImageDraw, s: float) -> None:
@@ -89,7 +86,7 @@ _SHAPES = {
     "triple bar": _bars,
     "moon": _moon,
 }
-_CHARACTERS = {f"letter {c}" if c.isalpha() else f"number {c}": c for c in "ARKBNMXZ0379"}
+_CHARACTERS = {f"letter {c}": c for c in "ARKBNMXZ"} | {f"number {c}": c for c in "0379"}
 NAMES = (*_SHAPES, *_CHARACTERS)
 
 

@@ -1,5 +1,4 @@
-"""Rasteriser: triangles to fragments, layers of clothing on top of each other, sub-samples to
-pixels.
+"""Rasteriser: triangles to fragments, layers of clothing over each other, sub-samples to pixels.
 
 A frame is drawn at `samples` x `samples` sub-samples a pixel. A fragment is (inverse depth,
 triangle, two barycentric coordinates); the buffers hold one fragment per sub-sample, triangle -1
@@ -51,12 +50,12 @@ def rasterise(
     """Draw triangles first..last with a depth test.
 
     Args:
-      screen_v3: x, y in sub-samples (centres at .5) and inverse depth, larger is nearer; below zero
-        is not drawn.
+      screen_v3: x, y in sub-samples (centres at .5) and inverse depth, larger is nearer; a triangle
+        with a corner at 0 or below is not drawn.
       triangles_m3: corner indices.
       first, last: range of triangles.
       keep_v: signed distance inside the cut; where its interpolated value is negative nothing is
-        drawn, which cuts necklines and hems exactly, wherever the mesh has its edges.
+        drawn. So necklines and hems are exact and do not follow the edges of the mesh.
       inverse_depth, triangle, weight1, weight2: the buffers of `Fragments`, updated in place.
     """
     height, width = inverse_depth.shape
@@ -125,10 +124,10 @@ def lay_over(
 ):
     """Put a layer of clothing over what is drawn already.
 
-    Where the layer has a fragment it wins if it is nearer, or if the fragment in front of it
-    belongs to something that this garment covers (`cover_v` > 0): skin that a pose pushed through
-    the cloth. What is covered gives way to the cloth only, never to what is behind it, so outside
-    the garment's own fragments the picture does not depend on it.
+    Where the layer has a fragment, that fragment is drawn if it is nearer, or if the fragment in
+    front of it belongs to something that this garment covers (`cover_v` > 0), such as skin that a
+    pose pushed through the cloth. Nothing changes outside the garment's own fragments, so there the
+    picture does not depend on the garment.
 
     Args:
       triangles_m3: corner indices.
@@ -169,9 +168,24 @@ SRGB = _transfer_table(1 << 14)
 
 
 @kernel
+def _compress(value):
+    """Compress light above 0.8 smoothly, so that nothing reaches 1."""
+    if value < 0.8:
+        return value
+    return 0.8 + 0.2 * (1 - math.exp(-(value - 0.8) / 0.2))
+
+
+@kernel
 def resolve(light_hw3, samples, srgb, out_hw3):
-    """Linear light to 8-bit sRGB: soft shoulder above 0.8, box filter over the sub-samples, `srgb`
-    table.
+    """Linear light to 8-bit sRGB.
+
+    Light above 0.8 is compressed, then the sub-samples of each pixel are averaged.
+
+    Args:
+      light_hw3: linear light per sub-sample.
+      samples: sub-samples per pixel and axis.
+      srgb: table from linear light to sRGB, see `SRGB`.
+      out_hw3: uint8 per pixel, written.
     """
     height, width, _ = out_hw3.shape
     for y in range(height):
@@ -180,20 +194,22 @@ def resolve(light_hw3, samples, srgb, out_hw3):
                 total = 0.0
                 for j in range(samples):
                     for i in range(samples):
-                        value = light_hw3[y * samples + j, x * samples + i, c]
-                        total += (
-                            value
-                            if value < 0.8
-                            else 0.8 + 0.2 * (1 - math.exp(-(value - 0.8) / 0.2))
-                        )
+                        total += _compress(light_hw3[y * samples + j, x * samples + i, c])
                 value = max(0.0, min(1.0, total / (samples * samples)))
                 out_hw3[y, x, c] = srgb[int(value * (srgb.shape[0] - 1) + 0.5)]
 
 
 @kernel
 def pixel_labels(part_hw, inverse_depth, samples, parts, labels_hw, depth_hw, touched_hw):
-    """Per pixel: the part with the most sub-samples (the lower number wins a tie), the depth of the
-    nearest one, and a bit for every part that is there.
+    """Which parts each pixel shows.
+
+    Args:
+      part_hw, inverse_depth: number of the part and inverse depth per sub-sample.
+      samples: sub-samples per pixel and axis.
+      parts: number of parts.
+      labels_hw: per pixel, written: the part with most sub-samples, of equal ones the lowest.
+      depth_hw: per pixel, written: depth of the nearest sub-sample.
+      touched_hw: per pixel; gets the bit of every part with a sub-sample.
     """
     height, width = labels_hw.shape
     for y in range(height):

@@ -23,13 +23,16 @@ from chameleon_jax.runway.shading import shade_surfaces
 SHADOW_EDGE = 256
 _SHADOW_SPAN = 2.7  # metres that the shadow map covers, for a person of 1.72 m
 _FEET = ("foot.L", "toe2-1.L", "foot.R", "toe2-1.R")
-_PICTURE_MARGIN = 1.14
+_PICTURE_MARGIN = 1.14  # size of the picture of a garment, relative to the garment
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Setting:
-    """What surrounds a figure: `looks.LIGHT` and `looks.BACKDROP` records, and whether shadows are
-    cast.
+    """What surrounds a figure.
+
+    Attributes:
+      light, backdrop: `looks.LIGHT` and `looks.BACKDROP` records.
+      shadows: whether shadows are cast.
     """
 
     light: np.ndarray
@@ -37,7 +40,7 @@ class Setting:
     shadows: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Frame:
     """One picture and what is known about it.
 
@@ -45,7 +48,7 @@ class Frame:
       image: uint8 [h, w, 3].
       part: uint8 [h, w], the part with most sub-samples of the pixel.
       touched: uint16 [h, w], bit p set where any sub-sample of the pixel belongs to part p; for a
-        garment, where it was drawn, be it covered again by a garment over it.
+        garment, also where another garment covers it.
       depth: float32 [h, w], metres along the view axis, infinite for the background.
       joints: [36, 3], metres.
     """
@@ -73,20 +76,20 @@ class Renderer:
         self._shadow = raster.Fragments(SHADOW_EDGE, SHADOW_EDGE)
         self._light = np.zeros((height, width, 3), np.float32)
         self._part = np.zeros((height, width), np.uint8)
-        count = len(model.rest)
-        self._points, self._wrinkled, self._screen = (
-            np.zeros((count, 3), np.float32) for _ in range(3)
-        )
-        self._normals = np.zeros((count, 3), np.float32)
+        vertices = (len(model.rest), 3)
+        self._points = np.zeros(vertices, np.float32)
+        self._wrinkled = np.zeros(vertices, np.float32)
+        self._screen = np.zeros(vertices, np.float32)
+        self._normals = np.zeros(vertices, np.float32)
         self._rest = model.rest.copy()
         self._atlas = prints.atlas(96 if size[0] >= 256 else 32)
-        spec = model.figure.spec
         figure = model.figure
-        self._looks = (
-            (figure.skin, figure.hair, figure.shoe_look)
-            if spec is not None
-            else (looks.record(looks.SKIN), looks.record(looks.HAIR), looks.record(looks.SHOES))
-        )
+        if figure.spec is None:
+            self._looks = tuple(
+                looks.record(kind) for kind in (looks.SKIN, looks.HAIR, looks.SHOES)
+            )
+        else:
+            self._looks = (figure.skin, figure.hair, figure.shoe_look)
 
     @property
     def points(self) -> np.ndarray:
@@ -95,8 +98,9 @@ class Renderer:
 
     @property
     def samples_drawn(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the last frame, per sub-sample: number of the part, and triangle of the model (-1 for
-        the background).
+        """Part and triangle of each sub-sample of the last frame, both [h, w].
+
+        The triangle is an index in the model's triangles, -1 for the background.
         """
         return self._part, self._drawn.triangle
 
@@ -111,12 +115,12 @@ class Renderer:
         matrices, joints = body.skeleton(model.figure.person, pose)
         moved = model.expression_index
         if len(moved):
-            offset = np.einsum(
-                "e,enc->nc", pose.expression.astype(np.float32), model.expression_offsets
-            )
+            expression = pose.expression.astype(np.float32)
+            offset = np.einsum("e,enc->nc", expression, model.expression_offsets)
             self._rest[moved] = model.rest[moved] + offset
         geometry.skin(self._rest, model.skin_index, model.skin_weight, matrices, self._points)
-        geometry.sway(self._points, model.sway, joints[0], *(float(s) for s in swing))
+        shift_x, shift_z, turn = swing.tolist()
+        geometry.sway(self._points, model.sway, joints[0], shift_x, shift_z, turn)
         geometry.vertex_normals(self._points, model.normal_triangles, self._normals)
         geometry.wrinkle(
             self._points,
@@ -133,28 +137,23 @@ class Renderer:
     def draw(
         self, camera: Camera, setting: Setting, joints: np.ndarray, ground_truth: bool = True
     ) -> Frame:
-        """Draw the posed model; without `ground_truth`, part and depth stay empty, which saves
-        time.
+        """Draw the posed model.
+
+        Args:
+          camera: from where.
+          setting: light and background.
+          joints: what `pose` returned.
+          ground_truth: fill `part` and `depth` of the frame; without them it takes less time.
         """
         model, samples, (height, width) = self.model, self.samples, self.size
         touched = np.zeros((height, width), np.uint16)
-        drawn, layer = self._drawn, self._layer
+        drawn = self._drawn
         geometry.project(self._wrinkled, camera.matrix, float(samples), self._screen)
-        drawn.clear()
-        for number, (part, first, last) in enumerate(model.layers):
-            target = layer if number else drawn
-            if number:
-                layer.clear()
-            raster.rasterise(self._screen, model.triangles, first, last, model.keep, *target.arrays)
-            if number:
-                bit = np.uint16(1 << part)
-                cover = model.covers[number]
-                raster.lay_over(
-                    model.triangles, cover, bit, samples, *drawn.arrays, *layer.arrays, touched
-                )
-
-        light = setting.light if setting.shadows else _without_shadows(setting.light)
-        to_light = self._draw_shadows(light, joints) if setting.shadows else np.zeros((3, 4))
+        self._draw_layers(touched)
+        if setting.shadows:
+            light, to_light = setting.light, self._draw_shadows(setting.light, joints)
+        else:
+            light, to_light = _without_shadows(setting.light), np.zeros((3, 4))
         view = (
             float(camera.focal * samples),
             float(camera.centre[0] * samples),
@@ -203,6 +202,25 @@ class Renderer:
             )
         return Frame(image, part, touched, depth, joints)
 
+    def _draw_layers(self, touched: np.ndarray) -> None:
+        """Draw the body, then every layer of clothing over what is drawn already."""
+        model, drawn, layer = self.model, self._drawn, self._layer
+        _, first, last = model.layers[0]
+        drawn.clear()
+        raster.rasterise(self._screen, model.triangles, first, last, model.keep, *drawn.arrays)
+        for (part, first, last), cover in zip(model.layers[1:], model.covers[1:], strict=True):
+            layer.clear()
+            raster.rasterise(self._screen, model.triangles, first, last, model.keep, *layer.arrays)
+            raster.lay_over(
+                model.triangles,
+                cover,
+                np.uint16(1 << part),
+                self.samples,
+                *drawn.arrays,
+                *layer.arrays,
+                touched,
+            )
+
     def _draw_shadows(self, light: np.ndarray, joints: np.ndarray) -> np.ndarray:
         """Draw the shadow map; returns the map from the world to it, [3, 4]."""
         model = self.model
@@ -225,8 +243,16 @@ class Renderer:
 
 
 def light_matrix(direction: np.ndarray, centre: np.ndarray, span: float) -> np.ndarray:
-    """Parallel projection along the light: column and row of the shadow map, and depth, larger
-    nearer to it.
+    """Parallel projection along the light.
+
+    Args:
+      direction: unit vector to the light, [3].
+      centre: the point in the middle of the shadow map, [3].
+      span: metres that the map covers.
+
+    Returns:
+      [3, 4], from the world to column and row of the map and a depth that is larger nearer to the
+      light.
     """
     across = np.cross([0, 1.0, 0], direction)
     across /= np.linalg.norm(across)
@@ -238,10 +264,10 @@ def light_matrix(direction: np.ndarray, centre: np.ndarray, span: float) -> np.n
 
 
 def cloth_swing(motion: Motion) -> np.ndarray:
-    """How hanging cloth lags behind the body: x, z (m) and turn (rad) per frame, [t, 3].
+    """By how much hanging cloth is behind the body: x, z (m) and turn (rad) per frame, [t, 3].
 
-    A damped spring, driven by the acceleration and the speed of the body's path, in equilibrium at
-    the first frame.
+    A damped spring that is moved by the acceleration and the speed of the body's path. It is in
+    equilibrium at the first frame.
     """
     dt = 1 / motion.fps
     path = motion.path
@@ -265,8 +291,13 @@ def cloth_swing(motion: Motion) -> np.ndarray:
 def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 3) -> np.ndarray:
     """The garment alone, worn by nobody, on white: uint8 [h, w, 3].
 
-    It is cut for the mean body, so it tells nothing about the person, the pose or the light of a
+    It is cut for the mean body, so it does not depend on the person, the pose or the light of a
     clip.
+
+    Args:
+      garment: what to draw.
+      size: height and width in pixels.
+      samples: sub-samples per pixel and axis.
     """
     model = _mean_figure().dress({garment.slot: garment}, Styling())
     renderer = Renderer(model, size, samples)
@@ -278,15 +309,15 @@ def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 
     extent = high - low
     span = _PICTURE_MARGIN * max(extent[1], extent[0] * height / width)
     centre, distance = 0.5 * (low + high).astype(np.float64), 6.0
-    camera = scene.look_at(
-        centre + np.array([0, 0, distance]), centre, height * distance / span, size
-    )
+    eye = centre + np.array([0, 0, distance])
+    camera = scene.look_at(eye, centre, height * distance / span, size)
     setting = Setting(scene.picture_light(), scene.blank_backdrop())
     return renderer.draw(camera, setting, joints).image
 
 
 @functools.lru_cache(maxsize=1)
 def _mean_figure() -> Figure:
+    """The mean body, on which garments are shown."""
     return Figure(None)
 
 

@@ -1,5 +1,6 @@
-"""Where it happens: backdrop, light, and a camera that looks at the body's path and never at the
-clothes.
+"""Backdrop, light and camera.
+
+The camera follows the path of the body. It does not depend on the clothes.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from chameleon_jax.runway.drape import SOLE
 from chameleon_jax.runway.motion import Motion, MotionSpec
 
 PLACES = ("studio", "room", "street", "park")
+# Lowest and highest point in the picture, metres for a person of 1.72 m.
 FRAMINGS = {
     "full": (-0.09, 1.83),
     "knee": (0.44, 1.82),
     "thigh": (0.70, 1.82),
-}  # lowest and highest point in sight
+}
 MOVES = ("static", "dolly", "pan", "orbit", "handheld")
-DISTANCE = 3.6
+DISTANCE = 3.6  # of the camera, metres for a person of 1.72 m
 _USUAL_HAIR = 0.03  # thickness that the framings have room for
+# Width of the picture that the arms of a gesture need, metres for a person of 1.72 m.
+_LEAST_ROOM = 0.84
 _ROOM_FOR_ARMS = {
     "up": 0.98,
     "wave": 1.02,
@@ -42,6 +46,9 @@ _STONES = {
     "limestone": (206, 190, 160),
 }
 _FOLIAGE = {"green": (92, 128, 70), "summery": (120, 140, 80), "autumnal": (150, 120, 60)}
+_PICTURES = ((60, 90, 120), (180, 90, 60), (70, 110, 80), (200, 160, 70))
+_PAVINGS = ((150, 148, 146), (168, 160, 150), (128, 130, 136))
+_GROUNDS = ((110, 140, 80), (150, 150, 110), (160, 140, 110))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,8 @@ class SceneSpec:
       place: one of `PLACES`.
       wall: colour of the wall, kind of stone, or kind of foliage, by name.
       floor: kind of wood in a room.
-      sun_azimuth, sun_elevation: direction of the key light (rad), 0 from the camera.
+      sun_azimuth, sun_elevation: direction of the key light (rad); azimuth 0 is on the side of the
+        camera.
       warmth, brightness: of the key light, -1 to 1 and around 0.7.
       shadow: how dark cast shadows are.
       seed: everything else.
@@ -71,8 +79,12 @@ class SceneSpec:
 
 @dataclasses.dataclass(frozen=True)
 class CameraSpec:
-    """A camera: framing, movement, its amount and phases in [-1, 1], and how much it follows a walk
-    (0 to 1).
+    """A camera and its movement.
+
+    Attributes:
+      framing, move: names from `FRAMINGS` and `MOVES`.
+      amounts: offset of the camera (x, y), amount of the movement, and three phases, in [-1, 1].
+      follow: how much it follows a walk, 0 to 1.
     """
 
     framing: str
@@ -81,10 +93,11 @@ class CameraSpec:
     follow: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Camera:
-    """Pinhole camera of one frame: x right, y down, z ahead, pixel (x, y) = K (R p + t) with square
-    pixels.
+    """Pinhole camera of one frame, with square pixels: pixel (x, y) = K (R p + t).
+
+    Its axes are x right, y down, z ahead.
 
     Attributes:
       focal, centre: pixels.
@@ -107,7 +120,12 @@ class Camera:
 def sample_scene(rng: np.random.Generator) -> SceneSpec:
     """Draw a place and its light."""
     place = str(rng.choice(PLACES, p=[0.4, 0.28, 0.2, 0.12]))
-    walls = {"street": _STONES, "park": _FOLIAGE}.get(place, colours.WALL_COLOURS)
+    if place == "street":
+        walls = _STONES
+    elif place == "park":
+        walls = _FOLIAGE
+    else:
+        walls = colours.WALL_COLOURS
     return SceneSpec(
         place=place,
         wall=str(rng.choice(list(walls))),
@@ -171,54 +189,66 @@ def make_backdrop(spec: SceneSpec) -> np.ndarray:
     place = looks.record(
         looks.BACKDROP, kind=backdrop.KINDS.index(spec.place), floor_y=SOLE, seed=rng.integers(100)
     )
-    place["wall_z"] = (
-        -rng.uniform(1.8, 3.0) if spec.place in ("studio", "room") else -rng.uniform(5, 8)
-    )
-    if spec.place in ("studio", "room"):
-        base = np.array(colours.WALL_COLOURS[spec.wall]) * rng.uniform(0.92, 1.04)
-        place["wall"] = colours.linear(base)
     if spec.place == "studio":
-        place["wall_top"] = colours.linear(np.clip(base * rng.uniform(0.75, 1.08), 0, 247))
-        place["floor"] = colours.linear(base * rng.uniform(0.86, 0.98))
-        place["glow_x"], place["glow"] = rng.uniform(-0.5, 0.5), rng.uniform(0.02, 0.12)
+        _fill_studio(place, spec, rng)
     elif spec.place == "room":
-        side = rng.choice([-1, 1])
-        accent = ((60, 90, 120), (180, 90, 60), (70, 110, 80), (200, 160, 70))[int(rng.integers(4))]
-        place["floor"] = colours.linear(colours.FLOOR_COLOURS[spec.floor])
-        place["frame"], place["sky"] = (
-            colours.linear((238, 234, 226)),
-            colours.linear((228, 238, 250)),
-        )
-        place["accent"], place["soft"] = colours.linear(accent), 0.012
-        place["glow_x"], place["glow"] = rng.uniform(-1.2, 1.2), rng.uniform(0, 0.12)
-        window = (
-            side * rng.uniform(0.7, 1.1),
-            1.55,
-            rng.uniform(0.35, 0.5),
-            rng.uniform(0.55, 0.75),
-        )
-        picture = (
-            -side * rng.uniform(0.6, 1.0),
-            rng.uniform(1.45, 1.75),
-            rng.uniform(0.2, 0.35),
-            rng.uniform(0.22, 0.4),
-        )
-        place["window"] = window if rng.random() < 0.7 else 0
-        place["picture"] = picture if rng.random() < 0.8 else 0
+        _fill_room(place, spec, rng)
     elif spec.place == "street":
-        paving = ((150, 148, 146), (168, 160, 150), (128, 130, 136))[int(rng.integers(3))]
-        place["wall"], place["floor"] = colours.linear(_STONES[spec.wall]), colours.linear(paving)
-        place["frame"], place["sky"] = (
-            colours.linear((110, 130, 150)),
-            colours.linear((190, 212, 236)),
-        )
-        place["accent"], place["soft"] = colours.linear((250, 222, 160)), 0.09
-        place["facade"], place["window_pitch"] = rng.uniform(3.0, 6.5), rng.uniform(1.1, 1.8)
+        _fill_street(place, spec, rng)
     else:
-        ground = ((110, 140, 80), (150, 150, 110), (160, 140, 110))[int(rng.integers(3))]
-        place["wall"], place["floor"] = colours.linear(_FOLIAGE[spec.wall]), colours.linear(ground)
-        place["sky"] = colours.linear((196, 218, 240))
+        _fill_park(place, spec, rng)
     return place
+
+
+def _fill_wall(place: np.ndarray, spec: SceneSpec, rng: np.random.Generator) -> np.ndarray:
+    """Distance and colour of a wall inside a building; returns the colour in sRGB."""
+    place["wall_z"] = -rng.uniform(1.8, 3.0)
+    base = np.array(colours.WALL_COLOURS[spec.wall]) * rng.uniform(0.92, 1.04)
+    place["wall"] = colours.linear(base)
+    return base
+
+
+def _fill_studio(place: np.ndarray, spec: SceneSpec, rng: np.random.Generator) -> None:
+    base = _fill_wall(place, spec, rng)
+    place["wall_top"] = colours.linear(np.clip(base * rng.uniform(0.75, 1.08), 0, 247))
+    place["floor"] = colours.linear(base * rng.uniform(0.86, 0.98))
+    place["glow_x"], place["glow"] = rng.uniform(-0.5, 0.5), rng.uniform(0.02, 0.12)
+
+
+def _fill_room(place: np.ndarray, spec: SceneSpec, rng: np.random.Generator) -> None:
+    _fill_wall(place, spec, rng)
+    side = rng.choice([-1, 1])
+    place["accent"] = colours.linear(_PICTURES[rng.integers(len(_PICTURES))])
+    place["floor"] = colours.linear(colours.FLOOR_COLOURS[spec.floor])
+    place["frame"] = colours.linear((238, 234, 226))
+    place["sky"] = colours.linear((228, 238, 250))
+    place["soft"] = 0.012
+    place["glow_x"], place["glow"] = rng.uniform(-1.2, 1.2), rng.uniform(0, 0.12)
+    window_x, window_size = side * rng.uniform(0.7, 1.1), rng.uniform((0.35, 0.55), (0.5, 0.75))
+    picture_x, picture_y = -side * rng.uniform(0.6, 1.0), rng.uniform(1.45, 1.75)
+    picture_size = rng.uniform((0.2, 0.22), (0.35, 0.4))
+    if rng.random() < 0.7:
+        place["window"] = (window_x, 1.55, *window_size)
+    if rng.random() < 0.8:
+        place["picture"] = (picture_x, picture_y, *picture_size)
+
+
+def _fill_street(place: np.ndarray, spec: SceneSpec, rng: np.random.Generator) -> None:
+    place["wall_z"] = -rng.uniform(5, 8)
+    place["floor"] = colours.linear(_PAVINGS[rng.integers(len(_PAVINGS))])
+    place["wall"] = colours.linear(_STONES[spec.wall])
+    place["frame"] = colours.linear((110, 130, 150))
+    place["sky"] = colours.linear((190, 212, 236))
+    place["accent"] = colours.linear((250, 222, 160))
+    place["soft"] = 0.09
+    place["facade"], place["window_pitch"] = rng.uniform(3.0, 6.5), rng.uniform(1.1, 1.8)
+
+
+def _fill_park(place: np.ndarray, spec: SceneSpec, rng: np.random.Generator) -> None:
+    place["wall_z"] = -rng.uniform(5, 8)
+    place["floor"] = colours.linear(_GROUNDS[rng.integers(len(_GROUNDS))])
+    place["wall"] = colours.linear(_FOLIAGE[spec.wall])
+    place["sky"] = colours.linear((196, 218, 240))
 
 
 def blank_backdrop() -> np.ndarray:
@@ -238,10 +268,10 @@ def make_cameras(
 
     Args:
       spec: framing and movement.
-      action: leaves room for the arms of its gesture.
-      person: sets the scale.
+      action: its gesture says how much room the arms need.
+      person: their height is the unit of all lengths.
       hair: how far the hair stands out from the head, for a person of 1.72 m.
-      motion: the path is followed; clothes are not known here.
+      motion: its path is followed.
       size: height and width in pixels.
     """
     height, width = size
@@ -250,10 +280,12 @@ def make_cameras(
     low, high = (edge * unit for edge in FRAMINGS[spec.framing])
     high += max(0.0, hair - _USUAL_HAIR) * unit
     span, middle = high - low, 0.5 * (low + high)
-    room = _ROOM_FOR_ARMS.get(action.gesture, 0.84) * unit
+    room = _ROOM_FOR_ARMS.get(action.gesture, _LEAST_ROOM) * unit
     if span * width / height < room:
         wider = room * height / width
-        middle = high - 0.5 * wider + (0.3 * (wider - span) if spec.framing == "full" else 0.0)
+        middle = high - 0.5 * wider
+        if spec.framing == "full":
+            middle += 0.3 * (wider - span)
         span = wider
     distance = DISTANCE * unit
     focal = height * distance / span
@@ -273,16 +305,14 @@ def make_cameras(
             target[0] += 0.10 * a[2] * u
         elif spec.move == "orbit":
             angle = 0.35 * a[2] * u
-            eye[0], eye[2] = (
-                target[0] + distance * math.sin(angle),
-                target[2] + distance * math.cos(angle),
-            )
+            eye[0] = target[0] + distance * math.sin(angle)
+            eye[2] = target[2] + distance * math.cos(angle)
         elif spec.move == "handheld":
             t = 2 * math.pi * frame / motion.fps / 5
-            eye[:2] += 0.012 * np.array(
-                [math.sin(2.1 * t + 3 * a[3]), math.sin(2.7 * t + 3 * a[4])]
-            )
-            target[:2] += 0.010 * np.array([math.sin(1.7 * t + a[4]), math.sin(2.3 * t + a[5])])
+            eye[0] += 0.012 * math.sin(2.1 * t + 3 * a[3])
+            eye[1] += 0.012 * math.sin(2.7 * t + 3 * a[4])
+            target[0] += 0.010 * math.sin(1.7 * t + a[4])
+            target[1] += 0.010 * math.sin(2.3 * t + a[5])
         cameras.append(look_at(eye, target, focal, size))
     return cameras
 
@@ -300,17 +330,20 @@ def _unit(v: np.ndarray) -> np.ndarray:
 
 
 def _direction(azimuth: float, elevation: float) -> np.ndarray:
+    """Unit vector; azimuth 0 is to the front."""
     flat = math.cos(elevation)
     return np.array([math.sin(azimuth) * flat, math.sin(elevation), math.cos(azimuth) * flat])
 
 
 def _blur(values: np.ndarray, seconds: float, fps: float) -> np.ndarray:
+    """Gaussian filter."""
     radius = max(1, round(3 * seconds * fps))
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / (seconds * fps)) ** 2)
     return np.convolve(np.pad(values, radius, mode="edge"), weights / weights.sum(), "valid")
 
 
 def _mean(values: np.ndarray, seconds: float, fps: float) -> np.ndarray:
+    """Moving average."""
     radius = max(1, round(0.5 * seconds * fps))
     weights = np.full(2 * radius + 1, 1 / (2 * radius + 1))
     return np.convolve(np.pad(values, radius, mode="edge"), weights, "valid")

@@ -1,4 +1,4 @@
-"""The contact sheet and the benchmark, as typed."""
+"""The contact sheet and the benchmark, as commands."""
 
 from __future__ import annotations
 
@@ -55,19 +55,8 @@ def test_bad_requests_get_one_line(arguments, message):
 
 @pytest.mark.slow
 def test_bench_prints_a_line_and_json():
-    done = command(
-        "bench",
-        "--clips",
-        "1",
-        "--workers",
-        "1",
-        "--frames",
-        "2",
-        "--height",
-        "32",
-        "--width",
-        "20",
-    )
+    small = "--clips 1 --workers 1 --frames 2 --height 32 --width 20"
+    done = command("bench", *small.split())
     assert done.returncode == 0, done.stderr
     line, text = done.stdout.strip().splitlines()
     result = json.loads(text)

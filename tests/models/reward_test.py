@@ -1,8 +1,12 @@
-"""The reward: preparation of frames, and what holds of scores whatever the weights. Parity of the
-whole is in converters.
+"""The reward: preparation of frames, and what is true of scores with any weights.
+
+Parity of the whole with the original is in tests/converters/reward_test.py.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +18,16 @@ from transformers import CLIPImageProcessorPil
 from chameleon_jax.models.reward import MEAN, STD, ClipVisionConfig, Reward, preprocess, quick_gelu
 
 TINY = ClipVisionConfig(width=16, ffn=24, heads=2, layers=2, projection=12, image=32, patch=8)
-PROGRAM = jax.jit(
-    lambda graph, state, frames: nnx.merge(graph, state).score(frames), static_argnums=0
-)
 
 
-def _score(reward: Reward, frames) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=0)
+def _program(graph: nnx.GraphDef, state: nnx.State, frames: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).score(frames)
+
+
+def _score(reward: Reward, frames: np.ndarray) -> np.ndarray:
     graph, state = nnx.split(reward)
-    return np.asarray(PROGRAM(graph, state, frames))
+    return np.asarray(_program(graph, state, frames))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,7 @@ def _frames(b=3, h=45, w=38, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (b, h, w, 3), dtype=np.uint8)
 
 
-def _levels(pixels) -> np.ndarray:
+def _levels(pixels: jax.Array) -> np.ndarray:
     """Prepared pixels as grey levels again."""
     return (np.asarray(pixels) * STD + MEAN) * 255
 
@@ -53,15 +59,12 @@ def test_frames_are_prepared_as_by_transformers(size):
     got = _levels(preprocess(jnp.asarray(frames)))
     assert got.shape == (2, 224, 224, 3)
     apart = np.abs(got - expected)
-    assert (
-        apart.max() < 2.01 and (apart > 0.01).mean() < 0.01
-    )  # levels; sums close to a half may fall to either side
+    # In levels. A sum close to a half may be rounded up here and down there.
+    assert apart.max() < 2.01 and (apart > 0.01).mean() < 0.01
 
 
 def test_the_crop_is_from_the_centre_and_rounds_down():
-    """A frame that need not be resized comes back as it was, less its margins: 3 rows too many are
-    1 above, 2 below.
-    """
+    """A frame that is not resized only loses its margins: of 3 extra rows, 1 above and 2 below."""
     frames = _frames(1, 35, 32)
     got = _levels(preprocess(jnp.asarray(frames), 32))
     np.testing.assert_allclose(got, frames[:, 1:33].astype(np.float32), rtol=0, atol=1e-3)
@@ -72,10 +75,8 @@ def test_floats_are_the_levels_that_they_round_to():
     expected = preprocess(jnp.asarray(frames))
     off = np.random.default_rng(1).uniform(-0.49, 0.49, frames.shape)
     np.testing.assert_array_equal(preprocess(jnp.asarray(frames + off, jnp.float32)), expected)
-    np.testing.assert_array_equal(
-        preprocess(jnp.full((1, 8, 8, 3), 300.0)),
-        preprocess(jnp.full((1, 8, 8, 3), 255, jnp.uint8)),
-    )
+    too_bright, white = jnp.full((1, 8, 8, 3), 300.0), jnp.full((1, 8, 8, 3), 255, jnp.uint8)
+    np.testing.assert_array_equal(preprocess(too_bright), preprocess(white))
 
 
 def test_quick_gelu_by_hand():
@@ -102,15 +103,19 @@ def test_the_score_depends_on_the_direction_of_the_embedding_only(reward):
     )
 
 
-def test_every_parameter_has_a_say(reward):
+def test_every_parameter_changes_the_score(reward):
     graph, state = nnx.split(reward)
     weights = np.arange(1.0, 4.0, dtype=np.float32)
-    gradient = jax.jit(
-        jax.grad(lambda state: (nnx.merge(graph, state).score(_frames()) * weights).sum())
-    )(state)
-    for path, leaf in nnx.to_flat_state(gradient):
-        silent = path[-2:] == ("k", "bias")  # moves all logits of a query alike
-        assert silent or np.abs(leaf.get_value()).max() > 1e-7, path
+
+    @jax.jit
+    @jax.grad
+    def gradient(state):
+        return (nnx.merge(graph, state).score(_frames()) * weights).sum()
+
+    for path, leaf in nnx.to_flat_state(gradient(state)):
+        # The bias of the keys adds the same number to all logits of a query: no effect.
+        without_effect = path[-2:] == ("k", "bias")
+        assert without_effect or np.abs(leaf.get_value()).max() > 1e-7, path
 
 
 def test_one_program_per_size_of_frame(reward):
@@ -129,9 +134,8 @@ def test_one_program_per_size_of_frame(reward):
 def test_runs_in_bfloat16_up_to_the_embedding(reward):
     low = Reward(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     scores = _score(low, _frames())
-    assert (
-        low.vision(jnp.zeros((1, 32, 32, 3))).dtype == jnp.bfloat16 and scores.dtype == np.float32
-    )
+    assert low.vision(jnp.zeros((1, 32, 32, 3))).dtype == jnp.bfloat16
+    assert scores.dtype == np.float32
     assert 0 < np.abs(scores - _score(reward, _frames())).max() < 0.02
 
 
@@ -140,15 +144,27 @@ def test_errors_say_what_was_expected(reward):
         reward.score(jnp.asarray(_frames()[0]))
     with pytest.raises(ValueError, match=r"expected \[b, h, w, 3\]"):
         reward.score(jnp.zeros((1, 8, 8, 4)))
-    with pytest.raises(
-        ValueError, match=r"frames are int32; expected uint8, or float in \[0, 255\]"
-    ):
+    with pytest.raises(ValueError, match=r"int32; expected uint8, or float in \[0, 255\]"):
         reward.score(jnp.zeros((1, 8, 8, 3), jnp.int32))
-    with pytest.raises(
-        ValueError, match=r"frames are \(1, 40, 40, 3\); expected \[b, 32, 32, 3\]; see preprocess"
-    ):
+    expected = r"frames are \(1, 40, 40, 3\); expected \[b, 32, 32, 3\]; see preprocess"
+    with pytest.raises(ValueError, match=expected):
         reward.vision(jnp.zeros((1, 40, 40, 3)))
-    with pytest.raises(ValueError, match="width 10 is not a multiple of heads 4"):
-        ClipVisionConfig(width=10, ffn=8, heads=4, layers=1, projection=4)
-    with pytest.raises(ValueError, match="image 224 is not a whole number of patches of 15"):
-        ClipVisionConfig(width=8, ffn=8, heads=4, layers=1, projection=4, patch=15)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 10, "heads": 4}, "width 10 is not a multiple of heads 4"),
+        ({"image": 224, "patch": 15}, "image 224 is not a whole number of patches of 15"),
+        ({"heads": 0}, "heads is 0; expected a whole number of at least 1"),
+        ({"width": 0}, "width is 0; expected a whole number of at least 1"),
+        ({"patch": -8}, "patch is -8; expected a whole number of at least 1"),
+        ({"image": 32.0}, "image is 32.0; expected a whole number of at least 1"),
+        ({"layers": 0}, "layers is 0; expected a whole number of at least 1"),
+        ({"projection": None}, "projection is None; expected a whole number of at least 1"),
+        ({"eps": float("nan")}, "eps is nan; expected a positive, finite number"),
+    ],
+)
+def test_configs_that_cannot_be_built_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)

@@ -1,12 +1,9 @@
-"""TAEHV: streams against whole clips, causality, which pixels a latent frame stands for, what is
-refused.
-"""
+"""TAEHV: streams against whole clips, causality, which pixels a latent frame stands for."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,16 @@ from flax import nnx
 from chameleon_jax.models.taehv import Taehv, TaehvConfig, fold_pixels, repeat_last, unfold_pixels
 from chameleon_jax.models.vae import patchify
 from chameleon_jax.weights.params import param_count, param_shapes, set_params
+from tests.models.streams import (
+    ROUNDING,
+    as_lists,
+    assert_states_close,
+    chunks,
+    cuts,
+    influence,
+    jitted_methods,
+    shapes,
+)
 
 BASE = TaehvConfig(
     z_dim=3,
@@ -28,20 +35,20 @@ BASE = TaehvConfig(
 )
 SUPER = dataclasses.replace(BASE, variant="super")
 BOTH = pytest.mark.parametrize("config", [BASE, SUPER], ids=["base", "super"])
-ROUNDING = 1e-5  # largest difference, on outputs of unit scale, between two orders of the same float32 sums
 
 
 @functools.cache
 def _net(config: TaehvConfig = BASE, dtype: jnp.dtype = jnp.float32) -> Taehv:
-    """A random network: no bias is zero, latents are of about unit scale, pixels spread around the
-    middle.
+    """A random network without zero biases.
+
+    Latents are of about unit scale, pixels are spread around the middle of [-1, 1].
     """
     net = nnx.eval_shape(lambda: Taehv(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
     rng = np.random.default_rng(1)
-    params = {
-        name: rng.normal(0, 0.1 if len(shape) == 1 else np.prod(shape[:-1]) ** -0.5, shape)
-        for name, shape in param_shapes(net).items()
-    }
+    params = {}
+    for name, shape in param_shapes(net).items():
+        deviation = 0.1 if len(shape) == 1 else np.prod(shape[:-1]) ** -0.5
+        params[name] = rng.normal(0, deviation, shape)
     params["encoder.conv_out.kernel"] *= 15
     params["decoder.conv_out.kernel"] *= 1.5
     params["decoder.conv_out.bias"] += 0.5
@@ -51,21 +58,9 @@ def _net(config: TaehvConfig = BASE, dtype: jnp.dtype = jnp.float32) -> Taehv:
 
 @functools.cache
 def _programs(config: TaehvConfig = BASE, dtype: jnp.dtype = jnp.float32):
-    """Parameters, and jitted methods that take them first; each is compiled for every shape, hence
-    in a hurry.
-    """
+    """Parameters, and jitted methods that take them first."""
     graph, params = nnx.split(_net(config, dtype))
-
-    def jitted(name, **kw):
-        def method(params, *args, **kw):
-            return getattr(nnx.merge(graph, params), name)(*args, **kw)
-
-        return jax.jit(method, compiler_options={"xla_backend_optimization_level": 0}, **kw)
-
-    run = {"encode": jitted("encode"), "decode": jitted("decode", static_argnames="clamp")}
-    return params, run | {
-        name: jitted(name, static_argnames="first") for name in ("encode_chunk", "decode_chunk")
-    }
+    return params, jitted_methods(graph)
 
 
 def _pixels(t=13, b=2):
@@ -74,10 +69,6 @@ def _pixels(t=13, b=2):
 
 def _latents(f=4, b=2):
     return jax.random.normal(jax.random.key(3), (b, f, 1, 2, 3))
-
-
-def _shapes(state):
-    return jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +84,9 @@ def test_full_size_has_the_published_number_of_parameters(config, tensors, scala
 
 @BOTH
 def test_every_split_of_the_latents_decodes_to_the_whole_clip(config):
-    """All 8 ways to cut 4 latent frames; also the states end equal, and keep the shapes they
-    started with.
+    """All 8 ways to cut 4 latent frames.
+
+    The states are equal at the end, and have the shapes that they had at the start.
     """
     params, run = _programs(config)
     z = _latents()
@@ -103,43 +95,38 @@ def test_every_split_of_the_latents_decodes_to_the_whole_clip(config):
     assert whole.std() > 0.2 and (jnp.abs(whole) == 1).mean() < 0.5
     start = _net(config).init_decode_state(2, 1, 2)
     ends = []
-    for cut in (c for n in range(4) for c in itertools.combinations(range(1, 4), n)):
+    for cut in cuts(range(1, 4)):
         pixels, state = [], start
-        for i, (a, b) in enumerate(itertools.pairwise([0, *cut, 4])):
-            y, state = run["decode_chunk"](params, z[:, a:b], state, first=i == 0)
-            assert y.shape[1] == 4 * (b - a) - 3 * (i == 0)
+        for a, b in chunks(cut, 4):
+            first = a == 0
+            y, state = run["decode_chunk"](params, z[:, a:b], state, first=first)
+            frames = 4 * (b - a)
+            assert y.shape[1] == (frames - 3 if first else frames)
             pixels.append(y)
-        np.testing.assert_allclose(
-            jnp.concatenate(pixels, 1), whole, rtol=0, atol=ROUNDING, err_msg=str(cut)
-        )
-        assert _shapes(state) == _shapes(start)
+        joined = jnp.concatenate(pixels, 1)
+        np.testing.assert_allclose(joined, whole, rtol=0, atol=ROUNDING, err_msg=str(cut))
+        assert shapes(state) == shapes(start)
         ends.append(state)
-    for other in ends[1:]:
-        for a, b in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING)
+    assert_states_close(ends, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("t", [12, 13, 15])
 def test_every_split_of_the_frames_encodes_to_the_whole_clip(t):
-    """Cuts behind multiples of four frames. A rest of fewer than four frames ends the stream; a
-    multiple does not.
-    """
+    """Cuts after multiples of four frames; a chunk of another number of frames ends the stream."""
     params, run = _programs()
     x = _pixels(t)
     whole = run["encode"](params, x)
     assert whole.shape == (2, -(-t // 4), 1, 2, 3) and whole.std() > 0.2
     start = _net().init_encode_state(2, 16, 32)
-    cuts = range(4, t, 4)
-    for cut in (c for n in range(len(cuts) + 1) for c in itertools.combinations(cuts, n)):
+    for cut in cuts(range(4, t, 4)):
         latents, state = [], start
-        for i, (a, b) in enumerate(itertools.pairwise([0, *cut, t])):
-            assert _shapes(state) == _shapes(start)
-            y, state = run["encode_chunk"](params, x[:, a:b], state, first=i == 0)
+        for a, b in chunks(cut, t):
+            assert shapes(state) == shapes(start)
+            y, state = run["encode_chunk"](params, x[:, a:b], state, first=a == 0)
             latents.append(y)
-        np.testing.assert_allclose(
-            jnp.concatenate(latents, 1), whole, rtol=0, atol=ROUNDING, err_msg=str(cut)
-        )
-        assert (state is None) == bool(t % 4)
+        joined = jnp.concatenate(latents, 1)
+        np.testing.assert_allclose(joined, whole, rtol=0, atol=ROUNDING, err_msg=str(cut))
+        assert (state is None) == (t % 4 != 0)
 
 
 def test_a_chunk_that_starts_a_stream_needs_no_state():
@@ -150,8 +137,8 @@ def test_a_chunk_that_starts_a_stream_needs_no_state():
     np.testing.assert_array_equal(from_none, run["encode"](params, _pixels(t=4)))
 
 
-def test_a_stream_remembers():
-    """With the memory of another stream, or of none, the same latents give other pixels."""
+def test_pixels_depend_on_the_state():
+    """With the state of the start of a stream, the same latents give other pixels."""
     params, run = _programs()
     z = _latents(f=2)
     _, state = run["decode_chunk"](params, z[:, :1], None, first=True)
@@ -175,28 +162,11 @@ def test_a_chunk_is_traced_once_however_long_the_stream():
     assert len(traces) == 1
 
 
-def _influence(function, x: jax.Array) -> np.ndarray:
-    """[output frame, input frame]: the largest gradient of a random sum over an output frame at an
-    input frame.
-    """
-
-    @jax.jit
-    def sizes(x):
-        y, pull = jax.vjp(function, x)
-        direction = jax.random.normal(jax.random.key(4), y.shape[2:])
-        (grads,) = jax.vmap(pull)(
-            jnp.einsum("ij,hwc->ijhwc", jnp.eye(y.shape[1]), direction)[:, None]
-        )
-        return jnp.abs(grads).max(axis=(1, 3, 4, 5))
-
-    return np.asarray(sizes(x))
-
-
 @BOTH
 def test_pixels_see_no_later_latents(config):
     """By gradient: latent frame i gives pixel frames 4i - 3 to 4i, as in the VAE."""
     net = _net(config)
-    size = _influence(lambda z: net.decode(z, clamp=False), _latents(f=4, b=1))
+    size = influence(lambda z: net.decode(z, clamp=False), _latents(f=4, b=1))
     assert size.shape == (13, 4)
     for j in range(13):
         own = (j + 3) // 4
@@ -206,7 +176,8 @@ def test_pixels_see_no_later_latents(config):
 
 def test_latents_see_three_frames_ahead_and_no_further():
     """By gradient: latent frame i depends on pixel frames 4i to 4i + 3 and on earlier ones."""
-    size = _influence(_net().encode, _pixels(t=16, b=1))
+    size = influence(_net().encode, _pixels(t=16, b=1))
+    assert size.shape == (4, 16)
     for i in range(4):
         assert (size[i, 4 * i + 4 :] == 0).all()
         assert (size[i, max(0, 4 * i - 4) : 4 * i + 4] > 0).all()
@@ -229,8 +200,9 @@ def test_a_clip_is_padded_with_its_last_frame():
 
 @BOTH
 def test_bfloat16_computes_the_same_less_exactly(config):
-    """Parameters and computation in bfloat16, results in float32, states in bfloat16; streams still
-    fit together.
+    """Parameters, computation and states in bfloat16, results in float32.
+
+    The chunks of a stream still give the whole clip.
     """
     exact_params, exact = _programs(config)
     params, run = _programs(config, dtype=jnp.bfloat16)
@@ -246,7 +218,7 @@ def test_bfloat16_computes_the_same_less_exactly(config):
 
 
 def test_only_the_base_decoder_limits_its_input():
-    """Latents beyond the usual ones are bent towards 3; what is far beyond all looks the same."""
+    """The base decoder limits latents to [-3, 3]: all that are far outside give the same pixels."""
     far = 40 * jnp.sign(_latents(f=1))
     for config, same in ((BASE, True), (SUPER, False)):
         params, run = _programs(config)
@@ -264,9 +236,8 @@ def test_pixels_are_clamped_only_if_asked(config):
 
 
 def test_patches_go_colour_then_row_then_column():
-    x = jnp.arange(2 * 2 * 3).reshape(
-        1, 1, 2, 2, 3
-    )  # [row, column, colour] holds 6 row + 3 column + colour
+    # [row, column, colour] holds 6 row + 3 column + colour.
+    x = jnp.arange(2 * 2 * 3).reshape(1, 1, 2, 2, 3)
     assert fold_pixels(x, 2)[0, 0, 0, 0].tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
     assert patchify(x, 2)[0, 0, 0, 0].tolist() != fold_pixels(x, 2)[0, 0, 0, 0].tolist()
     np.testing.assert_array_equal(unfold_pixels(fold_pixels(_pixels(), 2), 2), _pixels())
@@ -287,15 +258,22 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="state is None"):
         net.decode_chunk(jnp.zeros((1, 1, 2, 2, 3)), None, first=False)
     _, state = net.encode_chunk(jnp.zeros((1, 5, 16, 16, 3)), None, first=True)
-    with pytest.raises(
-        ValueError, match="state is None .* a multiple of 4 frames: another number ends the stream"
-    ):
+    expected = "state is None .* a multiple of 4 frames: another number ends the stream"
+    with pytest.raises(ValueError, match=expected):
         net.encode_chunk(jnp.zeros((1, 4, 16, 16, 3)), state, first=False)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"z_dim": 0}, "z_dim is 0; expected a whole number of at least 1"),
+        ({"enc_width": -8}, "enc_width is -8; expected a whole number"),
+        ({"blocks": 0}, "blocks is 0; expected a whole number"),
+        ({"patch": 1.5}, "patch is 1.5; expected a whole number"),
+        ({"dec_widths": ()}, "dec_widths is empty; expected at least one entry"),
+        ({"dec_widths": (12, 8, 0, 4)}, "dec_widths has the entry 0; expected a whole number"),
+        ({"temporal_up": None}, "temporal_up is None; expected a list"),
+        ({"temporal_up": (False, 1, True)}, "temporal_up has the entry 1; expected True or False"),
         ({"variant": "wide"}, "variant is 'wide'; expected one of base, super"),
         ({"dec_widths": (8, 8, 8)}, "dec_widths has 3 entries for 3 stages"),
         ({"temporal_down": (True, True)}, "expected as many stages"),
@@ -308,7 +286,5 @@ def test_configs_that_cannot_be_built_are_refused(change, message):
 
 
 def test_lists_from_files_are_as_good_as_tuples():
-    listed = TaehvConfig(
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(BASE).items()}
-    )
+    listed = TaehvConfig(**as_lists(dataclasses.asdict(BASE)))
     assert listed == BASE and hash(listed) == hash(BASE)

@@ -1,10 +1,9 @@
-"""The VAE: streams against whole clips, causality, forms of the convolution, the first-frame rule."""
+"""The VAE: streams against whole clips, causality, the first frame, forms of the convolution."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,16 @@ from chameleon_jax.models.vae import (
     unpatchify,
 )
 from chameleon_jax.weights.params import param_count, param_shapes
+from tests.models.streams import (
+    ROUNDING,
+    as_lists,
+    assert_states_close,
+    chunks,
+    cuts,
+    influence,
+    jitted_methods,
+    shapes,
+)
 
 TINY = VaeConfig(
     z_dim=3,
@@ -38,44 +47,29 @@ TINY = VaeConfig(
     latent_std=(0.5, 0.7, 0.6),
 )
 WAN_LIKE = dataclasses.replace(TINY, width_mult=(1, 2, 2, 2), temporal_down=(False, True, True))
-ROUNDING = 1e-5  # largest difference, on outputs of unit scale, between two orders of the same float32 sums
 
 
 def _vae(config: VaeConfig = TINY, **kw) -> Vae:
-    """A random VAE in which every parameter matters: biases, gains and the attention's projection
-    are not neutral.
+    """A random VAE in which every parameter matters.
+
+    Biases, gains and the projection of the attention start neutral, so noise is added to them.
     """
     vae = Vae(config, rngs=nnx.Rngs(0), **kw)
     graph, params = nnx.split(vae)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [
-        x + 0.2 * jax.random.normal(k, x.shape, x.dtype) if x.ndim == 1 or not x.any() else x
-        for k, x in zip(keys, leaves, strict=True)
-    ]
+    for i, (key, x) in enumerate(zip(keys, leaves, strict=True)):
+        if x.ndim == 1 or not x.any():
+            leaves[i] = x + 0.2 * jax.random.normal(key, x.shape, x.dtype)
     return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
 @functools.cache
 def _programs(config: VaeConfig = TINY, dtype=jnp.float32):
-    """Parameters, and jitted methods that take them first; each is compiled for every shape, hence
-    in a hurry.
-    """
+    """Parameters, and jitted methods that take them first."""
     graph = nnx.graphdef(Vae(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
-    params = jax.tree.map(lambda x: x.astype(dtype), nnx.split(_vae(config))[1])
-
-    def jitted(name, **kw):
-        def method(params, *args, **kw):
-            return getattr(nnx.merge(graph, params), name)(*args, **kw)
-
-        return jax.jit(method, compiler_options={"xla_backend_optimization_level": 0}, **kw)
-
-    run = {name: jitted(name) for name in ("encode", "encode_moments")} | {
-        "decode": jitted("decode", static_argnames="clamp")
-    }
-    return params, run | {
-        name: jitted(name, static_argnames="first") for name in ("encode_chunk", "decode_chunk")
-    }
+    params = jax.tree.map(lambda x: x.astype(dtype), nnx.state(_vae(config)))
+    return params, jitted_methods(graph)
 
 
 def _pixels(config=TINY, t=17, b=2):
@@ -87,9 +81,6 @@ def _latents(config=TINY, f=5, b=2):
     return jax.random.normal(jax.random.key(3), (b, f, 2, 3, config.z_dim))
 
 
-ALL_SPLITS = [cut for n in range(5) for cut in itertools.combinations(range(1, 5), n)]
-
-
 def test_full_size_has_the_published_number_of_parameters():
     vae = nnx.eval_shape(lambda: Vae(VaeConfig.wan22(), rngs=nnx.Rngs(0)))
     assert param_count(vae) == 704_688_668
@@ -99,12 +90,13 @@ def test_full_size_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize(
     ("config", "splits"),
-    [(TINY, ALL_SPLITS), (WAN_LIKE, [(), (1,), (1, 2, 3, 4)])],
+    [(TINY, list(cuts(range(1, 5)))), (WAN_LIKE, [(), (1,), (1, 2, 3, 4)])],
     ids=["three stages", "four stages"],
 )
 def test_every_split_of_a_stream_gives_the_whole_clip(config, splits):
-    """All 16 ways to cut 5 latent frames; also the states end equal, and keep the shapes they
-    started with.
+    """All 16 ways to cut 5 latent frames.
+
+    The states are equal at the end, and have the shapes that they had at the start.
     """
     params, run = _programs(config)
     x, z = _pixels(config), _latents(config)
@@ -115,31 +107,21 @@ def test_every_split_of_a_stream_gives_the_whole_clip(config, splits):
     starts = vae.init_encode_state(2, *x.shape[2:4]), vae.init_decode_state(2, 2, 3)
     ends = []
     for cut in splits:
-        edges = list(itertools.pairwise([0, *cut, 5]))
         latents, pixels, (state_e, state_d) = [], [], starts
-        for i, (start, stop) in enumerate(edges):
+        for i, (start, stop) in enumerate(chunks(cut, 5)):
             frames = x[:, max(0, 4 * start - 3) : 4 * stop - 3]
             y, state_e = run["encode_chunk"](params, frames, state_e, first=i == 0)
             latents.append(y)
             y, state_d = run["decode_chunk"](params, z[:, start:stop], state_d, first=i == 0)
             pixels.append(y)
-        np.testing.assert_allclose(
-            jnp.concatenate(latents, 1), encoded, rtol=0, atol=ROUNDING, err_msg=str(cut)
-        )
-        np.testing.assert_allclose(
-            jnp.concatenate(pixels, 1), decoded, rtol=0, atol=ROUNDING, err_msg=str(cut)
-        )
+        for parts, whole in ((latents, encoded), (pixels, decoded)):
+            joined = jnp.concatenate(parts, 1)
+            np.testing.assert_allclose(joined, whole, rtol=0, atol=ROUNDING, err_msg=str(cut))
         for start, end in zip(starts, (state_e, state_d), strict=True):
             assert jax.tree.structure(start) == jax.tree.structure(end)
-            assert jax.tree.map(lambda a: (a.shape, a.dtype), start) == jax.tree.map(
-                lambda a: (a.shape, a.dtype), end
-            )
+            assert shapes(start) == shapes(end)
         ends.append((state_e, state_d))
-    for other in ends[1:]:
-        for a, b in zip(jax.tree.leaves(ends[0]), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(
-                a, b, rtol=0, atol=1e-4
-            )  # hidden activations, not of unit scale
+    assert_states_close(ends, atol=1e-4)  # hidden activations, not of unit scale
 
 
 def test_a_picture_is_a_stream_of_one_frame():
@@ -170,26 +152,10 @@ def test_a_chunk_is_traced_once_however_long_the_stream():
     assert len(traces) == 1
 
 
-def _influence(function, x: jax.Array, outputs: int) -> np.ndarray:
-    """[output frame, input frame]: the largest gradient of a random sum over an output frame at an
-    input frame.
-    """
-
-    @jax.jit
-    def sizes(x):
-        y, pull = jax.vjp(function, x)
-        direction = jax.random.normal(jax.random.key(4), y.shape[2:])
-        (grads,) = jax.vmap(pull)(jnp.einsum("ij,hwc->ijhwc", jnp.eye(outputs), direction)[:, None])
-        return jnp.abs(grads).max(axis=(1, 3, 4, 5))
-
-    return np.asarray(sizes(x))
-
-
 def test_latents_see_no_later_pixels():
-    """By gradient: latent frame i depends on pixel frame 0, on its own four frames up to 4i, and on
-    none later.
-    """
-    size = _influence(_vae().encode, _pixels(t=13, b=1), outputs=4)
+    """By gradient: latent frame i depends on frame 0 and on its own four frames, the last is 4i."""
+    size = influence(_vae().encode, _pixels(t=13, b=1))
+    assert size.shape == (4, 13)
     for i in range(4):
         assert (size[i, 4 * i + 1 :] == 0).all()
         assert (size[i, max(0, 4 * i - 3) : 4 * i + 1] > 0).all()
@@ -198,7 +164,8 @@ def test_latents_see_no_later_pixels():
 
 def test_pixels_see_no_later_latents():
     vae = _vae()
-    size = _influence(lambda z: vae.decode(z, clamp=False), _latents(f=4, b=1), outputs=13)
+    size = influence(lambda z: vae.decode(z, clamp=False), _latents(f=4, b=1))
+    assert size.shape == (13, 4)
     for j in range(13):
         own = (j + 3) // 4
         assert (size[j, own + 1 :] == 0).all()
@@ -236,9 +203,8 @@ def test_both_forms_give_the_same_vae():
             return (encoded**2).mean() + (decoded**2).mean(), (encoded, decoded)
 
         quick = {"xla_backend_optimization_level": 0}
-        (_, out), grad = jax.jit(jax.value_and_grad(both, has_aux=True), compiler_options=quick)(
-            params
-        )
+        step = jax.jit(jax.value_and_grad(both, has_aux=True), compiler_options=quick)
+        (_, out), grad = step(params)
         outputs.append(out)
         grads.append(grad)
     for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
@@ -256,8 +222,9 @@ def test_the_form_follows_the_backend_unless_it_is_named(monkeypatch):
 
 
 def test_bfloat16_computes_the_same_less_exactly():
-    """Parameters and computation in bfloat16, results in float32, states in bfloat16; streams still
-    fit together.
+    """Parameters, computation and states in bfloat16, results in float32.
+
+    The chunks of a stream still give the whole clip.
     """
     exact_params, exact = _programs()
     params, run = _programs(dtype=jnp.bfloat16)
@@ -298,17 +265,17 @@ def test_training_starts_with_little_noise():
 
 
 def test_patches_go_colour_then_column_then_row():
-    x = jnp.arange(2 * 2 * 3).reshape(
-        1, 1, 2, 2, 3
-    )  # [row, column, colour] holds 6 row + 3 column + colour
+    # [row, column, colour] holds 6 row + 3 column + colour.
+    x = jnp.arange(2 * 2 * 3).reshape(1, 1, 2, 2, 3)
     assert patchify(x, 2)[0, 0, 0, 0].tolist() == [0, 6, 3, 9, 1, 7, 4, 10, 2, 8, 5, 11]
     pixels = _pixels(t=2)
     np.testing.assert_array_equal(unpatchify(patchify(pixels, 2), 2), pixels)
 
 
 def test_average_shortcut_by_hand():
-    """Twice the width: channel 2c is the mean of the earlier frame, 2c + 1 of the later one. A
-    first frame is later.
+    """Twice the width: channel 2c is the mean of the earlier frame, 2c + 1 of the later one.
+
+    The first frame of a stream counts as the later one of its pair.
     """
     x = jnp.array([1.0, 2, 3, 4, 10, 20, 30, 40, 100, 200, 300, 400]).reshape(1, 3, 2, 2, 1)
     first = average_shortcut(x, 2, factor_t=2, factor_s=2, first=True)
@@ -323,19 +290,17 @@ def test_average_shortcut_by_hand():
 
 
 def test_copy_shortcut_by_hand():
-    """Half the width, space only: the upper row is channel 2k, the lower one 2k + 1; with time,
-    frames before rows.
+    """Half the width, space only: the upper row is channel 2k, the lower one 2k + 1.
+
+    With time: the earlier frame is channel 2k, the later one 2k + 1.
     """
     x = jnp.array([1.0, 2]).reshape(1, 1, 1, 1, 2)
-    assert copy_shortcut(x, 1, factor_t=1, factor_s=2, first=True).reshape(2, 2).tolist() == [
-        [1, 1],
-        [2, 2],
-    ]
-    y = copy_shortcut(x, 1, factor_t=2, factor_s=2, first=False)
-    assert y.reshape(2, 4).tolist() == [[1] * 4, [2] * 4]
-    assert copy_shortcut(x, 1, factor_t=2, factor_s=2, first=True).reshape(1, 4).tolist() == [
-        [2] * 4
-    ]
+    space = copy_shortcut(x, 1, factor_t=1, factor_s=2, first=True)
+    assert space.reshape(2, 2).tolist() == [[1, 1], [2, 2]]
+    later = copy_shortcut(x, 1, factor_t=2, factor_s=2, first=False)
+    assert later.reshape(2, 4).tolist() == [[1] * 4, [2] * 4]
+    first = copy_shortcut(x, 1, factor_t=2, factor_s=2, first=True)
+    assert first.reshape(1, 4).tolist() == [[2] * 4]
 
 
 def test_norm_by_hand_and_at_zero():
@@ -359,6 +324,17 @@ def test_what_does_not_fit_is_refused():
         vae.encode(jnp.zeros((1, 1, 8, 8, 4)))
     with pytest.raises(ValueError, match=r"expected \[b, f, h, w, 3\]"):
         vae.decode(jnp.zeros((1, 1, 2, 2, 4)))
+    for missing_axis in (jnp.zeros((1, 8, 8, 3)), jnp.zeros((8, 3))):
+        with pytest.raises(ValueError, match=r"expected \[b, t, h, w, 3\]"):
+            vae.encode(missing_axis)
+        with pytest.raises(ValueError, match=r"expected \[b, t, h, w, 3\]"):
+            vae.encode_chunk(missing_axis, None, first=True)
+        with pytest.raises(ValueError, match=r"expected \[b, f, h, w, 3\]"):
+            vae.decode(missing_axis)
+        with pytest.raises(ValueError, match=r"expected \[b, f, h, w, 3\]"):
+            vae.decode_chunk(missing_axis, None, first=True)
+    with pytest.raises(ValueError, match="state is None"):
+        vae.encode_chunk(jnp.zeros((1, 4, 8, 8, 3)), None, first=False)
     with pytest.raises(ValueError, match="state is None"):
         vae.decode_chunk(jnp.zeros((1, 1, 2, 2, 3)), None, first=False)
 
@@ -366,9 +342,25 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"z_dim": -1}, "z_dim is -1; expected a whole number of at least 1"),
+        ({"z_dim": 3.0}, "z_dim is 3.0; expected a whole number of at least 1"),
+        ({"enc_width": 0}, "enc_width is 0; expected a whole number"),
+        ({"dec_width": "4"}, "dec_width is '4'; expected a whole number"),
+        ({"enc_blocks": 0}, "enc_blocks is 0; expected a whole number"),
+        ({"dec_blocks": True}, "dec_blocks is True; expected a whole number"),
+        ({"patch": 0}, "patch is 0; expected a whole number"),
+        ({"width_mult": ()}, "width_mult is empty; expected at least one entry"),
+        ({"width_mult": 4}, "width_mult is 4; expected a list"),
+        ({"width_mult": (1, 0, 2)}, "width_mult has the entry 0; expected a whole number"),
+        ({"width_mult": (1, 3, 2)}, "from 4 to 12 channels cannot average 32 values evenly"),
+        ({"width_mult": (1, 1, 17)}, "from 68 to 68 channels|from 68 to 4 channels cannot copy"),
         ({"temporal_down": (True,)}, "temporal_down has 1 entries for 3 stages"),
+        ({"temporal_down": (2, True)}, "temporal_down has the entry 2; expected True or False"),
         ({"latent_mean": (0.0,)}, "latent_mean has 1 entries, expected z_dim=3"),
-        ({"latent_std": (1.0, 0.0, 1.0)}, "latent_std has the entry 0.0; expected positive"),
+        ({"latent_mean": (0.0, np.nan, 0.0)}, "latent_mean has the entry nan; expected a finite"),
+        ({"latent_std": (1.0, 0.0, 1.0)}, "latent_std has the entry 0.0; expected a positive"),
+        ({"latent_std": (1.0, np.nan, 1.0)}, "latent_std has the entry nan; expected a positive"),
+        ({"latent_std": (1.0, np.inf, 1.0)}, "latent_std has the entry inf; expected a positive"),
         ({"conv": "fft"}, "conv is 'fft'; expected one of auto, conv3d, stacked"),
     ],
 )
@@ -378,7 +370,5 @@ def test_configs_that_cannot_be_built_are_refused(change, message):
 
 
 def test_lists_from_files_are_as_good_as_tuples():
-    listed = VaeConfig(
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(TINY).items()}
-    )
+    listed = VaeConfig(**as_lists(dataclasses.asdict(TINY)))
     assert listed == TINY and hash(listed) == hash(TINY)

@@ -1,4 +1,4 @@
-"""Clips and triplets: same bits from the same seed, exact counterfactuals, consistent ground truth."""
+"""Clips and triplets: same bits from a seed, exact garment swaps, consistent ground truth."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_same_seed_same_bits_here_and_in_a_fresh_process():
     here = digest(runway.render_triplet(5, 5, SIZE, 16))
     assert digest(runway.render_triplet(5, 5, SIZE, 16)) == here
     assert digest(runway.render_triplet(6, 5, SIZE, 16)) != here
-    code = (
-        "from chameleon_jax import runway\nfrom tests.runway.clip_test import digest\n"
-        f"print(digest(runway.render_triplet(5, 5, {SIZE}, 16)))"
+    lines = (
+        "from chameleon_jax import runway",
+        "from tests.runway.clip_test import digest",
+        f"print(digest(runway.render_triplet(5, 5, {SIZE}, 16)))",
     )
-    fresh = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    fresh = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert fresh.stdout.strip() == here
 
 
@@ -57,9 +57,8 @@ def test_triplet_has_the_promised_parts():
 
 
 def test_video_moves():
-    frames = runway.render_clip(
-        runway.sample_spec(3, frames=81, size=SIZE), only=[0, 40, 80]
-    ).frames.astype(int)
+    spec = runway.sample_spec(3, frames=81, size=SIZE)
+    frames = runway.render_clip(spec, only=[0, 40, 80]).frames.astype(int)
     assert np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3)).min() > 0.5
 
 
@@ -68,19 +67,25 @@ def test_another_garment_changes_nothing_outside_both_garments(seed):
     spec = runway.sample_spec(seed, frames=81, size=SIZE)
     rng = np.random.default_rng(seed)
     for slot, worn in spec.outfit.items():
-        other = spec.with_garment(
-            garments.sample_garment(rng, slot, 2.0, accept=lambda g, t=worn.type: g.type != t)
-        )
-        first, second = (
-            runway.render_clip(s, shadows=False, ground_truth=True, only=[0, 27, 54, 80])
-            for s in (spec, other)
-        )
+        other = spec.with_garment(another_type(rng, worn))
+        settings = {"shadows": False, "ground_truth": True, "only": [0, 27, 54, 80]}
+        first = runway.render_clip(spec, **settings)
+        second = runway.render_clip(other, **settings)
         inside = first.mask(slot) | second.mask(slot)
         differs = (first.frames != second.frames).any(-1)
         assert not (differs & ~inside).any()
         assert (differs & inside).sum() > 0.2 * inside.sum()  # and the garment itself did change
         assert 0.01 < inside.mean() < 0.6
         assert (first.joints == second.joints).all() and (first.cameras == second.cameras).all()
+
+
+def another_type(rng: np.random.Generator, worn: runway.GarmentSpec) -> runway.GarmentSpec:
+    """A random garment of the same slot and another type."""
+
+    def fits(garment: runway.GarmentSpec) -> bool:
+        return garment.type != worn.type
+
+    return garments.sample_garment(rng, worn.slot, 2.0, accept=fits)
 
 
 def test_shadows_are_what_a_garment_changes_elsewhere():
@@ -90,15 +95,13 @@ def test_shadows_are_what_a_garment_changes_elsewhere():
     assert (flat - lit).max() > 10 and (flat - lit).min() >= 0
 
 
-def test_purposes_draw_apart():
+def test_the_seed_alone_decides_person_motion_scene_and_camera():
     spec = runway.sample_spec(11)
-    longer = runway.sample_spec(11, frames=9, size=(64, 64), fps=24, split="validation")
-    assert (spec.person, spec.motion, spec.scene, spec.camera) == (
-        longer.person,
-        longer.motion,
-        longer.scene,
-        longer.camera,
-    )
+    other = runway.sample_spec(11, frames=9, size=(64, 64), fps=24, split="validation")
+    assert spec.person == other.person
+    assert spec.motion == other.motion
+    assert spec.scene == other.scene
+    assert spec.camera == other.camera
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 14])
@@ -107,9 +110,8 @@ def test_ground_truth_is_consistent(seed):
     result = runway.render_clip(spec, ground_truth=True, only=[0, 40, 80])
     held = np.stack([(result.touched >> part) & 1 == 1 for part in range(parts.COUNT)])
     assert held.any(0).all()
-    assert np.take_along_axis(
-        held, result.parts[None].astype(int), 0
-    ).all()  # a label is among what is there
+    labels = result.parts[None].astype(int)
+    assert np.take_along_axis(held, labels, 0).all()  # the label is one of the parts that are there
     assert (np.isfinite(result.depth) == held[1:].any(0)).all()
     worn = {parts.SLOTS[slot] for slot in spec.outfit}
     for slot, part in parts.SLOTS.items():
@@ -131,10 +133,10 @@ def test_joints_project_onto_the_person(seed):
             np.testing.assert_allclose([u / depth, v / depth], [x, y], atol=1e-6)
             column, row = int(np.floor(x)), int(np.floor(y))
             if 0 <= column < 80 and 0 <= row < 128:
-                on_person.append(result.parts[t, row, column] != parts.BACKGROUND)
-                assert (
-                    result.depth[t, row, column] < depth + 0.05 or not on_person[-1]
-                )  # skin is before the bone
+                hit = result.parts[t, row, column] != parts.BACKGROUND
+                on_person.append(hit)
+                # What is seen is in front of the bone.
+                assert not hit or result.depth[t, row, column] < depth + 0.05
     assert len(on_person) > 40
     assert np.mean(on_person) > 0.97
     head = asset.load().bone["head"]
@@ -161,6 +163,21 @@ def test_splits_by_seed():
     assert splits == ["train", "train", "validation", "validation", "test"]
 
 
+def test_specs_and_results_are_shown_in_one_short_line():
+    spec = runway.sample_spec(2, frames=2, size=SIZE)
+    garment = runway.describe(spec.garment)
+    clip_, triplet = runway.render_clip(spec), runway.render_triplet(2, frames=2, size=SIZE)
+    assert repr(spec) == (
+        f"ClipSpec(seed=2, split='train', 2 frames of 64x40, fps=16, {spec.slot}={garment!r})"
+    )
+    assert repr(clip_) == "Clip(2 frames of 64x40, without ground truth)"
+    assert repr(triplet).startswith("Triplet(seed=2, 2 frames of 64x40, caption=")
+    assert garment in repr(triplet)
+    assert runway.describe(spec.garment, article=False) in repr(spec.garment)
+    for shown in (spec, clip_, triplet, spec.garment):
+        assert "\n" not in repr(shown) and len(repr(shown)) < 400
+
+
 @pytest.mark.parametrize("size", [(40, 64), (96, 96)])
 def test_other_shapes(size):
     clip_ = runway.render_clip(runway.sample_spec(2, frames=2, size=size), ground_truth=True)
@@ -171,17 +188,18 @@ def test_other_shapes(size):
 
 
 def draw_stored_frames() -> np.ndarray:
-    """uint8 [3, 64, 40, 3]: three frames of three clips."""
-    specs = [
-        (runway.sample_spec(seed, size=SIZE), frame) for seed, frame in ((1, 0), (15, 40), (22, 60))
-    ]
-    return np.concatenate([runway.render_clip(spec, only=[frame]).frames for spec, frame in specs])
+    """One frame of each of three clips, uint8 [3, 64, 40, 3]."""
+    frames = []
+    for seed, number in ((1, 0), (15, 40), (22, 60)):
+        spec = runway.sample_spec(seed, size=SIZE)
+        frames.append(runway.render_clip(spec, only=[number]).frames)
+    return np.concatenate(frames)
 
 
-def test_looks_as_it_did():
-    """Three frames against stored ones; processors may round a level apart.
+def test_frames_look_like_the_stored_ones():
+    """Three frames; the result of another processor may differ by a level.
 
-    After a change that is meant to be seen, `python -m tests.runway.clip_test` stores them anew.
+    After a change that is meant to be visible, `python -m tests.runway.clip_test` stores new ones.
     """
     with np.load(STORED) as stored:
         expected = stored["frames"].astype(int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -28,28 +29,21 @@ def test_half_of_the_validation_targets_are_held_out():
     share = np.mean([runway.held_out(spec.garment) for spec in specs])
     assert 0.38 < share < 0.62
     for spec in specs:
-        others = [garment for slot, garment in spec.outfit.items() if slot != spec.slot] + [
-            spec.reference_garment
-        ]
+        others = [garment for slot, garment in spec.outfit.items() if slot != spec.slot]
+        others.append(spec.reference_garment)
         assert not any(runway.held_out(garment) for garment in others)
 
 
 def test_about_one_combination_in_twenty_is_held_out():
     base = runway.sample_spec(0).garment
-    found = [
-        runway.held_out(
-            dataclasses.replace(
-                base, type=kind, pattern=pattern, colours=(colour, "white", "red", "blue")
-            )
-        )
-        for kind in garments.TYPES
-        for pattern in patterns.NAMES
-        for colour in GARMENT_COLOURS
-    ]
+    found = []
+    for kind, pattern, colour in itertools.product(garments.TYPES, patterns.NAMES, GARMENT_COLOURS):
+        colours = (colour, "white", "red", "blue")
+        garment = dataclasses.replace(base, type=kind, pattern=pattern, colours=colours)
+        found.append(runway.held_out(garment))
     assert 0.045 < np.mean(found) < 0.055
-    assert runway.held_out(base) == runway.held_out(
-        dataclasses.replace(base, seed=base.seed + 1, fit=0.123)
-    )
+    other_details = dataclasses.replace(base, seed=base.seed + 1, fit=0.123)
+    assert runway.held_out(base) == runway.held_out(other_details)
 
 
 def test_garments_are_within_bounds_and_survive_json():
@@ -63,10 +57,8 @@ def test_garments_are_within_bounds_and_survive_json():
         assert garment.print == "" or garment.print in prints.NAMES
         assert len(garment.colours) == 4 and set(garment.colours) <= set(GARMENT_COLOURS)
         assert garment.colours[0] != garment.colours[1]
-        assert (
-            garments.GarmentSpec.from_json(json.loads(json.dumps(dataclasses.asdict(garment))))
-            == garment
-        )
+        stored = json.loads(json.dumps(dataclasses.asdict(garment)))
+        assert garments.GarmentSpec.from_json(stored) == garment
     assert seen == set(garments.TYPES)
     with pytest.raises(ValueError, match="slot is 'hat'"):
         garments.sample_garment(rng, "hat")
@@ -96,10 +88,8 @@ def test_captions_are_sentences_that_name_the_garment(seed):
     captions = spec.captions()
     for garment in spec.outfit.values():
         assert runway.describe(garment) in captions["static"]
-        assert (
-            garment.colours[0] in captions["static"]
-            and garments.TYPES[garment.type].noun in captions["static"]
-        )
+        assert garment.colours[0] in captions["static"]
+        assert garments.TYPES[garment.type].noun in captions["static"]
         if garment.pattern != "plain":
             assert garment.colours[1] in captions["static"]
             assert garment.pattern.split()[0].rstrip("s")[:6] in captions["static"]
@@ -117,10 +107,8 @@ def test_swapping_the_garment_changes_its_words_only():
     spec = runway.sample_spec(7)
     before, after = spec.captions(), spec.with_garment(spec.reference_garment).captions()
     assert before["dynamic"] == after["dynamic"]
-    swapped = before["static"].replace(
-        runway.describe(spec.garment), runway.describe(spec.reference_garment)
-    )
-    assert swapped == after["static"]
+    old, new = runway.describe(spec.garment), runway.describe(spec.reference_garment)
+    assert before["static"].replace(old, new) == after["static"]
 
 
 def test_every_print_is_drawn():

@@ -20,72 +20,57 @@ def torso_triangles(figure: Figure) -> np.ndarray:
     data = asset.load()
     joint = figure.person.joint
     y = figure.person.region("body")[:, 1]
-    trunk = (
-        data.body_share("root", "spine05", "spine04", "spine03", "spine02", "upperleg01.*") > 0.8
-    )
+    spine = ("spine05", "spine04", "spine03", "spine02")
+    trunk = data.body_share("root", *spine, "upperleg01.*") > 0.8
     inside = trunk & (y > joint("upperleg01.L")[1] - 0.08) & (y < joint("spine01")[1] + 0.02)
     return inside[data.triangles["body"]].all(1)
 
 
-def stage(seed: int, frames: int = 81) -> tuple[clip.ClipSpec, clip.Stage]:
-    """A clip's description and what it is rendered from."""
-    spec = runway.sample_spec(seed, frames=frames, size=SIZE)
-    return spec, clip.Stage(spec)
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_no_skin_on_the_torso_whatever_is_worn(seed):
-    spec, scene = stage(seed)
+    spec = runway.sample_spec(seed, frames=81, size=SIZE)
+    scene = clip.ClipRenderer(spec)
     torso = torso_triangles(scene.figure)
     assert torso.sum() > 500
     setting = renderer.Setting(scene.light, scene.backdrop, shadows=False)
     for outfit in (spec.outfit, {}):
-        artist = renderer.Renderer(scene.figure.dress(outfit, spec.styling), SIZE, samples=2)
+        drawing = renderer.Renderer(scene.figure.dress(outfit, spec.styling), SIZE, samples=2)
         for t in (0, 40, 80):
-            artist.draw(
-                scene.cameras[t], setting, artist.pose(scene.motion.pose(t), scene.swing[t])
-            )
-            part, triangle = artist.samples_drawn
-            on_torso = (
-                (triangle >= 0)
-                & (triangle < len(torso))
-                & torso[np.clip(triangle, 0, len(torso) - 1)]
-            )
+            joints = drawing.pose(scene.motion.pose(t), scene.swing[t])
+            drawing.draw(scene.cameras[t], setting, joints)
+            part, triangle = drawing.samples_drawn
+            of_body = (triangle >= 0) & (triangle < len(torso))
+            on_torso = of_body & torso[np.where(of_body, triangle, 0)]
             assert not (on_torso & (part == parts.SKIN)).any()
-        if not outfit:
-            assert (
-                on_torso & (part == parts.UNDERLAYER)
-            ).sum() > 200  # the check above had something to look at
+        if not outfit:  # the torso was visible, so the check above means something
+            assert (on_torso & (part == parts.UNDERLAYER)).sum() > 200
 
 
 @pytest.mark.parametrize("seed", range(36))
 def test_the_head_stays_in_the_picture(seed):
-    _, scene = stage(seed)
+    scene = clip.ClipRenderer(runway.sample_spec(seed, frames=81, size=SIZE))
     model = scene.figure.dress({}, Styling())
-    artist = renderer.Renderer(model, SIZE, samples=1)
+    drawing = renderer.Renderer(model, SIZE, samples=1)
     hair = np.unique(model.triangles[model.part == parts.HAIR])
     hair = hair[(model.keep[hair] >= 0) & (model.skin_weight[hair, 0] > 0.9)]
     head = np.flatnonzero(asset.load().body_share("head") > 0.9)
     vertices = np.concatenate([head, hair])
     screen = np.empty((len(vertices), 3), np.float32)
     for t in range(0, 81, 8):
-        artist.pose(scene.motion.pose(t), scene.swing[t])
-        geometry.project(artist.points[vertices], scene.cameras[t].matrix, 1.0, screen)
+        drawing.pose(scene.motion.pose(t), scene.swing[t])
+        geometry.project(drawing.points[vertices], scene.cameras[t].matrix, 1.0, screen)
         assert screen[:, 0].min() > 0 and screen[:, 0].max() < SIZE[1]
         assert screen[:, 1].min() > 0 and screen[:, 1].max() < SIZE[0]
 
 
 def test_bodies_are_adult_and_of_allowed_height():
+    data = asset.load()
     for seed in range(20):
-        spec = runway.sample_spec(seed)
-        figure = spec.person
-        assert (
-            0 <= figure.phenotype["age"] <= 1
-        )  # 0 is a young adult, 1 is old; the data holds no children
-        data = asset.load()
-        blend = (
-            figure.mix * data.people[figure.first] + (1 - figure.mix) * data.people[figure.second]
-        )
+        person = runway.sample_spec(seed).person
+        # 0 is a young adult, 1 is old; the data has no children.
+        assert 0 <= person.phenotype["age"] <= 1
+        first, second = data.people[person.first], data.people[person.second]
+        blend = person.mix * first + (1 - person.mix) * second
         assert body.SHORTEST - 1e-6 <= body.Person(blend).height <= body.TALLEST + 1e-6
 
 
@@ -101,9 +86,8 @@ def test_feet_reach_the_ground_and_nothing_jumps(locomotion):
     assert lift.max() < 0.25 and lift.min() > -0.02
     speed = np.linalg.norm(np.diff(joints, axis=0), axis=-1) * 16
     assert speed.max() < 6
-    lengths = np.linalg.norm(
-        joints[:, bone["lowerarm01.L"]] - joints[:, bone["upperarm01.L"]], axis=-1
-    )
+    upper_arm = joints[:, bone["lowerarm01.L"]] - joints[:, bone["upperarm01.L"]]
+    lengths = np.linalg.norm(upper_arm, axis=-1)
     np.testing.assert_allclose(lengths, lengths[0], rtol=0.01)
 
 
@@ -112,9 +96,8 @@ def test_rotation_turns_z_to_x_about_y():
 
 
 def test_rasteriser_draws_the_nearer_triangle_and_cuts_exactly():
-    points = np.array(
-        [[0, 0, 1], [8, 0, 1], [0, 8, 1], [0, 0, 2], [8, 0, 2], [0, 8, 2]], np.float32
-    )
+    corners = [(0, 0), (8, 0), (0, 8)]
+    points = np.array([(x, y, nearness) for nearness in (1, 2) for x, y in corners], np.float32)
     triangles = np.array([[0, 1, 2], [3, 4, 5]], np.int32)
     keep = np.array([1, 1, 1, 3, -5, 3], np.float32)  # the nearer one is kept where x < 3
     drawn = raster.Fragments(8, 8)
@@ -128,8 +111,8 @@ def test_rasteriser_draws_the_nearer_triangle_and_cuts_exactly():
 
 
 def test_normals_of_a_cut_edge_do_not_depend_on_the_cut():
-    spec, scene = stage(3, frames=1)
-    mesh = scene.figure.dress(spec.outfit, spec.styling)
+    spec = runway.sample_spec(3, frames=1, size=SIZE)
+    mesh = Figure(spec.person).dress(spec.outfit, spec.styling)
     whole = geometry.normals(mesh.rest, mesh.normal_triangles)
     part, first, last = mesh.layers[-1]
     assert part in parts.SLOTS.values()
@@ -137,7 +120,6 @@ def test_normals_of_a_cut_edge_do_not_depend_on_the_cut():
     dropped = geometry.normals(mesh.rest, mesh.triangles)
     edge = seen[mesh.keep[seen] < 0]
     assert len(edge) > 10
-    assert (
-        np.abs(whole[edge] - dropped[edge]).max() > 0.05
-    )  # dropping triangles first would have changed them
+    # Without the triangles that are cut away, the normals at the edge would be others.
+    assert np.abs(whole[edge] - dropped[edge]).max() > 0.05
     np.testing.assert_allclose(np.linalg.norm(whole[seen], axis=1), 1, atol=1e-4)
