@@ -178,16 +178,17 @@ def prepare_runway(values: cli.Values) -> None:
     )
     if values.match or values.slot:
         print(f"choosing {values.clips} clips ...", file=sys.stderr)
-    split, count = records.prepare_runway(
-        values.out,
-        values.clips,
-        make,
-        seed_start=values.seed_start,
-        workers=values.workers,
-        shard_size=values.shard_size,
-        progress=ProgressLine(),
-    )
-    print(f"\n{values.out}: {count} clips in split {split}", file=sys.stderr)
+    with ProgressLine() as progress:
+        split, count = records.prepare_runway(
+            values.out,
+            values.clips,
+            make,
+            seed_start=values.seed_start,
+            workers=values.workers,
+            shard_size=values.shard_size,
+            progress=progress,
+        )
+    print(f"{values.out}: {count} clips in split {split}", file=sys.stderr)
 
 
 def prepare_latents(values: cli.Values) -> None:
@@ -212,8 +213,9 @@ def prepare_latents(values: cli.Values) -> None:
             fps=values.fps,
             weights=sources.file_hash(weights),
         )
-        count = records.write_latents(values.out, split, make, progress=ProgressLine())
-        print(f"\n{values.out}: {count} clips in split {split}", file=sys.stderr)
+        with ProgressLine() as progress:
+            count = records.write_latents(values.out, split, make, progress=progress)
+        print(f"{values.out}: {count} clips in split {split}", file=sys.stderr)
 
 
 def load_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any], int]:
@@ -293,6 +295,13 @@ class ProgressLine:
     def __init__(self):
         self._start = time.monotonic()
         self._last, self._done = -1.0, -1
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._done >= 0:
+            print(file=sys.stderr)  # what is said next stands on a line of its own
 
     def __call__(self, done: int, found: int, total: int) -> None:
         now = time.monotonic()

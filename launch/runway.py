@@ -141,6 +141,7 @@ def bench(values: cli.Values) -> None:
     import concurrent.futures
     import multiprocessing
 
+    print(f"rendering in {values.workers} processes ...", file=sys.stderr, flush=True)
     size = (values.height, values.width)
     clip = (values.frames, size, values.fps)
     firsts = [1000 * worker for worker in range(values.workers)]
