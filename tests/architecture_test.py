@@ -62,8 +62,13 @@ def nearest_module(name: str, modules: dict[str, Path]) -> str:
 
 
 def room_of(module: str) -> str:
-    """`attention` for `chameleon_jax.attention.core`, `base` for `chameleon_jax.errors`."""
+    """`attention` for `chameleon_jax.attention.core`, `base` for `chameleon_jax.errors`.
+
+    `converters/__main__.py`, which nothing imports, is a command: it belongs to `launch`.
+    """
     package, *rest = module.split(".")
+    if rest == ["__main__"]:
+        return "launch"
     if package != LIBRARY:
         return package
     return rest[0] if rest and (ROOT / LIBRARY / rest[0]).is_dir() else "base"

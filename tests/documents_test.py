@@ -70,6 +70,8 @@ def problems(words: list[str]) -> list[str]:
 
 def command_sources(module: str) -> str:
     """The source of a command with all files of its package; empty if there is no such command."""
+    if module == "converters":
+        module = "launch.convert"
     file = ROOT / (module.removesuffix(".__main__").replace(".", "/") + ".py")
     entry = file if file.exists() else file.with_suffix("") / "__main__.py"
     if not entry.exists():
