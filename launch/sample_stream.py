@@ -22,7 +22,7 @@ from chameleon_jax.inference.schedule import (
     plan_stream,
     with_steps,
 )
-from chameleon_jax.inference.session import Mechanisms, Session, Switch
+from chameleon_jax.inference.session import Session, Switch, SwitchConfig
 from chameleon_jax.inference.settings import check_config
 from launch import cli, jobs
 from launch.cli import UsageError
@@ -38,7 +38,7 @@ class StreamJob(jobs.Job):
     garments: tuple[tuple[Garment, np.ndarray], ...]  # by frame; the first is worn from the start
     prompt: str
     frames: int
-    mechanisms: Mechanisms
+    mechanisms: SwitchConfig
 
     @property
     def size(self) -> tuple[int, int]:
@@ -92,13 +92,13 @@ def read_job(values: cli.Values, default_config: str) -> tuple[StreamJob, list[s
     return job, remarks
 
 
-def _mechanisms(values: cli.Values, config: ConfigDict) -> Mechanisms:
+def _mechanisms(values: cli.Values, config: ConfigDict) -> SwitchConfig:
     """What a switch does, from the flags and the config."""
     try:
-        mechanisms = Mechanisms(**config.switch)
+        mechanisms = SwitchConfig(**config.switch)
         if values.switch is not None:
             repeated = config.switch.drop_repeated_frame
-            mechanisms = Mechanisms.parse(values.switch, drop_repeated_frame=repeated)
+            mechanisms = SwitchConfig.parse(values.switch, drop_repeated_frame=repeated)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--switch: {error}") from None
     if not mechanisms.refresh:

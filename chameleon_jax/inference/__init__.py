@@ -10,12 +10,12 @@ accelerator machine.
 from chameleon_jax.inference.clip import GenerateConfig, GenerateError, Generator
 from chameleon_jax.inference.pipeline import Pipeline, PipelineError
 from chameleon_jax.inference.session import (
-    Mechanisms,
     Session,
     SessionError,
     Snapshot,
     SnapshotError,
     Switch,
+    SwitchConfig,
 )
 from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot
 
@@ -23,7 +23,6 @@ __all__ = [
     "GenerateConfig",
     "GenerateError",
     "Generator",
-    "Mechanisms",
     "MultiShot",
     "MultiShotError",
     "Pipeline",
@@ -34,4 +33,5 @@ __all__ = [
     "Snapshot",
     "SnapshotError",
     "Switch",
+    "SwitchConfig",
 ]

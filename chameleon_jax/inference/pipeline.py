@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,9 @@ from chameleon_jax.models.build import DTYPES
 from chameleon_jax.models.dit import DiT
 from chameleon_jax.models.vae import Vae
 from chameleon_jax.weights.random import fill_randomly
+
+if TYPE_CHECKING:
+    from chameleon_jax.inference.session import Session, SwitchConfig
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +293,7 @@ class Pipeline:
         programs = self.stream if program in self.stream.names else self.media
         return programs.lower(program, self.arguments()[program], sharding)
 
-    def session(self, mechanisms: Any = None, *, measure: bool = False) -> Any:
+    def session(self, mechanisms: SwitchConfig | None = None, *, measure: bool = False) -> Session:
         """A new session; see `Session`.
 
         Raises:

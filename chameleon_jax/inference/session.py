@@ -29,7 +29,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -39,6 +39,9 @@ from chameleon_jax.attention.cache import withdraw
 from chameleon_jax.data.images import prepare_garment, prepare_reference
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.programs import stream_arguments
+
+if TYPE_CHECKING:
+    from chameleon_jax.inference.pipeline import Pipeline
 
 SNAPSHOT_VERSION = 2
 NOT_RUNNING = (
@@ -55,7 +58,7 @@ class SnapshotError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mechanisms:
+class SwitchConfig:
     """What a garment or reference switch does; each can be turned off for an ablation."""
 
     refresh: bool = (
@@ -68,7 +71,7 @@ class Mechanisms:
     )
 
     @classmethod
-    def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> Mechanisms:
+    def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> SwitchConfig:
         """`full`, or a comma-separated list of `refresh`, `withdraw`, `disentangle`.
 
         Raises:
@@ -123,10 +126,10 @@ class Session:
     """
 
     def __init__(
-        self, pipeline: Any, mechanisms: Mechanisms | None = None, *, measure: bool = False
+        self, pipeline: Pipeline, mechanisms: SwitchConfig | None = None, *, measure: bool = False
     ):
         self.pipeline = pipeline
-        self.mechanisms = mechanisms or Mechanisms(**pipeline.config.switch)
+        self.mechanisms = mechanisms or SwitchConfig(**pipeline.config.switch)
         self.timings: list[Timing] = []
         self._measure = measure
         self._media, self._stream = pipeline.media, pipeline.stream
@@ -353,7 +356,7 @@ class Session:
                 kind: (switches[i], snapshot.arrays[f"pending.{kind}"])
                 for kind, i in meta["pending"].items()
             }
-            self.mechanisms = Mechanisms(**meta["mechanisms"])
+            self.mechanisms = SwitchConfig(**meta["mechanisms"])
             self.timings.clear()
             counters = {name: meta[name] for name in ("seed", "chunk", "held")}
             state = _State(last_frame=snapshot.arrays.get("last_frame"), **counters, **trees)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chameleon_jax.config import load_config
-from chameleon_jax.inference import Mechanisms
+from chameleon_jax.inference import SwitchConfig
 from chameleon_jax.inference.schedule import (
     ChunkFrames,
     Garment,
@@ -21,7 +21,7 @@ from chameleon_jax.inference.schedule import (
 
 ROOT = Path(__file__).parents[2]
 RHYTHM = ChunkFrames(block=3, factor=4)
-FULL, REFRESH = Mechanisms(), Mechanisms.parse("refresh")
+FULL, REFRESH = SwitchConfig(), SwitchConfig.parse("refresh")
 
 
 def test_frames_of_chunks():
@@ -80,8 +80,8 @@ def test_garments_that_cannot_be_planned(texts, message):
     [
         (40, [], FULL, [0, 9, 21, 33], 4),
         (40, [10], FULL, [0, 9, 21, 29], 2),
-        (40, [10], Mechanisms(drop_repeated_frame=False), [0, 9, 21, 30], 2),
-        (40, [10, 11], Mechanisms.parse("refresh,withdraw"), [0, 9, 21, 30], 2),
+        (40, [10], SwitchConfig(drop_repeated_frame=False), [0, 9, 21, 30], 2),
+        (40, [10, 11], SwitchConfig.parse("refresh,withdraw"), [0, 9, 21, 30], 2),
         (40, [10], REFRESH, [0, 9, 21, 33], 4),
         (81, [24, 48], FULL, [0, 9, 21, 33, 41, 53, 61, 73], 3),
         (1, [], FULL, [0], 1),
@@ -120,7 +120,7 @@ def test_stretches_are_the_chunks_one_by_one():
     for mechanisms, block, factor, frames, asked in cases:
         if factor * (block - 1) == 0:
             continue  # a first chunk of one frame, left out, would be none at all
-        rhythm, does = ChunkFrames(block, factor), Mechanisms(*mechanisms)
+        rhythm, does = ChunkFrames(block, factor), SwitchConfig(*mechanisms)
         plan = plan_stream(frames, asked, does, rhythm)
         assert (list(plan.starts()), plan.longest) == _one_by_one(frames, asked, does, rhythm)
 

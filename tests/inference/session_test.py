@@ -19,12 +19,12 @@ from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError
 from chameleon_jax.inference import (
-    Mechanisms,
     Pipeline,
     Session,
     SessionError,
     Snapshot,
     SnapshotError,
+    SwitchConfig,
 )
 from chameleon_jax.inference.pipeline import PipelineError
 
@@ -36,7 +36,7 @@ OVERRIDES = [
     "cache.frames=23",
     "cache.sink=3",
 ]
-ALL_BUT_DROP = Mechanisms(drop_repeated_frame=False)
+ALL_BUT_DROP = SwitchConfig(drop_repeated_frame=False)
 
 
 def make_pipeline(*overrides):
@@ -120,7 +120,7 @@ def test_same_seed_and_switches_same_bits_and_everything_matters(pipeline):
 
 def test_noise_differs_from_chunk_to_chunk(pipeline):
     """With the history gone and nothing changed, only the noise can tell two first chunks apart."""
-    session = started(pipeline, Mechanisms(disentangle=False))
+    session = started(pipeline, SwitchConfig(disentangle=False))
     first = session.next_chunk()
     session.switch_garment(DRESS)
     assert not np.array_equal(first, session.next_chunk())
@@ -200,7 +200,7 @@ def test_full_switch_starts_a_new_clip_and_drops_the_repeated_frame(pipeline):
 
 
 def test_refresh_alone_keeps_history_and_decoder(pipeline):
-    session, undisturbed = started(pipeline, Mechanisms.parse("refresh")), started(pipeline)
+    session, undisturbed = started(pipeline, SwitchConfig.parse("refresh")), started(pipeline)
     chunks(session, 2), chunks(undisturbed, 2)
     before, slots = cache_arrays(session), context_slots(session)
     switch_now(session, SHIRT)
@@ -218,7 +218,7 @@ def test_refresh_alone_keeps_history_and_decoder(pipeline):
 
 
 def test_withdraw_alone_forgets_history_and_keeps_the_conditions(pipeline):
-    session = started(pipeline, Mechanisms.parse("withdraw"))
+    session = started(pipeline, SwitchConfig.parse("withdraw"))
     chunks(session, 2)
     slots = context_slots(session)
     switch_now(session, SHIRT)
@@ -228,7 +228,7 @@ def test_withdraw_alone_forgets_history_and_keeps_the_conditions(pipeline):
 
 
 def test_disentangle_encodes_the_last_frame_shown_as_one_image(pipeline):
-    session, without = started(pipeline), started(pipeline, Mechanisms.parse("refresh,withdraw"))
+    session, without = started(pipeline), started(pipeline, SwitchConfig.parse("refresh,withdraw"))
     last = chunks(session, 2)[-1][-1]
     chunks(without, 2)
     old = np.array(session._state.z_reference)
@@ -242,7 +242,7 @@ def test_disentangle_encodes_the_last_frame_shown_as_one_image(pipeline):
 
 def test_withdraw_forgets_everything_but_the_conditions(pipeline):
     """Two histories, then the same conditions and the same noise: the same chunk."""
-    a, b = (started(pipeline, Mechanisms(disentangle=False), garment=g) for g in (DRESS, COAT))
+    a, b = (started(pipeline, SwitchConfig(disentangle=False), garment=g) for g in (DRESS, COAT))
     chunks(a, 2), chunks(b, 2)
     a.switch_garment(SHIRT), b.switch_garment(SHIRT)
     assert same(chunks(a, 2), chunks(b, 2))
@@ -401,7 +401,7 @@ def test_snapshot_and_restore_give_the_same_bits(pipeline, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["session.safetensors"]
     for snapshot in (value, Snapshot.load(tmp_path / "session.safetensors")):
         other = Session(
-            pipeline, Mechanisms.parse("refresh")
+            pipeline, SwitchConfig.parse("refresh")
         )  # the snapshot's mechanisms replace these
         other.restore(snapshot)
         assert same(rest, chunks(other, 3))
@@ -495,11 +495,11 @@ def test_the_embedded_model_uses_all_mechanisms_of_the_paper():
         load_config(f"{ROOT}/configs/runway_tiny.py").switch,
         json.loads(beside_weights.read_text())["switch"],
     ):
-        assert Mechanisms(**switch) == Mechanisms.parse("full")
+        assert SwitchConfig(**switch) == SwitchConfig.parse("full")
 
 
 def test_mechanisms_from_text():
-    assert Mechanisms.parse("full") == Mechanisms()
-    assert Mechanisms.parse("refresh, withdraw") == Mechanisms(disentangle=False)
+    assert SwitchConfig.parse("full") == SwitchConfig()
+    assert SwitchConfig.parse("refresh, withdraw") == SwitchConfig(disentangle=False)
     with pytest.raises(ValueError, match="'refrsh'"):
-        Mechanisms.parse("refrsh")
+        SwitchConfig.parse("refrsh")
