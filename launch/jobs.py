@@ -271,9 +271,13 @@ def _small(frame: np.ndarray) -> np.ndarray:
 
 
 def save_report(job: Job, made: Made, report: Mapping[str, Any], pipeline: Pipeline) -> None:
-    """Write beside the video, as JSON, what was asked for and what happened, with the machine, the
-    versions and the resolved config.
+    """Write beside the video, as JSON, what was asked for and what happened.
+
+    With the machine, the versions, the resolved config, and what of a prompt was too long to be
+    read.
     """
+    shots = report.get("shots", [])
+    prompts = [report["prompt"]] if "prompt" in report else [shot["prompt"] for shot in shots]
     common = {
         "interrupted": made.interrupted,
         "frames": made.frames,
@@ -281,6 +285,7 @@ def save_report(job: Job, made: Made, report: Mapping[str, Any], pipeline: Pipel
         "fps": job.config.video.fps,
         "seed": job.seed,
         **report,
+        "prompts_left_out": [pipeline.cut_prompt(prompt)[1] for prompt in prompts],
         "device": machine.device().device_kind,
         "versions": machine.versions(),
         "weights": job.weights,

@@ -135,6 +135,14 @@ def test_refresh_alone_keeps_the_rhythm(pictures, tmp_path, capsys):
     assert report["switches"][0]["effective"] == 21 and report["frames"] == 40
 
 
+def test_a_prompt_that_is_too_long_is_reported(pictures, tmp_path, capsys, caplog):
+    """The smoke model reads 16 bytes, its end token among them."""
+    argv = command(pictures, tmp_path / "o.mp4", "--frames=9", "--prompt=a red coat, she waves")
+    assert call(argv, capsys)[0] == 0
+    assert "more than 16 tokens: its end is left out, from 'waves' on" in caplog.text
+    assert json.loads((tmp_path / "o.json").read_text())["prompts_left_out"] == ["waves"]
+
+
 BAD = {
     "no such picture": (["--reference={p}/nobody.png"], "nobody.png: no such file"),
     "empty file": (["--garment={p}/empty.png@9"], "empty.png: the file is empty"),
