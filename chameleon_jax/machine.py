@@ -43,12 +43,13 @@ def device() -> jax.Device:
     """
     try:
         return jax.devices()[0]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the second one without a word
         asked = os.environ.get("JAX_PLATFORMS")
         advice = "see the installation guide of JAX"
         if asked:
             advice = f"JAX_PLATFORMS is {asked!r}; change it, or install what it names"
-        raise DeviceError(f"JAX finds no device ({one_line(error)}); {advice}") from None
+        reason = f" ({one_line(error)})" if str(error) else ""
+        raise DeviceError(f"JAX finds no device{reason}; {advice}") from None
 
 
 def hardware() -> dict[str, Any]:
