@@ -102,7 +102,11 @@ def check_common(values: Values, config: ConfigDict) -> dict[str, Any]:
 
     Raises:
       UsageError: weights or seed cannot be used, or a LoRA does not exist.
+      VideoError: the frame rate cannot be written.
     """
+    from chameleon_jax.data.video import frame_rate
+
+    frame_rate(config.video.fps)
     seed = config.seed if values.seed is None else values.seed
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed {seed}: expected 0 to {MAX_SEED}")

@@ -167,7 +167,9 @@ def prepare_runway(values: cli.Values) -> None:
     need("array_record", "train")
     places.check_writable(Path(values.out) / "dataset_info.json")
     from chameleon_jax.data import examples, records, sources
+    from chameleon_jax.data.video import frame_rate
 
+    frame_rate(values.fps)  # refuses what no video has
     sources.latent_frames(values.frames, values.frames_per_latent)  # refuses what no VAE takes
     make = examples.RunwayExamples(
         size=values.size,

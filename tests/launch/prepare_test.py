@@ -37,6 +37,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["runway", "--out", "OUT", "--size", "128"], "--size: '128': expected HEIGHTxWIDTH"),
         (["runway", "--out", "OUT", "--size", "0x80"], "--size: '0x80': expected HEIGHTxWIDTH"),
         (["runway", "--out", "OUT", "--fps", "0"], "--fps: '0': expected a number above 0"),
+        (["runway", "--out", "OUT", "--fps", "1e6"], "fps is 1000000.0; expected a number from"),
         (["runway", "--out", "OUT", "--fps", "nan"], "--fps: 'nan': expected a number above 0"),
         (["runway", "--out", "OUT", "--data", "x"], "unknown flag --data"),
         (["runway", "--out", "OUT", "x"], "unexpected argument 'x'"),
