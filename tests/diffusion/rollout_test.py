@@ -592,7 +592,7 @@ def test_streaming_without_condition_frames_equals_teacher_forcing():
     clean, noisy = latents(1, 12), latents(2, 12)
     t = np.full((1, 12), 700.0, np.float32)
     expected = teacher_forcing_forward(
-        stream.dit, clean[:, :0], clean, noisy, t, stream.text_kv, cache=config
+        stream.dit, clean[:, :0], clean, noisy, t, stream.text_kv, policy=config
     )
     cache = stream.prefill(stream.new_cache(), clean[:, :0])
     assert int(cache.length) == 0
