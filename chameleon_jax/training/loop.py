@@ -14,13 +14,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
@@ -28,6 +26,7 @@ from chameleon_jax.keys import training_key
 from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.training.feed import Feed, HostBatch
 from chameleon_jax.training.networks import Network, Params
+from chameleon_jax.training.programs import Program, compile_stage
 from chameleon_jax.training.report import MetricsWriter, Progress, held_out_means, is_due
 from chameleon_jax.training.settings import check_resume, describe, shortened
 from chameleon_jax.training.stage import Stage, State
@@ -87,7 +86,7 @@ def train(
         about = {"stage": stage.name, "config": describe(config)}
         with MetricsWriter(workdir, step) as writer:
             progress = Progress(writer, stage.shown, step, limits.steps, limits.log_every)
-            programs = _programs(stage, like, frozen, mesh, progress.skip)
+            programs = compile_stage(stage, like, frozen, mesh, progress.skip)
             reason = "finished"
             while step < limits.steps:
                 batch = sharding.put_batch(next(feed), mesh)
@@ -131,70 +130,8 @@ def load_state(config: ConfigDict, stage: Stage) -> tuple[State, int]:
         return state, newest
 
 
-class _Program:
-    """A function of (state, frozen, batch, ...) that says when it compiles, and for how long.
-
-    Args:
-      name: what is compiled.
-      function: that compiles once for each kind of batch.
-      skip: is called with the seconds that it took.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        skip: Callable[[float], None] | None = None,
-    ):
-        self._name, self._function, self._skip = name, function, skip
-        self._compiled: set[tuple[tuple[int, ...], ...]] = set()
-
-    def __call__(self, state: State, frozen: ParamTree, batch: Batch, *rest: jax.Array) -> Any:
-        shapes = tuple(value.shape for value in batch.values())
-        if shapes in self._compiled:
-            return self._function(state, frozen, batch, *rest)
-        largest = max(batch, key=lambda name: batch[name].size)
-        log.info("compiling %s for %s %s ...", self._name, largest, list(batch[largest].shape))
-        begin = time.monotonic()
-        result = self._function(state, frozen, batch, *rest)
-        seconds = time.monotonic() - begin
-        log.info("compiled %s in %.1f s", self._name, seconds)
-        if self._skip is not None:
-            self._skip(seconds)
-        self._compiled.add(shapes)
-        return result
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    steps: dict[str, _Program]
-    evaluate: _Program
-    preview: _Program
-
-
-def _programs(
-    stage: Stage, like: State, frozen: ParamTree, mesh: Mesh, skip: Callable[[float], None]
-) -> _Programs:
-    """The compiled functions of a stage. The state comes out of a step where it went in."""
-    placement = jax.tree.map(lambda leaf: leaf.sharding, like)
-    places = placement, sharding.param_shardings(frozen, mesh), NamedSharding(mesh, sharding.BATCH)
-    everywhere = sharding.replicated(mesh)
-    steps = {}
-    for name, step in stage.steps.items():
-        compiled = jax.jit(
-            step, in_shardings=places, out_shardings=(placement, everywhere), donate_argnums=0
-        )
-        steps[name] = _Program(f"step '{name}'", compiled, skip)
-    evaluate = jax.jit(stage.evaluate, out_shardings=everywhere)
-    return _Programs(
-        steps,
-        _Program("evaluation", evaluate),
-        _Program("preview", stage.preview),
-    )
-
-
 def _evaluate(
-    program: _Program, state: State, frozen: ParamTree, batches: Sequence[Batch], seed: int
+    program: Program, state: State, frozen: ParamTree, batches: Sequence[Batch], seed: int
 ) -> dict[str, float]:
     """Mean metrics over held-out batches, always with the same random numbers."""
     metrics = [
@@ -221,27 +158,28 @@ def _start(
     feed: Feed,
     mesh: Mesh,
 ) -> tuple[State, int]:
-    """The state to begin with and the steps that it has behind it; the feed goes there too."""
-    newest = checkpoints.latest()
-    if newest is None:
-        params = {}
-        for index, (name, network) in enumerate(sorted(stage.trained.items())):
-            if name in stage.weights:
-                params[name] = _load(stage, name, network, mesh)
-            else:
-                params[name] = _random(network, training_key(config.seed, "init", index), mesh)
-        placement = jax.tree.map(lambda leaf: leaf.sharding, like)
-        init = jax.jit(stage.init, out_shardings=placement, donate_argnums=0)
-        state, step = init(params), 0
-    else:
-        state, about = checkpoints.restore(newest, like, stage.name)
-        feed.set_state(about["data"])
-        step = newest
-        log.info("resumed at step %d in %s", step, config.workdir)
+    """The state to begin with and the number of its steps; the feed is set to the same place."""
     networks = stage.trained.values()
     count = sum(math.prod(leaf.shape) for net in networks for leaf in net.shapes.values())
     log.info("stage %s: %.2f M parameters, mesh %s", stage.name, count / 1e6, dict(mesh.shape))
-    return state, step
+    newest = checkpoints.latest()
+    if newest is None:
+        return _first_state(config, stage, like, mesh), 0
+    state, about = checkpoints.restore(newest, like, stage.name)
+    feed.set_state(about["data"])
+    log.info("resumed at step %d in %s", newest, config.workdir)
+    return state, newest
+
+
+def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> State:
+    params = {}
+    for index, (name, network) in enumerate(sorted(stage.trained.items())):
+        if name in stage.weights:
+            params[name] = _load(stage, name, network, mesh)
+        else:
+            params[name] = _random(network, training_key(config.seed, "init", index), mesh)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(stage.init, out_shardings=placement, donate_argnums=0)(params)
 
 
 def _random(network: Network, key: jax.Array, mesh: Mesh) -> Params:

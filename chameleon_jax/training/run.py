@@ -65,12 +65,11 @@ def run(
     resumed = check_resume(config, stage.name, allow_changes=resume_with_changes) is not None
     _check_weights(stage, without_trained=resumed)
     held_out = held_out_batches(config, stage)
-    feed = stage.batches(open_data(config, config.data.split))
-    for part in feed.parts:
+    source = open_data(config, config.data.split)
+    for part in stage.batches(source).parts:
         sharding.check_batch(part.loader.batch, mesh)
-    if jax.process_index() == 0:
-        Path(config.workdir).mkdir(parents=True, exist_ok=True)
-        save_config(Path(config.workdir) / "config.json", config)
+    feed = stage.batches(_in_memory(config, source))
+    _save_config(config)
     outcome = loop.train(config, stage, feed, held_out, resume_with_changes=resume_with_changes)
     if outcome.reason in ("SIGINT", "SIGTERM"):
         log.warning(stopped_message(config, outcome))
@@ -116,13 +115,28 @@ def _check_weights(stage: Stage, *, without_trained: bool) -> None:
 
 
 def open_data(config: ConfigDict, split: str) -> Source:
-    """What is chosen of a split of the data folders, read into memory if the config says so."""
-    source = _open_chosen(config, split)
+    """The split of the data folders, or those of its clips whose captions match `data.match`."""
+    source = open_sources(config.data.dir.split(","), split)
+    return MatchingSource(source, config.data.match) if config.data.match else source
+
+
+def _in_memory(config: ConfigDict, source: Source) -> Source:
     if not config.data.in_memory:
         return source
-    return InMemorySource(
-        source, config.video.frames, (config.video.height, config.video.width), config.data.threads
-    )
+    size = (config.video.height, config.video.width)
+    return InMemorySource(source, config.video.frames, size, config.data.threads)
+
+
+def _save_config(config: ConfigDict) -> None:
+    if jax.process_index():
+        return
+    workdir = Path(config.workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_config(workdir / "config.json", config)
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"workdir {workdir}: cannot be written to ({why})") from None
 
 
 def held_out_batches(config: ConfigDict, stage: Stage) -> list[HostBatch]:
@@ -130,14 +144,10 @@ def held_out_batches(config: ConfigDict, stage: Stage) -> list[HostBatch]:
 
     Prompts are never dropped here; clips and crops are the same in every run with the same seed.
     """
-    feed = stage.eval_batches(_open_chosen(config, config.data.validation or config.data.split))
+    feed = stage.eval_batches(open_data(config, config.data.validation or config.data.split))
+    for part in feed.parts:
+        sharding.check_batch(part.loader.batch, sharding.make_mesh(config.mesh))
     return [next(feed) for _ in range(config.train.eval_batches)]
-
-
-def _open_chosen(config: ConfigDict, split: str) -> Source:
-    """The split of the data folders, or those of its clips whose captions match `data.match`."""
-    source = open_sources(config.data.dir.split(","), split)
-    return MatchingSource(source, config.data.match) if config.data.match else source
 
 
 def with_stored_sizes(config: ConfigDict) -> ConfigDict:
