@@ -23,7 +23,7 @@ import jax
 from absl import flags
 
 from chameleon_jax.errors import UserError
-from chameleon_jax.training.run import EXIT_CODES, run
+from chameleon_jax.training.run import EXIT_CODES, run, start_logging
 from launch import cli
 
 FLAGS = flags.FlagValues()
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         parsed, overrides = cli.parse(FLAGS, argv, __doc__)
         if parsed.distributed:
             jax.distributed.initialize()
+        start_logging()
         outcome = run(
             cli.read_config(parsed.config, overrides),
             export_only=parsed.export_only,

@@ -8,6 +8,7 @@ config, the position in the data.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -20,6 +21,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import utils as ocp_utils
 
 from chameleon_jax.errors import UserError, one_line
+
+ABOUT = "metadata"  # file of the JSON part
 
 
 class CheckpointError(UserError):
@@ -50,7 +53,10 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=tidy,  # what a killed run left behind
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "about": ocp.JsonCheckpointHandler(filename=ABOUT),
+        }
         logging.getLogger("absl").addFilter(_is_not_orbax_error)
         try:
             self._manager = ocp.CheckpointManager(
@@ -119,28 +125,12 @@ class Checkpoints:
             if jax.process_count() == 1:
                 for path in unfinished:
                     shutil.rmtree(path, ignore_errors=True)
-            complete = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
-            kept = f"step {max(complete)} is complete" if complete else "no step is complete yet"
+            complete = newest_step(self.folder)
+            kept = "no step is complete yet" if complete is None else f"step {complete} is complete"
             raise CheckpointError(
                 f"{self.folder}: a checkpoint could not be saved ({why[:300]}); {kept}. Make it"
                 " possible to write there, and start the same command again"
             ) from None
-
-    def about(self, step: int, stage: str) -> dict[str, Any]:
-        """The JSON part of a checkpoint.
-
-        Raises:
-          CheckpointError: it belongs to another stage than `stage`.
-        """
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        about = self._manager.restore(step, args=args)["about"]
-        if about["stage"] != stage:
-            raise CheckpointError(
-                f"{self.folder} holds checkpoints of the stage {about['stage']!r}, this run is"
-                f" {stage!r}; choose another workdir, and give the earlier stage's exported weights"
-                " as init_from"
-            )
-        return about
 
     def restore(self, step: int, like: Any, stage: str) -> tuple[Any, dict[str, Any]]:
         """Read a checkpoint.
@@ -157,7 +147,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it belongs to another stage, or to a model or optimiser of other shapes.
         """
-        about = self.about(step, stage)
+        about = read_about(self.folder, step, stage)
         wanted = _named(like)
         stored = {
             name: tuple(leaf.shape)
@@ -180,6 +170,36 @@ class Checkpoints:
         restored = self._manager.restore(step, args=args)["state"]
         leaves = [restored[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), about
+
+
+def newest_step(folder: Path) -> int | None:
+    """Step of the newest complete checkpoint in a folder that need not exist."""
+    if not folder.is_dir():
+        return None
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
+
+
+def read_about(folder: Path, step: int, stage: str) -> dict[str, Any]:
+    """The JSON part of a checkpoint; several processes need not call this together.
+
+    Raises:
+      CheckpointError: it cannot be read, or belongs to another stage than `stage`.
+    """
+    path = folder / str(step) / "about" / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        saved = about["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not the description of a checkpoint ({one_line(error)}); remove"
+            f" {folder / str(step)} to resume from an earlier step"
+        ) from None
+    if saved != stage:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of the stage {saved!r}, this run is {stage!r}; choose"
+            " another workdir, and give the earlier stage's exported weights as init_from"
+        )
+    return about
 
 
 def _named(tree: Any) -> dict[str, Any]:

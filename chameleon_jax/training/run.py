@@ -52,7 +52,6 @@ def run(
     Raises:
       UserError: the run cannot start or go on. The message is one line.
     """
-    start_logging()
     check_settings(config)
     config = with_stored_sizes(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -91,8 +90,8 @@ def stopped_message(config: ConfigDict, outcome: Outcome) -> str:
         exported += f" ({folder} holds the weights of an earlier export)"
     return (
         f"stopped by {outcome.reason} at step {outcome.step} of {config.train.steps}: the state is"
-        f" saved in {Path(config.workdir) / 'checkpoints'}, {exported}. The same command goes on;"
-        " with --export_only it exports what there is"
+        f" saved in {Path(config.workdir) / 'checkpoints'}, {exported}. The same command resumes"
+        f" the run; with --export_only it exports step {outcome.step}"
     )
 
 
@@ -162,7 +161,7 @@ def with_stored_sizes(config: ConfigDict) -> ConfigDict:
 
 
 def start_logging() -> None:
-    """Progress lines of this project, with the time, on stderr."""
+    """Show the progress lines of this project, with the time, on stderr: for a program to call."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("chameleon_jax")

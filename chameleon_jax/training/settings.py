@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from chameleon_jax.config import ConfigError, flatten
-from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
+from chameleon_jax.training.checkpoints import CheckpointError, newest_step, read_about
 from chameleon_jax.training.networks import DTYPES
 
 
@@ -211,13 +211,10 @@ def check_resume(
       CheckpointError: the checkpoint is of another stage, or of a run with other settings.
     """
     folder = Path(config.workdir) / "checkpoints"
-    if not folder.is_dir():
+    step = newest_step(folder)
+    if step is None:
         return None
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            return None
-        stored = checkpoints.about(step, stage)["config"]
+    stored = read_about(folder, step, stage)["config"]
     changes = [
         f"{key} {stored[key]} -> {value}"
         for key, value in flatten(config).items()

@@ -122,6 +122,15 @@ def test_two_processes_train_what_one_does(tmp_path, unbroken):
     assert Image.open(tmp_path / "previews" / "step_0000006.png").size == (16, 8)
 
 
+@pytest.mark.slow
+def test_ctrl_c_in_one_process_stops_both_at_the_same_step(tmp_path):
+    given = ["int=4", "mesh.fsdp=2", "train.log_every=0", "train.checkpoint_every=0"]
+    first, second = run_two(tmp_path, "1000000", *given)
+    step, name = first.split()
+    assert name == "SIGINT" and second == f"{step} SIGTERM"
+    assert (tmp_path / "checkpoints" / step).is_dir()
+
+
 def config(workdir, steps, *overrides):
     return toy.config(workdir, steps, [*overrides, "mesh.fsdp=1"])
 

@@ -152,7 +152,7 @@ def main() -> None:
     feed = ToyFeed()
     if "term" in own:
         feed = ToyFeed(kill=own["term"], signal_number=signal.SIGTERM)
-    elif "int" in own:
+    elif "int" in own and own.get("rank", 0) == 0:  # of several processes the first one only
         feed = ToyFeed(kill=own["int"], signal_number=signal.SIGINT)
     elif "kill" in own:
         feed = ToyFeed(kill=own["kill"], after=Path(workdir, "checkpoints", "3"))
