@@ -38,7 +38,7 @@ class Toy(nnx.Module):
         return self.layers[1](jax.nn.gelu(self.layers[0](x)))
 
 
-def stage(config: ConfigDict, name: str = "toy") -> Stage:
+def stage(config: ConfigDict, name: str = "toy", feed=None) -> Stage:
     network = Network(lambda rngs: Toy(rngs=rngs))
 
     def loss(params, frozen, batch, key):
@@ -54,7 +54,7 @@ def stage(config: ConfigDict, name: str = "toy") -> Stage:
         weights={"toy": weights_file(config.init_from, "toy")} if config.init_from else {},
         loss=loss,
         preview=functools.partial(show, network),
-        batches=lambda source: ToyFeed(),
+        batches=feed or (lambda source: ToyFeed()),
         eval_batches=lambda source: ToyFeed(),
     )
 
@@ -72,6 +72,8 @@ class ToyFeed:
     While batch `kill` is made, the process gets a signal, once the checkpoint `after` (if any) is
     complete.
     """
+
+    parts = ()
 
     def __init__(
         self,
