@@ -1,12 +1,11 @@
-"""Where arrays live: one mesh with four named axes, and a table of rules that places every
-parameter on it.
+"""Where arrays live: one mesh with named axes, and a table that places every parameter on it.
 
-    data    copies of the weights; the batch is split
-    fsdp    weights, optimiser state and EMA are split; so is the batch (ZeRO stage 3, arXiv 1910.02054)
-    seq     tokens of one sample, for networks that place their activations on it
-    tensor  heads and hidden channels (Megatron-LM, arXiv 1909.08053)
+    data    the batch is split, the weights are copied
+    fsdp    the batch is split, and so are weights, optimiser state and EMA (ZeRO stage 3, arXiv
+            1910.02054)
+    tensor  heads and hidden channels are split (Megatron-LM, arXiv 1909.08053)
 
-A single device is the mesh (1, 1, 1, 1): there is no other code path. A rule says what would be
+A single device is the mesh (1, 1, 1): there is no other code path. A rule says what would be
 split; an array axis that the mesh axis does not divide stays whole, because a few odd-shaped
 parameters must not forbid a mesh.
 """
@@ -20,13 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chameleon_jax.errors import UserError
 
-AXES = ("data", "fsdp", "seq", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))  # leading axis of everything in a batch
-LARGEST = "largest"  # a rule that splits the largest axis that fsdp divides
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))  # the leading axis of everything in a batch
+LARGEST = "largest"  # the rule that splits the largest axis that fsdp divides
 MIN_SIZE = 4096  # smaller parameters are kept whole: sending them around costs more than they take
 
 # First match wins. Kernels are [in, out]: the tensor axis splits what a head or a hidden channel
@@ -71,13 +71,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise MeshError(
             f"mesh {dict(zip(AXES, shape, strict=True))} does not fit {len(devices)} devices"
         )
-    if len(devices) == len(jax.devices()):
-        grid = jax.make_mesh(
-            tuple(shape), AXES, devices=devices
-        ).devices  # in an order that suits the interconnect
-    else:
-        grid = np.array(devices).reshape(shape)
-    return Mesh(grid, AXES)
+    if len(devices) < len(jax.devices()):
+        return Mesh(np.array(devices).reshape(shape), AXES)
+    # All devices: in an order that suits the interconnect.
+    return Mesh(jax.make_mesh(tuple(shape), AXES, devices=devices).devices, AXES)
 
 
 def spec_of(
@@ -105,8 +102,7 @@ def spec_of(
 
 
 def param_shardings(params: Any, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Any:
-    """Shardings for any tree whose paths end in the dotted names of parameters: parameters, EMA,
-    optimiser state.
+    """Shardings of parameters, EMA or optimiser state: trees whose paths end in dotted names.
 
     Optimiser statistics carry the name and shape of their parameter and so land where it lies;
     scalars are replicated.
@@ -121,24 +117,46 @@ def param_shardings(params: Any, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Any
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def check_batch(size: int, mesh: Mesh) -> None:
+    """Can a batch of `size` samples, over all processes, be split over the mesh?
+
+    Raises:
+      MeshError: it cannot.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % ways:
+        raise MeshError(
+            f"a batch of {size} does not divide among data x fsdp = {ways} devices; choose a"
+            " multiple of it, or a smaller mesh.data or mesh.fsdp (and a larger mesh.tensor)"
+        )
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch to the devices, split along its leading axis over data and
-    fsdp.
+    """This process's part of a batch to the devices, split along its leading axis.
 
     Raises:
       MeshError: the batch does not divide among the devices.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = NamedSharding(mesh, BATCH)
     placed = {}
     for name, value in batch.items():
-        if value.shape[0] * jax.process_count() % ways:
-            total = value.shape[0] * jax.process_count()
-            raise MeshError(
-                f"a batch of {total} ({name}) does not divide over data x fsdp = {ways} devices"
-            )
+        check_batch(value.shape[0] * jax.process_count(), mesh)
         placed[name] = jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(value))
     return placed
+
+
+def to_host(tree: Any) -> Any:
+    """The same tree with whole NumPy arrays, also of arrays that are spread over processes.
+
+    With several processes all of them must call it, with the same tree.
+    """
+
+    def fetch(value: jax.Array | np.ndarray) -> np.ndarray:
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            return multihost_utils.process_allgather(value, tiled=True)
+        return np.asarray(value)
+
+    return jax.tree.map(fetch, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,56 +1,51 @@
-"""Blocks shared by the configs: the two model sizes, said in the terms of the dataclasses that
-build the networks.
+"""Blocks shared by the configs: the sizes of the networks, and the caches of their streams.
+
+The sizes are arguments of the dataclasses that describe the networks in chameleon_jax/models.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from ml_collections import ConfigDict
 
+from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion import wan22
-from chameleon_jax.models.vae import WAN22_LATENT_MEAN, WAN22_LATENT_STD
+from chameleon_jax.models.dit import DiTConfig
+from chameleon_jax.models.text import TextConfig
+from chameleon_jax.models.vae import VaeConfig
+
+# What differs from model to model; the rest says how a network is computed.
+VAE_SIZES = (
+    "z_dim",  # channels of the latents
+    "enc_width",
+    "dec_width",
+    "width_mult",
+    "enc_blocks",
+    "dec_blocks",
+    "temporal_down",
+    "latent_mean",
+    "latent_std",
+)
+DIT_SIZES = ("in_channels", "width", "ffn", "heads", "layers", "text_width", "text_length")
+TEXT_SIZES = ("vocab", "width", "heads", "head_dim", "ffn", "layers", "length")
 
 
 def wan22_5b() -> ConfigDict:
     """Wan2.2-TI2V-5B: the paper's backbone, its VAE and its text encoder. 1280x704, 24 frames/s."""
     return ConfigDict(
         {
-            "vae": {
-                "z_dim": 48,
-                "enc_width": 160,
-                "dec_width": 256,
-                "width_mult": (1, 2, 4, 4),
-                "enc_blocks": 2,
-                "dec_blocks": 3,
-                "temporal_down": (False, True, True),
-                "latent_mean": WAN22_LATENT_MEAN,
-                "latent_std": WAN22_LATENT_STD,
-            },
-            "dit": {
-                "in_channels": 48,
-                "width": 3072,
-                "ffn": 14336,
-                "heads": 24,
-                "layers": 30,
-                "text_width": 4096,
-                "text_length": 512,
-            },
-            "text": {
-                "vocab": 256384,
-                "width": 4096,
-                "heads": 64,
-                "head_dim": 64,
-                "ffn": 10240,
-                "layers": 24,
-                "length": 512,
-            },
+            "vae": _sizes(VaeConfig.wan22(), VAE_SIZES),
+            "dit": _sizes(DiTConfig.wan22_ti2v_5b(), DIT_SIZES),
+            "text": _sizes(TextConfig.umt5_xxl(), TEXT_SIZES),
         }
     )
 
 
 def runway_tiny() -> ConfigDict:
-    """The same networks, small: trained by this project on its own synthetic data. 128x80, 16
-    frames/s.
-    """
+    """The same networks, small, for this project's own synthetic data. 128x80, 16 frames/s."""
     return ConfigDict(
         {
             "vae": {
@@ -61,10 +56,10 @@ def runway_tiny() -> ConfigDict:
                 "enc_blocks": 1,
                 "dec_blocks": 2,
                 "temporal_down": (True, True),
+                # Measured at the end of training; from then on those in the config.json of the
+                # weights count.
                 "latent_mean": (0.0,) * 16,
                 "latent_std": (1.0,) * 16,
-                # until they are measured, at the end of training; from then on those in the
-                # config.json of the weights count
             },
             "dit": {
                 "patch": (1, 1, 1),
@@ -90,9 +85,7 @@ def runway_tiny() -> ConfigDict:
 
 
 def smoke() -> ConfigDict:
-    """A few thousand parameters, for tests and for `--config ...:smoke` runs that only show that
-    everything is wired up.
-    """
+    """A few thousand parameters, to see in seconds that everything is wired up."""
     return ConfigDict(
         {
             "vae": {
@@ -128,7 +121,9 @@ def smoke() -> ConfigDict:
     )
 
 
-# Layouts of the streaming cache, see attention/cache.py; teacher forcing remembers what they hold.
+MODELS = {"wan22_5b": wan22_5b, "runway_tiny": runway_tiny, "smoke": smoke}
+
+# Cache policies of the streams, see attention/policies.py; teacher forcing remembers what they hold.
 # The paper's 23 frames have room for the whole of its clips. The small model remembers one chunk of
 # three in training, so that the third has forgotten the first, as all later ones of a stream have
 # forgotten theirs.
@@ -138,4 +133,19 @@ CACHES = {
     "smoke": {"frames": 8, "context": 2, "block": 3, "sink": 0, "positions": "relative"},
 }
 
-MODELS = {"wan22_5b": wan22_5b, "runway_tiny": runway_tiny, "smoke": smoke}
+
+def choose(variant: str, *variants: Callable[[], ConfigDict]) -> ConfigDict:
+    """The config of the function that a variant is named after.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    known = {function.__name__: function for function in variants}
+    if variant not in known:
+        raise ConfigError(f"there is no variant {variant!r}; expected one of {', '.join(known)}")
+    return known[variant]()
+
+
+def _sizes(config: Any, names: Sequence[str]) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return {name: values[name] for name in names}

@@ -1,33 +1,71 @@
 """Stage 1, the in-context teacher (FashionChameleon, arXiv 2605.15824).
 
-    python -m launch.train --config configs/teacher.py:runway_tiny --config.data.dir=data/latents \
-        --config.data.tokenizer=data/tokenizer.json --config.weights.vae=runs/vae/export --config.workdir=runs/teacher
+    python -m launch.train --config configs/teacher.py:runway_tiny \
+        --config.data.dir=data/latents --config.data.tokenizer=data/tokenizer.json \
+        --config.weights.vae=runs/vae/export --config.workdir=runs/teacher
 
-`wan22_5b` has the paper's numbers: global batch 64, 5000 steps.
+`wan22_5b` has the paper's numbers, `runway_tiny` trains the small model in hours on a CPU, `smoke`
+shows in a minute that everything is wired up.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import training
+from configs import common, training
+
+VARIANTS = ("runway_tiny", "wan22_5b", "smoke")
 
 
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
-    """Variants: `runway_tiny` (CPU, hours), `wan22_5b`, `smoke`."""
-    config = training.base("teacher", variant)
-    # round_timesteps: tell the network integer timesteps, as the released code does. weights: see
-    # training/teacher.py.
-    config.loss = {"shift": 5.0, "round_timesteps": True, "weights": "bell"}
-    if variant == "wan22_5b":
-        config.data.batch = 64
-        config.train.update(steps=5000, log_every=10, checkpoint_every=250)
-        config.schedule.update(name="halved", peak=1e-5, warmup=100, halve_at=1100)
-        config.ema.decay = 0.0
-    else:
-        config.loss.update(shift=3.0, round_timesteps=False, weights="none")
-        config.data.batch = 4
-        config.train.update(steps=4000, eval_every=500, preview_every=500)
-        config.optimizer.weight_decay = 0.0
-        config.schedule.update(name="linear", peak=1e-3)
-    return training.shorten(config) if variant == "smoke" else config
+    """One of `VARIANTS`."""
+    return common.choose(variant, runway_tiny, wan22_5b, smoke)
+
+
+def wan22_5b() -> ConfigDict:
+    """The paper's numbers."""
+    config = training.captioned(training.paper("teacher"))
+    config.train.steps = 5000
+    config.data.batch = 64  # clips a step, over all processes
+    config.loss = {
+        "shift": 5.0,  # of the timesteps, towards noise
+        "round_timesteps": True,  # the network gets whole timesteps, as in the released code
+        "weights": "bell",  # by timestep, see training/stages/teacher.py
+    }
+    config.optimizer = {
+        "name": "adamw",
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "clip": 1.0,  # norm of the gradient
+    }
+    config.schedule = {
+        "name": "halved",
+        "peak": 1e-5,
+        "warmup": 100,  # steps
+        "halve_at": 1100,  # step from which on half of the peak is used
+    }
+    return config
+
+
+def runway_tiny() -> ConfigDict:
+    """The small model, from random weights."""
+    config = training.small(wan22_5b())
+    config.train.steps = 4000
+    config.data.batch = 4
+    config.loss = {"shift": 3.0, "round_timesteps": False, "weights": "none"}
+    config.optimizer.weight_decay = 0.0
+    config.schedule = {
+        "name": "linear",
+        "peak": 1e-3,
+        "warmup": 100,  # steps
+        "decay_from": 0.7,  # share of the steps
+        "final": 0.05,  # share of the peak
+    }
+    return config
+
+
+def smoke() -> ConfigDict:
+    """Four steps."""
+    return training.smoke(runway_tiny())

@@ -1,51 +1,88 @@
-"""Stage 2, teacher forcing: from the bidirectional teacher to a block-causal model (arXiv
-2605.15824).
+"""Stage 2, teacher forcing: from the teacher to a block-causal model (arXiv 2605.15824).
 
-    python -m launch.train --config configs/teacher_forcing.py:runway_tiny --config.data.dir=data/latents \
-        --config.data.tokenizer=data/tokenizer.json --config.weights.vae=runs/vae/export \
-        --config.init_from=runs/teacher/export --config.workdir=runs/teacher_forcing
+    python -m launch.train --config configs/teacher_forcing.py:runway_tiny \
+        --config.data.dir=data/latents --config.data.tokenizer=data/tokenizer.json \
+        --config.weights.vae=runs/vae/export --config.init_from=runs/teacher/export \
+        --config.workdir=runs/teacher_forcing
 
-`wan22_5b` has the paper's numbers: 7000 steps, no first moment, both captions always.
+`wan22_5b` has the paper's numbers, `runway_tiny` trains the small model in hours on a CPU, `smoke`
+shows in a minute that everything is wired up.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import training
+from configs import common, training
+
+VARIANTS = ("runway_tiny", "wan22_5b", "smoke")
 
 
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
-    """Variants: `runway_tiny` (CPU, hours), `wan22_5b`, `smoke`."""
-    config = training.base("teacher_forcing", variant)
-    # history_noise, reference_noise: the most noise on the earlier blocks and on the reference, see
-    # training/stages/teacher_forcing.py.
+    """One of `VARIANTS`."""
+    return common.choose(variant, runway_tiny, wan22_5b, smoke)
+
+
+def wan22_5b() -> ConfigDict:
+    """The paper's numbers."""
+    config = training.captioned(training.paper("teacher_forcing"))
+    config.train.steps = 7000
+    config.data.batch = 64  # clips a step, over all processes
+    config.data.captions = "full"  # action and scene, always
     config.loss = {
-        "shift": 5.0,
-        "round_timesteps": True,
-        "weights": "bell",
-        "history_noise": 0.0,
-        "reference_noise": 0.0,
+        "shift": 5.0,  # of the timesteps, towards noise
+        "round_timesteps": True,  # the network gets whole timesteps, as in the released code
+        "weights": "bell",  # by timestep, see training/stages/teacher.py
+        "history_noise": 0.0,  # most noise on the earlier blocks, see stages/teacher_forcing.py
+        "reference_noise": 0.0,  # most noise on the reference
     }
-    config.optimizer.update(b1=0.0, clip=10.0)
-    config.data.captions = "full"
-    if variant == "wan22_5b":
-        config.data.batch = 64
-        config.train.update(steps=7000, log_every=10, checkpoint_every=250)
-        config.schedule.update(name="constant", peak=1e-6, warmup=0)
-        config.ema.decay = 0.0
-    else:
-        config.loss.update(shift=3.0, round_timesteps=False, weights="none", history_noise=0.3)
-        # Going on is easier than starting, where all of the garment has to come from its picture:
-        # every other step trains starts alone, four times as many for about the same work.
-        config.data.update(batch=2, captions="mixed", lengths=((9, 8), (33, 2)))
-        config.train.update(steps=4000, eval_every=500, preview_every=500)
-        # Muon's steps take 1.4 times as long as Adam's here. After 100 from the same weights the
-        # held-out loss was .3582 against .3624, both at 1e-3. At 2e-3 it went on faster: first
-        # frames in a new garment .676 -> .589 in 300 steps.
-        config.optimizer.update(name="muon", b1=0.9, clip=1.0, weight_decay=0.0)
-        config.schedule.update(name="linear", peak=2e-3, warmup=20, decay_from=0.6)
-    if variant == "smoke":
-        config.video.frames = 21  # two blocks of three latent frames
-        config.data.lengths = ((21, 2), (9, 4))
-    return training.shorten(config) if variant == "smoke" else config
+    config.optimizer = {
+        "name": "adamw",
+        "b1": 0.0,  # no first moment
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "clip": 10.0,  # norm of the gradient
+    }
+    config.schedule = {"name": "constant", "peak": 1e-6, "warmup": 0}
+    return config
+
+
+def runway_tiny() -> ConfigDict:
+    """The small model, from its teacher."""
+    config = training.small(wan22_5b())
+    config.train.steps = 4000
+    # Continuing is easier than starting, where all of the garment has to come from its picture:
+    # every other step trains starts alone, four times as many for about the same work.
+    config.data.lengths = ((9, 8), (33, 2))
+    config.data.batch = 2
+    config.data.captions = "mixed"
+    config.loss.update(shift=3.0, round_timesteps=False, weights="none", history_noise=0.3)
+    # Muon's steps take 1.4 times as long as Adam's here. After 100 from the same weights the
+    # held-out loss was .3582 against .3624, both at 1e-3. At 2e-3 it fell faster: first frames in a
+    # new garment .676 -> .589 in 300 steps.
+    config.optimizer = {
+        "name": "muon",
+        "momentum": 0.95,
+        "b1": 0.9,  # of Adam, for what is not a matrix
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip": 1.0,  # norm of the gradient
+    }
+    config.schedule = {
+        "name": "linear",
+        "peak": 2e-3,
+        "warmup": 20,  # steps
+        "decay_from": 0.6,  # share of the steps
+        "final": 0.05,  # share of the peak
+    }
+    return config
+
+
+def smoke() -> ConfigDict:
+    """Four steps."""
+    config = training.smoke(runway_tiny())
+    config.video.frames = 21  # two blocks of three latent frames
+    config.data.lengths = ((21, 2), (9, 4))
+    return config

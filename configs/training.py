@@ -1,104 +1,109 @@
-"""Blocks shared by the training configs: everything that `chameleon_jax.training` reads has its
-default here.
+"""What all training configs share: every key that `chameleon_jax.training` reads has its value here.
+
+The stages' own numbers are in vae.py, teacher.py and teacher_forcing.py. `paper` is the page; `small`
+and `smoke` change what differs for the small models.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common
-
-VIDEO = {
-    "wan22_5b": {"height": 1280, "width": 704, "fps": 24, "frames": 81},
-    "runway_tiny": {"height": 128, "width": 80, "fps": 16, "frames": 33},
-    "smoke": {"height": 32, "width": 32, "fps": 16, "frames": 9},
-}
+from configs import common, runway_tiny, wan22_5b
 
 
-def base(stage: str, variant: str) -> ConfigDict:
-    """A complete training config; stages change what they need."""
+def paper(stage: str) -> ConfigDict:
+    """Training the paper's model: 1280x704, 81 frames at 24 frames/s."""
     return ConfigDict(
         {
             "stage": stage,
-            "name": variant,
-            "model": common.MODELS[variant](),
-            "dtype": "bfloat16"
-            if variant == "wan22_5b"
-            else "float32",  # of the computation; trained weights are float32
-            "video": VIDEO[variant],
-            "cache": common.CACHES[variant],  # of the stream to train for
+            "name": "wan22_5b",
+            "model": common.wan22_5b(),
+            "dtype": "bfloat16",  # of the computation; trained weights are float32
+            "video": {"height": 1280, "width": 704, "fps": 24.0, "frames": 81},
+            "cache": common.CACHES["wan22_5b"],  # of the stream to train for
+            # What the exported config.json says beside the sizes, for inference.
+            "streaming": streaming(wan22_5b.get_config()),
             "seed": 0,
-            "workdir": "",  # checkpoints, metrics and previews; a folder with a checkpoint is gone on from
-            "init_from": "",  # folder with <network>.safetensors to start the trained networks from
-            "weights": {
-                "vae": "",
-                "text": "",
-            },  # folder or file with the weights of networks that are not trained
-            "export_dir": "",  # default <workdir>/export
+            "workdir": "",  # checkpoints, metrics, previews; a checkpoint in it is resumed
+            "init_from": "",  # folder of <network>.safetensors that trained networks start from
+            # Folder or file with the weights of networks that are not trained.
+            "weights": {"vae": "", "text": ""},
+            "export_dir": "",  # empty: <workdir>/export
             "export_dtype": "float32",
-            "mesh": {"data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: all devices that are left
             "data": {
-                "dir": "",  # one folder, or several separated by commas
+                "dir": "",  # one folder, or several with commas between
                 "split": "train",
-                "validation": "validation",  # split for held-out loss and previews; empty: the first training batches
+                "validation": "validation",  # split of the held-out batches; empty: `split`
                 "match": "",  # regular expression: only clips with a caption that matches
-                "in_memory": variant
-                != "wan22_5b",  # read everything once: 4000 tiny clips are 4 GB
-                "batch": 8,  # clips a step over all processes
-                "lengths": (),  # batches of several kinds in turn: (frames, clips), ...; empty: (video.frames, batch)
-                "captions": "mixed",
-                "dropout": 0.1,  # share of empty prompts
-                "tokenizer": "",  # tokenizer.json
-                "threads": 2,
-                "prefetch": 2,
-                "workers": 0,
+                "in_memory": False,  # read everything once, before training
+                "tokenizer": "",  # tokenizer.json of the text encoder
+                "threads": 2,  # that read ahead
+                "prefetch": 2,  # batches that are read ahead
+                "workers": 0,  # processes that read ahead; 0: the threads of this one
             },
             "train": {
-                "steps": 1000,
-                "max_minutes": 0.0,  # stop, save and export after this long; 0: no limit
-                "log_every": 50,
-                "eval_every": 500,  # 0: never, as for all of these
-                "eval_batches": 4,
+                "max_minutes": 0.0,  # save and export after so long; 0: no limit
+                "log_every": 10,  # steps; 0: never, as for the next four
+                "eval_every": 500,
                 "preview_every": 500,
-                "checkpoint_every": 500,
-                "keep": 2,
-                "remat": variant
-                == "wan22_5b",  # recompute blocks in the backward pass: a third more work, a tenth of memory
-                "scan_layers": False,
-                "text": variant != "wan22_5b",  # train the text encoder too
+                "checkpoint_every": 250,
+                "eval_batches": 4,  # held-out batches
+                "keep": 2,  # newest checkpoints that are kept
+                "remat": True,  # recompute blocks backwards: a third more work, a tenth of memory
+                "scan_layers": False,  # one compiled block in a loop: compiles faster
+                "text": False,  # train the text encoder too
             },
-            "optimizer": {
-                "name": "adamw",
-                "b1": 0.9,
-                "b2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.01,
-                "clip": 1.0,
-                "momentum": 0.95,
-            },
-            # halve_at: "halved"; decay_from and final: "linear" and "cosine". See
-            # training/optim.py.
-            "schedule": {
-                "name": "constant",
-                "peak": 1e-3,
-                "warmup": 100,
-                "halve_at": 1100,
-                "decay_from": 0.7,
-                "final": 0.05,
-            },
-            "ema": {"decay": 0.995, "start": 0},
+            "optimizer": {},  # of the stage, see training/optim.py
+            "schedule": {},
+            "ema": {"decay": 0.0, "start": 0},  # average of the weights, from step `start` on
             "loss": {},
-            "preview": {"samples": 3, "frames": 6, "steps": 8},
+            "preview": {"samples": 3, "frames": 6, "steps": 8},  # clips; of each; of the sampler
         }
     )
 
 
-def shorten(config: ConfigDict) -> ConfigDict:
-    """What all `smoke` variants share: a few steps that only show that everything is wired up."""
+def captioned(config: ConfigDict) -> ConfigDict:
+    """What the diffusion stages read of the data beside the clips."""
+    config.data.lengths = ()  # kinds of batch in turn: (frames, clips), ...; empty: all of a clip
+    config.data.captions = "mixed"  # 70 % action alone, else action and scene; "full": always both
+    config.data.dropout = 0.1  # share of empty prompts, for classifier-free guidance
+    return config
+
+
+def small(config: ConfigDict) -> ConfigDict:
+    """The same for the small model, on a CPU: 128x80, 33 frames at 16 frames/s."""
+    config.name = "runway_tiny"
+    config.model = common.runway_tiny()
+    config.dtype = "float32"  # bfloat16 products are slower on a CPU
+    config.video = {"height": 128, "width": 80, "fps": 16.0, "frames": 33}
+    config.cache = common.CACHES["runway_tiny"]
+    config.streaming = streaming(runway_tiny.get_config())
+    config.data.in_memory = True  # 4000 clips are 4 GB
+    config.train.update(log_every=50, checkpoint_every=500, remat=False, text=True)
+    config.ema.decay = 0.995
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """Four steps of a model of a few thousand parameters; from a config that `small` has changed."""
+    config.name = "smoke"
+    config.model = common.smoke()
+    config.video = {"height": 32, "width": 32, "fps": 16.0, "frames": 9}
+    config.cache = common.CACHES["smoke"]
+    config.streaming = streaming(runway_tiny.get_config("smoke"))
     config.train.update(
         steps=4, log_every=1, eval_every=4, eval_batches=1, preview_every=4, checkpoint_every=2
     )
-    config.schedule.update(warmup=2)
-    config.data.update(batch=2)
+    config.schedule.warmup = 2
+    config.data.batch = 2
     config.preview.update(samples=1, frames=3, steps=2)
+    return config
+
+
+def streaming(inference: ConfigDict) -> ConfigDict:
+    """What of a config of inference is not known from the config of training."""
+    config = ConfigDict(inference.to_dict())
+    del config.model, config.cache
+    config.video = {"frames": inference.video.frames}
     return config

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 class FakeMesh:
     """Only the sizes: rules need no devices."""
 
-    shape = {"data": 1, "fsdp": 4, "seq": 1, "tensor": 2}  # noqa: RUF012
+    shape = {"data": 1, "fsdp": 4, "tensor": 2}  # noqa: RUF012
 
 
 @pytest.mark.parametrize(
@@ -42,39 +42,35 @@ def test_rules(path, shape, expected):
 
 
 def test_one_device_is_a_mesh_too():
-    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "seq": 1, "tensor": 1}, jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_wrong_meshes_are_refused():
     one = jax.devices()[:1]
     with pytest.raises(sharding.MeshError, match="does not fit 1 devices"):
-        sharding.make_mesh({"data": 2, "fsdp": 1, "seq": 1, "tensor": 1}, one)
+        sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1}, one)
     with pytest.raises(sharding.MeshError, match="at most one -1"):
-        sharding.make_mesh({"data": -1, "fsdp": -1, "seq": 1, "tensor": 1}, one)
-    with pytest.raises(sharding.MeshError, match="expected data, fsdp, seq, tensor"):
+        sharding.make_mesh({"data": -1, "fsdp": -1, "tensor": 1}, one)
+    with pytest.raises(sharding.MeshError, match="expected data, fsdp, tensor"):
         sharding.make_mesh({"data": 1}, one)
 
 
 FOUR_DEVICES = """
 import jax, numpy as np, pytest
 from chameleon_jax import sharding
-from chameleon_jax.training import optim
-from chameleon_jax.training.state import make_step, new_state, purpose_key
+from chameleon_jax.keys import training_key
 from tests.training import toy
 
 assert len(jax.devices()) == 4
 jax.config.update("jax_default_matmul_precision", "highest")
 sharding.MIN_SIZE = 0
-stage = toy.stage()
-config = toy.config("", 8)
-optimizer = optim.make_optimizer(config.optimizer, lambda step: 1e-2)
-step = make_step(stage, optimizer, seed=0, ema_decay=0.9)
-create = lambda params: new_state(params, optimizer, 0.9)
+stage = toy.stage(toy.config("", 8))
+step = stage.steps["toy"]
 
 def run(sizes, count):
     mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-    state = create({"toy": stage.trained["toy"].init(purpose_key(0, "init"))})
+    state = stage.init({"toy": stage.trained["toy"].init(training_key(0, "init"))})
     placement = sharding.param_shardings(state, mesh, min_size=0)
     state = jax.device_put(state, placement)
     jitted = jax.jit(step, out_shardings=(placement, sharding.replicated(mesh)), donate_argnums=0)
@@ -83,8 +79,8 @@ def run(sizes, count):
         state, metrics = jitted(state, {}, sharding.put_batch(next(feed), mesh))
     return state
 
-whole = run({"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}, 1)
-for sizes in ({"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "seq": 1, "tensor": 1}):
+whole = run({"data": 1, "fsdp": 1, "tensor": 1}, 1)
+for sizes in ({"data": 1, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 1}):
     split = run(sizes, 4)
     kernel = split.params["toy"]["layers.0.kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (16, 64 // sizes["fsdp"]), kernel.sharding
@@ -92,8 +88,12 @@ for sizes in ({"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}, {"data": 2, "fsdp":
     assert moment.sharding.shard_shape(moment.shape) == (16, 64 // sizes["fsdp"]), moment.sharding
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
-with pytest.raises(sharding.MeshError, match="does not divide"):
-    sharding.put_batch({"x": np.zeros((6, 2))}, sharding.make_mesh({"data": 1, "fsdp": 4, "seq": 1, "tensor": 1}))
+    for a, b in zip(jax.tree.leaves(sharding.to_host(split)), jax.tree.leaves(split), strict=True):
+        assert type(a) is np.ndarray
+        np.testing.assert_array_equal(a, b)
+mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 1})
+with pytest.raises(sharding.MeshError, match="a batch of 6 does not divide among data x fsdp = 4"):
+    sharding.put_batch({"x": np.zeros((6, 2))}, mesh)
 print("equal")
 """
 
@@ -115,7 +115,7 @@ def test_four_devices_compute_what_one_does():
 
 
 def test_batches_are_split_over_data_and_fsdp():
-    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "seq": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.devices()[:1])
     placed = sharding.put_batch({"x": np.arange(6).reshape(3, 2)}, mesh)["x"]
     assert placed.sharding.spec == sharding.BATCH
     np.testing.assert_array_equal(placed, np.arange(6).reshape(3, 2))

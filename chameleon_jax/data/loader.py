@@ -233,20 +233,27 @@ class Batches(Iterator):
     """
 
     def __init__(self, loader: Loader):
-        config = loader.config
+        self._loader = loader
         self._limit = MAX_BROKEN * len(loader.source)
         self._records = len(loader.source)
         self.broken: dict[int, str] = {}
+        self._start(0)
+
+    def _start(self, position: int) -> None:
+        """Read from batch `position` on, whatever threads and processes there are to read."""
+        config = self._loader.config
         options = grain.ReadOptions(
             num_threads=config.threads, prefetch_buffer_size=max(config.prefetch, config.threads)
         )
-        batches = grain.MapDataset.range(_ENDLESS).map(loader.make_batch).to_iter_dataset(options)
+        numbers = grain.MapDataset.range(position, _ENDLESS)
+        batches = numbers.map(self._loader.make_batch).to_iter_dataset(options)
         if config.workers:
             # Grain's workers read absl flags, which only programs under app.run parse.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
         self._batches = iter(batches)
+        self._position = position
 
     def __iter__(self) -> Batches:
         return self
@@ -258,6 +265,7 @@ class Batches(Iterator):
           DataError: more than 1 % of the records turned out broken.
         """
         batch = next(self._batches)
+        self._position += 1
         for index, why in batch.pop("broken").items():
             if index not in self.broken:
                 logging.warning("record %d is broken and was replaced: %s", index, why)
@@ -273,13 +281,13 @@ class Batches(Iterator):
     def get_state(self) -> dict[str, Any]:
         """Position and findings, as JSON values."""
         return {
-            "batches": self._batches.get_state(),
+            "position": self._position,
             "broken": {str(k): v for k, v in self.broken.items()},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state of a loader with the same source and config."""
-        self._batches.set_state(state["batches"])
+        """Go on from a state of a loader with the same source; how it reads may differ."""
+        self._start(state["position"])
         self.broken = {int(k): v for k, v in state["broken"].items()}
 
 

@@ -1,24 +1,32 @@
-"""Checkpoints of a training run, through Orbax: asynchronous, complete or not there at all,
-restorable onto any mesh.
+"""Checkpoints of a training run, through Orbax.
 
-A checkpoint holds the arrays of the state by name, and a JSON part: the stage, the position in the
-data, the config.
+They are written in the background, are complete or not there at all, and can be restored onto
+another mesh. A checkpoint holds the arrays of the state by name, and a JSON part: the stage, the
+config, the position in the data.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import utils as ocp_utils
 
-from chameleon_jax.errors import UserError
+from chameleon_jax.errors import UserError, one_line
+
+ABOUT = "metadata"  # file of the JSON part
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be used for this run. The message is one line."""
+    """A checkpoint cannot be used for this run, or not be written. The message is one line."""
 
 
 class Checkpoints:
@@ -37,24 +45,39 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder of checkpoints")
+        # Several processes share the folder: none of them may remove what another one writes.
+        tidy = not read_only and jax.process_count() == 1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only
-            and jax.process_count() == 1,  # what a killed run left behind
+            cleanup_tmp_directories=tidy,  # what a killed run left behind
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "about": ocp.JsonCheckpointHandler(filename=ABOUT),
+        }
+        logging.getLogger("absl").addFilter(_is_not_orbax_error)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handlers
+            )
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {error.strerror or one_line(error)}") from None
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            with self._named_failure():
+                self._manager.close()
+        else:  # one error is enough: what was said first is what happened first
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest checkpoint; one that is being written counts."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
@@ -63,24 +86,51 @@ class Checkpoints:
         Args:
           step: steps taken.
           state: any tree of arrays.
-          about: JSON values; "stage" among them.
+          about: JSON values; "stage" and "config" among them.
+
+        Raises:
+          CheckpointError: this checkpoint, or an earlier one that was still being written, cannot
+            be written; the newest complete one stays.
         """
         if step == self.latest():
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)), about=ocp.args.JsonSave(about)
         )
-        self._manager.save(step, args=args)
+        with self._named_failure():
+            self._manager.save(step, args=args)
+
+    def check(self) -> None:
+        """Raise CheckpointError if a save in the background has failed; does not wait for it."""
+        with self._named_failure():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Until the last save is complete."""
-        self._manager.wait_until_finished()
+        """Until the last save is complete; raises CheckpointError as `save` does."""
+        with self._named_failure():
+            self._manager.wait_until_finished()
 
-    def about(self, step: int) -> dict[str, Any]:
-        """The JSON part of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))[
-            "about"
-        ]
+    @contextlib.contextmanager
+    def _named_failure(self) -> Iterator[None]:
+        """Turn what Orbax raises when it cannot write into one line, and free the disk."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            why = one_line(error)
+            if isinstance(error, ValueError) and "os_error_code" not in why:
+                raise  # not of the disk: a fault of ours
+            if "No space left on device" in why:
+                why = "no space left on the disk"
+            unfinished = list(self.folder.glob(f"*{ocp_utils.TMP_DIR_SUFFIX}"))
+            if jax.process_count() == 1:
+                for path in unfinished:
+                    shutil.rmtree(path, ignore_errors=True)
+            complete = newest_step(self.folder)
+            kept = "no step is complete yet" if complete is None else f"step {complete} is complete"
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint could not be saved ({why[:300]}); {kept}. Make it"
+                " possible to write there, and start the same command again"
+            ) from None
 
     def restore(self, step: int, like: Any, stage: str) -> tuple[Any, dict[str, Any]]:
         """Read a checkpoint.
@@ -97,13 +147,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it belongs to another stage, or to a model or optimiser of other shapes.
         """
-        about = self.about(step)
-        if about["stage"] != stage:
-            raise CheckpointError(
-                f"{self.folder} holds checkpoints of the stage {about['stage']!r}, this run is"
-                f" {stage!r}; choose "
-                "another workdir, and name the earlier stage's exported weights in init_from"
-            )
+        about = read_about(self.folder, step, stage)
         wanted = _named(like)
         stored = {
             name: tuple(leaf.shape)
@@ -124,9 +168,38 @@ class Checkpoints:
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         restored = self._manager.restore(step, args=args)["state"]
-        return jax.tree.unflatten(
-            jax.tree.structure(like), [restored[name] for name in wanted]
-        ), about
+        leaves = [restored[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), about
+
+
+def newest_step(folder: Path) -> int | None:
+    """Step of the newest complete checkpoint in a folder that need not exist."""
+    if not folder.is_dir():
+        return None
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
+
+
+def read_about(folder: Path, step: int, stage: str) -> dict[str, Any]:
+    """The JSON part of a checkpoint; several processes need not call this together.
+
+    Raises:
+      CheckpointError: it cannot be read, or belongs to another stage than `stage`.
+    """
+    path = folder / str(step) / "about" / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        saved = about["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not the description of a checkpoint ({one_line(error)}); remove"
+            f" {folder / str(step)} to resume from an earlier step"
+        ) from None
+    if saved != stage:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of the stage {saved!r}, this run is {stage!r}; choose"
+            " another workdir, and give the earlier stage's exported weights as init_from"
+        )
+    return about
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -135,3 +208,8 @@ def _named(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
+
+
+def _is_not_orbax_error(record: logging.LogRecord) -> bool:
+    """Orbax logs a traceback for what it raises as well; `Checkpoints` says it in one line."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname

@@ -2,72 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from chameleon_jax import files
 from chameleon_jax.config import ConfigError
+from chameleon_jax.errors import UserError
+from chameleon_jax.sharding import to_host
 from chameleon_jax.training.networks import DTYPES
-from chameleon_jax.training.state import Stage, TrainState
-from chameleon_jax.weights.params import save_params
+from chameleon_jax.training.stage import Stage
+from chameleon_jax.training.state import ParamTree
+from chameleon_jax.weights.tensors import write_tensors
+
+
+class ExportError(UserError):
+    """The weights cannot be written. The message is one line."""
 
 
 def export(
     folder: str | os.PathLike,
-    state: TrainState,
+    params: ParamTree,
     stage: Stage,
     config: ConfigDict,
-    streaming: ConfigDict,
     tokenizer: str | os.PathLike | None = None,
 ) -> None:
-    """Write the averaged weights of the trained networks, and copies of those of the frozen ones.
+    """Write the trained networks, copies of the frozen ones that inference needs, and the config.
+
+    All files appear together at the end, so that a run that is stopped here leaves the weights of
+    an earlier export as they were. With several processes all of them must call this; the first one
+    writes.
 
     Args:
       folder: created if needed; gets <network>.safetensors, config.json and tokenizer.json.
-      state: of the run.
+      params: what `stage.exported` gives.
       stage: of the run.
-      config: of the run; `export_dtype` is that of the trained networks' weights.
-      streaming: config of inference at this size; its `model`, `cache` and `video` sizes are taken
-        from `config`.
+      config: of the run. `export_dtype` is that of the trained networks' weights; `streaming` is
+        what the config of inference says beside the sizes.
       tokenizer: tokenizer.json to copy.
 
     Raises:
-      ConfigError: an unknown `export_dtype`.
+      ExportError: the folder cannot be written to.
     """
-    if config.export_dtype not in DTYPES:
-        raise ConfigError(
-            f"export_dtype is {config.export_dtype!r}; expected one of {', '.join(DTYPES)}"
-        )
     folder, dtype = Path(folder), DTYPES[config.export_dtype]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, network in stage.trained.items():
-        params = on_host(state.inference_params[name])
-        if jax.process_index() == 0:
-            save_params(folder / f"{name}.safetensors", network.bind(params), dtype)
-    if jax.process_index():
-        return
-    for name in stage.frozen:
-        path = Path(config.weights[name])
-        path = path if path.suffix == ".safetensors" else path / f"{name}.safetensors"
-        if path.resolve() != (folder / path.name).resolve():
-            files.write_bytes(folder / f"{name}.safetensors", path.read_bytes())
-    if tokenizer is not None:
-        files.write_bytes(folder / "tokenizer.json", Path(tokenizer).read_bytes())
-    described = streaming.copy_and_resolve_references()
+    try:
+        with contextlib.ExitStack() as together:
+
+            def place(name: str) -> Path:
+                return together.enter_context(files.replacing(folder / name))
+
+            writes = jax.process_index() == 0
+            if writes:
+                folder.mkdir(parents=True, exist_ok=True)
+            for name, values in params.items():
+                whole = to_host(dict(values))
+                if writes:
+                    write_tensors(place(f"{name}.safetensors"), whole, dtype=dtype)
+            if not writes:
+                return
+            copies = {f"{name}.safetensors": stage.weights[name] for name in stage.copied}
+            if tokenizer is not None:
+                copies["tokenizer.json"] = Path(tokenizer)
+            for name, source in copies.items():
+                if source.resolve() != (folder / name).resolve():
+                    shutil.copyfile(source, place(name))
+            described = json.dumps(inference_config(config).to_dict(), indent=2, ensure_ascii=False)
+            place("config.json").write_text(described + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ExportError(
+            f"{folder}: the weights cannot be written ({error.strerror or error}); the checkpoints"
+            " hold them. Make it possible to write there, and start the same command again"
+        ) from None
+
+
+def inference_config(config: ConfigDict) -> ConfigDict:
+    """The config of inference for what a training config trains."""
+    described = config.streaming.copy_and_resolve_references()
     described.unlock()
     described.model = config.model
     described.cache = config.cache
     for key in ("height", "width", "fps"):
         described.video[key] = config.video[key]
-    files.write_json(folder / "config.json", described.to_dict())
+    return described
 
 
 def stored_model(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
@@ -88,17 +110,7 @@ def stored_model(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        sizes = json.loads(file.read_text())["model"][name]
+        sizes = json.loads(file.read_text(encoding="utf-8"))["model"][name]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: not the config of exported weights ({error!r})") from None
     return {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
-
-
-def on_host(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Whole arrays, also where every process holds only a part."""
-    if jax.process_count() > 1:
-        return {
-            name: jnp.asarray(multihost_utils.process_allgather(v, tiled=True))
-            for name, v in params.items()
-        }
-    return {name: jnp.asarray(np.asarray(value)) for name, value in params.items()}

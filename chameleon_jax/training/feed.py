@@ -1,8 +1,9 @@
-"""From loaders to what a training step takes: tokenised, cropped, NumPy arrays only; resumable to
-the batch.
+"""From loaders to what a training step takes: tokenised, cropped, NumPy arrays only.
 
-A stage may train on several kinds of batch in turn (pictures, short crops, long crops): batch n
-comes from part n mod parts. Each kind has shapes of its own and so a compiled step of its own.
+A feed can be resumed at any batch. A stage may train on several kinds of batch in turn (pictures,
+short crops, long crops): batch n comes from part n mod parts. Each kind has shapes of its own and
+so a compiled step of its own.
+
 Axes: b batch, t pixel frames, h w pixels, c channels.
 """
 
@@ -18,9 +19,9 @@ import numpy as np
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.loader import Loader, LoaderConfig, keyed_rng
 from chameleon_jax.data.sources import Source
+from chameleon_jax.keys import DATA
 
 HostBatch = dict[str, np.ndarray]
-_CROP = 100  # purpose of the crop's random numbers; those of the loader count from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +44,24 @@ class Feed(Iterator):
     """
 
     def __init__(self, source: Source, parts: Sequence[Part]):
-        self._parts = parts
+        self.parts = parts
         self._process = jax.process_index()
-        self._batches = [
-            iter(
-                Loader(
-                    source,
-                    dataclasses.replace(part.loader, seed=part.loader.seed + index),
-                    process_index=self._process,
-                    process_count=jax.process_count(),
-                )
+        self._batches = []
+        for index, part in enumerate(parts):
+            settings = dataclasses.replace(part.loader, seed=part.loader.seed + index)
+            loader = Loader(
+                source,
+                settings,
+                process_index=self._process,
+                process_count=jax.process_count(),
             )
-            for index, part in enumerate(parts)
-        ]
+            self._batches.append(iter(loader))
         self._count = 0
 
     def __next__(self) -> HostBatch:
-        turn = self._count % len(self._parts)
-        part = self._parts[turn]
-        rng = keyed_rng(part.loader.seed, _CROP, self._count, self._process)
+        turn = self._count % len(self.parts)
+        part = self.parts[turn]
+        rng = keyed_rng(part.loader.seed, DATA["crop"], self._count, self._process)
         batch = part.transform(next(self._batches[turn]), rng)
         self._count += 1
         return batch
@@ -73,24 +73,26 @@ class Feed(Iterator):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a state of a feed with the same source and parts.
 
+        Only the number of batches counts, so that the readers may be others.
+
         Raises:
           ConfigError: the state is of another number of parts.
         """
         have, want = len(state["parts"]), len(self._batches)
         if have != want:
             raise ConfigError(
-                f"the run to go on from drew {have} kind(s) of batches in turn, this config"
-                f" describes {want}; restore"
-                " the config, or start another run from its export (another workdir, init_from)"
+                f"kinds of batches in turn: the run drew {have}, this config describes {want}; set"
+                " the config back, or start another run from its export (another workdir,"
+                " init_from)"
             )
         self._count = state["count"]
-        for batches, part in zip(self._batches, state["parts"], strict=True):
-            batches.set_state(part)
+        for index, (batches, part) in enumerate(zip(self._batches, state["parts"], strict=True)):
+            drawn = len(range(index, self._count, want))
+            batches.set_state({"position": drawn, "broken": part["broken"]})
 
 
 def crop(video: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random window of `size` (height, width) of every clip [b, t, h, w, c], another one for
-    each.
+    """A random window of `size` (height, width) of every clip [b, t, h, w, c], each its own.
 
     Raises:
       ValueError: the window is larger than the clip.

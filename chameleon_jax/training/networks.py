@@ -1,5 +1,6 @@
-"""Networks as training sees them: a fixed structure, and parameters as a flat dict {dotted path:
-array}.
+"""Networks as training sees them: a fixed structure, and parameters as a flat dictionary.
+
+    params[dotted path] = array
 
 Flat names are what sharding rules match, what checkpoints store and what safetensors files hold, so
 one name follows a parameter through all of them.
@@ -7,12 +8,15 @@ one name follows a parameter through all of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax.models import build
@@ -58,14 +62,21 @@ class Network:
         state = jax.tree.unflatten(self._tree, [params[name] for name in self._names])
         return nnx.merge(self._graph, state)
 
-    def load(self, path: Any, dtype: jnp.dtype | None = None) -> Params:
+    def load(
+        self, path: str | os.PathLike, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+    ) -> Params:
         """Parameters from a safetensors file.
+
+        Args:
+          path: the file.
+          dtype: of the parameters; None keeps those of the network.
+          mesh: where they go, each part to its place as it is read; None: the default device.
 
         Raises:
           WeightsError: unreadable, or not the weights of this network; all mismatches are listed.
         """
         module = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
-        load_params(path, module, dtype)
+        load_params(path, module, dtype, mesh)
         return flat_params(module)
 
 
@@ -86,6 +97,12 @@ def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Net
     how = {key: config.train[key] for key in ("remat", "scan_layers") if key in config.train}
     group = config.model[name].to_dict()
     return Network(build.builder(name, group, dtype=compute, param_dtype=param_dtype, **how))
+
+
+def weights_file(path: str | os.PathLike, name: str) -> Path:
+    """The file of a network's weights: `path` itself, or <name>.safetensors in the folder `path`."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / f"{name}.safetensors"
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -8,7 +8,9 @@ Adam.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,8 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from chameleon_jax.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class SecondMomentState(NamedTuple):
@@ -46,21 +50,33 @@ def scale_by_second_moment(b2: float = 0.999, eps: float = 1e-8) -> optax.Gradie
     return optax.GradientTransformation(init, update)
 
 
+# What each optimiser and each schedule reads of its group in the config, besides `name`.
+OPTIMIZERS = {
+    "adamw": ("b1", "b2", "eps", "weight_decay", "clip"),
+    "muon": ("b1", "b2", "eps", "weight_decay", "clip", "momentum"),
+}
+SCHEDULES = {
+    "constant": ("peak", "warmup"),
+    "halved": ("peak", "warmup", "halve_at"),
+    "linear": ("peak", "warmup", "decay_from", "final"),
+    "cosine": ("peak", "warmup", "decay_from", "final"),
+}
+
+
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate after n steps.
 
     `config` has `name`, `peak`, `warmup` (steps of a linear rise from 0) and, by name:
       constant   nothing else
-      halved     `halve_at`: from that step on half of the peak (teacher: warm-up 100, halved at 1100)
-      linear     from `decay_from` (share of `steps`) on, a straight line down to `final` x peak at the last step
+      halved     `halve_at`: from that step on half of the peak
+      linear     from `decay_from` (share of `steps`) on, a straight line down to `final` x peak at
+                 the last step
       cosine     the same along half a cosine
 
     Raises:
-      ConfigError: another name.
+      ConfigError: another name, or a key that is missing.
     """
-    names = ("constant", "halved", "linear", "cosine")
-    if config.name not in names:
-        raise ConfigError(f"schedule.name is {config.name!r}; expected one of {', '.join(names)}")
+    _check_group("schedule", config, SCHEDULES)
     peak, warmup = float(config.peak), int(config.warmup)
 
     def rate(step: jax.Array) -> jax.Array:
@@ -90,16 +106,11 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         size.
 
     Raises:
-      ConfigError: another name.
+      ConfigError: another name, or a key that is missing.
     """
+    _check_group("optimizer", config, OPTIMIZERS)
     c = config
-    if c.name == "adamw":
-        moments = (
-            optax.scale_by_adam(c.b1, c.b2, c.eps) if c.b1 else scale_by_second_moment(c.b2, c.eps)
-        )
-        decay = optax.add_decayed_weights(c.weight_decay)
-        optimizer = optax.chain(moments, decay, optax.scale_by_learning_rate(schedule))
-    elif c.name == "muon":
+    if c.name == "muon":
         optimizer = muon(
             schedule,
             beta=c.momentum,
@@ -111,13 +122,35 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
             consistent_rms=0.2,
         )
     else:
-        raise ConfigError(f"optimizer.name is {c.name!r}; expected adamw or muon")
+        if c.b1:
+            moments = optax.scale_by_adam(c.b1, c.b2, c.eps)
+        else:
+            moments = scale_by_second_moment(c.b2, c.eps)
+        decay = optax.add_decayed_weights(c.weight_decay)
+        optimizer = optax.chain(moments, decay, optax.scale_by_learning_rate(schedule))
     return optax.chain(optax.clip_by_global_norm(c.clip), optimizer) if c.clip else optimizer
 
 
+def _check_group(group: str, config: ConfigDict, known: Mapping[str, Sequence[str]]) -> None:
+    """Does a group of the config hold what its `name` reads? What is not read is said, too."""
+    if config.name not in known:
+        raise ConfigError(f"{group}.name is {config.name!r}; expected one of {', '.join(known)}")
+    reads = known[config.name]
+    missing = [f"{group}.{key}" for key in reads if key not in config]
+    if missing:
+        raise ConfigError(
+            f"{group}.name={config.name} also reads {', '.join(missing)}, which this config does"
+            f" not have; set {group}.name back, or add it to the config file"
+        )
+    unread = [f"{group}.{key}" for key in config if key not in ("name", *reads)]
+    if unread:
+        log.warning("%s.name=%s does not read %s", group, config.name, ", ".join(unread))
+
+
 def _matrices(params: Any) -> Any:
-    """Which parameters Muon takes: kernels [..., in, out], as matrices from all axes but the last
-    to the last.
+    """Which parameters Muon takes: kernels [..., in, out].
+
+    They are matrices from all axes but the last to the last.
     """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:

@@ -1,11 +1,18 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, preview pictures. Only the first
-process writes.
+"""What a run writes and says: metrics.jsonl, TensorBoard events, previews, the progress line.
+
+Only the first process writes.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
+import logging
+import math
 import os
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +21,18 @@ import numpy as np
 from PIL import Image
 
 from chameleon_jax import files
+from chameleon_jax.errors import UserError, need
+from chameleon_jax.training.state import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class ReportError(UserError):
+    """The metrics or previews of a run cannot be written. The message is one line."""
+
+
+class TrainingDivergedError(UserError):
+    """A metric is not finite any more. The newest checkpoint is from before."""
 
 
 class MetricsWriter:
@@ -23,22 +42,28 @@ class MetricsWriter:
       folder: gets metrics.jsonl, tensorboard/ and previews/.
       step: where the run goes on; what an interrupted run wrote for later steps is removed, for it
         will come again.
+
+    Raises:
+      MissingPackageError: tensorboardX is not installed.
+      ReportError: the folder cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike, step: int):
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
-
+        tensorboard = need("tensorboardX", "train")
         self.folder = Path(folder)
-        (self.folder / "previews").mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        _keep_until(path, step)
-        self._file = path.open("a")
-        self._board = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=step + 1, flush_secs=30
-        )
+        with _named_failure(self.folder):
+            (self.folder / "previews").mkdir(parents=True, exist_ok=True)
+            keep_until(path, step)
+            self._file = path.open("a", encoding="utf-8")
+            # A queue without an end: TensorBoard's thread dies when the disk is full, and a full
+            # queue would then wait for it for ever.
+            self._board = tensorboard.SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=step + 1, flush_secs=30, max_queue=0
+            )
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -48,37 +73,217 @@ class MetricsWriter:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ):
-        if self._writes:
-            self._file.close()
-            self._board.close()
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, one point of each curve."""
+    ) -> None:
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
+        for target in (self._file, self._board):
+            with contextlib.suppress(OSError):  # every line was flushed, or has raised, before
+                target.close()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, one point of each curve.
+
+        Raises:
+          ReportError: it cannot be written.
+        """
+        if not self._writes or not values:
+            return
+        with _named_failure(self.folder):
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def picture(self, step: int, picture: np.ndarray) -> None:
-        """A preview, uint8 [h, w, 3]."""
+        """A preview, uint8 [h, w, 3].
+
+        Raises:
+          ReportError: it cannot be written.
+        """
         if not self._writes:
             return
-        Image.fromarray(picture).save(self.folder / "previews" / f"step_{step:07d}.png")
+        path = self.folder / "previews" / f"step_{step:07d}.png"
+        with _named_failure(self.folder), files.replacing(path) as part:
+            Image.fromarray(picture).save(part, "PNG")
         self._board.add_image("preview", picture, step, dataformats="HWC")
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and one that a kill cut short."""
+class Progress:
+    """Metrics of the steps, their means at intervals, and the line that says how far a run is.
+
+    Metrics are collected one step late, so that the host never waits for the step that it has just
+    started.
+
+    Args:
+      writer: gets the means.
+      shown: names of the metrics on the progress line.
+      start: steps taken before.
+      last: the last step of the run.
+      every: steps between two lines; 0: none.
+    """
+
+    def __init__(
+        self, writer: MetricsWriter, shown: Sequence[str], start: int, last: int, every: int
+    ):
+        self._writer, self._shown = writer, shown
+        self._last, self._every, self._first = last, every, start + 1
+        self._pending: tuple[int, Metrics] | None = None
+        self._values: dict[str, list[float]] = collections.defaultdict(list)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._samples, self._steps, self._since = 0, 0, time.monotonic()
+
+    def add(self, step: int, metrics: Metrics, samples: int) -> None:
+        """Note the metrics of a step that is still running."""
+        self.drain()
+        self._pending = (step, metrics)
+        self._samples += samples
+        self._steps += 1
+
+    def drain(self) -> None:
+        """Wait for the last step and look at its metrics.
+
+        Raises:
+          TrainingDivergedError: one of them is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingDivergedError(
+                f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before."
+                " Lower schedule.peak or optimizer.clip and start again"
+            )
+        for name, value in values.items():
+            self._values[name].append(value)
+        if step == self._first:  # the first step warms everything up: it would spoil the rate
+            self._restart()
+        if is_due(step, self._every, self._last):
+            self._report(step)
+
+    def _report(self, step: int) -> None:
+        means = _means(self._values)
+        parts = [f"step {step}/{self._last}"]
+        parts += [f"{name} {means[name]:.4g}" for name in self._shown if name in means]
+        if self._steps:
+            seconds = max(time.monotonic() - self._since, 1e-9)
+            means["steps_per_second"] = self._steps / seconds
+            means["samples_per_second"] = self._samples / seconds
+            left = (self._last - step) * seconds / self._steps
+            parts.append(f"| {means['steps_per_second']:.3g} steps/s,")
+            parts.append(f"{means['samples_per_second']:.3g} samples/s | {_duration(left)} left")
+        log.info(" ".join(parts))
+        self._writer.scalars(step, means)
+        self._values.clear()
+        self._restart()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within does not count for the rate."""
+        self.drain()
+        begin = time.monotonic()
+        yield
+        self._since += time.monotonic() - begin
+
+    def skip(self, seconds: float) -> None:
+        """So many seconds that have just passed do not count for the rate."""
+        self._since += seconds
+
+
+def held_out_means(batches: Sequence[Metrics]) -> dict[str, float]:
+    """Means over held-out batches, as `eval/NAME`; they are shown as well."""
+    values: dict[str, list[float]] = collections.defaultdict(list)
+    for metrics in batches:
+        for name, value in jax.device_get(metrics).items():
+            values[name].append(float(value))
+    means = _means(values)
+    if means:
+        log.info(
+            "  held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        )
+    return {f"eval/{name}": value for name, value in means.items()}
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Is something due after `step` that comes every `every` steps and at the last one? 0: never."""
+    return bool(every) and (step % every == 0 or step == last)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop from metrics.jsonl the lines of later steps, and a last one that a kill cut short.
+
+    Lines that are not of a training run are dropped too; the file as it was is then kept beside it.
+    """
     if not path.exists():
         return
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    files.write_text(path, "".join(lines))
+    content = path.read_bytes()
+    *lines, rest = content.split(b"\n")
+    if _step_of(rest) is not None:  # a whole line of which only the end of line is missing
+        lines, rest = [*lines, rest], b""
+    kept, later, foreign = [], 0, 0
+    for line in filter(None, lines):
+        of = _step_of(line)
+        if of is None:
+            foreign += 1
+        elif of > step:
+            later += 1
+        else:
+            kept.append(line + b"\n")
+    if rest and not rest.startswith(b'{"step": '):
+        foreign += 1
+    if foreign:
+        backup = _free_name(path)
+        files.write_bytes(backup, content)
+        log.warning(
+            "%s: %d lines are not of a training run and are dropped; %s keeps the file as it was",
+            path,
+            foreign,
+            backup,
+        )
+    if later:
+        log.info("%s: %d lines after step %d are dropped, they come again", path, later, step)
+    remaining = b"".join(kept)
+    if remaining != content:
+        files.write_bytes(path, remaining)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Step of a line of metrics.jsonl; None if it is not one."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _free_name(path: Path) -> Path:
+    """`path`.bak, or `path`.bak2 and so on if that exists."""
+    backup, number = path.with_name(f"{path.name}.bak"), 2
+    while backup.exists():
+        backup, number = path.with_name(f"{path.name}.bak{number}"), number + 1
+    return backup
+
+
+@contextlib.contextmanager
+def _named_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ReportError(
+            f"{folder}: metrics and previews cannot be written ({why}); the newest checkpoint stays."
+            " Make it possible to write there, and start the same command again"
+        ) from None
+
+
+def _means(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d}" if minutes >= 60 else f"{seconds / 60:.1f} min"

@@ -1,34 +1,28 @@
-"""The state of a training run and one step of it: pure functions from state to state.
+"""The state of one network, or several, that follow one loss; and one step of an optimiser.
 
     params[network][path]   float32 masters
-    ema[network][path]      their exponential moving average, what is exported; empty if not wanted
+    ema[network][path]      their exponential moving average; empty if there is none
 
-Every random number of a run comes from a key that is folded from (seed, what it is for, index), so
-that a resumed run draws what the unbroken one would have drawn.
+Pure functions from state to state. A stage that trains against each other holds several of these
+states in one tree and combines their steps, see `stage`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from chameleon_jax.training.networks import Network, Params
+from chameleon_jax.training.networks import Params
 
 ParamTree = dict[str, Params]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-PURPOSES = (
-    "init",
-    "loss",
-    "preview",
-    "eval",
-)  # what a key is for; append only, or old runs cannot be continued
+Loss = Callable[[ParamTree, ParamTree, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -47,38 +41,12 @@ class TrainState:
         return self.ema or self.params
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What one stage of training is; the loop does the rest.
-
-    `loss` and `preview` take (params, frozen, batch, key), where `frozen` holds the parameters of
-    networks that are only used. `loss` is pure and gives (float32 scalar, {name: scalar});
-    `preview` gives a picture uint8 [h, w, 3]; `start` is pure.
-    """
-
-    name: str  # checkpoints carry it: those of another stage are refused
-    trained: Mapping[str, Network]
-    loss: Callable[[ParamTree, ParamTree, Batch, jax.Array], tuple[jax.Array, Metrics]]
-    preview: Callable[[ParamTree, ParamTree, Batch, jax.Array], np.ndarray]
-    frozen: Mapping[str, Network] = dataclasses.field(default_factory=dict)
-    start: Callable[[ParamTree], ParamTree] = lambda params: (
-        params
-    )  # changes the parameters before the very first step
-
-
-def purpose_key(seed: int, purpose: str, index: int | jax.Array = 0) -> jax.Array:
-    """Key for the `index`-th draw of one of `PURPOSES`."""
-    return jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose)), index
-    )
-
-
 def new_state(
-    params: ParamTree, optimizer: optax.GradientTransformation, ema_decay: float
+    params: ParamTree, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> TrainState:
-    """The state before the first step. Can be traced."""
-    ema = jax.tree.map(jnp.copy, params) if ema_decay else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    """The state before the first step, with an average or without. Can be traced."""
+    average = jax.tree.map(jnp.copy, params) if ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def ema_rate(step: jax.Array, decay: float, start: int) -> jax.Array:
@@ -91,21 +59,33 @@ def ema_rate(step: jax.Array, decay: float, start: int) -> jax.Array:
     return jnp.where(step <= start, 0.0, jnp.minimum(decay, (1 + n) / (10 + n)))
 
 
-def make_step(
-    stage: Stage,
+def descend(
+    loss: Loss,
     optimizer: optax.GradientTransformation,
+    key_of: Callable[[jax.Array], jax.Array],
     *,
-    seed: int,
-    ema_decay: float,
+    ema_decay: float = 0.0,
     ema_start: int = 0,
 ) -> Callable[[TrainState, ParamTree, Batch], tuple[TrainState, Metrics]]:
-    """The pure function (state, frozen, batch) -> (state, metrics) of one optimiser step."""
+    """One step of one optimiser down one loss, as a pure function.
 
-    def step(state: TrainState, frozen: ParamTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = purpose_key(seed, "loss", state.step)
-        (loss, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(
-            state.params, frozen, batch, key
-        )
+    Args:
+      loss: pure; takes the parameters that change, those that do not, a batch and a key, and gives
+        a float32 scalar and further scalars by name.
+      optimizer: of all parameters of the state.
+      key_of: the key of the step that comes after so many steps.
+      ema_decay: of the average, see `ema_rate`; 0 if the state has none.
+      ema_start: steps before the average begins.
+
+    Returns:
+      (state, fixed parameters, batch) -> (state, metrics). The metrics are `loss`, those that the
+      loss gives, and `grad_norm`, the length of the gradient before it is clipped.
+    """
+
+    def step(state: TrainState, fixed: ParamTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = key_of(state.step)
+        differentiate = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = differentiate(state.params, fixed, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.step + 1
@@ -113,7 +93,7 @@ def make_step(
         if ema_decay:
             rate = ema_rate(count, ema_decay, ema_start)
             ema = jax.tree.map(lambda old, new: rate * old + (1 - rate) * new, ema, params)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
         return TrainState(count, params, opt_state, ema), metrics
 
     return step

@@ -170,7 +170,7 @@ from chameleon_jax.weights.params import flat_params
 sharding.MIN_SIZE = 0
 jax.config.update("jax_default_matmul_precision", "highest")
 folder = sys.argv[1]
-mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "seq": 1, "tensor": 2})
+mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
 config = json.load(open(folder + "/config.json")) | {"video": {"height": 16, "width": 16, "frames": 9, "fps": 24}}
 split, whole = Pipeline.from_pretrained(folder, config, mesh=mesh), Pipeline.from_pretrained(folder, config)
 for name, x in flat_params(split.dit).items():

@@ -29,6 +29,10 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
         ),
         (
             ["--config.workdir=x", "--config.data.dir=/nowhere", "--config.weights.vae=y"],
+            "weights.vae: y/vae.safetensors does not exist",
+        ),
+        (
+            ["--config=configs/vae.py", "--config.workdir=x", "--config.data.dir=/nowhere"],
             "/nowhere: no such folder",
         ),
     ],

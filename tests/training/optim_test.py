@@ -115,5 +115,5 @@ def test_schedules():
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="expected one of constant, halved, linear, cosine"):
         rates("stepwise", 10, [0])
-    with pytest.raises(ConfigError, match="expected adamw or muon"):
+    with pytest.raises(ConfigError, match="expected one of adamw, muon"):
         optim.make_optimizer(settings(name="sgd"), lambda step: 1.0)

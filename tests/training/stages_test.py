@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import jax
@@ -14,13 +15,19 @@ from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, tokenizer
 from chameleon_jax.data.examples import RunwayExamples
 from chameleon_jax.diffusion import flow
-from chameleon_jax.training.export import stored_model
-from chameleon_jax.training.feed import Feed
+from chameleon_jax.sharding import MeshError
+from chameleon_jax.training.export import inference_config, stored_model
 from chameleon_jax.training.networks import build_network
-from chameleon_jax.training.stages import teacher, teacher_forcing, vae
-from launch import train
+from chameleon_jax.training.run import held_out_batches, open_data, run, with_stored_sizes
+from chameleon_jax.training.stages import STAGES, common, make_stage, teacher_forcing
+from chameleon_jax.training.state import TrainState
 
 SIZE = (32, 32)
+INFERENCE = {
+    "runway_tiny": "configs/runway_tiny.py",
+    "wan22_5b": "configs/wan22_5b.py",
+    "smoke": "configs/runway_tiny.py:smoke",
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +56,14 @@ def settings(data, stage: str, workdir, *overrides: str):
 @pytest.fixture(scope="module")
 def vae_export(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("vae")
-    train.run(settings(data, "vae.py:smoke", workdir))
+    run(settings(data, "vae.py:smoke", workdir))
     return workdir / "export"
 
 
 @pytest.mark.slow
 def test_vae_pictures_then_clips(data, vae_export, tmp_path):
     assert {path.name for path in vae_export.iterdir()} >= {"vae.safetensors", "config.json"}
-    train.run(settings(data, "vae.py:smoke_video", tmp_path, f"init_from={vae_export}"))
+    run(settings(data, "vae.py:smoke_video", tmp_path, f"init_from={vae_export}"))
     preview = np.asarray(Image.open(tmp_path / "previews" / "step_0000004.png"))
     assert preview.ndim == 3 and preview.std() > 0
     sizes = stored_model(tmp_path / "export", "vae")
@@ -69,10 +76,10 @@ def test_exported_latents_are_normal(data, vae_export):
     config = settings(
         data, "vae.py:smoke", vae_export, f"weights.vae={vae_export}", "data.in_memory=false"
     )
-    config = train.with_stored_sizes(config)
+    config = with_stored_sizes(config)
     network = build_network("vae", config, frozen=True)
     params = network.load(vae_export / "vae.safetensors")
-    batch = train.held_out(config, vae)[0]
+    batch = held_out_batches(config, make_stage(config))[0]
     z = np.asarray(network.bind(params).encode(batch["video"].astype(np.float32) / 127.5 - 1))
     np.testing.assert_allclose(z.mean((0, 1, 2, 3)), 0, atol=1e-2)
     np.testing.assert_allclose(z.std((0, 1, 2, 3)), 1, atol=1e-2)
@@ -81,7 +88,7 @@ def test_exported_latents_are_normal(data, vae_export):
 @pytest.mark.slow
 def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
     overrides = [f"weights.vae={vae_export}", "video.frames=21"]
-    train.run(settings(data, "teacher.py:smoke", tmp_path / "teacher", *overrides))
+    run(settings(data, "teacher.py:smoke", tmp_path / "teacher", *overrides))
     lines = [
         json.loads(line)
         for line in (tmp_path / "teacher" / "metrics.jsonl").read_text().splitlines()
@@ -101,23 +108,20 @@ def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
         == json.loads((vae_export / "config.json").read_text())["model"]["vae"]
     )
     workdir = tmp_path / "forcing"
-    train.run(
-        settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}")
-    )
+    run(settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}"))
     assert (workdir / "export" / "dit.safetensors").is_file()
     assert (workdir / "previews" / "step_0000004.png").is_file()
 
 
 def test_batches_of_several_lengths_come_in_turn(data, tmp_path):
     config = settings(data, "teacher_forcing.py:smoke", tmp_path)
-    feed = Feed(train.open_data(config, "train"), teacher.make_parts(config))
+    source = open_data(config, "train")
+    feed = common.batches(config, source)
     assert [next(feed)["video"].shape[:2] for _ in range(4)] == [(2, 21), (4, 9)] * 2
-    assert next(Feed(train.open_data(config, "train"), teacher.make_eval_parts(config)))[
-        "video"
-    ].shape[:2] == (2, 21)
+    assert next(common.eval_batches(config, source))["video"].shape[:2] == (2, 21)
     config.data.lengths = ((25, 2),)
     with pytest.raises(ConfigError, match=r"clips of \[25\] frames; video\.frames allows 21"):
-        teacher.make_parts(config)
+        common.batches(config, source)
     config.data.lengths, config.train.preview_every = ((5, 2),), 0
     with pytest.raises(ConfigError, match="5 frames are 2 latent ones, a block is 3"):
         teacher_forcing.make_stage(config)
@@ -148,7 +152,7 @@ def test_each_noise_disturbs_its_own_frames(data):
         config = settings(data, "teacher_forcing.py:smoke", "unused", "train.preview_every=0")
         config.loss.update({name: noise.get(name, 0.0) for name in names})
         stage = teacher_forcing.make_stage(config)
-        if params is None:  # the head is born zero, and would say the same of everything
+        if params is None:  # the head starts at zero, and would give the same for everything
             params = {
                 name: network.init(jax.random.key(1)) for name, network in stage.trained.items()
             }
@@ -162,7 +166,8 @@ def test_each_noise_disturbs_its_own_frames(data):
             "ids": ids,
             "mask": mask,
         }
-        return float(stage.loss(params, {}, batch, jax.random.key(3))[0])
+        state = TrainState(jnp.zeros((), jnp.int32), params, None, {})
+        return float(stage.evaluate(state, {}, batch, jax.random.key(3))["loss"])
 
     assert loss(3, history_noise=0.3) == loss(3) != loss(3, reference_noise=0.3)
     assert len({loss(6), loss(6, history_noise=0.3), loss(6, reference_noise=0.3)}) == 3
@@ -173,30 +178,49 @@ def test_flow_loss_weights_each_frame():
     x0, noise, v = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
     t_bf = jnp.array([[1000.0, 500.0, 4.98], [500.0, 500.0, 500.0]])
     config = load_config("configs/teacher.py:wan22_5b")
-    loss, metrics = teacher.flow_loss(v, x0, noise, teacher.loss_weights(config)(t_bf))
+    loss, metrics = common.flow_loss(v, x0, noise, common.loss_weights(config)(t_bf))
     error = np.square(np.asarray(v) - (np.asarray(noise) - np.asarray(x0))).mean((2, 3, 4))
     weights = np.asarray(flow.training_weight_of(t_bf, 5.0))
     assert weights[0, 0] == 0 and weights[0, 1] > 2
     np.testing.assert_allclose(loss, (weights * error).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["mse"], error.mean(), rtol=1e-5)
     config.loss.weights = "none"
-    np.testing.assert_array_equal(teacher.loss_weights(config)(t_bf), np.ones((2, 3)))
+    np.testing.assert_array_equal(common.loss_weights(config)(t_bf), np.ones((2, 3)))
     config.loss.weights = "bel"
     with pytest.raises(ConfigError, match=r"loss\.weights is 'bel'; expected bell or none"):
-        teacher.loss_weights(config)
+        common.loss_weights(config)
 
 
 def test_missing_inputs_are_named(data, tmp_path):
     with pytest.raises(ConfigError, match=r"workdir is not set; give it as --config\.workdir"):
-        train.run(load_config("configs/teacher.py:smoke"))
+        run(load_config("configs/teacher.py:smoke", ["data.dir=x"]))
     with pytest.raises(ConfigError, match=r"weights\.vae is not set: previews"):
-        train.run(settings(data, "teacher.py:smoke", tmp_path))
+        run(settings(data, "teacher.py:smoke", tmp_path))
     with pytest.raises(ConfigError, match=r"weights\.text is not set, and train\.text is false"):
-        train.run(
+        run(
             settings(
                 data, "teacher.py:smoke", tmp_path, "train.preview_every=0", "train.text=false"
             )
         )
+
+
+@pytest.mark.parametrize("missing", ["init_from", "weights.vae"])
+def test_weights_that_are_not_there_are_named(data, tmp_path, missing):
+    given = {"weights.vae": data / "vae.safetensors", missing: tmp_path / "nowhere"}
+    (data / "vae.safetensors").touch()
+    overrides = [f"{key}={path}" for key, path in given.items()]
+    with pytest.raises(ConfigError, match=rf"{missing}: .*nowhere.*\.safetensors does not exist"):
+        run(settings(data, "teacher.py:smoke", tmp_path, *overrides))
+
+
+def test_a_batch_that_does_not_divide_is_named_before_anything_is_loaded(data, tmp_path):
+    with pytest.raises(MeshError, match="mesh .* does not fit 1 devices"):
+        run(settings(data, "vae.py:smoke", tmp_path, "mesh.data=3"))
+
+
+def test_unknown_stages_are_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match="stage is 'sft'; expected one of vae, teacher, teacher_"):
+        run(settings(data, "teacher.py:smoke", tmp_path, "stage=sft"))
 
 
 @pytest.mark.parametrize("file", ["vae", "teacher", "teacher_forcing"])
@@ -205,7 +229,20 @@ def test_every_config_describes_a_run(file, size):
     config = load_config(
         f"configs/{file}.py:{size}", ["workdir=x", "data.dir=y", "weights.vae=z", "weights.text=z"]
     )
-    assert config.stage in train.STAGES
-    assert train.streaming_config(config).model is not None
+    assert config.stage in STAGES
     for name in ("vae", "dit", "text"):
         assert build_network(name, config).shapes
+    # What is exported is a config of inference, at the size that was trained.
+    exported, inference = inference_config(config), load_config(INFERENCE[size])
+    assert set(exported) == set(inference) and exported.sampler == inference.sampler
+    assert exported.model == config.model and exported.cache == config.cache
+    assert exported.video.height == config.video.height and exported.video.frames == 81
+
+
+@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_forcing"])
+def test_variants_of_the_configs(file):
+    module = importlib.import_module(f"configs.{file}")
+    for variant in module.VARIANTS:
+        assert module.get_config(variant).name == variant
+    with pytest.raises(ConfigError, match="no variant 'tiny'; expected one of runway_tiny, "):
+        module.get_config("tiny")

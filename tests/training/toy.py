@@ -1,11 +1,13 @@
-"""A stage that trains in milliseconds: a two-layer network learns to repeat its input. Also run as
-a program by tests.
+"""A stage that trains in milliseconds: a two-layer network learns to repeat its input.
 
-python tests/training/toy.py WORKDIR STEPS [key=value ...]
+Tests also run it as a program:
+
+    python tests/training/toy.py WORKDIR STEPS [key=value ...]
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -20,10 +22,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from chameleon_jax.config import override
+from chameleon_jax.sharding import to_host
 from chameleon_jax.training import loop
-from chameleon_jax.training.export import on_host
-from chameleon_jax.training.networks import Network
-from chameleon_jax.training.state import Stage
+from chameleon_jax.training.networks import Network, weights_file
+from chameleon_jax.training.stage import Stage, simple_stage
 
 
 class Toy(nnx.Module):
@@ -36,7 +38,7 @@ class Toy(nnx.Module):
         return self.layers[1](jax.nn.gelu(self.layers[0](x)))
 
 
-def stage(name: str = "toy") -> Stage:
+def stage(config: ConfigDict, name: str = "toy", feed=None) -> Stage:
     network = Network(lambda rngs: Toy(rngs=rngs))
 
     def loss(params, frozen, batch, key):
@@ -45,10 +47,23 @@ def stage(name: str = "toy") -> Stage:
         value = jnp.mean(jnp.square(network.bind(params["toy"])(noisy) - batch["x"]))
         return value * batch["scale"].mean(), {"error": value}
 
-    def preview(params, frozen, batch, key):
-        return np.full((4, 4, 3), 128, np.uint8)
+    return simple_stage(
+        config,
+        name,
+        trained={"toy": network},
+        weights={"toy": weights_file(config.init_from, "toy")} if config.init_from else {},
+        loss=loss,
+        preview=functools.partial(show, network),
+        batches=feed or (lambda source: ToyFeed()),
+        eval_batches=lambda source: ToyFeed(),
+    )
 
-    return Stage(name, {"toy": network}, loss, preview)
+
+def show(network: Network, params, frozen, batch, key) -> np.ndarray:
+    """A preview: what the network makes of the batch, uint8 [8, 16, 3]."""
+    del frozen, key
+    made = to_host(network.bind(params["toy"])(batch["x"]))
+    return np.repeat(np.uint8(np.clip(128 + 40 * made, 0, 255))[..., None], 3, axis=-1)
 
 
 class ToyFeed:
@@ -57,6 +72,8 @@ class ToyFeed:
     While batch `kill` is made, the process gets a signal, once the checkpoint `after` (if any) is
     complete.
     """
+
+    parts = ()
 
     def __init__(
         self,
@@ -95,8 +112,7 @@ def config(workdir, steps: int, overrides=()) -> ConfigDict:
             "workdir": str(workdir),
             "seed": 0,
             "init_from": "",
-            "weights": {"toy": ""},
-            "mesh": {"data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "train": {
                 "steps": steps,
                 "max_minutes": 0.0,
@@ -113,16 +129,8 @@ def config(workdir, steps: int, overrides=()) -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.01,
                 "clip": 1.0,
-                "momentum": 0.95,
             },
-            "schedule": {
-                "name": "constant",
-                "peak": 1e-2,
-                "warmup": 2,
-                "decay_from": 0.5,
-                "final": 0.0,
-                "halve_at": 3,
-            },
+            "schedule": {"name": "constant", "peak": 1e-2, "warmup": 2},
             "ema": {"decay": 0.9, "start": 0},
         }
     )
@@ -137,7 +145,8 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     jax.config.update("jax_default_matmul_precision", "highest")
     given = dict(item.split("=") for item in rest)
-    own = {name: int(given.pop(name)) for name in ("kill", "term", "rank", "port") if name in given}
+    names = ("kill", "term", "int", "rank", "port", "eval", "changed")
+    own = {name: int(given.pop(name)) for name in names if name in given}
     if "rank" in own:
         jax.distributed.initialize(
             f"localhost:{own['port']}", num_processes=2, process_id=own["rank"]
@@ -145,12 +154,18 @@ def main() -> None:
     feed = ToyFeed()
     if "term" in own:
         feed = ToyFeed(kill=own["term"], signal_number=signal.SIGTERM)
+    elif "int" in own and own.get("rank", 0) == 0:  # of several processes the first one only
+        feed = ToyFeed(kill=own["int"], signal_number=signal.SIGINT)
     elif "kill" in own:
         feed = ToyFeed(kill=own["kill"], after=Path(workdir, "checkpoints", "3"))
-    overrides = [f"{key}={value}" for key, value in given.items()]
-    outcome = loop.train(config(workdir, int(steps), overrides), stage(), feed)
-    flat = dict(on_host(outcome.state.params["toy"]))
-    flat |= {f"ema.{name}": value for name, value in on_host(outcome.state.ema["toy"]).items()}
+    settings = config(workdir, int(steps), [f"{key}={value}" for key, value in given.items()])
+    held_out = [next(ToyFeed()) for _ in range(own.get("eval", 0))]
+    outcome = loop.train(
+        settings, stage(settings), feed, held_out, resume_with_changes="changed" in own
+    )
+    flat = to_host(dict(outcome.state.params["toy"]))
+    average = to_host(dict(outcome.state.ema["toy"]))
+    flat |= {f"ema.{name}": value for name, value in average.items()}
     if jax.process_index() == 0:
         np.savez(os.path.join(workdir, "params.npz"), **flat)
     print(outcome.step, outcome.reason)

@@ -1,4 +1,4 @@
-"""The VAE's stage: single pictures first, then clips, with the loss of `vae`.
+"""The VAE's stage: single pictures first, then clips, with the loss of `vae_loss`.
 
 A batch holds windows of clips, `video` uint8 [b, t, h, w, 3]; single pictures are clips of one
 frame, half of them frames, a quarter persons, a quarter garments.
@@ -9,7 +9,9 @@ Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,11 +22,15 @@ from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
+from chameleon_jax.data.sources import Source
 from chameleon_jax.models.build import read_sizes
-from chameleon_jax.training.feed import HostBatch, Part, crop
-from chameleon_jax.training.networks import build_network
+from chameleon_jax.sharding import to_host
+from chameleon_jax.training.feed import Feed, HostBatch, Part, crop
+from chameleon_jax.training.networks import Network, build_network, weights_file
+from chameleon_jax.training.stage import Stage, simple_stage
+from chameleon_jax.training.stages import common
 from chameleon_jax.training.stages import vae_loss as losses
-from chameleon_jax.training.state import Batch, Metrics, ParamTree, Stage, TrainState
+from chameleon_jax.training.state import Batch, Metrics, ParamTree
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +42,9 @@ def make_stage(config: ConfigDict) -> Stage:
     weights = losses.LossWeights(**{name: config.loss[name] for name in names})
 
     def loss(
-        params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array
+        params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        del fixed
+        del frozen
         vae, x = network.bind(params["vae"]), to_model(batch["video"])
         return losses.loss(vae, x, key, weights, encoder=config.loss.encoder)
 
@@ -47,58 +53,57 @@ def make_stage(config: ConfigDict) -> Stage:
         vae = network.bind(params["vae"])
         return to_uint8(vae.decode(vae.encode(to_model(batch["video"][: config.preview.samples]))))
 
-    def preview(params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        del fixed, key
-        made, true = np.asarray(repeat(params, batch)), np.asarray(batch["video"])
+    def preview(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> np.ndarray:
+        del frozen, key
+        made, true = to_host(repeat(params, batch)), to_host(batch["video"])
         if true.shape[1] == 1:
             return np.asarray(contact_sheet([true[: len(made), 0], made[:, 0]]))
-        shown = (
-            np.linspace(0, true.shape[1] - 1, min(config.preview.frames, true.shape[1]))
-            .round()
-            .astype(int)
-        )
+        shown = common.evenly_spaced(true.shape[1], config.preview.frames)
         rows = [clip[index][shown] for index in range(len(made)) for clip in (true, made)]
         return np.asarray(contact_sheet(rows))
 
-    def start(params: ParamTree) -> ParamTree:
-        return {"vae": losses.inflate(params["vae"])} if config.loss.inflate else params
+    def inflated(params: ParamTree) -> ParamTree:
+        return {"vae": losses.inflate(params["vae"])}
 
-    return Stage("vae", {"vae": network}, loss, preview, start=start)
-
-
-def make_parts(config: ConfigDict) -> list[Part]:
-    """One kind of batch for each entry (frames, height, width, samples) of `data.crops`, in turn."""
-    return [_part(config, *entry) for entry in config.data.crops]
-
-
-def make_eval_parts(config: ConfigDict) -> list[Part]:
-    """Held out: `data.batch` whole pictures, or whole clips if clips are trained."""
-    frames = config.video.frames if any(entry[0] > 1 for entry in config.data.crops) else 1
-    return [
-        _part(
-            config,
-            frames,
-            config.video.height,
-            config.video.width,
-            config.data.batch,
-            random_start=False,
-        )
-    ]
+    return simple_stage(
+        config,
+        "vae",
+        trained={"vae": network},
+        weights={"vae": weights_file(config.init_from, "vae")} if config.init_from else {},
+        loss=loss,
+        preview=preview,
+        batches=functools.partial(batches, config),
+        eval_batches=functools.partial(eval_batches, config),
+        start=inflated if config.loss.inflate else None,
+        finish=functools.partial(measure_latents, network),
+    )
 
 
-def before_export(
-    config: ConfigDict, stage: Stage, state: TrainState, eval_batches: list[HostBatch]
+def batches(config: ConfigDict, source: Source) -> Feed:
+    """One kind of batch for each (frames, height, width, samples) of `data.crops`, in turn."""
+    parts = [_part(config, *entry) for entry in config.data.crops]
+    return Feed(source, parts)
+
+
+def eval_batches(config: ConfigDict, source: Source) -> Feed:
+    """`data.batch` whole pictures, or whole clips if clips are trained."""
+    clips = any(frames > 1 for frames, *_ in config.data.crops)
+    video = config.video
+    frames = video.frames if clips else 1
+    part = _part(config, frames, video.height, video.width, config.data.batch, random_start=False)
+    return Feed(source, [common.held_out(part)])
+
+
+def measure_latents(
+    network: Network, config: ConfigDict, params: ParamTree, batches: Sequence[Batch]
 ) -> ConfigDict:
-    """Put mean and standard deviation of the latents, over the held-out batches, into the config of
-    the exported VAE.
+    """The config with mean and standard deviation of the latents, over the held-out batches.
 
     Raises:
       ConfigError: a latent channel is constant.
     """
-    if not eval_batches:
-        return config
-    vae = stage.trained["vae"].bind(state.inference_params["vae"])
-    mean, std = losses.latent_statistics(vae, (to_model(batch["video"]) for batch in eval_batches))
+    vae = network.bind(params["vae"])
+    mean, std = losses.latent_statistics(vae, (to_model(batch["video"]) for batch in batches))
     try:
         measured = losses.with_statistics(vae.config, mean, std)
     except ValueError as error:

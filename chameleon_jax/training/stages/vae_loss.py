@@ -1,7 +1,6 @@
-"""What training a VAE needs beyond the network: its loss, its start from a network of pictures, its
-latent statistics.
+"""What training a VAE needs beyond the network, as pure functions; the stage is in `vae`.
 
-Pure functions; the stage that uses them is put together elsewhere.
+Its loss, its start from a network of pictures, and the statistics of its latents.
 
 A picture meets only the last tap of the causal convolutions and none of the layers that change the
 number of frames, so it trains quickly. `inflate` turns a network that has seen pictures only into
@@ -22,30 +21,29 @@ import numpy as np
 from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.sharding import to_host
 
 PEAK = 2.0  # distance from black to white; pixels are in [-1, 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the parts of the loss; each part is a mean, so that none depends on the size of
-    the batch.
+    """Weights of the parts of the loss.
+
+    Each part is a mean, so that none depends on the size of the batch.
     """
 
     l1: float = 1.0  # absolute error of the pixels
     l2: float = 0.0  # squared error of the pixels: what PSNR counts
     gradient: float = 0.25  # absolute error of the differences of neighbouring pixels: edges
-    laplacian: float = (
-        0.0  # absolute error of the bands of a Laplacian pyramid: contrast at every scale
-    )
+    laplacian: float = 0.0  # absolute error of the bands of a Laplacian pyramid: every scale
     kl: float = 1e-6  # divergence of the posterior from the unit normal
 
 
 def loss(
     vae: Vae, batch_bthwc: jax.Array, key: jax.Array, weights: LossWeights, *, encoder: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of a variational auto-encoder (arXiv 1312.6114) on one batch, with one draw from the
-    posterior.
+    """Loss of a variational auto-encoder (arXiv 1312.6114), with one draw from the posterior.
 
     Args:
       vae: the network.
@@ -81,16 +79,18 @@ def sample_posterior(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.
 
 
 def decode_unscaled(vae: Vae, z_bfhwc: jax.Array) -> jax.Array:
-    """Pixels of latents as the encoder makes them, before scaling; not clamped, so that every pixel
-    has a gradient.
+    """Pixels of latents as the encoder makes them, before scaling.
+
+    They are not clamped, so that every pixel has a gradient.
     """
     mean, std = jnp.array(vae.config.latent_mean), jnp.array(vae.config.latent_std)
     return vae.decode((z_bfhwc - mean) / std, clamp=False)
 
 
 def kl_to_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """Mean over all latent numbers of KL(N(mean, exp(logvar)), N(0, 1)) = (mean^2 + exp(logvar) - 1
-    - logvar) / 2.
+    """Mean over all latent numbers of KL(N(mean, exp(logvar)), N(0, 1)).
+
+    That is (mean^2 + exp(logvar) - 1 - logvar) / 2 (arXiv 1312.6114, appendix B).
     """
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
 
@@ -101,8 +101,7 @@ def gradient_error(error_bthwc: jax.Array) -> jax.Array:
 
 
 def laplacian_error(error_bthwc: jax.Array, levels: int = 4) -> jax.Array:
-    """Sum over the bands of a Laplacian pyramid of the mean absolute error (Lap1 of arXiv
-    1707.05776).
+    """Mean absolute error summed over the bands of a Laplacian pyramid (Lap1, arXiv 1707.05776).
 
     The pyramid is linear, so that of the error is the difference of the two. Band j is what
     averaging 2x2 pixels takes away at level j; the last one is what remains. A level whose sides
@@ -126,8 +125,9 @@ def psnr(error: jax.Array) -> jax.Array:
 
 
 def inflate(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Parameters of a network for clips from those of one that was trained, or is to be trained, on
-    pictures.
+    """Parameters of a network for clips, from those of a network of pictures.
+
+    The latter may have been trained, or be yet to train.
 
     Causal convolutions keep their last tap only. The layer that halves time becomes the mean of two
     frames, that which doubles it shows each frame twice. Then a clip is treated like this:
@@ -178,7 +178,7 @@ def latent_statistics(
     encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode_moments(x)[0])
     count, total, squares = 0, 0.0, 0.0
     for batch in batches:
-        z = np.asarray(encode(params, batch), np.float64).reshape(-1, vae.config.z_dim)
+        z = to_host(encode(params, batch)).astype(np.float64).reshape(-1, vae.config.z_dim)
         count, total, squares = count + len(z), total + z.sum(0), squares + np.square(z).sum(0)
     if not count:
         raise ValueError("no batches to measure the latents on; expected at least one")

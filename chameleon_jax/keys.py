@@ -1,0 +1,34 @@
+"""What every random number is for.
+
+A random number comes from a key that is made of a seed, a purpose and an index, never from a
+running generator. So a run that was stopped and resumed draws what the unbroken run would have
+drawn, and no two uses share a number. The purposes of one table must differ from each other; those
+of different tables meet different seeds or another generator.
+
+    training    JAX, (config.seed, TRAINING purpose, step or index of a batch), then a LOSS draw
+    data        NumPy, (config.seed, DATA purpose, step, ...), see `data.loader.keyed_rng`
+    inference   JAX, (seed of the video, INFERENCE purpose), then the number of the chunk
+
+The place of a name in its table is its number: append only, or old runs cannot be continued and old
+seeds give other videos.
+"""
+
+from __future__ import annotations
+
+import jax
+
+TRAINING = ("init", "loss", "preview", "eval")
+LOSS = ("times", "noise", "history_noise", "reference_noise")  # draws within one loss
+DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
+INFERENCE = {"chunk_noise": 0, "clip_noise": 1}
+
+
+def training_key(seed: int, purpose: str, index: int | jax.Array = 0) -> jax.Array:
+    """Key of the `index`-th draw for one of `TRAINING`."""
+    key = jax.random.fold_in(jax.random.key(seed), TRAINING.index(purpose))
+    return jax.random.fold_in(key, index)
+
+
+def loss_key(key: jax.Array, draw: str) -> jax.Array:
+    """Key of one of the draws of `LOSS`, from the key of a step."""
+    return jax.random.fold_in(key, LOSS.index(draw))

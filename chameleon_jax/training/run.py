@@ -1,0 +1,169 @@
+"""A whole training run, from a config to exported weights.
+
+    outcome = run(load_config("configs/teacher.py", ["workdir=runs/teacher", ...]))
+
+In the workdir: config.json, metrics.jsonl, tensorboard/, previews/, checkpoints/, export/.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from chameleon_jax import sharding
+from chameleon_jax.config import ConfigError, save_config
+from chameleon_jax.data.memory import InMemorySource
+from chameleon_jax.data.sources import MatchingSource, Source, open_sources
+from chameleon_jax.errors import need
+from chameleon_jax.training import loop
+from chameleon_jax.training.export import export, stored_model
+from chameleon_jax.training.feed import HostBatch
+from chameleon_jax.training.loop import Outcome
+from chameleon_jax.training.settings import check_resume, check_settings
+from chameleon_jax.training.stage import Stage, State
+from chameleon_jax.training.stages import make_stage
+
+log = logging.getLogger(__name__)
+
+# What a run that ended by a signal exits with: 128 + the signal's number, as shells do. It has not
+# exported anything, so it must not look like success: a script would go on with an older export, and
+# Kubernetes would count the job as done instead of starting it again.
+EXIT_CODES = {"finished": 0, "time": 0, "SIGINT": 130, "SIGTERM": 143}
+
+
+def run(
+    config: ConfigDict, *, export_only: bool = False, resume_with_changes: bool = False
+) -> Outcome:
+    """Train the stage that a config describes, and export its weights.
+
+    A run that is stopped by a signal is saved and not exported. What can be checked is checked
+    before data or weights are loaded.
+
+    Args:
+      config: see configs/training.py.
+      export_only: train nothing; export the newest checkpoint, also of a run that is going on.
+      resume_with_changes: go on from a checkpoint that was made with other settings.
+
+    Raises:
+      UserError: the run cannot start or go on. The message is one line.
+    """
+    check_settings(config)
+    config = with_stored_sizes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    stage = make_stage(config)
+    if export_only:
+        state, step = loop.load_state(config, stage)
+        _export(config, stage, state, held_out_batches(config, stage))
+        return Outcome(state, step, "finished")
+    need("tensorboardX", "train")
+    resumed = check_resume(config, stage.name, allow_changes=resume_with_changes) is not None
+    _check_weights(stage, without_trained=resumed)
+    held_out = held_out_batches(config, stage)
+    source = open_data(config, config.data.split)
+    for part in stage.batches(source).parts:
+        sharding.check_batch(part.loader.batch, mesh)
+    feed = stage.batches(_in_memory(config, source))
+    _save_config(config)
+    outcome = loop.train(config, stage, feed, held_out, resume_with_changes=resume_with_changes)
+    if outcome.reason in ("SIGINT", "SIGTERM"):
+        log.warning(stopped_message(config, outcome))
+    else:
+        _export(config, stage, outcome.state, held_out)
+    return outcome
+
+
+def export_folder(config: ConfigDict) -> Path:
+    """Where the weights of a run go."""
+    return Path(config.export_dir or Path(config.workdir) / "export")
+
+
+def stopped_message(config: ConfigDict, outcome: Outcome) -> str:
+    """What there is, and what is not, after a run was stopped by a signal."""
+    folder = export_folder(config)
+    exported = "nothing was exported"
+    if (folder / "config.json").is_file():
+        exported += f" ({folder} holds the weights of an earlier export)"
+    return (
+        f"stopped by {outcome.reason} at step {outcome.step} of {config.train.steps}: the state is"
+        f" saved in {Path(config.workdir) / 'checkpoints'}, {exported}. The same command resumes"
+        f" the run; with --export_only it exports step {outcome.step}"
+    )
+
+
+def _export(config: ConfigDict, stage: Stage, state: State, batches: Sequence[HostBatch]) -> None:
+    mesh = sharding.make_mesh(config.mesh)
+    params = stage.exported(state)
+    measured = stage.finish(config, params, [sharding.put_batch(batch, mesh) for batch in batches])
+    export(export_folder(config), params, stage, measured, config.data.tokenizer or None)
+    log.info("weights exported to %s", export_folder(config))
+
+
+def _check_weights(stage: Stage, *, without_trained: bool) -> None:
+    """Raise ConfigError if a file that networks start from is not there."""
+    for name, path in stage.weights.items():
+        if without_trained and name in stage.trained:
+            continue  # they are in the checkpoint
+        if not path.is_file():
+            key = "init_from" if name in stage.trained else f"weights.{name}"
+            raise ConfigError(f"{key}: {path} does not exist; expected the weights of {name!r}")
+
+
+def open_data(config: ConfigDict, split: str) -> Source:
+    """The split of the data folders, or those of its clips whose captions match `data.match`."""
+    source = open_sources(config.data.dir.split(","), split)
+    return MatchingSource(source, config.data.match) if config.data.match else source
+
+
+def _in_memory(config: ConfigDict, source: Source) -> Source:
+    if not config.data.in_memory:
+        return source
+    size = (config.video.height, config.video.width)
+    return InMemorySource(source, config.video.frames, size, config.data.threads)
+
+
+def _save_config(config: ConfigDict) -> None:
+    if jax.process_index():
+        return
+    workdir = Path(config.workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_config(workdir / "config.json", config)
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"workdir {workdir}: cannot be written to ({why})") from None
+
+
+def held_out_batches(config: ConfigDict, stage: Stage) -> list[HostBatch]:
+    """The first batches of the validation split; of the training split if no other is named.
+
+    Prompts are never dropped here; clips and crops are the same in every run with the same seed.
+    """
+    feed = stage.eval_batches(open_data(config, config.data.validation or config.data.split))
+    for part in feed.parts:
+        sharding.check_batch(part.loader.batch, sharding.make_mesh(config.mesh))
+    return [next(feed) for _ in range(config.train.eval_batches)]
+
+
+def with_stored_sizes(config: ConfigDict) -> ConfigDict:
+    """The config with the sizes and latent statistics that lie beside the frozen weights."""
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    for name, path in config.weights.items():
+        sizes = stored_model(path, name) if path else None
+        if sizes is not None:
+            config.model[name].update(sizes)
+    return config
+
+
+def start_logging() -> None:
+    """Show the progress lines of this project, with the time, on stderr: for a program to call."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("chameleon_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)

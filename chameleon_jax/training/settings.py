@@ -1,0 +1,249 @@
+"""What a training config may say, and what of it may change when a run is resumed.
+
+Both are looked at before anything is loaded, and every fault is named at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fnmatch
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from chameleon_jax.config import ConfigError, flatten
+from chameleon_jax.training.checkpoints import CheckpointError, newest_step, read_about
+from chameleon_jax.training.networks import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included unless `above` or `below` is set."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        after = value > self.low if self.above else value >= self.low
+        before = value < self.high if self.below else value <= self.high
+        return after and before
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.above else f"{self.low}"
+        if self.high == math.inf:
+            return low if self.above else f"{low} or more"
+        return f"{low} to below {self.high}" if self.below else f"{low} to {self.high}"
+
+
+COUNT = Range(1)  # of things that there must be
+INTERVAL = Range(0)  # in steps; 0: never
+SHARE = Range(0, 1)
+DECAY = Range(0, 1, below=True)  # of an exponential average
+POSITIVE = Range(0, above=True)
+
+# Groups that a config does not have are not asked for.
+RANGES = {
+    "seed": Range(0, 2**32 - 1),
+    "video.height": COUNT,
+    "video.width": COUNT,
+    "video.frames": COUNT,
+    "video.fps": POSITIVE,
+    "data.batch": COUNT,
+    "data.dropout": SHARE,
+    "data.threads": COUNT,
+    "data.prefetch": COUNT,
+    "data.workers": Range(0),
+    "train.steps": Range(0),
+    "train.max_minutes": Range(0),
+    "train.log_every": INTERVAL,
+    "train.eval_every": INTERVAL,
+    "train.eval_batches": COUNT,
+    "train.preview_every": INTERVAL,
+    "train.checkpoint_every": INTERVAL,
+    "train.keep": COUNT,
+    "optimizer.b1": DECAY,
+    "optimizer.b2": DECAY,
+    "optimizer.momentum": DECAY,
+    "optimizer.eps": POSITIVE,
+    "optimizer.weight_decay": Range(0),
+    "optimizer.clip": Range(0),
+    "schedule.peak": POSITIVE,
+    "schedule.warmup": Range(0),
+    "schedule.halve_at": Range(0),
+    "schedule.decay_from": SHARE,
+    "schedule.final": SHARE,
+    "ema.decay": DECAY,
+    "ema.start": Range(0),
+    "loss.shift": POSITIVE,
+    "loss.history_noise": SHARE,
+    "loss.reference_noise": SHARE,
+    "loss.l1": Range(0),
+    "loss.l2": Range(0),
+    "loss.gradient": Range(0),
+    "loss.laplacian": Range(0),
+    "loss.kl": Range(0),
+    "preview.samples": COUNT,
+    "preview.frames": COUNT,
+    "preview.steps": COUNT,
+}
+# Keys whose value is a tuple of tuples of whole numbers above 0.
+TABLES = {
+    "data.lengths": ("frames", "clips"),
+    "data.crops": ("frames", "height", "width", "samples"),
+}
+
+# What may change from one start of a run to the next: where things are written, how often, and how
+# the work is spread. Everything else makes it another run.
+FREE = (
+    "name",
+    "workdir",
+    "export_*",
+    "streaming.*",
+    "mesh.*",
+    "preview.*",
+    "data.threads",
+    "data.prefetch",
+    "data.workers",
+    "train.max_minutes",
+    "train.*_every",
+    "train.eval_batches",
+    "train.keep",
+    "train.remat",
+)
+SHOWN_CHANGES = 12  # named in a message
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Look at the values of a training config that can be judged alone.
+
+    Raises:
+      ConfigError: some are impossible; all of them are named.
+    """
+    faults = list(_faults(config, flatten(config)))
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def _faults(config: ConfigDict, flat: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("workdir", "data.dir"):
+        if not flat[key]:
+            yield f"{key} is not set; give it as --config.{key}=FOLDER"
+    for key in ("workdir", "export_dir"):
+        if flat[key] and (fault := _folder_fault(Path(flat[key]))):
+            yield f"{key} is {flat[key]}: {fault}"
+    for key in ("dtype", "export_dtype"):
+        if flat[key] not in DTYPES:
+            yield f"{key} is {flat[key]!r}; expected one of {', '.join(DTYPES)}"
+    for key, value in flat.items():
+        if key in RANGES:
+            if not _is_number(value) or value not in RANGES[key]:
+                yield f"{key} is {value}; expected {RANGES[key]}"
+        elif key in TABLES:
+            yield from _table_faults(key, value, TABLES[key])
+        elif not _is_finite(value):
+            yield f"{key} is {value}; expected finite numbers"
+        elif key.startswith("model.") and _is_whole(value) and value not in COUNT:
+            yield f"{key} is {value}; expected {COUNT}"
+
+
+def _table_faults(key: str, table: Any, columns: tuple[str, ...]) -> Iterator[str]:
+    expected = f"expected entries ({', '.join(columns)}), whole numbers above 0"
+    for entry in table:
+        full = isinstance(entry, (tuple, list)) and len(entry) == len(columns)
+        if not full or not all(_is_whole(number) and number > 0 for number in entry):
+            yield f"{key} has the entry {entry}; {expected}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _folder_fault(folder: Path) -> str:
+    """Why nothing can be written to a folder that may not exist yet; "" if it can."""
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} cannot be written to"
+    return ""
+
+
+def describe(config: ConfigDict) -> dict[str, str]:
+    """A config as its checkpoints store it, as text by dotted key."""
+    return {key: str(value) for key, value in flatten(config).items()}
+
+
+def check_resume(
+    config: ConfigDict, stage: str, *, allow_changes: bool = False
+) -> list[str] | None:
+    """Compare a config with the one of the newest checkpoint in its workdir.
+
+    Keys that only one of them has are left alone: they come with another version of the config.
+
+    Args:
+      config: of the run.
+      stage: its name.
+      allow_changes: accept another config, though not another stage.
+
+    Returns:
+      What has changed, each as "key old -> new"; None if there is no checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint is of another stage, or of a run with other settings.
+    """
+    folder = Path(config.workdir) / "checkpoints"
+    step = newest_step(folder)
+    if step is None:
+        return None
+    stored = read_about(folder, step, stage)["config"]
+    changes = [
+        f"{key} {stored[key]} -> {value}"
+        for key, value in flatten(config).items()
+        if key in stored and not _is_free(key) and not _is_same(stored[key], value)
+    ]
+    if changes and not allow_changes:
+        raise CheckpointError(
+            f"{folder}: step {step} is of a run with other settings: {shortened(changes)}. Set them"
+            " back; or start a new run from its export (another workdir, init_from); or go on with"
+            " the new settings by --resume_with_changes"
+        )
+    return changes
+
+
+def shortened(changes: Sequence[str]) -> str:
+    """The first changes of many, for a message."""
+    listed = "; ".join(changes[:SHOWN_CHANGES])
+    more = len(changes) - SHOWN_CHANGES
+    return f"{listed}; and {more} more" if more > 0 else listed
+
+
+def _is_free(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+
+
+def _is_same(stored: str, value: Any) -> bool:
+    if stored == str(value):
+        return True
+    try:
+        return bool(ast.literal_eval(stored) == value)
+    except (ValueError, SyntaxError):
+        return False

@@ -1,0 +1,82 @@
+"""Values that no run can have are named before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.training.settings import Range, check_settings
+
+
+def settings(tmp_path, *overrides):
+    given = [f"workdir={tmp_path / 'run'}", "data.dir=data", *overrides]
+    return load_config("configs/teacher_forcing.py:smoke", given)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=-5", "train.steps is -5; expected 0 or more"),
+        ("train.eval_batches=-1", "train.eval_batches is -1; expected 1 or more"),
+        ("train.keep=0", "train.keep is 0; expected 1 or more"),
+        ("train.log_every=-1", "train.log_every is -1; expected 0 or more"),
+        ("data.batch=0", "data.batch is 0; expected 1 or more"),
+        ("data.threads=0", "data.threads is 0; expected 1 or more"),
+        ("data.dropout=1.5", "data.dropout is 1.5; expected 0 to 1"),
+        ("schedule.peak=0", "schedule.peak is 0.0; expected above 0"),
+        ("optimizer.b2=1.0", "optimizer.b2 is 1.0; expected 0 to below 1"),
+        ("ema.decay=-0.1", "ema.decay is -0.1; expected 0 to below 1"),
+        ("video.fps=0", "video.fps is 0.0; expected above 0"),
+        ("seed=-1", "seed is -1; expected 0 to 4294967295"),
+        ("preview.samples=0", "preview.samples is 0; expected 1 or more"),
+        ("model.dit.heads=0", "model.dit.heads is 0; expected 1 or more"),
+        ("dtype=float16", "dtype is 'float16'; expected one of float32, bfloat16"),
+        ("export_dtype=half", "export_dtype is 'half'; expected one of float32, bfloat16"),
+        ("data.dir=", "data.dir is not set; give it as --config.data.dir=FOLDER"),
+        ("data.lengths=((9,),)", r"data.lengths has the entry \(9,\); expected entries \(frames,"),
+        ("data.lengths=((9, 0),)", r"data.lengths has the entry \(9, 0\)"),
+    ],
+)
+def test_impossible_values_are_named(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        check_settings(settings(tmp_path, override))
+
+
+@pytest.mark.parametrize("key", ["schedule.peak", "model.vae.latent_std", "loss.shift"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named(tmp_path, key, value):
+    config = settings(tmp_path)
+    group, _, leaf = key.rpartition(".")
+    node = config[group] if "." not in group else config.model.vae
+    node[leaf] = (value, *node[leaf][1:]) if isinstance(node[leaf], tuple) else value
+    with pytest.raises(ConfigError, match=f"{key} is .*(nan|inf)"):
+        check_settings(config)
+
+
+def test_all_faults_are_named_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.batch is 0.*; train\.steps is -1") as error:
+        check_settings(settings(tmp_path, "data.batch=0", "train.steps=-1"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_workdir_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(ConfigError, match=r"workdir is .*run: .*run is not a folder"):
+        check_settings(settings(tmp_path))
+    with pytest.raises(ConfigError, match="export_dir is .*: .*run is not a folder"):
+        nested = tmp_path / "run" / "export"
+        check_settings(settings(tmp_path, f"workdir={tmp_path}", f"export_dir={nested}"))
+
+
+@pytest.mark.parametrize("stage", ["vae", "teacher", "teacher_forcing"])
+@pytest.mark.parametrize("variant", ["runway_tiny", "wan22_5b", "smoke"])
+def test_our_own_values_pass(tmp_path, stage, variant):
+    given = [f"workdir={tmp_path}", "data.dir=data"]
+    check_settings(load_config(f"configs/{stage}.py:{variant}", given))
+
+
+def test_ranges_say_what_they_hold():
+    assert [str(Range(1)), str(Range(0, above=True))] == ["1 or more", "above 0"]
+    assert [str(Range(0, 1)), str(Range(0, 1, below=True))] == ["0 to 1", "0 to below 1"]
+    assert 0 in Range(0) and 0 not in Range(0, above=True)
+    assert 1 in Range(0, 1) and 1 not in Range(0, 1, below=True)
