@@ -427,7 +427,7 @@ def _for_argparse(kind: Kind) -> Kind:
 
 
 def _check_text(item: str) -> None:
-    """Raise unless an argument is text: bytes that are not UTF-8 could not be written to a report."""
+    """Raise unless an argument is UTF-8; other bytes could not be written to a report."""
     try:
         item.encode("utf-8")
     except UnicodeEncodeError:

@@ -31,8 +31,9 @@ from launch.cli import UsageError
 CONFIG = "configs/runway_tiny.py"
 CONTINUES = "the same command continues"
 
-ABOUT_RUNWAY = """Render a split of clips: a person in motion, their picture in another garment, the
-garment.
+ABOUT_RUNWAY = """Render a split of clips.
+
+A clip is a person in motion, their picture in another garment, and the garment.
 
     python -m launch.prepare runway --out data/runway --clips 4000 --workers 2
     python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000
@@ -204,6 +205,7 @@ def prepare_latents(values: cli.Values) -> None:
     weights = Path(values.weights)
     weights = weights / "vae.safetensors" if weights.is_dir() else weights
     encode, frames_per_latent = load_encoder(values, weights)
+    print("the first batch compiles the encoder ...", file=sys.stderr)
     for split in values.split or ["train"]:
         make = examples.LatentExamples(
             sources.open_sources(values.data, split),

@@ -33,13 +33,17 @@ GAP = 2  # pixels between groups
 MAX_FRAMES = 100_000  # of a clip
 MAX_SIDE = 4096  # pixels
 
-ABOUT_SHEET = """Draw one row per seed: the person's picture, the garment, six frames of the clip; then the
-garment that the person wears in their picture, and the same frames in it.
+ABOUT_SHEET = """Draw one row per seed.
+
+A row is the person's picture, the garment and six frames of the clip; then the garment that the
+person wears in their picture, and the same frames in it.
 
     python -m launch.runway sheet --seeds 1,2,3 --out sheet.png
 """
 
-ABOUT_BENCH = """Render clips in several processes; the first one of each compiles and is not counted.
+ABOUT_BENCH = """Render clips in several processes, and time it.
+
+The first clip of each process compiles and is not counted.
 
     python -m launch.runway bench --clips 8 --workers 2
 
