@@ -1,8 +1,8 @@
 """Measures of frames: fidelity, motion, and the colour of a masked region.
 
 Pure functions of NumPy arrays. Frames are uint8 in [0, 255] or float in [0, 1]; the two arrays of
-a comparison may differ in form. Results are in units of full scale (1 is white), in decibels (PSNR),
-or in CIELAB units (colours).
+a comparison may differ in form. Results are in units of full scale (1 is white), in decibels
+(PSNR), or in CIELAB units (colours).
 
 Axes: t pixel frames, h w pixels, 3 colours (sRGB). Leading axes may be more or none.
 """
