@@ -79,6 +79,12 @@ def prepare(
                 of_dit = entries
             if to != OURS:
                 sidecars.setdefault(folder, []).append(not_carried(part, to, entries))
+            obstacle = layout.obstacle(part.config)
+            if obstacle:
+                remarks.append(
+                    f"the weights in {layout.file} are complete, but the library of the {to} layout"
+                    f" cannot load this {part.network.title}: {obstacle}"
+                )
         except (ConversionError, WeightsError) as error:
             faults.append(f"{part.path}: {error}")
             continue

@@ -43,6 +43,8 @@ class Layout:
       ignore: patterns of names that carry no weights and may be there or not.
       drop: beginnings of names of other networks that share the file.
       prepare: changes the tensors before the table, for what a table cannot say.
+      obstacle: why the library that this layout is for cannot build a network of that config; None
+        if it can.
     """
 
     rules: Callable[[Any], list[Rule]]
@@ -51,6 +53,7 @@ class Layout:
     ignore: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_they_are
+    obstacle: Callable[[Any], str | None] = _nothing
 
 
 @dataclasses.dataclass(frozen=True)

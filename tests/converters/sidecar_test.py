@@ -135,8 +135,13 @@ def test_a_single_file_is_read_with_the_sidecar_beside_it(tmp_path):
     assert {key: fields[key] for key in expected} == expected
 
 
-def test_the_shift_of_the_schedule_is_written_for_diffusers(tmp_path):
+def test_for_diffusers_the_shift_is_ours_and_a_vae_that_it_cannot_load_is_noted(tmp_path, capsys):
     run(RUNWAY_TINY, "--to", "diffusers", "--out", tmp_path / "theirs")
+    assert (
+        "note: the weights in vae/diffusion_pytorch_model.safetensors are complete, but the library"
+        " of the diffusers layout cannot load this Wan2.2 VAE: stage 2 of the encoder goes from 48"
+        " to 96 channels"
+    ) in capsys.readouterr().err
     scheduler = json.loads((tmp_path / "theirs/scheduler/scheduler_config.json").read_text())
     assert scheduler["flow_shift"] == 3.0
 
