@@ -24,10 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chameleon_jax.data.tokenizer import TokenizerError
+from chameleon_jax.weights.lora import parse_strength
 from chameleon_jax.weights.tensors import DTYPES, WeightsError
 from converters import convert, writing
 from converters.layouts import LAYOUTS
-from converters.lora import LoraPart, parse_strength
+from converters.lora import LoraPart
 from converters.recognise import RecognitionError, recognise
 from converters.rules import ConversionError
 

@@ -188,7 +188,7 @@ def plan(
         if _shape(transform, shape) != tuple(expected[target]):
             hint = ": it is transposed" if shape != right and shape[::-1] == right else ""
             faults.append(f"wrong shape: {name} is {shape}, expected {right}{hint}")
-    faults += _wrong_dtypes({move.source: tensors[move.source] for move in moves.values()})
+    faults += wrong_dtypes({move.source: tensors[move.source] for move in moves.values()})
     faults += [f"missing: {wanted[target][0]}" for target in expected if target not in moves]
     if faults:
         known = [name for name, _ in wanted.values()]
@@ -210,7 +210,7 @@ def _wanted(
     return wanted
 
 
-def _wrong_dtypes(tensors: Mapping[str, Any]) -> list[str]:
+def wrong_dtypes(tensors: Mapping[str, Any]) -> list[str]:
     """One line for each dtype that is not a floating-point type that can be loaded."""
     names: dict[str, list[str]] = {}
     for name, tensor in tensors.items():

@@ -15,13 +15,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from chameleon_jax.sharding import spec_of
-from chameleon_jax.weights.tensors import LazyTensor, WeightsError, open_tensors, write_tensors
+from chameleon_jax.weights.tensors import (
+    LazyTensor,
+    WeightsError,
+    all_finite,
+    open_tensors,
+    write_tensors,
+)
 
 
 def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
-    """Every parameter of `module` by its dotted path, in a stable order. Works on abstract modules
-    too.
-    """
+    """Every parameter of `module` by its dotted path, in a stable order; abstract modules too."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(part) for part in path): leaf.get_value() for path, leaf in flat}
 
@@ -114,7 +118,7 @@ def load_params(
         own parts only. None: on the default device.
 
     Raises:
-      WeightsError: if the file is unreadable or does not fit; all mismatches are listed.
+      WeightsError: if the file is unreadable, does not fit, or holds a number that is not finite.
     """
     tensors = open_tensors(path)
     check_fit(param_shapes(module), {k: v.shape for k, v in tensors.items()}, what=str(path))
@@ -133,12 +137,29 @@ def load_params(
 
 
 def _place(name: str, tensor: LazyTensor, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
-    """A tensor on the device or devices where it belongs."""
+    """A tensor on the device or devices where it belongs.
+
+    Raises:
+      WeightsError: a number of it, or of the parts that this process needs, is not finite.
+    """
     if mesh is None:
-        return jnp.array(tensor.read(), dtype)
+        return jnp.array(_checked(name, tensor, tensor.read()), dtype)
     sharding = NamedSharding(mesh, spec_of(name, tensor.shape, mesh))
     # Several processes need parts; one process needs all of it, and reads that in one go.
-    stored = tensor.array() if jax.process_count() > 1 else tensor.read()
-    return jax.make_array_from_callback(
-        tensor.shape, sharding, lambda part: np.array(stored[part], dtype)
-    )
+    several = jax.process_count() > 1
+    stored = tensor.array() if several else _checked(name, tensor, tensor.read())
+
+    def read(part: tuple[slice, ...]) -> np.ndarray:
+        value = stored[part]
+        return np.array(_checked(name, tensor, value) if several else value, dtype)
+
+    return jax.make_array_from_callback(tensor.shape, sharding, read)
+
+
+def _checked(name: str, tensor: LazyTensor, value: np.ndarray) -> np.ndarray:
+    if not all_finite(value):
+        raise WeightsError(
+            f"{tensor.path}: {name} holds numbers that are not finite (infinity or NaN); the"
+            " training that made it diverged, or the file is damaged; use another checkpoint"
+        )
+    return value

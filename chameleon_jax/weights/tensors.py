@@ -294,6 +294,32 @@ def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
     )
 
 
+# Of each type: the bits without the sign, and the smallest that is infinite or no number.
+_MAGNITUDE = {
+    np.dtype(np.float64): (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    np.dtype(np.float32): (0x7FFF_FFFF, 0x7F80_0000),
+    np.dtype(np.float16): (0x7FFF, 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (0x7FFF, 0x7F80),
+}
+_FINITE_PIECE = 2**18  # numbers looked at together: what fits a cache
+
+
+def all_finite(value: np.ndarray) -> bool:
+    """Is no element infinite or no number? Integers always are finite.
+
+    Looks at the bits, in pieces: several times as fast as `np.isfinite`, which knows no bfloat16.
+    """
+    if value.dtype not in _MAGNITUDE:
+        if value.dtype.kind in "biu":
+            return True
+        return bool(np.isfinite(value.astype(np.float32)).all())
+    mask, first = _MAGNITUDE[value.dtype]
+    bits = np.ascontiguousarray(value).reshape(-1).view(f"u{value.dtype.itemsize}")
+    mask = bits.dtype.type(mask)
+    pieces = (bits[i : i + _FINITE_PIECE] for i in range(0, bits.size, _FINITE_PIECE))
+    return all((piece & mask).max() < first for piece in pieces)
+
+
 def _open_file(path: Path) -> dict[str, LazyTensor]:
     header, start = _read_header(path)
     tensors = {}
