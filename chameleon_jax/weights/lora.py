@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from chameleon_jax.weights.tensors import WeightsError, all_finite, read_tensors
+from chameleon_jax.weights.tensors import WeightsError, all_finite, listed, read_tensors
 
 PARTS = ("lora_a", "lora_b", "alpha")
 LISTED = 10  # faults written out; a LoRA of another model has hundreds
@@ -96,7 +96,7 @@ class Lora:
             if "alpha" in parts and parts["alpha"].size != 1:
                 faults.append(f"{layer}.alpha has the shape {parts['alpha'].shape}, expected ()")
         if faults or not layers:
-            found = listed(faults) if faults else "it is empty"
+            found = listed(faults, LISTED) if faults else "it is empty"
             raise WeightsError(f"{path}: not a LoRA in this project's layout: {found}")
         changes = {}
         for layer, parts in layers.items():
@@ -111,7 +111,7 @@ def check_finite(path: str | os.PathLike, changes: Mapping[str, Change]) -> None
     names = [f"{layer}.{part}" for layer, one in changes.items() for part in one.not_finite()]
     if names:
         raise WeightsError(
-            f"{path}: {listed(names)}: not finite (infinity or NaN); the training that made it"
+            f"{path}: {listed(names, LISTED)}: not finite (infinity or NaN); the training that made it"
             " diverged, or the file is damaged; use another LoRA"
         )
 
@@ -234,14 +234,8 @@ def _layers(
             faults.append(f"{path} is {shape}, the LoRA changes {a} x {b}")
         found.append((parent, key, linear, change))
     if faults:
-        raise WeightsError(f"the LoRA does not fit the network: {listed(faults)}")
+        raise WeightsError(f"the LoRA does not fit the network: {listed(faults, LISTED)}")
     return iter(found)
-
-
-def listed(faults: list[str]) -> str:
-    """The first LISTED of them in one line, and how many more there are."""
-    more = f" and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-    return "; ".join(faults[:LISTED]) + more
 
 
 def lora_params(module: nnx.Module) -> dict[str, jax.Array]:

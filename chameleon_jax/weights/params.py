@@ -15,13 +15,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from chameleon_jax.sharding import spec_of
+from chameleon_jax.weights.sizes import other_sizes
 from chameleon_jax.weights.tensors import (
     LazyTensor,
     WeightsError,
     all_finite,
+    listed,
     open_tensors,
     write_tensors,
 )
+
+LISTED = 10  # mismatches written out; weights of another model have hundreds
 
 
 def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
@@ -53,7 +57,7 @@ def set_params(
       dtype: dtype of the parameters afterwards; None keeps each parameter's own.
 
     Raises:
-      WeightsError: if names or shapes differ; all differences are listed.
+      WeightsError: if names or shapes differ; see `check_fit`.
     """
     state = nnx.state(module, nnx.Param)
     flat = {".".join(str(part) for part in path): leaf for path, leaf in nnx.to_flat_state(state)}
@@ -71,21 +75,56 @@ def check_fit(
     found: Mapping[str, tuple[int, ...]],
     what: str = "weights",
 ) -> None:
-    """Raise WeightsError with every missing, unexpected and mis-shaped tensor, if there is one."""
+    """Compare names and shapes, sizes first.
+
+    Args:
+      expected: shapes by name, of the module.
+      found: shapes by name, of the weights.
+      what: where the weights come from.
+
+    Raises:
+      WeightsError: the sizes in which they differ; or, where no size of the network explains it,
+        the first missing, unexpected and mis-shaped tensors.
+    """
+    sizes = other_sizes(expected, found)
+    if sizes:
+        raise WeightsError(f"{what}: {sizes}")
     faults = []
     for name, shape in expected.items():
         if name not in found:
-            near = difflib.get_close_matches(name, list(found), n=1)
+            near = difflib.get_close_matches(name, list(found), n=1) if len(faults) < LISTED else ()
             faults.append(f"missing {name} {shape}" + (f" (nearest: {near[0]})" if near else ""))
         elif tuple(found[name]) != tuple(shape):
             faults.append(f"{name} is {tuple(found[name])}, expected {tuple(shape)}")
-    faults += [
-        f"unexpected {name} {tuple(shape)}" for name, shape in found.items() if name not in expected
-    ]
+    for name, shape in found.items():
+        if name not in expected:
+            faults.append(f"unexpected {name} {tuple(shape)}")
     if faults:
         raise WeightsError(
-            f"{what}: {len(faults)} tensors do not fit the config: " + "; ".join(faults)
+            f"{what}: {len(faults)} tensors do not fit the config: {listed(faults, LISTED)}"
         )
+
+
+def check_file(path: str | os.PathLike, module: nnx.Module) -> dict[str, LazyTensor]:
+    """Compare a file with a module, built or abstract, without reading a tensor.
+
+    Returns:
+      The tensors of the file by name.
+
+    Raises:
+      WeightsError: the file is unreadable, does not fit, or holds other than floating-point
+        numbers.
+    """
+    tensors = open_tensors(path)
+    check_fit(param_shapes(module), {k: v.shape for k, v in tensors.items()}, what=str(path))
+    odd = [
+        f"{name} is {v.dtype.name}"
+        for name, v in tensors.items()
+        if not jnp.issubdtype(v.dtype, jnp.floating)
+    ]
+    if odd:
+        raise WeightsError(f"{path}: expected floating-point weights: {listed(odd, LISTED)}")
+    return tensors
 
 
 def save_params(
@@ -120,15 +159,7 @@ def load_params(
     Raises:
       WeightsError: if the file is unreadable, does not fit, or holds a number that is not finite.
     """
-    tensors = open_tensors(path)
-    check_fit(param_shapes(module), {k: v.shape for k, v in tensors.items()}, what=str(path))
-    odd = [
-        f"{name} is {v.dtype.name}"
-        for name, v in tensors.items()
-        if not jnp.issubdtype(v.dtype, jnp.floating)
-    ]
-    if odd:
-        raise WeightsError(f"{path}: expected floating-point weights: {'; '.join(odd)}")
+    tensors = check_file(path, module)
     state = nnx.state(module, nnx.Param)
     for parts, leaf in nnx.to_flat_state(state):
         name = ".".join(str(part) for part in parts)

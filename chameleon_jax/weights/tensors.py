@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +294,12 @@ def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
     )
 
 
+def listed(faults: Sequence[str], most: int) -> str:
+    """The first of them in one line, and how many more there are."""
+    more = f" and {len(faults) - most} more" if len(faults) > most else ""
+    return "; ".join(faults[:most]) + more
+
+
 # Of each type: the bits without the sign, and the smallest that is infinite or no number.
 _MAGNITUDE = {
     np.dtype(np.float64): (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
@@ -380,14 +386,8 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         if name not in place
     ]
     if faults:
-        raise WeightsError(
-            f"{path}: index and shards disagree: {'; '.join(faults[:5])}" + _more(faults, 5)
-        )
+        raise WeightsError(f"{path}: index and shards disagree: {listed(faults, 5)}")
     return {name: shards[file][name] for name, file in place.items()}
-
-
-def _more(faults: list[str], shown: int) -> str:
-    return f" and {len(faults) - shown} more" if len(faults) > shown else ""
 
 
 def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,9 +12,30 @@ from flax import nnx
 
 from chameleon_jax import sharding
 from chameleon_jax.models.dit import DiT
-from chameleon_jax.weights.params import WeightsError, flat_params, load_params, save_params
+from chameleon_jax.models.reward import ClipVisionConfig, Reward
+from chameleon_jax.models.taehv import Taehv, TaehvConfig
+from chameleon_jax.models.text import TextEncoder
+from chameleon_jax.models.vae import Vae
+from chameleon_jax.weights.params import (
+    WeightsError,
+    check_fit,
+    flat_params,
+    load_params,
+    param_shapes,
+    save_params,
+)
+from chameleon_jax.weights.sizes import other_sizes
 from chameleon_jax.weights.tensors import all_finite, read_tensors, write_tensors
-from tests import tiny_dit
+from tests import tiny_dit, tiny_wan
+
+TAEHV = TaehvConfig(
+    z_dim=4,
+    enc_width=8,
+    dec_widths=(16, 8, 4, 4),
+    temporal_down=(True, True, False),
+    temporal_up=(False, True, True),
+)
+CLIP = ClipVisionConfig(width=12, ffn=10, heads=3, layers=1, projection=5, image=6, patch=2)
 
 
 def abstract(config=tiny_dit.CONFIG) -> DiT:
@@ -63,3 +86,42 @@ def test_the_last_of_many_numbers_is_looked_at():
     assert all_finite(value)
     value[-1] = np.inf
     assert not all_finite(value)
+
+
+def test_weights_of_another_size_are_refused_in_one_line(saved):
+    config = dataclasses.replace(tiny_dit.CONFIG, width=40, heads=2, layers=1)
+    with pytest.raises(WeightsError) as error:
+        load_params(saved, abstract(config))
+    assert str(error.value) == (
+        f"{saved}: weights of a transformer with width 60, layers 2; the config describes width 40,"
+        " layers 1; use the config.json that lies with the weights, or another --config"
+    )
+
+
+SMALL = {
+    "VAE": (Vae, tiny_wan.VAE, {"z_dim": 6, "latent_mean": (), "latent_std": ()}),
+    "text encoder": (TextEncoder, tiny_wan.TEXT, {"vocab": 30}),
+    "small decoder": (Taehv, TAEHV, {"enc_width": 16}),
+    "reward": (Reward, CLIP, {"projection": 9}),
+}
+
+
+@pytest.mark.parametrize("title", SMALL)
+def test_each_network_shows_its_sizes(title):
+    kind, config, change = SMALL[title]
+    other = dataclasses.replace(config, **change)
+    ours, theirs = (
+        param_shapes(nnx.eval_shape(lambda config=config: kind(config, rngs=nnx.Rngs(0))))
+        for config in (config, other)
+    )
+    assert other_sizes(ours, ours) is None
+    said = other_sizes(ours, theirs)
+    assert said.startswith(f"weights of a {title} with ") and len(said) < 250
+
+
+def test_where_no_size_explains_it_ten_tensors_are_listed():
+    expected = {f"layers.{i}.kernel": (3, 4) for i in range(800)}
+    found = {f"layers.{i}.kernel": (3, 5) for i in range(800)}
+    with pytest.raises(WeightsError, match="800 tensors do not fit .* and 790 more$") as error:
+        check_fit(expected, found)
+    assert str(error.value).count("expected (3, 4)") == 10
