@@ -84,7 +84,7 @@ def write_pickle(
         with skip_data(materialize_fake_tensors=True):
             torch.save(_nested(flat), path)
     except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"torch.save failed: {error}") from None
+        raise OSError(f"torch.save failed, the disk may be full: {error}") from None
     with FakeTensorMode():
         content = torch.load(path, weights_only=True, mmap=True)
     placed: dict[str, LazyTensor] = {}

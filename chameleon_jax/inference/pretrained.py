@@ -153,8 +153,11 @@ def _converted(folder: Path) -> Path:
     except PipelineError:
         raise
     except writing.DestinationError as error:
-        if not place.is_dir():  # else another process was faster
-            raise PipelineError(f"{folder}: no room for the conversion: {error}") from None
+        if not place.is_dir():  # else another process was faster, and made the same
+            raise PipelineError(
+                f"{folder}: the conversion has no place: {one_line(error)}; another folder for"
+                " conversions is named by CHAMELEON_CACHE"
+            ) from None
     except UserError as error:
         raise PipelineError(f"{folder}: {one_line(error)}") from None
     return place

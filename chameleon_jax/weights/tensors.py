@@ -82,9 +82,10 @@ class LazyTensor:
             return np.array(self.array()[rows] if self.shape else self.array())
         start, stop, _ = rows.indices(self.shape[0])
         row = self.nbytes // self.shape[0]
-        raw = np.fromfile(
-            self.path, np.uint8, (stop - start) * row, offset=self.offset + start * row
-        )
+        nbytes = (stop - start) * row
+        raw = np.fromfile(self.path, np.uint8, nbytes, offset=self.offset + start * row)
+        if raw.size < nbytes:
+            raise WeightsError(f"{self.path}: the file became shorter while it was read")
         return raw.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
     def array(self) -> np.ndarray:

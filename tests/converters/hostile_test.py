@@ -337,19 +337,22 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(good, folder, re
     assert "GB free" in refused(folder)
 
 
-def test_a_disk_that_fills_up_on_the_way_leaves_nothing(good, folder):
-    """Writes beyond 100 kB fail, as on a full disk."""
+@pytest.mark.parametrize("layout", ["jax", "training"])
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(good, folder, layout):
+    """Writes beyond 100 kB fail, as on a full disk: safetensors and pickles."""
     write_tensors(folder / "x.safetensors", good)
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        f"sys.argv = ['converters', {str(folder)!r}, '--to', 'jax', '--out',"
+        f"sys.argv = ['converters', {str(folder)!r}, '--to', {layout!r}, '--out',"
         f" {str(folder.parent / 'out')!r}]\n"
         "from converters import __main__ as command; command.main()"
     )
     done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
     assert "could not be written" in done.stderr and "nothing was left behind" in done.stderr
+    assert done.stderr[done.stderr.index("error: ") :].count("\n") == 1
+    assert "Traceback" not in done.stderr
     assert [path.name for path in folder.parent.iterdir()] == ["in"]
 
 
