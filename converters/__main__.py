@@ -8,7 +8,8 @@
 
 What is given is recognised by the names in it: a folder, a file, shards with their index;
 .safetensors, or .pth, .pt and .bin through PyTorch's restricted loader. Nothing is written unless
-every tensor fits, and the result is read back and compared before it gets its name.
+every tensor fits, and the result is read back and compared before it gets its name. What a public
+layout has no place for lies in chameleon.json beside the weights.
 
 Exit codes: 0 done, 2 an input or the destination cannot be used (nothing is written), 130
 interrupted.
@@ -17,142 +18,162 @@ interrupted.
 from __future__ import annotations
 
 import argparse
-import re
+import functools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from chameleon_jax.data.tokenizer import TokenizerError
-from chameleon_jax.weights.lora import parse_strength
-from chameleon_jax.weights.tensors import DTYPES, WeightsError
-from converters import convert, writing
+from chameleon_jax.errors import UserError, one_line
 from converters.layouts import LAYOUTS
-from converters.lora import LoraPart
-from converters.recognise import RecognitionError, recognise
-from converters.rules import ConversionError
 
-CASTS = {"bfloat16": DTYPES["BF16"], "float32": DTYPES["F32"], "keep": None}
+if TYPE_CHECKING:  # --help imports neither NumPy nor JAX
+    from converters.convert import Merge
+
+CASTS = {"keep": None, "bfloat16": "BF16", "float32": "F32"}  # as safetensors names the types
+WIDTH = 100  # most columns of the help text
 
 
-def parser() -> argparse.ArgumentParser:
+class UsageError(UserError):
+    """The command line asks for something impossible. The message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def parser(program: str = "python -m converters") -> argparse.ArgumentParser:
     """The command line."""
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    made = argparse.ArgumentParser(
-        prog="python -m converters",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = _Parser(
+        program,
+        usage=argparse.SUPPRESS,
+        description=(__doc__ or "").strip(),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=30, width=WIDTH
+        ),
+        allow_abbrev=False,
+        add_help=False,
     )
     made.add_argument(
         "inputs", nargs="+", type=Path, metavar="IN", help="folder, file, or index of shards"
     )
-    made.add_argument(
+    flags = made.add_argument_group("flags")
+    flags.add_argument("--help", "-h", action="help", help="show this text and stop")
+    flags.add_argument(
         "--to",
         required=True,
         choices=LAYOUTS,
-        help="layout to write; training is for transformers, peft and kohya for LoRAs",
+        metavar="LAYOUT",
+        help=f"layout to write: {', '.join(LAYOUTS)}; training is for transformers, peft and kohya"
+        " for LoRAs",
     )
-    made.add_argument("--out", required=True, type=Path, help="folder to make; must not exist")
-    made.add_argument(
+    flags.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder to make; must not exist"
+    )
+    flags.add_argument(
         "--dtype",
         choices=CASTS,
         default="keep",
-        help="cast the weights; default: keep them, bit for bit",
+        metavar="TYPE",
+        help=f"{', '.join(CASTS)}: cast the weights, or keep them bit for bit (default: keep)",
     )
-    made.add_argument(
-        "--part", help="part of a training checkpoint: generator, generator_ema, critic, ..."
+    flags.add_argument(
+        "--part",
+        metavar="NAME",
+        help="part of a training checkpoint: generator, generator_ema, critic, ...; or one of"
+        " several adapters (default: generator_ema, else generator)",
     )
-    made.add_argument(
+    flags.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of several copies in a folder the one to use, such as fp16 (default: full precision)",
+    )
+    flags.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="FILE[@STRENGTH]",
-        help="merge into the transformer",
+        help="merge a LoRA into the transformer, with a strength (default: 1); may be repeated",
     )
     return made
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], program: str = "python -m converters") -> int:
     """The command. Returns its exit code.
 
     Raises:
-      RecognitionError, ConversionError, WeightsError, TokenizerError, DestinationError: an input
-        cannot be used.
+      UserError: an input or the destination cannot be used.
     """
-    options = parser().parse_args(argv)
+    options = parser(program).parse_args(argv)
+    from chameleon_jax.weights.tensors import DTYPES
+    from converters import convert, recognise, writing
+
     begin = time.perf_counter()
-    dtype = CASTS[options.dtype]
+    dtype = DTYPES.get(CASTS[options.dtype])
     writing.check_destination(options.out, 0)
-    parts = recognise(options.inputs, options.part)
-    for part in parts:
+    found = recognise.look(options.inputs, options.part, options.variant)
+    for part in found.parts:
         print(part.describe())
     merges = [_merge(text) for text in options.lora]
     for merge in merges:
         print(f"{merge.part.describe()}; merged with strength {merge.strength:g}")
     folder, remarks = convert.prepare(
-        parts, options.to, dtype=dtype, merges=merges, label=options.part or "generator"
+        found.parts, options.to, dtype=dtype, merges=merges, label=options.part or "generator"
     )
-    for remark in remarks:
-        print(f"note: {remark}", file=sys.stderr)
+    for note in (*found.notes, *remarks):
+        print(f"note: {note}", file=sys.stderr)
     writing.write_with_progress(folder, options.out)
     seconds = time.perf_counter() - begin
     tensors = sum(len(file.entries) for file in folder.files)
     how = "bit for bit" if dtype is None and not merges else "against its source"
     print(
         f"{options.out}: {tensors} tensors, {folder.nbytes / 1e9:.2f} GB, read back and compared"
-        f" {how};"
-        f" {seconds:.0f} s, {peak_memory()}"
+        f" {how}; {seconds:.0f} s{_peak_memory()}"
     )
     for file in folder.files:
         print(f"  {file.path}")
     return 0
 
 
-def peak_memory() -> str:
-    """Peak resident memory of this process, in words."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        peak = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1))
-    except (OSError, AttributeError):  # not on Linux
-        try:
-            import resource
-        except ModuleNotFoundError:  # on Windows
-            return "peak memory unknown"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-    return f"peak memory {peak / 1e9:.2f} GB"
+def _peak_memory() -> str:
+    from chameleon_jax.machine import peak_resident
+
+    peak = peak_resident()
+    return "" if peak is None else f", peak memory {peak / 1e9:.2f} GB"
 
 
-def _merge(text: str) -> convert.Merge:
+def _merge(text: str) -> Merge:
     """`file` or `file@strength`."""
+    from chameleon_jax.weights.lora import parse_strength
+    from converters.convert import Merge
+    from converters.recognise import find_lora
+
     try:
         path, strength = parse_strength(text)
-    except ValueError as error:
-        raise RecognitionError(f"--lora {text}: {error}") from None
-    (part,) = recognise([path])
-    if not isinstance(part, LoraPart):
-        raise RecognitionError(f"--lora {text}: not a LoRA, but a {part.network.title}")
-    return convert.Merge(part, strength)
+        return Merge(find_lora(path), strength)
+    except UserError as error:
+        raise UsageError(f"--lora {text}: {one_line(error)}") from None
 
 
-def main() -> None:
-    """Run, and turn whatever is wrong with the input into a message."""
+def main(argv: Sequence[str] | None = None, program: str = "python -m converters") -> NoReturn:
+    """Run the command, and end the process with its exit code.
+
+    Args:
+      argv: the command line without the program's name; default that of the process.
+      program: what the user types to call it.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
-        sys.exit(run(sys.argv[1:]))
-    except (
-        RecognitionError,
-        ConversionError,
-        WeightsError,
-        TokenizerError,
-        writing.DestinationError,
-    ) as error:
+        code = run(sys.argv[1:] if argv is None else argv, program)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted; nothing was written", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def _one_adapter(path: Path, tensors: Mapping[str, Any], part: str | None) -> Ma
         return tensors
     if part not in several:
         raise WeightsError(
-            f"{path}: holds several adapters: {', '.join(several)}; choose one with --part"
+            f"{path}: holds several adapters: {', '.join(several)}; convert one with --part NAME"
         )
     return {name: x for name, x in tensors.items() if adapters[name] in (None, part)}
 

@@ -23,7 +23,8 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from chameleon_jax.errors import UserError, one_line
+from chameleon_jax import places
+from chameleon_jax.errors import UserError
 from chameleon_jax.weights.tensors import Entry, WeightsError, open_tensors, raw, write_entries
 from converters.pickles import SUFFIXES, open_pickle, write_pickle
 
@@ -96,7 +97,7 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
         if place.is_dir() and any(place.iterdir()):
             raise _exists(out) from None
         raise DestinationError(
-            f"{out}: could not be written ({one_line(error)}); nothing was left behind"
+            f"{places.explain(error, out)}; it could not be written, and nothing was left behind"
         ) from None
 
 
@@ -208,9 +209,7 @@ def check_destination(out: Path, nbytes: int) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:  # too long a name, a file in the place of a parent, no permission
-        raise DestinationError(
-            f"{out}: cannot be a folder ({error.strerror}); choose another name"
-        ) from None
+        raise DestinationError(places.explain(error, out)) from None
     above = next(parent for parent in place.parents if parent.exists())
     if not os.access(above, os.W_OK):
         raise DestinationError(f"{out}: {above} cannot be written to")

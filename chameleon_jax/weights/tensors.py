@@ -238,7 +238,7 @@ def write_entries(
       path: overwritten.
       entries: what to write; loaded one at a time.
       metadata: for the header.
-      on_piece: told the tensor's name and the bytes of each piece that was written, in their order
+      on_piece: called with the tensor's name and the bytes of each piece that was written, in their order
         in the file.
 
     Raises:

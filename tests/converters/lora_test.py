@@ -28,7 +28,7 @@ from chameleon_jax.weights.params import flat_params
 from chameleon_jax.weights.tensors import WeightsError, read_tensors
 from converters import __main__ as command
 from converters import lora
-from converters.recognise import recognise
+from converters.recognise import RecognitionError, recognise
 from converters.rules import ConversionError, Rule, rename
 from tests import tiny_dit, tiny_wan
 
@@ -172,7 +172,7 @@ def test_of_several_adapters_in_a_file_one_is_chosen(tmp_path):
         for name, x in lora.to_layout(changes(seed), "peft")[0].items():
             tensors[name.replace(".weight", f".{adapter}.weight")] = x
     save_file({name: as_torch(x) for name, x in tensors.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match="several adapters: first, second; choose one"):
+    with pytest.raises(WeightsError, match="several adapters: first, second; convert one"):
         recognise([tmp_path / "x.safetensors"])
     (part,) = recognise([tmp_path / "x.safetensors"], "second")
     np.testing.assert_array_equal(part.changes[LAYERS[0]].a, changes(1)[LAYERS[0]].a)
@@ -401,7 +401,7 @@ def test_other_kinds_and_halves_are_refused_by_name(tmp_path, name, message):
 
 def test_a_lora_without_a_transformer_or_of_another_size_is_refused(base, tmp_path):
     path = save(tmp_path / "lora.safetensors", "official")
-    with pytest.raises(command.RecognitionError, match="no transformer"):
+    with pytest.raises(RecognitionError, match="no transformer"):
         run(base / "vae", "--lora", path, "--to", "jax", "--out", tmp_path / "out")
     wide = {
         "blocks.0.self_attn.q": Change(
