@@ -23,7 +23,7 @@ from converters.families import FOREIGN, NETWORKS
 from converters.folders import Checkpoint
 from converters.layouts import OURS, Layout, Network
 from converters.pickles import SUFFIXES, ContentError
-from converters.rules import Rule, rename, shapes_in
+from converters.rules import Rule, rename, shapes_in, without
 from converters.sidecar import Sidecar
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -484,7 +484,10 @@ def identify(
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a layout fits the names: it knows `known` of its `own` (without other networks')."""
+    """How well a layout fits names: it knows `known` of its `own`.
+
+    Those of other networks and those that carry no weights are not its own.
+    """
 
     network: Network
     layout: str
@@ -505,7 +508,8 @@ def _scores(names: Iterable[str]) -> list[Score]:
     names, scores = list(names), []
     for network in NETWORKS.values():
         for label, layout in ((OURS, _our_layout(network.name)), *network.layouts.items()):
-            own = tuple(name for name in names if not name.startswith(layout.drop))
+            own = [name for name in names if not name.startswith(layout.drop)]
+            own = tuple(without(own, layout.ignore))
             known, _ = rename(own, layout.rules(None))
             if known:
                 scores.append(Score(network, label, len(known), own))

@@ -139,6 +139,12 @@ def rename(
     return mapping, faults
 
 
+def without(names: Iterable[str], ignore: Iterable[str]) -> list[str]:
+    """The names that fit none of the patterns."""
+    skip = [_compile(pattern) for pattern in ignore]
+    return [name for name in names if not any(pattern.fullmatch(name) for pattern in skip)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Move:
     """The way of one tensor: the name it has, the name it gets, the change of axes in between."""
@@ -170,8 +176,7 @@ def plan(
         floating-point tensor; all of it is listed, each with the nearest known name.
     """
     rules = list(rules)
-    skip = [_compile(pattern) for pattern in ignore]
-    names = [name for name in tensors if not any(pattern.fullmatch(name) for pattern in skip)]
+    names = without(tensors, ignore)
     # What the source would be called and shaped if it were right: faults are reported under the
     # names that the file uses.
     wanted = _wanted(expected, rules)
@@ -234,8 +239,7 @@ def _wrong_dtype(kind: str, names: list[str]) -> str:
 def _report(faults: Iterable[str], known: Iterable[str], there: Iterable[str]) -> str:
     """The message: every fault, with the nearest name to what is unexpected or missing."""
     faults, known, there = sorted(faults), list(known), list(there)
-    number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    lines = [f"the checkpoint does not fit ({number}):"]
+    lines = []
     for fault in faults[:LISTED]:
         kind, _, name = fault.partition(": ")
         if kind == "unexpected":
@@ -243,9 +247,11 @@ def _report(faults: Iterable[str], known: Iterable[str], there: Iterable[str]) -
         elif kind == "missing":
             fault += _nearest(name, there)
         lines.append(fault)
+    if len(lines) == 1:
+        return f"the checkpoint does not fit: {lines[0]}"
     if len(faults) > LISTED:
         lines.append(f"and {len(faults) - LISTED} more")
-    return "\n  ".join(lines)
+    return "\n  ".join((f"the checkpoint does not fit ({len(faults)} faults):", *lines))
 
 
 def convert(
