@@ -70,6 +70,7 @@ class Network:
       expected: shape of every parameter, from a config.
       sentence: the sizes in a few words, from a config.
       foreign: what it is, if a config is that of a well-known model of another project; else None.
+      kind: its name in models/build.py, where several checkpoints are of one class; default `name`.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Network:
     expected: Callable[[Any], dict[str, tuple[int, ...]]]
     sentence: Callable[[Any], str]
     foreign: Callable[[Any], str | None] = _nothing
+    kind: str = ""
 
 
 def count(shapes: Shapes, pattern: str) -> int:

@@ -91,6 +91,7 @@ class LoraPart:
     path: Path
     evidence: str
     network: LoraNetwork = LoraNetwork()
+    group: str = "lora"
 
     def describe(self) -> str:
         """One line for people."""

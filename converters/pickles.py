@@ -18,12 +18,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from chameleon_jax.errors import one_line
+from chameleon_jax.errors import MissingPackageError, install_command, need, one_line
 from chameleon_jax.weights.tensors import Entry, LazyTensor, WeightsError, raw
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -111,25 +112,24 @@ def write_pickle(
         os.fsync(file.fileno())
 
 
-def import_torch() -> Any:
+def import_torch() -> ModuleType:
     """The torch module.
 
     Raises:
       WeightsError: not installed, or too old to be safe.
     """
     try:
-        import torch
-    except ModuleNotFoundError:
+        torch = need("torch", "convert")
+    except MissingPackageError as error:
         raise WeightsError(
-            "PyTorch is needed for .pth, .pt and .bin files and is not installed; pip install"
-            " 'torch>=2.6' (a build for the CPU will do), or use the safetensors form of the"
-            " checkpoint"
+            f"PyTorch reads and writes .pth, .pt and .bin files: {error}; or use the safetensors"
+            " form of the checkpoint"
         ) from None
     version = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
     if version < TORCH:
         raise WeightsError(
             f"torch {torch.__version__} can be made to run code by a checkpoint (CVE-2025-32434);"
-            " pip install 'torch>=2.6'"
+            f" {install_command('convert')}"
         )
     return torch
 

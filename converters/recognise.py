@@ -48,6 +48,8 @@ class Part:
       prefix: what stood before every name, e.g. "generator.model.".
       evidence: why it was taken for that, in words.
       settings: the other groups of our config.json (video, cache, sampler, ...), if they are known.
+      group: its group in `model` of our config.json, and the name of its file in our layout: the
+        network's name, unless it plays another part ("decoder").
     """
 
     network: Network
@@ -58,6 +60,10 @@ class Part:
     prefix: str
     evidence: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    group: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "group", self.group or self.network.name)
 
     @property
     def nbytes(self) -> int:
@@ -124,8 +130,8 @@ def look(paths: Sequence[Path], part: str | None = None, variant: str | None = N
                     f"{item.path}: a LoRA that lies beside the model is not used; --lora"
                     f" {item.path} merges it, and given alone it is converted"
                 )
-    for name in {item.network.name: None for item in parts}:
-        same = [item for item in parts if item.network.name == name]
+    for group in {item.group: None for item in parts}:
+        same = [item for item in parts if item.group == group]
         if len(same) > 1:
             listed = "; ".join(item.describe() for item in same)
             raise RecognitionError(
@@ -469,7 +475,8 @@ def identify(
     layout = layout_of(network, name)
     kept = {key: tensors[key] for key in best.own}
     shapes = shapes_in(layout.rules(None), {key: tuple(x.shape) for key, x in kept.items()})
-    config = _config(path, best, shapes, about, beside)
+    group = _group(path, best, about, beside)
+    config = _config(path, best, group, shapes, about, beside)
     foreign = network.foreign(config)
     if foreign:
         raise ForeignError(f"{path}: this is {foreign}", network.name)
@@ -479,7 +486,8 @@ def identify(
     settings = beside.settings
     if name == OURS and "model" in about:
         settings = sidecar.settings_of(about)
-    return Part(network, name, layout.prepare(kept), config, path, prefix, evidence, settings)
+    kept = layout.prepare(kept)
+    return Part(network, name, kept, config, path, prefix, evidence, settings, group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -516,9 +524,20 @@ def _scores(names: Iterable[str]) -> list[Score]:
     return sorted(scores, key=lambda score: score.rank, reverse=True)
 
 
+def _group(path: Path, score: Score, about: Mapping[str, Any], beside: Sidecar) -> str:
+    """The network's group in our config.json: its name, or that of another part that it plays."""
+    name, model = score.network.name, about.get("model")
+    if score.layout != OURS or not isinstance(model, dict):
+        return beside.groups.get(name, name)
+    fields = model.get(path.stem)
+    kind = score.network.kind or name
+    return path.stem if isinstance(fields, dict) and fields.get("network") == kind else name
+
+
 def _config(
     path: Path,
     score: Score,
+    group: str,
     shapes: Mapping[str, tuple[int, ...]],
     about: Mapping[str, Any],
     beside: Sidecar,
@@ -529,12 +548,12 @@ def _config(
     """
     network, where = score.network, path
     model = about.get("model")
-    stored = model.get(network.name) if isinstance(model, dict) and score.layout == OURS else None
+    stored = model.get(group) if isinstance(model, dict) and score.layout == OURS else None
     extra = beside.model.get(network.name, {})
     try:
         if stored is not None:
-            where = f"{path.parent / 'config.json'}: model.{network.name}"
-            return network.config(**stored)
+            where = f"{path.parent / 'config.json'}: model.{group}"
+            return network.config(**{k: v for k, v in stored.items() if k != "network"})
         found = network.sizes(shapes, about if model is None else {})
         if extra:
             where = f"{path.parent / sidecar.NAME}: model.{network.name}"

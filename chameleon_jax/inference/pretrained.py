@@ -126,7 +126,7 @@ def _converted(folder: Path) -> Path:
         found = recognise.look([folder])
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
-        lacking = set(PIPELINE) - {part.network.name for part in found.parts}
+        lacking = set(PIPELINE) - {part.group for part in found.parts}
         if lacking:
             raise PipelineError(
                 f"{folder}: no {', '.join(sorted(lacking))} among its checkpoints; a pipeline needs"
