@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]  # of a clone; of an installed packag
 
 
 class UserError(ValueError):
-    """An input, a setting or the machine cannot be used as asked. The message is for the user."""
+    """An input, a setting or the machine cannot be used as asked. The message is for the user.
+
+    Attributes:
+      keeps_lines: the message is a list of faults, a line each; others are one line.
+    """
+
+    keeps_lines = False
 
 
 class MissingPackageError(UserError):

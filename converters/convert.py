@@ -61,48 +61,101 @@ def prepare(
       ConversionError: tensors that do not fit; all of them are listed, of all networks.
       RecognitionError: a layout that a network does not have, a LoRA without a transformer.
     """
-    files, texts, faults, remarks = [], {}, [], []
-    of_dit: list[Entry] = []
-    sidecars: dict[str, list[Sidecar]] = {}  # by folder
     if merges and not any(part.network is DIT for part in parts):
         raise RecognitionError("--lora: there is no transformer among the inputs to add it to")
+    planned: list[_Planned] = []
+    faults, remarks = [], []
     for part in parts:
         try:
-            if isinstance(part, lora.LoraPart):
-                files.append(lora.out_file(part, to, dtype))
-                texts |= lora.out_texts(part, to)
-                continue
-            layout = _target(part, to)
-            folder = str(Path(layout.file).parent)
-            entries = _entries(part, to, dtype, merges if part.network is DIT else (), label)
-            if part.network is DIT:
-                of_dit = entries
-            if to != OURS:
-                sidecars.setdefault(folder, []).append(not_carried(part, to, entries))
+            planned.append(_planned(part, to, dtype, merges, label))
         except (ConversionError, WeightsError) as error:
             faults.append(f"{part.path}: {error}")
-            continue
-        made, index = cut_into_files(layout.file, entries, sharded=to != OURS)
-        files += made
-        texts |= index
-        if layout.about is not None:
-            texts[str(Path(folder) / "config.json")] = _json(layout.about(part.config))
+    by_file: dict[str, list[str]] = {}
+    for one in planned:
+        by_file.setdefault(one.name, []).append(str(one.part.path))
+    for name, paths in by_file.items():
+        if len(paths) > 1:
+            faults.append(f"{name} would hold {' and '.join(paths)}; convert them one by one")
     if faults:
         raise ConversionError("\n".join(faults))
-    for folder, found in sidecars.items():
-        one = sidecar.merged(found)
-        if one != Sidecar():
-            texts[str(Path(folder) / sidecar.NAME)] = one.text()
-    networks = {part.network.name: part for part in parts if isinstance(part, Part)}
+    files, texts = [], _sidecars(planned)
+    for one in planned:
+        files += one.files
+        texts |= one.texts
+        remarks += one.remarks
+    networks = {part.group: part for part in parts if isinstance(part, Part)}
     if to in companions.TOKENIZER_FOLDERS and TEXT.name in networks:
         tokenizer, remark = companions.tokenizer_files(networks[TEXT.name], to)
         texts |= tokenizer
         remarks += remark
     if to == OURS and networks:
+        of_dit = [entry for one in planned if one.part.network is DIT for entry in one.entries]
         texts["config.json"] = _json(our_config(networks, of_dit, cast=dtype is not None))
     if to == "diffusers" and set(PIPELINE) <= networks.keys():
         texts |= companions.diffusers_pipeline(networks["dit"].settings)
     return Folder(tuple(files), texts), remarks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """What is to be written of one part.
+
+    Attributes:
+      part: a network or a LoRA.
+      name: its file; the files are shards of it where it is large.
+      files: of tensors.
+      texts: small files beside them, by path.
+      beside: what the layout has no place for.
+      remarks: for the user.
+    """
+
+    part: Part | lora.LoraPart
+    name: str
+    files: Sequence[OutFile]
+    texts: Mapping[str, str]
+    beside: Sidecar
+    remarks: Sequence[str] = ()
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for file in self.files for entry in file.entries]
+
+
+def _planned(
+    part: Part | lora.LoraPart,
+    to: str,
+    dtype: np.dtype | None,
+    merges: Sequence[Merge],
+    label: str,
+) -> _Planned:
+    if isinstance(part, lora.LoraPart):
+        file = lora.out_file(part, to, dtype)
+        return _Planned(part, file.path, [file], lora.out_texts(part, to), Sidecar())
+    layout = _target(part, to)
+    name = f"{part.group}.safetensors" if to == OURS else layout.file
+    entries = _entries(part, to, dtype, merges if part.network is DIT else (), label)
+    files, texts = cut_into_files(name, entries, sharded=to != OURS)
+    if layout.about is not None:
+        texts[str(Path(name).parent / "config.json")] = _json(layout.about(part.config))
+    beside = Sidecar() if to == OURS else not_carried(part, to, entries)
+    remarks, obstacle = [], layout.obstacle(part.config)
+    if obstacle:
+        remarks.append(
+            f"the weights in {name} are complete, but the library of the {to} layout cannot load"
+            f" this {part.network.title}: {obstacle}"
+        )
+    return _Planned(part, name, files, texts, beside, remarks)
+
+
+def _sidecars(planned: Sequence[_Planned]) -> dict[str, str]:
+    """The sidecars by path: one for all networks in a folder, where it says anything."""
+    by_folder: dict[Path, list[Sidecar]] = {}
+    for one in planned:
+        by_folder.setdefault(Path(one.name).parent, []).append(one.beside)
+    merged = {folder: sidecar.merged(found) for folder, found in by_folder.items()}
+    return {
+        str(folder / sidecar.NAME): one.text() for folder, one in merged.items() if one != Sidecar()
+    }
 
 
 def not_carried(part: Part, to: str, entries: Sequence[Entry]) -> Sidecar:
@@ -150,10 +203,11 @@ def not_carried(part: Part, to: str, entries: Sequence[Entry]) -> Sidecar:
             f"the {to} layout cannot carry {', '.join(sorted(fields))} of this {title}"
         )
     model = {name: fields} if fields else {}
+    groups = {name: part.group} if part.group != name else {}
     settings = sidecar.plain(part.settings if part.network is DIT else {})
     if settings == sidecar.plain(default_settings(entries)):
         settings = {}
-    return Sidecar(model, settings)
+    return Sidecar(model, settings, groups)
 
 
 def our_config(
@@ -162,11 +216,14 @@ def our_config(
     """config.json of our layout: the sizes; for a whole pipeline also how it is sampled.
 
     Args:
-      networks: by name.
+      networks: by their group in the config.
       entries: of the transformer, as it will be written.
       cast: its dtype was asked for, and becomes that of the computation.
     """
-    model = {name: sidecar.fields_of(part.config) for name, part in networks.items()}
+    model = {group: sidecar.fields_of(part.config) for group, part in networks.items()}
+    for group, part in networks.items():
+        if group != part.network.name:
+            model[group] = {"network": part.network.kind or part.network.name} | model[group]
     if {"dit", "text"} <= model.keys():
         # No public text encoder says how long its prompts are.
         model["text"]["length"] = model["dit"]["text_length"]

@@ -45,7 +45,8 @@ FOREIGN = (
     ),
     Foreign(r"(^|\.)face_adapter\.", "Wan-Animate, 14B", "dit"),
     Foreign(
-        r"(^|\.)(quantized_weight|weight_scale|scale_weight)(_|$)|\.quantized_weight\w*$",
+        r"(^|\.)(quantized_weight|weight_scale|scale_weight)(_|$)|\.quantized_weight\w*$"
+        r"|(^|\.)scaled_fp8$",
         "packed in 8 or 4 bits; ask for the bfloat16 file",
     ),
     Foreign(

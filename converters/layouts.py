@@ -43,6 +43,8 @@ class Layout:
       ignore: patterns of names that carry no weights and may be there or not.
       drop: beginnings of names of other networks that share the file.
       prepare: changes the tensors before the table, for what a table cannot say.
+      obstacle: why the library that this layout is for cannot build a network of that config; None
+        if it can.
     """
 
     rules: Callable[[Any], list[Rule]]
@@ -51,6 +53,7 @@ class Layout:
     ignore: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_they_are
+    obstacle: Callable[[Any], str | None] = _nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Network:
       expected: shape of every parameter, from a config.
       sentence: the sizes in a few words, from a config.
       foreign: what it is, if a config is that of a well-known model of another project; else None.
+      kind: its name in models/build.py, where several checkpoints are of one class; default `name`.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Network:
     expected: Callable[[Any], dict[str, tuple[int, ...]]]
     sentence: Callable[[Any], str]
     foreign: Callable[[Any], str | None] = _nothing
+    kind: str = ""
 
 
 def count(shapes: Shapes, pattern: str) -> int:

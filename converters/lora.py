@@ -1,12 +1,13 @@
 """LoRAs for the Wan transformer, in the four ways in which they are named.
 
-    peft       base_model.model.blocks.0.self_attn.q.lora_A.weight          alpha in adapter_config.json
-    diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight                alpha in the header
-    official   diffusion_model.blocks.0.self_attn.q.lora_A.weight           alpha as a tensor
-    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight              alpha as a tensor
+    peft       base_model.model.blocks.0.self_attn.q.lora_A.weight    alpha in adapter_config.json
+    diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight          alpha in the header
+    official   diffusion_model.blocks.0.self_attn.q.lora_A.weight     alpha as a tensor
+    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight        alpha as a tensor
 
-Prefixes, `lora_down` for `lora_A` and `lora_up` for `lora_B` are mixed freely in the wild: all
-mixtures are read. Where no alpha is given, it is the rank: the product counts once.
+Trainers mix these freely, with more prefixes, with dots in kohya's names, with the adapter's name
+behind `lora_A`: all mixtures are read. Where no alpha is given, it is the rank: the product counts
+once.
 """
 
 from __future__ import annotations
@@ -21,27 +22,21 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_jax.weights.lora import Change, Lora
+from chameleon_jax.weights.lora import Change, Lora, check_finite
 from chameleon_jax.weights.tensors import ArrayTensor, Entry, WeightsError, read_metadata
 from converters.dit import DIFFUSERS_RULES, OFFICIAL_RULES
 from converters.layouts import OURS
-from converters.rules import LINEAR, ConversionError, Rule, rename
+from converters.rules import LINEAR, ConversionError, Rule, rename, wrong_dtypes
 from converters.writing import OutFile
 
-METADATA = (
-    "lora_adapter_metadata"  # key in the header under which diffusers keeps the adapter's settings
+METADATA = "lora_adapter_metadata"  # in the header: where diffusers keeps the adapter's settings
+HALF = re.compile(
+    r"(?P<module>.+)\."
+    r"(?P<half>lora_A|lora_B|lora_down|lora_up|lora(?:_linear_layer)?\.(?:down|up))"
+    r"(?:(?:\.(?P<adapter>[^.]+))?\.weight)?"
 )
-ENDS = {
-    ".lora_A.weight": "A",
-    ".lora_A.default.weight": "A",
-    ".lora_down.weight": "A",
-    ".lora.down.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_B.default.weight": "B",
-    ".lora_up.weight": "B",
-    ".lora.up.weight": "B",
-    ".alpha": "alpha",
-}
+ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+FIRST = ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down")  # the half [r, in]
 FILES = {
     OURS: "lora.safetensors",
     "diffusers": "pytorch_lora_weights.safetensors",
@@ -49,20 +44,25 @@ FILES = {
     "kohya": "lora.safetensors",
     "peft": "adapter_model.safetensors",
 }
-PREFIX = {
+PREFIX = {  # as we write it
     "peft": "base_model.model.",
     "diffusers": "transformer.",
     "official": "diffusion_model.",
     "kohya": "lora_unet_",
 }
+# What trainers put before the name of a layer, once or several of them, with dots or underscores.
 PREFIXES = (
-    "base_model.model.",
-    "diffusion_model.",
-    "transformer.",
-    "lora_unet_",
-    "lora_transformer_",
-    "model.",
+    "base_model_",
+    "diffusion_model_",
+    "transformer_",
+    "model_",
+    "unet_",
+    "pipe_",
+    "dit_",
+    "lora_",
+    "lycoris_",
 )
+KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")  # marks of names with underscores
 OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -91,6 +91,7 @@ class LoraPart:
     path: Path
     evidence: str
     network: LoraNetwork = LoraNetwork()
+    group: str = "lora"
 
     def describe(self) -> str:
         """One line for people."""
@@ -103,45 +104,29 @@ class LoraPart:
         )
 
 
-def parse_strength(text: str) -> tuple[Path, float]:
-    """`file@0.8` as path and strength; 1 if none is said, or if a file has that very name.
-
-    Raises:
-      ValueError: what stands behind the @ is no number.
-    """
-    head, at, tail = text.rpartition("@")
-    if not at or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(head), float(tail)
-    except ValueError:
-        raise ValueError(f"{tail!r} is not a strength; expected FILE@0.8") from None
-
-
 def looks_like_lora(names: Iterable[str]) -> bool:
-    """Do the names speak of low-rank changes, or of their relatives?"""
-    marks = (
-        *(end.removesuffix(".weight") for end in ENDS if end != ".alpha"),
-        ".lora_a",
-        *OTHER_KINDS,
-    )
-    return any(mark in name for name in names for mark in marks if mark not in (".diff", ".diff_b"))
+    """Are there low-rank changes among the names, or their relatives?"""
+    return any(map(_is_of_lora, names))
+
+
+def _is_of_lora(name: str) -> bool:
+    if HALF.fullmatch(name) or name.endswith(".lora_a"):
+        return True
+    marks = [mark for mark in OTHER_KINDS if mark not in (".diff", ".diff_b")]
+    return any(mark in name for mark in marks)
 
 
 def module_rules(layout: str) -> list[Rule]:
-    """Names of the layers in a layout, without its prefix, and ours: every linear layer of the
-    transformer.
-    """
-    table = DIFFUSERS_RULES if layout == "diffusers" else OFFICIAL_RULES
-    rows = [
-        (r.source.removesuffix(".weight"), r.target.removesuffix(".kernel"))
-        for r in table
-        if r.transform is LINEAR
-    ]
-    return [
-        Rule(source.replace(".", "_") if layout == "kohya" else source, target)
-        for source, target in rows
-    ]
+    """Names of the layers in a layout, without its prefix, and ours: every linear layer."""
+    rules = []
+    for rule in DIFFUSERS_RULES if layout == "diffusers" else OFFICIAL_RULES:
+        if rule.transform is not LINEAR:
+            continue
+        source = rule.source.removesuffix(".weight")
+        if layout == "kohya":
+            source = source.replace(".", "_")
+        rules.append(Rule(source, rule.target.removesuffix(".kernel")))
+    return rules
 
 
 def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -> LoraPart:
@@ -150,19 +135,18 @@ def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -
     Args:
       path: where it lies, for messages and for the settings beside it.
       tensors: by name.
-      part: of a training checkpoint that holds several, "generator" (the default) or "critic".
+      part: of a training checkpoint that holds several, "generator" (the default) or "critic"; of
+        a file with several adapters, the name of one.
 
     Raises:
       ConversionError: names that belong to no layer, halves without their other half, ranks that
         disagree; all listed.
-      WeightsError: another kind of low-rank change.
+      WeightsError: another kind of low-rank change, several adapters, numbers that are not finite.
     """
-    kinds = {
-        kind
-        for mark, kind in OTHER_KINDS.items()
-        for name in tensors
-        if name.endswith(mark) or f"{mark}." in name
-    }
+    kinds = set()
+    for mark, kind in OTHER_KINDS.items():
+        if any(name.endswith(mark) or f"{mark}." in name for name in tensors):
+            kinds.add(kind)
     if kinds:
         raise WeightsError(
             f"{path}: this is {', '.join(sorted(kinds))}; only plain LoRA (A and B) is read"
@@ -170,47 +154,118 @@ def recognise(path: Path, tensors: Mapping[str, Any], part: str | None = None) -
     tensors = _one_part(path, tensors, part)
     evidence = f"{len(tensors)} names"
     if any(name.endswith(".lora_a") for name in tensors):
-        return LoraPart(Lora.load(path).changes, "jax", path, evidence)
-    modules: dict[str, dict[str, np.ndarray]] = {}
-    faults = []
-    for raw, tensor in tensors.items():
-        name = _normalised(raw)
-        module, part = next(
-            ((name.removesuffix(end), key) for end, key in ENDS.items() if name.endswith(end)),
-            (name, ""),
-        )
-        if not part:
-            faults.append(f"unexpected: {raw}")
-        elif part in modules.setdefault(module, {}):
-            faults.append(f"matched twice: {module}, the second time by {raw}")
-        else:
-            modules[module][part] = tensor.array()
-    layout = _layout(tensors, modules)
-    mapping, unknown = rename(modules, module_rules(layout))
-    faults += unknown
+        return LoraPart(Lora.load(path).changes, OURS, path, evidence)
+    modules, faults = _modules(_one_adapter(path, tensors, part))
+    layout, layers = _layers(tensors, modules)
+    faults += [f"unexpected: {module}" for module in modules if module not in layers]
     settings = _settings(path)
     changes = {}
-    for module, (layer, _) in mapping.items():
-        parts = modules[module]
-        faults += [f"missing: {module}.lora_{half}" for half in "AB" if half not in parts]
-        a, b = parts.get("A"), parts.get("B")
-        if a is None or b is None:
-            continue
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            faults.append(
-                f"wrong shape: {module} is {b.shape} x {a.shape}; expected [out, r] x [r, in]"
-            )
-            continue
-        alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(settings, module, a.shape[0])
-        changes[layer] = Change(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), alpha)
+    for module, layer in layers.items():
+        found = _faults(module, modules[module])
+        if layer in changes:
+            found.append(f"matched twice: {layer}, the second time by {module}")
+        faults += found
+        if not found:
+            changes[layer] = _change(path, module, modules[module], settings)
     if faults or not changes:
         lines = "\n  ".join(sorted(faults)[:50])
         raise ConversionError(
             f"{path}: the LoRA does not fit the Wan transformer ({len(faults)} faults):\n  {lines}"
         )
-    return LoraPart(
-        dict(sorted(changes.items(), key=lambda item: _natural(item[0]))), layout, path, evidence
-    )
+    check_finite(path, changes)
+    ordered = dict(sorted(changes.items(), key=lambda item: _natural(item[0])))
+    return LoraPart(ordered, layout, path, evidence)
+
+
+def _one_adapter(path: Path, tensors: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
+    """Those of one adapter, where PEFT kept several in a file."""
+    adapters = {}
+    for name in tensors:
+        match = HALF.fullmatch(name)
+        adapters[name] = match["adapter"] if match else None
+    several = sorted(set(adapters.values()) - {None})
+    if len(several) < 2:
+        return tensors
+    if part not in several:
+        raise WeightsError(
+            f"{path}: holds several adapters: {', '.join(several)}; convert one with --part NAME"
+        )
+    return {name: x for name, x in tensors.items() if adapters[name] in (None, part)}
+
+
+def _modules(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """The parts A, B and alpha of every layer, by the layer's name in the file; and faults."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    faults = wrong_dtypes(tensors)
+    for name, tensor in tensors.items():
+        match = HALF.fullmatch(name) or ALPHA.fullmatch(name)
+        if not match:
+            faults.append(f"unexpected: {name}")
+            continue
+        half = match.groupdict().get("half")
+        part = "alpha" if half is None else "A" if half in FIRST else "B"
+        parts = modules.setdefault(match["module"], {})
+        if part in parts:
+            faults.append(f"matched twice: {match['module']}, the second time by {name}")
+        parts[part] = tensor.array()
+    return modules, faults
+
+
+def _layers(names: Iterable[str], modules: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """Which naming it is, and our layer of each module that the naming knows."""
+    plain = {module: _without_prefixes(module) for module in modules}
+    known = {}
+    for layout in ("official", "diffusers"):
+        rules = [Rule(rule.source.replace(".", "_"), rule.target) for rule in module_rules(layout)]
+        known[layout] = rename(set(plain.values()), rules)[0]
+    layout = "official"
+    if len(known["diffusers"]) > len(known["official"]):
+        layout = "diffusers"
+    layers = {
+        module: known[layout][name][0] for module, name in plain.items() if name in known[layout]
+    }
+    names = list(names)
+    if any(name.startswith(KOHYA) for name in names):
+        return "kohya", layers
+    if layout == "official" and any("base_model.model." in name for name in names):
+        return "peft", layers
+    return layout, layers
+
+
+def _without_prefixes(module: str) -> str:
+    """The name with underscores for dots, and without anything before the layer's own name."""
+    name = module.replace(".", "_")
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+    while prefix is not None:
+        name = name.removeprefix(prefix)
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+    return name
+
+
+def _faults(module: str, parts: Mapping[str, np.ndarray]) -> list[str]:
+    """What is wrong with the parts of one layer."""
+    faults = [f"missing: {module}.lora_{half}" for half in "AB" if half not in parts]
+    if faults:
+        return faults
+    a, b = parts["A"], parts["B"]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        faults.append(
+            f"wrong shape: {module} is {b.shape} x {a.shape}; expected [out, r] x [r, in]"
+        )
+    if "alpha" in parts and parts["alpha"].size != 1:
+        faults.append(f"wrong shape: {module}.alpha is {parts['alpha'].shape}; expected one number")
+    return faults
+
+
+def _change(
+    path: Path, module: str, parts: Mapping[str, np.ndarray], settings: Mapping[str, Any]
+) -> Change:
+    a, b = parts["A"], parts["B"]
+    if "alpha" in parts:
+        alpha = float(parts["alpha"].reshape(()))
+    else:
+        alpha = _alpha(path, settings, module, a.shape[0])
+    return Change(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), alpha)
 
 
 def _one_part(path: Path, tensors: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
@@ -311,46 +366,33 @@ def _module_names(layers: Iterable[str], layout: str) -> dict[str, str]:
     return {layer: target for layer, (target, _) in mapping.items()}
 
 
-def _normalised(name: str) -> str:
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _layout(names: Iterable[str], modules: Iterable[str]) -> str:
-    """Which naming: kohya's by its prefix, the others by which table knows more."""
-    if any(name.startswith(("lora_unet_", "lora_transformer_")) for name in names):
-        return "kohya"
-    known = {
-        layout: len(rename(modules, module_rules(layout))[0])
-        for layout in ("official", "diffusers")
-    }
-    if known["diffusers"] > known["official"]:
-        return "diffusers"
-    return "peft" if any("base_model.model." in name for name in names) else "official"
-
-
 def _settings(path: Path) -> dict[str, Any]:
     """PEFT's settings of the adapter: of the file beside, or of the header; {} without any."""
-    beside = path.parent / "adapter_config.json"
+    beside, settings = path.parent / "adapter_config.json", {}
     try:
         if beside.is_file():
-            return json.loads(beside.read_text(encoding="utf-8"))
-        if path.suffix == ".safetensors":
-            stored = json.loads(read_metadata(path).get(METADATA, "{}"))
-            return {key.removeprefix("transformer."): value for key, value in stored.items()}
-    except (ValueError, AttributeError) as error:
+            settings = dict(json.loads(beside.read_text(encoding="utf-8")))
+        elif path.suffix == ".safetensors":
+            stored = dict(json.loads(read_metadata(path).get(METADATA, "{}")))
+            settings = {key.removeprefix("transformer."): value for key, value in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: unreadable settings of the adapter ({error})") from None
-    return {}
+    return settings
 
 
-def _alpha(settings: Mapping[str, Any], module: str, rank: int) -> float:
+def _alpha(path: Path, settings: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha of a module, such that the product counts alpha / rank."""
     alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|\.){pattern}$", module):
-            alpha = value
-    return float(alpha) * rank**0.5 if settings.get("use_rslora") else float(alpha)
+    try:
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.search(rf"(^|\.){pattern}$", module):
+                alpha = value
+        alpha = float(alpha)
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"{path}: the settings of the adapter give no alpha for {module} ({error})"
+        ) from None
+    return alpha * rank**0.5 if settings.get("use_rslora") else alpha
 
 
 def _whole(value: float) -> float | int:

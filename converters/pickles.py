@@ -18,15 +18,21 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from chameleon_jax.errors import MissingPackageError, install_command, need, one_line
 from chameleon_jax.weights.tensors import Entry, LazyTensor, WeightsError, raw
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 TORCH = (2, 6)
+
+
+class ContentError(WeightsError):
+    """A pickle holds something else than tensors, or is of a kind that is not read for safety."""
 
 
 def open_pickle(path: str | os.PathLike) -> dict[str, LazyTensor]:
@@ -45,7 +51,7 @@ def open_pickle(path: str | os.PathLike) -> dict[str, LazyTensor]:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the loader raises a dozen kinds
-        raise WeightsError(_refusal(path, str(error))) from None
+        raise _refusal(path, str(error)) from None
     tensors: dict[str, LazyTensor] = {}
     _collect(path, content, "", tensors, _dtypes(torch))
     return tensors
@@ -56,17 +62,16 @@ def write_pickle(
     entries: Iterable[Entry],
     on_piece: Callable[[str, memoryview], None] = lambda name, piece: None,
 ) -> None:
-    """Write a file that `torch.load` reads, tensor by tensor, in place: the caller renames it when
-    all is well.
+    """Write a file that `torch.load` reads, tensor by tensor, in place.
 
-    torch writes the archive with empty records; the numbers are put in afterwards, and the
-    checksums with them.
+    The caller renames it when all is well. torch writes the archive with empty records; the numbers
+    are put in afterwards, and the checksums with them.
 
     Args:
       path: overwritten.
       entries: what to write; a name with dots stays one flat key, except that "a//b" becomes key b
         of a dictionary a.
-      on_piece: told the tensor's name and the bytes of each piece that was written, in their order
+      on_piece: called with the tensor's name and the bytes of each piece that was written, in their order
         in the file.
 
     Raises:
@@ -84,7 +89,9 @@ def write_pickle(
         with skip_data(materialize_fake_tensors=True):
             torch.save(_nested(flat), path)
     except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"torch.save failed: {error}") from None
+        raise OSError(
+            f"PyTorch could not write it, the disk may be full ({one_line(error)})"
+        ) from None
     with FakeTensorMode():
         content = torch.load(path, weights_only=True, mmap=True)
     placed: dict[str, LazyTensor] = {}
@@ -105,25 +112,24 @@ def write_pickle(
         os.fsync(file.fileno())
 
 
-def import_torch() -> Any:
+def import_torch() -> ModuleType:
     """The torch module.
 
     Raises:
       WeightsError: not installed, or too old to be safe.
     """
     try:
-        import torch
-    except ModuleNotFoundError:
+        torch = need("torch", "convert")
+    except MissingPackageError as error:
         raise WeightsError(
-            "PyTorch is needed for .pth, .pt and .bin files and is not installed; pip install"
-            " 'torch>=2.6' (a build for the"
-            " CPU will do), or use the safetensors form of the checkpoint"
+            f"PyTorch reads and writes .pth, .pt and .bin files: {error}; or use the safetensors"
+            " form of the checkpoint"
         ) from None
     version = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
     if version < TORCH:
         raise WeightsError(
             f"torch {torch.__version__} can be made to run code by a checkpoint (CVE-2025-32434);"
-            " pip install 'torch>=2.6'"
+            f" {install_command('convert')}"
         )
     return torch
 
@@ -151,7 +157,7 @@ def _check_archive(path: Path) -> None:
                 if info.compress_type != zipfile.ZIP_STORED
             ]
         if squeezed:
-            raise WeightsError(
+            raise ContentError(
                 f"{path}: {squeezed[0]} in it is compressed, which torch.save never does; save it"
                 " again"
             )
@@ -167,26 +173,25 @@ def _check_archive(path: Path) -> None:
         raise WeightsError(f"{path}: a Git LFS pointer, not the checkpoint; run git lfs pull")
     if start.startswith(b"PK"):
         raise WeightsError(f"{path}: the archive is cut off; download it again")
-    raise WeightsError(
+    raise ContentError(
         f"{path}: not an archive of torch.save. Files of torch before 1.6 and plain pickles are not"
-        " read, as they cannot be"
-        " without trust; load it where you trust it and save it again with torch.save, or better as"
-        " safetensors"
+        " read, as they cannot be without trust; load it where you trust it and save it again with"
+        " torch.save, or better as safetensors"
     )
 
 
-def _refusal(path: Path, error: str) -> str:
+def _refusal(path: Path, error: str) -> WeightsError:
+    """What torch's restricted loader says, in our words."""
+    if "eights only load failed" not in error and "weights_only" not in error:
+        return WeightsError(f"{path}: not readable ({one_line(error)[:200]})")
     wanted = re.search(
         r"(?:Unsupported (?:global|class|operand)[^\n]*?|GLOBAL\s+)([\w.]+\.[\w.]+)", error
     )
-    if "eights only load failed" in error or "weights_only" in error:
-        what = f" ({wanted.group(1)})" if wanted else ""
-        return (
-            f"{path}: refused: the pickle in it wants more than tensors{what}, and nothing in it"
-            " was run. Ask for a"
-            " safetensors file, or load it where you trust it and save the tensors alone"
-        )
-    return f"{path}: not readable ({' '.join(error.split())[:200]})"
+    what = f" ({wanted.group(1)})" if wanted else ""
+    return ContentError(
+        f"{path}: refused: the pickle in it wants more than tensors{what}, and nothing in it was"
+        " run. Ask for a safetensors file, or load it where you trust it and save the tensors alone"
+    )
 
 
 def _collect(

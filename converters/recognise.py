@@ -17,22 +17,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chameleon_jax.errors import UserError
-from chameleon_jax.weights.tensors import INDEX_SUFFIX, LazyTensor, WeightsError, open_tensors
-from converters import lora, sidecar
+from chameleon_jax.errors import UserError, one_line
+from converters import folders, lora, sidecar
 from converters.families import FOREIGN, NETWORKS
+from converters.folders import Checkpoint
 from converters.layouts import OURS, Layout, Network
-from converters.pickles import SUFFIXES, open_pickle
-from converters.rules import Rule, rename, shapes_in
+from converters.pickles import SUFFIXES, ContentError
+from converters.rules import Rule, rename, shapes_in, without
 from converters.sidecar import Sidecar
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-# What training leaves beside the weights: never read.
-LEFTOVERS = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.(bin|pt|pth|safetensors)"
-)
 PREFERRED = ("generator_ema", "generator")  # parts of a training checkpoint, the one to use first
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 MATCH = 0.5  # share of the names that a table must know
 
 
@@ -53,6 +48,8 @@ class Part:
       prefix: what stood before every name, e.g. "generator.model.".
       evidence: why it was taken for that, in words.
       settings: the other groups of our config.json (video, cache, sampler, ...), if they are known.
+      group: its group in `model` of our config.json, and the name of its file in our layout: the
+        network's name, unless it plays another part ("decoder").
     """
 
     network: Network
@@ -63,6 +60,10 @@ class Part:
     prefix: str
     evidence: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    group: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "group", self.group or self.network.name)
 
     @property
     def nbytes(self) -> int:
@@ -78,35 +79,98 @@ class Part:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What is in files and folders.
+
+    Attributes:
+      parts: networks and LoRAs, each once.
+      notes: what lies beside them and is not used, for the user.
+    """
+
+    parts: list[Part | lora.LoraPart]
+    notes: list[str]
+
+
 def recognise(paths: Sequence[Path], part: str | None = None) -> list[Part | lora.LoraPart]:
+    """The parts of `look`."""
+    return look(paths, part).parts
+
+
+def look(paths: Sequence[Path], part: str | None = None, variant: str | None = None) -> Found:
     """Every network in the given files and folders.
+
+    Of several copies of a network in a folder (variants, pickles beside safetensors) the best
+    complete one is used. A LoRA that lies beside a model in a folder is not used.
 
     Args:
       paths: files or folders.
       part: which part of a training checkpoint to take: "generator", "generator_ema", "critic", ...
+      variant: of the copies in a folder the one to prefer: "fp16", ...; None: full precision.
 
     Raises:
       RecognitionError: nothing known in a file that was named or in a folder; a network twice; a
-        foreign model.
+        foreign model; no such variant.
       WeightsError: an unreadable file, a missing shard.
     """
-    found: list[Part | lora.LoraPart] = []
+    parts: list[Part | lora.LoraPart] = []
+    notes: list[str] = []
     for path in paths:
-        if not path.exists():
-            raise RecognitionError(f"{path}: no such file or folder")
-        if path.is_dir():
-            found += _in_folder(path, part)
-        else:
-            found += _in_file(path, part)
-    for name in {item.network.name for item in found}:
-        same = [item for item in found if item.network.name == name]
+        _check_exists(path)
+        if not path.is_dir():
+            parts += _in_checkpoint(folders.at(path), part)
+            continue
+        found = _in_folder(path, part, variant)
+        notes += found.notes
+        models = [item for item in found.parts if isinstance(item, Part)]
+        parts += models or found.parts
+        for item in found.parts:
+            if models and isinstance(item, lora.LoraPart):
+                notes.append(
+                    f"{item.path}: a LoRA that lies beside the model is not used; --lora"
+                    f" {item.path} merges it, and given alone it is converted"
+                )
+    for group in {item.group: None for item in parts}:
+        same = [item for item in parts if item.group == group]
         if len(same) > 1:
+            listed = "; ".join(item.describe() for item in same)
             raise RecognitionError(
-                f"ambiguous: {len(same)} candidates for the {same[0].network.title}: "
-                + "; ".join(item.describe() for item in same)
-                + ". Name the one file that you mean"
+                f"ambiguous: {len(same)} candidates for the {same[0].network.title}: {listed}. Name"
+                " the one file that you mean"
             )
-    return found
+    return Found(parts, notes)
+
+
+def find_lora(path: Path) -> lora.LoraPart:
+    """The one LoRA in a file, or in a folder whatever lies beside it there.
+
+    Raises:
+      RecognitionError: there is none, or there are several.
+      ConversionError, WeightsError: see `look`.
+    """
+    _check_exists(path)
+    if path.is_dir():
+        parts = _in_folder(path, None, None, strict=False).parts
+    else:
+        parts = _in_checkpoint(folders.at(path), None)
+    loras = [item for item in parts if isinstance(item, lora.LoraPart)]
+    if len(loras) > 1:
+        names = ", ".join(str(item.path) for item in loras)
+        raise RecognitionError(f"{path}: holds {len(loras)} LoRAs; name one of them: {names}")
+    if not loras:
+        titles = ", ".join(sorted({item.network.title for item in parts}))
+        raise RecognitionError(f"{path}: not a LoRA, but a {titles}")
+    return loras[0]
+
+
+def _check_exists(path: Path) -> None:
+    try:
+        path.stat()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            reason = "no such file or folder"
+        raise RecognitionError(f"{path}: {reason}") from None
 
 
 def layout_of(network: Network, name: str) -> Layout:
@@ -139,63 +203,6 @@ def _our_layout(name: str) -> Layout:
     return Layout(rules, f"{name}.safetensors")
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The checkpoints in a folder and the folders in it: indices in place of their shards.
-
-    Raises:
-      WeightsError: shards without an index of which some are missing.
-    """
-    files = sorted(
-        path
-        for pattern in ("*", "*/*", "*/*/*")
-        for path in folder.glob(pattern)
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    indices = [path for path in files if path.name.endswith(INDEX_SUFFIX)]
-    sharded: set[Path] = set()
-    for index in indices:
-        stem = index.name.removesuffix(INDEX_SUFFIX)
-        sharded |= {
-            path for path in files if path.parent == index.parent and _shard_stem(path) == stem
-        }
-    orphans: dict[tuple[Path, str], list[Path]] = {}
-    for path in files:
-        if path not in sharded and (stem := _shard_stem(path)) is not None:
-            orphans.setdefault((path.parent, stem), []).append(path)
-    if orphans:
-        raise WeightsError(
-            "; ".join(_orphan_fault(*key, shards) for key, shards in orphans.items())
-        )
-    single = [
-        path
-        for path in files
-        if path.suffix in (".safetensors", *SUFFIXES)
-        and path not in sharded
-        and not LEFTOVERS.fullmatch(path.name)
-    ]
-    return sorted(indices + single)
-
-
-def _shard_stem(path: Path) -> str | None:
-    match = SHARD.fullmatch(path.name)
-    return match.group(1) if match else None
-
-
-def _orphan_fault(folder: Path, stem: str, shards: list[Path]) -> str:
-    if shards[0].suffix == ".bin":
-        return f"{folder}: {stem} is in shards of PyTorch's .bin, which are not read; take its safetensors form"
-    total = int(SHARD.fullmatch(shards[0].name).group(3))
-    there = {int(SHARD.fullmatch(path.name).group(2)) for path in shards}
-    lacking = [f"{stem}-{i:05d}-of-{total:05d}" for i in range(1, total + 1) if i not in there]
-    index = f"{stem}{INDEX_SUFFIX}"
-    return f"{folder}: shards of {stem} without their index {index}" + (
-        f", and {len(lacking)} of {total} are missing: {', '.join(lacking)}"
-        if lacking
-        else "; download it, too"
-    )
-
-
 def read_about(path: Path) -> dict[str, Any]:
     """The config.json beside a checkpoint, {} without one.
 
@@ -214,50 +221,129 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def _in_folder(folder: Path, part: str | None) -> list[Part | lora.LoraPart]:
-    files = checkpoint_files(folder)
-    if not files:
-        raise RecognitionError(
-            f"{folder}: no checkpoint in it; expected .safetensors or {', '.join(SUFFIXES)} files"
-        )
-    found, unknown = [], []
-    for path in files:
-        try:
-            found += _in_file(path, part)
-        except UnknownError as error:  # scheduler.bin and the like lie beside the weights
-            unknown.append(error)
-    if not found:
-        raise RecognitionError("; ".join(str(error) for error in unknown))
-    return found
-
-
 class UnknownError(RecognitionError):
     """No table knows the names in a file."""
 
 
-def _open(path: Path) -> Mapping[str, LazyTensor]:
-    if path.name.endswith(INDEX_SUFFIX) or path.suffix == ".safetensors":
-        match = SHARD.fullmatch(path.name)
-        if match:
-            raise WeightsError(
-                f"{path}: one shard of {int(match.group(3))}; give its folder, or the index"
-                f" {match.group(1)}{INDEX_SUFFIX}"
-            )
-        return open_tensors(path)
-    if path.suffix in SUFFIXES:
-        return open_pickle(path)
-    raise WeightsError(
-        f"{path}: expected a folder, .safetensors, {INDEX_SUFFIX} or {', '.join(SUFFIXES)}"
-    )
+class ForeignError(RecognitionError):
+    """A well-known model of another project.
+
+    Attributes:
+      network: ours that it may be taken for, or "".
+    """
+
+    def __init__(self, message: str, network: str):
+        super().__init__(message)
+        self.network = network
 
 
-def _in_file(path: Path, wanted: str | None) -> list[Part | lora.LoraPart]:
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A checkpoint that cannot be used, and why."""
+
+    checkpoint: Checkpoint
+    error: UserError
+
+
+def _in_folder(
+    folder: Path, part: str | None, variant: str | None, *, strict: bool = True
+) -> Found:
+    """The networks and LoRAs in a folder and the folders in it.
+
+    Args:
+      folder: where to look.
+      part, variant: see `look`.
+      strict: a checkpoint that cannot be used is an error, unless it may be left aside; else all of
+        them are notes.
+
+    Raises:
+      RecognitionError, WeightsError: see `look`.
+    """
+    checkpoints, leftovers = folders.find(folder)
+    if not checkpoints:
+        raise RecognitionError(
+            f"{folder}: no checkpoint in it; expected .safetensors or {', '.join(SUFFIXES)} files"
+        )
+    _check_variant(folder, variant, checkpoints)
+    groups: dict[tuple[Path, str], list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        groups.setdefault(checkpoint.copy_of, []).append(checkpoint)
+    parts, notes, failures = [], [], []
+    for copies in groups.values():
+        found = _best_copy(folders.best_first(copies, variant), part)
+        if isinstance(found, Failure):
+            failures.append(found)
+        else:
+            parts += found.parts
+            notes += found.notes
+    names = {item.network.name for item in parts}
+    if strict:
+        _raise([failure for failure in failures if not _may_be_left_aside(failure, names)])
+    if not parts:
+        _raise(failures)
+    notes += [f"not used: {one_line(failure.error)}" for failure in failures]
+    notes += [f"not used: {path}: not weights, but what training leaves" for path in leftovers]
+    return Found(parts, notes)
+
+
+def _check_variant(folder: Path, variant: str | None, checkpoints: Sequence[Checkpoint]) -> None:
+    known = sorted({checkpoint.variant for checkpoint in checkpoints} - {""})
+    if variant is not None and variant not in known:
+        there = f"it has {', '.join(known)}" if known else "it has no variants"
+        raise RecognitionError(f"{folder}: no variant {variant!r}; {there}")
+
+
+def _best_copy(copies: Sequence[Checkpoint], part: str | None) -> Found | Failure:
+    """The first copy that can be used; the others are named in notes. Else why the best cannot."""
+    failures: list[Failure] = []
+    for number, copy in enumerate(copies):
+        try:
+            parts = _in_checkpoint(copy, part)
+        except UserError as error:
+            failures.append(Failure(copy, error))
+            continue
+        notes = [f"not used: {one_line(failure.error)}" for failure in failures]
+        for other in copies[number + 1 :]:
+            notes.append(f"not used: {other.path}: another copy of {copy.path.name}")
+        return Found(parts, notes)
+    return failures[0]
+
+
+def _may_be_left_aside(failure: Failure, found: set[str]) -> bool:
+    """Does the rest of the folder make a checkpoint without it?
+
+    Args:
+      failure: what cannot be used.
+      found: names of the networks that were found.
+    """
+    if isinstance(failure.error, ForeignError):
+        return failure.error.network in found
+    if isinstance(failure.error, ContentError):  # a pickle of something else than weights
+        return failure.checkpoint.path.name not in _published_names()
+    return isinstance(failure.error, UnknownError)
+
+
+@functools.cache
+def _published_names() -> frozenset[str]:
+    layouts = [layout for network in NETWORKS.values() for layout in network.layouts.values()]
+    return frozenset(Path(layout.file).name for layout in layouts)
+
+
+def _raise(failures: Sequence[Failure]) -> None:
+    """Raise the error of one failure, or one error for all of them; nothing if there is none."""
+    if len(failures) == 1:
+        raise failures[0].error
+    if failures:
+        raise RecognitionError("; ".join(one_line(failure.error) for failure in failures))
+
+
+def _in_checkpoint(checkpoint: Checkpoint, wanted: str | None) -> list[Part | lora.LoraPart]:
     """The networks in one checkpoint.
 
     Raises:
-      UnknownError, RecognitionError, WeightsError: see `recognise`.
+      UnknownError, RecognitionError, WeightsError: see `look`.
     """
-    tensors = _open(path)
+    path, tensors = checkpoint.path, checkpoint.open()
     clean = {_without_wrappers(name): name for name in tensors}
     if len(clean) < len(tensors):
         raise RecognitionError(
@@ -298,7 +384,8 @@ def _refuse_foreign(path: Path, names: Iterable[str]) -> None:
         pattern = re.compile(foreign.pattern)
         hit = next((name for name in names if pattern.search(name)), None)
         if hit:
-            raise RecognitionError(f"{path}: this is {foreign.title} (it has {hit})")
+            message = f"{path}: this is {foreign.title} (it has {hit})"
+            raise ForeignError(message, foreign.network)
 
 
 @functools.cache
@@ -388,22 +475,27 @@ def identify(
     layout = layout_of(network, name)
     kept = {key: tensors[key] for key in best.own}
     shapes = shapes_in(layout.rules(None), {key: tuple(x.shape) for key, x in kept.items()})
-    config = _config(path, best, shapes, about, beside)
+    group = _group(path, best, about, beside)
+    config = _config(path, best, group, shapes, about, beside)
     foreign = network.foreign(config)
     if foreign:
-        raise RecognitionError(f"{path}: this is {foreign}")
+        raise ForeignError(f"{path}: this is {foreign}", network.name)
     evidence = f"{best.known} of {len(best.own)} names"
     if prefix:
         evidence += f", behind {prefix!r}"
     settings = beside.settings
     if name == OURS and "model" in about:
         settings = sidecar.settings_of(about)
-    return Part(network, name, layout.prepare(kept), config, path, prefix, evidence, settings)
+    kept = layout.prepare(kept)
+    return Part(network, name, kept, config, path, prefix, evidence, settings, group)
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a layout fits the names: it knows `known` of its `own` (without other networks')."""
+    """How well a layout fits names: it knows `known` of its `own`.
+
+    Those of other networks and those that carry no weights are not its own.
+    """
 
     network: Network
     layout: str
@@ -424,16 +516,28 @@ def _scores(names: Iterable[str]) -> list[Score]:
     names, scores = list(names), []
     for network in NETWORKS.values():
         for label, layout in ((OURS, _our_layout(network.name)), *network.layouts.items()):
-            own = tuple(name for name in names if not name.startswith(layout.drop))
+            own = [name for name in names if not name.startswith(layout.drop)]
+            own = tuple(without(own, layout.ignore))
             known, _ = rename(own, layout.rules(None))
             if known:
                 scores.append(Score(network, label, len(known), own))
     return sorted(scores, key=lambda score: score.rank, reverse=True)
 
 
+def _group(path: Path, score: Score, about: Mapping[str, Any], beside: Sidecar) -> str:
+    """The network's group in our config.json: its name, or that of another part that it plays."""
+    name, model = score.network.name, about.get("model")
+    if score.layout != OURS or not isinstance(model, dict):
+        return beside.groups.get(name, name)
+    fields = model.get(path.stem)
+    kind = score.network.kind or name
+    return path.stem if isinstance(fields, dict) and fields.get("network") == kind else name
+
+
 def _config(
     path: Path,
     score: Score,
+    group: str,
     shapes: Mapping[str, tuple[int, ...]],
     about: Mapping[str, Any],
     beside: Sidecar,
@@ -444,12 +548,12 @@ def _config(
     """
     network, where = score.network, path
     model = about.get("model")
-    stored = model.get(network.name) if isinstance(model, dict) and score.layout == OURS else None
+    stored = model.get(group) if isinstance(model, dict) and score.layout == OURS else None
     extra = beside.model.get(network.name, {})
     try:
         if stored is not None:
-            where = f"{path.parent / 'config.json'}: model.{network.name}"
-            return network.config(**stored)
+            where = f"{path.parent / 'config.json'}: model.{group}"
+            return network.config(**{k: v for k, v in stored.items() if k != "network"})
         found = network.sizes(shapes, about if model is None else {})
         if extra:
             where = f"{path.parent / sidecar.NAME}: model.{network.name}"

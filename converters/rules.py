@@ -85,6 +85,8 @@ class Rule:
 class ConversionError(UserError):
     """A checkpoint does not fit a table. The message lists every fault."""
 
+    keeps_lines = True
+
 
 def invert(rules: Iterable[Rule]) -> list[Rule]:
     """The table read from right to left."""
@@ -139,6 +141,12 @@ def rename(
     return mapping, faults
 
 
+def without(names: Iterable[str], ignore: Iterable[str]) -> list[str]:
+    """The names that fit none of the patterns."""
+    skip = [_compile(pattern) for pattern in ignore]
+    return [name for name in names if not any(pattern.fullmatch(name) for pattern in skip)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Move:
     """The way of one tensor: the name it has, the name it gets, the change of axes in between."""
@@ -170,8 +178,7 @@ def plan(
         floating-point tensor; all of it is listed, each with the nearest known name.
     """
     rules = list(rules)
-    skip = [_compile(pattern) for pattern in ignore]
-    names = [name for name in tensors if not any(pattern.fullmatch(name) for pattern in skip)]
+    names = without(tensors, ignore)
     # What the source would be called and shaped if it were right: faults are reported under the
     # names that the file uses.
     wanted = _wanted(expected, rules)
@@ -188,7 +195,7 @@ def plan(
         if _shape(transform, shape) != tuple(expected[target]):
             hint = ": it is transposed" if shape != right and shape[::-1] == right else ""
             faults.append(f"wrong shape: {name} is {shape}, expected {right}{hint}")
-    faults += _wrong_dtypes({move.source: tensors[move.source] for move in moves.values()})
+    faults += wrong_dtypes({move.source: tensors[move.source] for move in moves.values()})
     faults += [f"missing: {wanted[target][0]}" for target in expected if target not in moves]
     if faults:
         known = [name for name, _ in wanted.values()]
@@ -210,7 +217,7 @@ def _wanted(
     return wanted
 
 
-def _wrong_dtypes(tensors: Mapping[str, Any]) -> list[str]:
+def wrong_dtypes(tensors: Mapping[str, Any]) -> list[str]:
     """One line for each dtype that is not a floating-point type that can be loaded."""
     names: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -234,8 +241,7 @@ def _wrong_dtype(kind: str, names: list[str]) -> str:
 def _report(faults: Iterable[str], known: Iterable[str], there: Iterable[str]) -> str:
     """The message: every fault, with the nearest name to what is unexpected or missing."""
     faults, known, there = sorted(faults), list(known), list(there)
-    number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    lines = [f"the checkpoint does not fit ({number}):"]
+    lines = []
     for fault in faults[:LISTED]:
         kind, _, name = fault.partition(": ")
         if kind == "unexpected":
@@ -243,9 +249,11 @@ def _report(faults: Iterable[str], known: Iterable[str], there: Iterable[str]) -
         elif kind == "missing":
             fault += _nearest(name, there)
         lines.append(fault)
+    if len(lines) == 1:
+        return f"the checkpoint does not fit: {lines[0]}"
     if len(faults) > LISTED:
         lines.append(f"and {len(faults) - LISTED} more")
-    return "\n  ".join(lines)
+    return "\n  ".join((f"the checkpoint does not fit ({len(faults)} faults):", *lines))
 
 
 def convert(

@@ -4,8 +4,9 @@
 
 `model` holds, for each network, the fields of its config that cannot be read off the weights and
 the config.json of the layout. `settings` holds the other groups of our config.json (video, cache,
-sampler, ...) if they are not those of Wan2.2. Nobody else reads the file; without it a checkpoint
-is read as any other of its layout.
+sampler, ...) if they are not those of Wan2.2. `groups` holds the names of networks that play another
+part than their own, as a small decoder does ({"taehv": "decoder"}). Nobody else reads the file;
+without it a checkpoint is read as any other of its layout.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ class Sidecar:
     Attributes:
       model: fields by network.
       settings: groups of our config.json, or none.
+      groups: by network, its group in `model` of our config.json, if that has another name.
     """
 
     model: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def text(self) -> str:
         """The file."""
-        content = {"model": dict(self.model), "settings": dict(self.settings)}
-        return json.dumps({key: value for key, value in content.items() if value}, indent=2) + "\n"
+        content = {key: value for key, value in dataclasses.asdict(self).items() if value}
+        return json.dumps(content, indent=2) + "\n"
 
 
 def read(folder: Path) -> Sidecar:
@@ -60,19 +63,20 @@ def read(folder: Path) -> Sidecar:
         raise SidecarError(f"{path}: not a readable JSON file ({error})") from None
     if not _is_written_here(content):
         raise SidecarError(
-            f"{path}: expected an object with `model` (fields by network) and `settings`, as the"
-            " converters write it; remove the file to read the weights without it"
+            f"{path}: expected an object with `model` (fields by network), `settings` and `groups`,"
+            " as the converters write it; remove the file to read the weights without it"
         )
-    return Sidecar(content.get("model", {}), content.get("settings", {}))
+    return Sidecar(**content)
 
 
 def _is_written_here(content: Any) -> bool:
-    if not isinstance(content, dict) or content.keys() - {"model", "settings"}:
+    known = {field.name for field in dataclasses.fields(Sidecar)}
+    if not isinstance(content, dict) or content.keys() - known:
         return False
-    model, settings = content.get("model", {}), content.get("settings", {})
-    if not isinstance(model, dict) or not isinstance(settings, dict):
+    if not all(isinstance(value, dict) for value in content.values()):
         return False
-    return all(isinstance(fields, dict) for fields in model.values())
+    fields, groups = content.get("model", {}).values(), content.get("groups", {}).values()
+    return all(isinstance(x, dict) for x in fields) and all(isinstance(x, str) for x in groups)
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +105,9 @@ def merged(sidecars: Iterable[Sidecar]) -> Sidecar:
     """One for several networks in one folder."""
     model: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+    groups: dict[str, str] = {}
     for sidecar in sidecars:
         model |= sidecar.model
         settings |= sidecar.settings
-    return Sidecar(model, settings)
+        groups |= sidecar.groups
+    return Sidecar(model, settings, groups)

@@ -151,6 +151,7 @@ def _network(name: str, title: str, full: TaehvConfig, block: str, file: str) ->
         sizes=sizes,
         expected=expected_shapes,
         sentence=sentence,
+        kind="taehv",
     )
 
 

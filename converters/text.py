@@ -52,6 +52,8 @@ HF_RULES = [
 
 HF_TIED = "encoder.embed_tokens.weight"  # another name of shared.weight
 HF_OTHER = ("decoder.", "lm_head.")  # of the whole UMT5
+# A tokenizer that is stored among the weights, as bytes.
+EMBEDDED = ("spiece_model", "tokenizer_json", "tokenizer_config_json")
 
 
 def official_rules(config: TextConfig | None) -> list[Rule]:
@@ -61,8 +63,9 @@ def official_rules(config: TextConfig | None) -> list[Rule]:
 
 
 def hf_rules(config: TextConfig | None) -> list[Rule]:
-    """The layout of transformers' UMT5EncoderModel; the same for every size."""
-    del config
+    """The layout of transformers' UMT5EncoderModel; for None with both names of the token table."""
+    if config is None:
+        return [*HF_RULES, Rule(HF_TIED, "token_embedding.embedding")]
     return HF_RULES
 
 
@@ -80,7 +83,7 @@ def untied(tensors: Mapping[str, Any]) -> dict[str, Any]:
     if tied is None:
         return tensors
     first = tensors.setdefault("shared.weight", tied)
-    if not same_numbers(_array(tied), _array(first)):
+    if first is not tied and not same_numbers(_array(tied), _array(first)):
         raise ConversionError(f"shared.weight and {HF_TIED} differ; expected one tied token table")
     return tensors
 
@@ -148,11 +151,12 @@ TEXT = Network(
     name="text",
     title="UMT5 encoder",
     layouts={
-        "official": Layout(official_rules, "models_t5_umt5-xxl-enc-bf16.pth"),
+        "official": Layout(official_rules, "models_t5_umt5-xxl-enc-bf16.pth", ignore=EMBEDDED),
         "diffusers": Layout(
             hf_rules,
             "text_encoder/model.safetensors",
             hf_about,
+            ignore=EMBEDDED,
             drop=HF_OTHER,
             prepare=untied,
         ),

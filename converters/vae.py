@@ -6,6 +6,7 @@ the layer that changes the resolution follows the residual blocks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -176,13 +177,46 @@ def diffusers_about(config: VaeConfig) -> dict[str, Any]:
     }
 
 
+def diffusers_obstacle(config: VaeConfig) -> str | None:
+    """What of these sizes diffusers' AutoencoderKLWan (0.42) has no place for, or None.
+
+    Its first layer has the width of the first stage before the factor of that stage. Its decoder
+    has one block more in a stage than its encoder. Its shortcuts around the stages of the encoder
+    take means over groups of values; ours copy values where the width grows faster than that. It
+    works through four pixel frames at a time, whatever its config says.
+    """
+    if config.width_mult[0] != 1:
+        return f"the factor of the first stage is {config.width_mult[0]}, it knows only 1"
+    if config.dec_blocks != config.enc_blocks + 1:
+        return (
+            f"stages of the decoder have {config.dec_blocks} blocks and those of the encoder"
+            f" {config.enc_blocks}, it knows only one block more"
+        )
+    widths = [config.enc_width * factor for factor in (1, *config.width_mult)]
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        values = inputs
+        if i < len(config.temporal_down):  # every stage but the last halves rows and columns
+            values *= 8 if config.temporal_down[i] else 4
+        if values % outputs:
+            return (
+                f"stage {i} of the encoder goes from {inputs} to {outputs} channels, for which it"
+                f" has no shortcut: {values} values cannot be averaged into {outputs}"
+            )
+    if 4 % config.temporal_factor:
+        return f"a latent frame is {config.temporal_factor} pixel frames, it knows at most 4"
+    return None
+
+
 VAE = Network(
     name="vae",
     title="Wan2.2 VAE",
     layouts={
         "official": Layout(official_rules, "Wan2.2_VAE.pth"),
         "diffusers": Layout(
-            diffusers_rules, "vae/diffusion_pytorch_model.safetensors", diffusers_about
+            diffusers_rules,
+            "vae/diffusion_pytorch_model.safetensors",
+            diffusers_about,
+            obstacle=diffusers_obstacle,
         ),
     },
     config=VaeConfig,

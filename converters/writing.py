@@ -1,26 +1,37 @@
 """A converted folder on its way to the disk: written in pieces, read back, compared, renamed.
 
-The folder grows under a temporary name; it gets its own when all of it has been read back and
-compared. A conversion that was killed leaves nothing that looks whole.
+The folder grows under a temporary name that no other process or machine chooses; it gets its own
+when all of it has been read back and compared. A conversion that was killed leaves nothing that
+looks whole. Several may write the same folder at once: the first to finish gives it its name, the
+others find it there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import glob
 import hashlib
 import os
+import secrets
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 from tqdm import tqdm
 
+from chameleon_jax import places
 from chameleon_jax.errors import UserError
 from chameleon_jax.weights.tensors import Entry, WeightsError, open_tensors, raw, write_entries
 from converters.pickles import SUFFIXES, open_pickle, write_pickle
 
 MARGIN = 2**24  # bytes that must stay free on the disk
+LOCK = ".lock"  # in a folder that grows: locked as long as its process lives
+ABANDONED = 3600  # seconds without a change after which an unlocked folder is a leftover
+NAME_BYTES = 200  # of the name of a folder that stand in its temporary name
 
 OnBytes = Callable[[str, int], None]  # (what is being done, bytes done)
 
@@ -65,36 +76,106 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
 
     Args:
       folder: from `prepare`.
-      out: must not exist, or be an empty folder.
-      on_bytes: told of progress: "write" and "verify" with the bytes just done.
+      out: must not exist, or be an empty folder; a symbolic link is followed.
+      on_bytes: called with "write" or "verify" and the bytes just done.
 
     Raises:
-      DestinationError: `out` is there already, or the disk has no room.
+      DestinationError: `out` is there already, cannot be written, or the disk has no room.
       WeightsError: what was read back is not what was written.
     """
     check_destination(out, folder.nbytes)
-    part, digests = out.with_name(f"{out.name}.part-{os.getpid()}"), {}
-    _remove_leftovers(out)
+    place = Path(os.path.realpath(out))
+    try:
+        _remove_leftovers(place)
+        with _growing(place) as part:
+            _fill(part, folder, on_bytes)
+            (part / LOCK).unlink()
+            with contextlib.suppress(FileNotFoundError):
+                place.rmdir()  # an empty folder may stand there, any other is kept
+            os.replace(part, place)
+    except OSError as error:
+        if place.is_dir() and any(place.iterdir()):
+            raise _exists(out) from None
+        raise DestinationError(
+            f"{places.explain(error, out)}; it could not be written, and nothing was left behind"
+        ) from None
+
+
+def _fill(part: Path, folder: Folder, on_bytes: OnBytes) -> None:
+    """Write all files, then read the tensors back."""
+    digests = {}
+    for file in folder.files:
+        path = part / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digests[file.path] = _write_file(path, file, lambda count: on_bytes("write", count))
+    for name, text in folder.texts.items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        (part / name).write_text(text, encoding="utf-8")
+    for file in folder.files:
+        _verify(part / file.path, digests[file.path], lambda count: on_bytes("verify", count))
+
+
+@contextlib.contextmanager
+def _growing(place: Path) -> Iterator[Path]:
+    """A new folder beside `place`, locked; it and the parents made for it vanish on failure."""
+    missing = [parent for parent in place.parents if not parent.exists()]
+    part = place.with_name(f"{_short(place.name)}.part-{secrets.token_hex(8)}")
     try:
         part.mkdir(parents=True)
-        for file in folder.files:
-            path = part / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            digests[file.path] = _write_file(path, file, lambda count: on_bytes("write", count))
-        for name, text in folder.texts.items():
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (part / name).write_text(text, encoding="utf-8")
-        for file in folder.files:
-            _verify(part / file.path, digests[file.path], lambda count: on_bytes("verify", count))
-        if out.exists():
-            out.rmdir()  # empty: checked above
-        os.replace(part, out)
-    except OSError as error:
-        raise DestinationError(
-            f"{out}: could not be written ({error}); nothing was left behind"
-        ) from None
+        with open(part / LOCK, "w") as lock:
+            _take(lock.fileno())
+            yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if not place.exists():
+            for parent in missing:
+                with contextlib.suppress(OSError):  # another process has put something there
+                    parent.rmdir()
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Folders of conversions to the same place that were killed.
+
+    A process number would mean nothing here: another container or machine may share the disk. So a
+    leftover is what nobody has locked and nobody has changed for ABANDONED seconds.
+    """
+    for path in place.parent.glob(f"{glob.escape(_short(place.name))}.part-*"):
+        with contextlib.suppress(OSError):  # it vanishes meanwhile: another one has cleared it away
+            newest = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+            if time.time() - newest > ABANDONED and _is_unlocked(path / LOCK):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_unlocked(path: Path) -> bool:
+    if not path.exists():
+        return True
+    with open(path, "r+") as lock:
+        return _take(lock.fileno())
+
+
+def _take(lock: int) -> bool:
+    """Lock an open file until it is closed. False if it is locked, or cannot be on this disk."""
+    fcntl = _fcntl()
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _fcntl() -> ModuleType | None:
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # on Windows
+        return None
+    return fcntl
+
+
+def _short(name: str) -> str:
+    """As much of a name as leaves room for what is put behind it; names end at 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[:NAME_BYTES])
 
 
 def write_with_progress(folder: Folder, out: Path) -> None:
@@ -112,17 +193,35 @@ def write_with_progress(folder: Folder, out: Path) -> None:
 
 
 def check_destination(out: Path, nbytes: int) -> None:
-    """Raise DestinationError unless a folder of that size can be made there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DestinationError(f"{out}: exists already; choose another name, or remove it")
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    if not os.access(place, os.W_OK):
-        raise DestinationError(f"{out}: {place} cannot be written to")
-    free = shutil.disk_usage(place).free
+    """Raise DestinationError unless a folder of that size can be made there.
+
+    Args:
+      out: must not exist, or be an empty folder; a symbolic link is followed.
+      nbytes: of all its files.
+    """
+    place = Path(os.path.realpath(out))
+    try:
+        if not place.is_dir():
+            place.lstat()  # raises if nothing is there
+            raise _exists(out)
+        if any(place.iterdir()):
+            raise _exists(out)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # too long a name, a file in the place of a parent, no permission
+        raise DestinationError(places.explain(error, out)) from None
+    above = next(parent for parent in place.parents if parent.exists())
+    if not os.access(above, os.W_OK):
+        raise DestinationError(f"{out}: {above} cannot be written to")
+    free = shutil.disk_usage(above).free
     if free < nbytes + MARGIN:
         raise DestinationError(
-            f"{out}: needs {nbytes / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free"
+            f"{out}: needs {nbytes / 1e9:.2f} GB, and {above} has {free / 1e9:.2f} GB free"
         )
+
+
+def _exists(out: Path) -> DestinationError:
+    return DestinationError(f"{out}: exists already; choose another name, or remove it")
 
 
 def _write_file(path: Path, file: OutFile, on_bytes: Callable[[int], None]) -> dict[str, bytes]:
@@ -156,21 +255,3 @@ def _verify(path: Path, digests: Mapping[str, bytes], on_bytes: Callable[[int], 
             on_bytes(piece.nbytes)
         if digest.digest() != digests[name]:
             raise WeightsError(f"{path}: {name} is not what was written; the disk may be faulty")
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Folders of conversions to the same place that were killed."""
-    for path in out.parent.glob(f"{out.name}.part-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit() and not _is_running(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

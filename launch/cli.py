@@ -327,7 +327,7 @@ def finish(command: Callable[[], int | None], *, interrupted: str = "") -> NoRet
         code = command() or 0
         sys.stdout.flush()
     except UserError as error:
-        code = _report(one_line(error))
+        code = _report(str(error) if error.keeps_lines else one_line(error))
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):

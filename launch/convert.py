@@ -8,7 +8,8 @@
 
 What is given is recognised by the names in it: a folder, a file, shards with their index;
 .safetensors, or .pth, .pt and .bin through PyTorch's restricted loader. Nothing is written unless
-every tensor fits, and the result is read back and compared before it gets its name.
+every tensor fits, and the result is read back and compared before it gets its name. What a public
+layout has no place for lies in chameleon.json beside the weights.
 
 Exit codes: 0 done, 2 an input or the destination cannot be used (nothing is written), 130
 interrupted.
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chameleon_jax.errors import UserError, one_line
 from converters.layouts import LAYOUTS
 from launch import cli
 from launch.cli import UsageError
@@ -53,7 +55,13 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.flag(
         "part",
-        "part of a training checkpoint: generator, generator_ema, critic, ...",
+        "part of a training checkpoint: generator, generator_ema, critic, ...; or one of several"
+        " adapters; default generator_ema, else generator",
+        metavar="NAME",
+    )
+    parser.flag(
+        "variant",
+        "of several copies in a folder the one to use, such as fp16; default full precision",
         metavar="NAME",
     )
     parser.flag(
@@ -72,24 +80,23 @@ def run(values: cli.Values) -> None:
     """
     from chameleon_jax.machine import peak_resident
     from chameleon_jax.weights.tensors import DTYPES
-    from converters import convert, writing
-    from converters.recognise import recognise
+    from converters import convert, recognise, writing
 
     begin = time.perf_counter()
     cast = CASTS[values.dtype]
     dtype = None if cast is None else DTYPES[cast]
     writing.check_destination(values.out, 0)
-    parts = recognise(values.inputs, values.part)
-    for part in parts:
+    found = recognise.look(values.inputs, values.part, values.variant)
+    for part in found.parts:
         print(part.describe())
     merges = [read_merge(text) for text in values.lora]
     for merge in merges:
         print(f"{merge.part.describe()}; merged with strength {merge.strength:g}")
     folder, remarks = convert.prepare(
-        parts, values.to, dtype=dtype, merges=merges, label=values.part or "generator"
+        found.parts, values.to, dtype=dtype, merges=merges, label=values.part or "generator"
     )
-    for remark in remarks:
-        print(f"note: {remark}", file=sys.stderr)
+    for note in (*found.notes, *remarks):
+        print(f"note: {note}", file=sys.stderr)
     writing.write_with_progress(folder, values.out)
     seconds = time.perf_counter() - begin
     tensors = sum(len(file.entries) for file in folder.files)
@@ -110,20 +117,15 @@ def read_merge(text: str) -> Merge:
     Raises:
       UserError: no such file, not a LoRA, or several.
     """
+    from chameleon_jax.weights.lora import parse_strength
     from converters.convert import Merge
-    from converters.lora import LoraPart, parse_strength
-    from converters.recognise import recognise
+    from converters.recognise import find_lora
 
     try:
         path, strength = parse_strength(text)
-    except ValueError as error:
-        raise UsageError(f"--lora {text}: {error}") from None
-    parts = recognise([path])
-    if len(parts) != 1:
-        raise UsageError(f"--lora {text}: {len(parts)} checkpoints; expected one LoRA, a file")
-    if not isinstance(parts[0], LoraPart):
-        raise UsageError(f"--lora {text}: not a LoRA, but a {parts[0].network.title}")
-    return Merge(parts[0], strength)
+        return Merge(find_lora(path), strength)
+    except UserError as error:
+        raise UsageError(f"--lora {text}: {one_line(error)}") from None
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m converters") -> None:

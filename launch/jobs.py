@@ -141,7 +141,7 @@ def check_out(name: str, frames: int, size: tuple[int, int]) -> Path:
 
 def _check_loras(texts: Sequence[str]) -> tuple[tuple[Path, float], ...]:
     """`file` or `file@strength`, each of which exists."""
-    from converters.lora import parse_strength
+    from chameleon_jax.weights.lora import parse_strength
 
     loras = []
     for text in texts:

@@ -133,7 +133,7 @@ class Pipeline:
           TokenizerError: an unusable `tokenizer.json`.
         """
         from chameleon_jax.data.tokenizer import Tokenizer, TokenizerError
-        from chameleon_jax.weights.params import WeightsError, load_params
+        from chameleon_jax.weights.params import WeightsError, check_file, load_params
 
         folder = find_weights(name)
         stored = read_stored(folder / "config.json")
@@ -146,16 +146,16 @@ class Pipeline:
                 raise WeightsError(f"{folder}: {differences[0]}")
             config.model.vae.update({key: tuple(stored["model"]["vae"][key]) for key in MEASURED})
         modules, faults = {}, []
-        for network in networks_of(config):
+        for network in networks_of(config):  # all of them are compared before one is read
             modules[network] = _abstract(config, network)
             try:
-                load_params(
-                    folder / f"{network}.safetensors", modules[network], DTYPES[config.dtype], mesh
-                )
+                check_file(folder / f"{network}.safetensors", modules[network])
             except WeightsError as error:
                 faults.append(str(error))
         if faults:
             raise WeightsError(" | ".join(faults))
+        for network, module in modules.items():
+            load_params(folder / f"{network}.safetensors", module, DTYPES[config.dtype], mesh)
         tokenizer = Tokenizer.from_file(folder / "tokenizer.json", config.model.text.length)
         if tokenizer.vocab > config.model.text.vocab:
             raise TokenizerError(

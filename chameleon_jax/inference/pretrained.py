@@ -1,9 +1,8 @@
 """From a name to a folder of weights in our layout: a folder here, a repository of the Hugging Face
-Hub, a public layout.
+Hub, a public layout. The one file of the library that knows the converters.
 
-What is not in our layout is converted once and kept, so that only the first start is slow:
-
-    $CHAMELEON_CACHE, or $XDG_CACHE_HOME/chameleon_jax, or ~/.cache/chameleon_jax
+What is not in our layout is converted once and kept, so that only the first start is slow; see
+`places.cache_folder`.
 """
 
 from __future__ import annotations
@@ -23,13 +22,8 @@ if TYPE_CHECKING:
     from chameleon_jax.weights.lora import Lora
 
 CACHE_VERSION = 1  # of our layout; a new one leaves older conversions aside
-FILES = (
-    "config.json",
-    "vae.safetensors",
-    "dit.safetensors",
-    "text.safetensors",
-    "tokenizer.json",
-)  # of our layout
+# Of our layout.
+FILES = ("config.json", "vae.safetensors", "dit.safetensors", "text.safetensors", "tokenizer.json")
 PATTERNS = ("*.json", "*.safetensors", "*.pth")  # what is fetched from the Hub
 
 # What to put where, if the Hub cannot be reached.
@@ -57,8 +51,7 @@ class PipelineError(UserError):
 
 
 def find_weights(name: str | os.PathLike) -> Path:
-    """A folder in our layout: as given, beside the package, from the Hub, or converted from a
-    public layout.
+    """A folder in our layout: as given, beside the package, from the Hub, or converted.
 
     Args:
       name: a folder in our layout or in a public one, or "owner/repository" of the Hub.
@@ -97,20 +90,21 @@ def _from_hub(name: str) -> Path:
         files = "; ".join(KNOWN_FILES.get(name, FILES))
         raise PipelineError(
             f"{name}: no such folder here, and not to be had from the Hugging Face Hub ({reason})."
-            " Where there is a network,"
-            f" fetch it (hf download {name} --local-dir DIR) and pass DIR. It must hold: {files}"
+            f" Where there is a network, fetch it (hf download {name} --local-dir DIR) and pass"
+            f" DIR. It must hold: {files}"
         ) from None
 
 
 def _is_ours(folder: Path) -> bool:
-    """Does the folder hold a config of ours, or a file of ours? Then whatever else is wrong is to
-    be said about that.
+    """Does the folder hold a config of ours, or a file of ours?
+
+    Then whatever else is wrong with it is reported of our layout.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return any((folder / name).is_file() for name in FILES if name.endswith(".safetensors"))
-    return "model" in config
+    return isinstance(config, dict) and "model" in config
 
 
 def _converted(folder: Path) -> Path:
@@ -119,24 +113,26 @@ def _converted(folder: Path) -> Path:
     Raises:
       PipelineError: it is not the whole of a pipeline, or does not fit.
     """
-    from converters import convert, writing
+    from converters import convert, folders, recognise, writing
     from converters.families import PIPELINE
     from converters.layouts import OURS
-    from converters.recognise import checkpoint_files, recognise
 
     try:
-        files = checkpoint_files(folder)
+        checkpoints, _ = folders.find(folder)
+        files = [checkpoint.path for checkpoint in checkpoints]
         place = places.cache_folder() / f"{folder.resolve().name}-{_fingerprint(folder, files)}"
         if place.is_dir():
             return place
-        parts = recognise([folder])
-        lacking = set(PIPELINE) - {part.network.name for part in parts}
+        found = recognise.look([folder])
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+        lacking = set(PIPELINE) - {part.group for part in found.parts}
         if lacking:
             raise PipelineError(
                 f"{folder}: no {', '.join(sorted(lacking))} among its checkpoints; a pipeline needs"
-                " all three"
+                f" all three{_listed(found.notes)}"
             )
-        plan, remarks = convert.prepare(parts, OURS)
+        plan, remarks = convert.prepare(found.parts, OURS)
         if remarks:
             raise PipelineError(f"{folder}: {remarks[0]}")
         print(
@@ -146,33 +142,36 @@ def _converted(folder: Path) -> Path:
     except PipelineError:
         raise
     except writing.DestinationError as error:
-        if not place.is_dir():  # else another process was faster
-            raise PipelineError(f"{folder}: no room for the conversion: {error}") from None
+        if not place.is_dir():  # else another process was faster, and made the same
+            raise PipelineError(
+                f"{folder}: the conversion has no place: {one_line(error)}; another folder for"
+                " conversions is named by CHAMELEON_CACHE"
+            ) from None
     except UserError as error:
         raise PipelineError(f"{folder}: {one_line(error)}") from None
     return place
+
+
+def _listed(notes: list[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def read_lora(path: str | os.PathLike) -> Lora:
     """A LoRA for the denoiser, in any naming that the converters know.
 
     Args:
-      path: a file or folder.
+      path: a file, or a folder that holds one.
 
     Raises:
-      PipelineError: no such file, or not a LoRA.
+      PipelineError: no such file, not a LoRA, or several; numbers in it that are not finite.
     """
     from chameleon_jax.weights.lora import Lora
-    from converters.lora import LoraPart
-    from converters.recognise import recognise
+    from converters.recognise import find_lora
 
     try:
-        (part,) = recognise([Path(path)])
+        return Lora(find_lora(Path(path)).changes)
     except UserError as error:
         raise PipelineError(one_line(error)) from None
-    if not isinstance(part, LoraPart):
-        raise PipelineError(f"{path}: not a LoRA, but a {part.network.title}")
-    return Lora(part.changes)
 
 
 def _fingerprint(folder: Path, files: list[Path]) -> str:

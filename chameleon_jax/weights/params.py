@@ -15,13 +15,21 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from chameleon_jax.sharding import spec_of
-from chameleon_jax.weights.tensors import LazyTensor, WeightsError, open_tensors, write_tensors
+from chameleon_jax.weights.sizes import other_sizes
+from chameleon_jax.weights.tensors import (
+    LazyTensor,
+    WeightsError,
+    all_finite,
+    listed,
+    open_tensors,
+    write_tensors,
+)
+
+LISTED = 10  # mismatches written out; weights of another model have hundreds
 
 
 def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
-    """Every parameter of `module` by its dotted path, in a stable order. Works on abstract modules
-    too.
-    """
+    """Every parameter of `module` by its dotted path, in a stable order; abstract modules too."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(part) for part in path): leaf.get_value() for path, leaf in flat}
 
@@ -49,7 +57,7 @@ def set_params(
       dtype: dtype of the parameters afterwards; None keeps each parameter's own.
 
     Raises:
-      WeightsError: if names or shapes differ; all differences are listed.
+      WeightsError: if names or shapes differ; see `check_fit`.
     """
     state = nnx.state(module, nnx.Param)
     flat = {".".join(str(part) for part in path): leaf for path, leaf in nnx.to_flat_state(state)}
@@ -67,21 +75,56 @@ def check_fit(
     found: Mapping[str, tuple[int, ...]],
     what: str = "weights",
 ) -> None:
-    """Raise WeightsError with every missing, unexpected and mis-shaped tensor, if there is one."""
+    """Compare names and shapes, sizes first.
+
+    Args:
+      expected: shapes by name, of the module.
+      found: shapes by name, of the weights.
+      what: where the weights come from.
+
+    Raises:
+      WeightsError: the sizes in which they differ; or, where no size of the network explains it,
+        the first missing, unexpected and mis-shaped tensors.
+    """
+    sizes = other_sizes(expected, found)
+    if sizes:
+        raise WeightsError(f"{what}: {sizes}")
     faults = []
     for name, shape in expected.items():
         if name not in found:
-            near = difflib.get_close_matches(name, list(found), n=1)
+            near = difflib.get_close_matches(name, list(found), n=1) if len(faults) < LISTED else ()
             faults.append(f"missing {name} {shape}" + (f" (nearest: {near[0]})" if near else ""))
         elif tuple(found[name]) != tuple(shape):
             faults.append(f"{name} is {tuple(found[name])}, expected {tuple(shape)}")
-    faults += [
-        f"unexpected {name} {tuple(shape)}" for name, shape in found.items() if name not in expected
-    ]
+    for name, shape in found.items():
+        if name not in expected:
+            faults.append(f"unexpected {name} {tuple(shape)}")
     if faults:
         raise WeightsError(
-            f"{what}: {len(faults)} tensors do not fit the config: " + "; ".join(faults)
+            f"{what}: {len(faults)} tensors do not fit the config: {listed(faults, LISTED)}"
         )
+
+
+def check_file(path: str | os.PathLike, module: nnx.Module) -> dict[str, LazyTensor]:
+    """Compare a file with a module, built or abstract, without reading a tensor.
+
+    Returns:
+      The tensors of the file by name.
+
+    Raises:
+      WeightsError: the file is unreadable, does not fit, or holds other than floating-point
+        numbers.
+    """
+    tensors = open_tensors(path)
+    check_fit(param_shapes(module), {k: v.shape for k, v in tensors.items()}, what=str(path))
+    odd = [
+        f"{name} is {v.dtype.name}"
+        for name, v in tensors.items()
+        if not jnp.issubdtype(v.dtype, jnp.floating)
+    ]
+    if odd:
+        raise WeightsError(f"{path}: expected floating-point weights: {listed(odd, LISTED)}")
+    return tensors
 
 
 def save_params(
@@ -114,17 +157,9 @@ def load_params(
         own parts only. None: on the default device.
 
     Raises:
-      WeightsError: if the file is unreadable or does not fit; all mismatches are listed.
+      WeightsError: if the file is unreadable, does not fit, or holds a number that is not finite.
     """
-    tensors = open_tensors(path)
-    check_fit(param_shapes(module), {k: v.shape for k, v in tensors.items()}, what=str(path))
-    odd = [
-        f"{name} is {v.dtype.name}"
-        for name, v in tensors.items()
-        if not jnp.issubdtype(v.dtype, jnp.floating)
-    ]
-    if odd:
-        raise WeightsError(f"{path}: expected floating-point weights: {'; '.join(odd)}")
+    tensors = check_file(path, module)
     state = nnx.state(module, nnx.Param)
     for parts, leaf in nnx.to_flat_state(state):
         name = ".".join(str(part) for part in parts)
@@ -133,12 +168,29 @@ def load_params(
 
 
 def _place(name: str, tensor: LazyTensor, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:
-    """A tensor on the device or devices where it belongs."""
+    """A tensor on the device or devices where it belongs.
+
+    Raises:
+      WeightsError: a number of it, or of the parts that this process needs, is not finite.
+    """
     if mesh is None:
-        return jnp.array(tensor.read(), dtype)
+        return jnp.array(_checked(name, tensor, tensor.read()), dtype)
     sharding = NamedSharding(mesh, spec_of(name, tensor.shape, mesh))
     # Several processes need parts; one process needs all of it, and reads that in one go.
-    stored = tensor.array() if jax.process_count() > 1 else tensor.read()
-    return jax.make_array_from_callback(
-        tensor.shape, sharding, lambda part: np.array(stored[part], dtype)
-    )
+    several = jax.process_count() > 1
+    stored = tensor.array() if several else _checked(name, tensor, tensor.read())
+
+    def read(part: tuple[slice, ...]) -> np.ndarray:
+        value = stored[part]
+        return np.array(_checked(name, tensor, value) if several else value, dtype)
+
+    return jax.make_array_from_callback(tensor.shape, sharding, read)
+
+
+def _checked(name: str, tensor: LazyTensor, value: np.ndarray) -> np.ndarray:
+    if not all_finite(value):
+        raise WeightsError(
+            f"{tensor.path}: {name} holds numbers that are not finite (infinity or NaN); the"
+            " training that made it diverged, or the file is damaged; use another checkpoint"
+        )
+    return value

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,10 @@ class LazyTensor:
             return np.array(self.array()[rows] if self.shape else self.array())
         start, stop, _ = rows.indices(self.shape[0])
         row = self.nbytes // self.shape[0]
-        raw = np.fromfile(
-            self.path, np.uint8, (stop - start) * row, offset=self.offset + start * row
-        )
+        nbytes = (stop - start) * row
+        raw = np.fromfile(self.path, np.uint8, nbytes, offset=self.offset + start * row)
+        if raw.size < nbytes:
+            raise WeightsError(f"{self.path}: the file became shorter while it was read")
         return raw.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
     def array(self) -> np.ndarray:
@@ -237,7 +238,7 @@ def write_entries(
       path: overwritten.
       entries: what to write; loaded one at a time.
       metadata: for the header.
-      on_piece: told the tensor's name and the bytes of each piece that was written, in their order
+      on_piece: called with the tensor's name and the bytes of each piece that was written, in their order
         in the file.
 
     Raises:
@@ -292,6 +293,38 @@ def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
         np.array_equal(a[i : i + rows].view(bits), b[i : i + rows].view(bits))
         for i in range(0, len(a), rows)
     )
+
+
+def listed(faults: Sequence[str], most: int) -> str:
+    """The first of them in one line, and how many more there are."""
+    more = f" and {len(faults) - most} more" if len(faults) > most else ""
+    return "; ".join(faults[:most]) + more
+
+
+# Of each type: the bits without the sign, and the smallest that is infinite or no number.
+_MAGNITUDE = {
+    np.dtype(np.float64): (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    np.dtype(np.float32): (0x7FFF_FFFF, 0x7F80_0000),
+    np.dtype(np.float16): (0x7FFF, 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (0x7FFF, 0x7F80),
+}
+_FINITE_PIECE = 2**18  # numbers looked at together: what fits a cache
+
+
+def all_finite(value: np.ndarray) -> bool:
+    """Is no element infinite or no number? Integers always are finite.
+
+    Looks at the bits, in pieces: several times as fast as `np.isfinite`, which knows no bfloat16.
+    """
+    if value.dtype not in _MAGNITUDE:
+        if value.dtype.kind in "biu":
+            return True
+        return bool(np.isfinite(value.astype(np.float32)).all())
+    mask, first = _MAGNITUDE[value.dtype]
+    bits = np.ascontiguousarray(value).reshape(-1).view(f"u{value.dtype.itemsize}")
+    mask = bits.dtype.type(mask)
+    pieces = (bits[i : i + _FINITE_PIECE] for i in range(0, bits.size, _FINITE_PIECE))
+    return all((piece & mask).max() < first for piece in pieces)
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
@@ -354,14 +387,8 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         if name not in place
     ]
     if faults:
-        raise WeightsError(
-            f"{path}: index and shards disagree: {'; '.join(faults[:5])}" + _more(faults, 5)
-        )
+        raise WeightsError(f"{path}: index and shards disagree: {listed(faults, 5)}")
     return {name: shards[file][name] for name, file in place.items()}
-
-
-def _more(faults: list[str], shown: int) -> str:
-    return f" and {len(faults) - shown} more" if len(faults) > shown else ""
 
 
 def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from chameleon_jax.config import load_config
-from chameleon_jax.inference.pipeline import _model_differences, check_config
+from chameleon_jax.inference.settings import check_config, model_differences
 from chameleon_jax.models.dit import DiTConfig
 from chameleon_jax.models.reward import ClipVisionConfig
 from chameleon_jax.models.taehv import TaehvConfig
@@ -435,10 +436,83 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_the_next_one_cl
         assert child.poll() is None
     child.kill()
     child.wait()
-    left = os.listdir(tmp_path)
-    assert left == [f"out.part-{child.pid}"]
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("out.part-")
     run(source, "--to", "jax", "--out", tmp_path / "out")
+    assert left.exists()  # it might still be growing, on another machine
+    make_old(left)
+    run(source, "--to", "jax", "--out", tmp_path / "again")
+    assert left.exists()  # of another folder
+    shutil.rmtree(tmp_path / "out")
+    run(source, "--to", "jax", "--out", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["again", "out"]
+
+
+def make_old(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (0, 0))
+
+
+def test_a_folder_that_is_locked_is_no_leftover_however_old_it_is(source, tmp_path):
+    growing = tmp_path / "out.part-0123"
+    growing.mkdir()
+    with open(growing / writing.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make_old(growing)
+        run(source / "vae", "--to", "jax", "--out", tmp_path / "out")
+        assert growing.exists()
+    shutil.rmtree(tmp_path / "out")
+    run(source / "vae", "--to", "jax", "--out", tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(source, tmp_path, monkeypatch):
+    fill = writing._fill
+
+    def slow(part, *args):
+        fill(part, *args)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/mine").write_text("keep")
+
+    monkeypatch.setattr(writing, "_fill", slow)
+    with pytest.raises(writing.DestinationError, match="exists already"):
+        run(source / "vae", "--to", "jax", "--out", tmp_path / "out")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/mine"]
+
+
+def test_a_symbolic_link_as_the_destination_is_followed(source, tmp_path):
+    (tmp_path / "disk/empty").mkdir(parents=True)
+    for name, target in (("new", "disk/new"), ("empty", "disk/empty")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        run(source / "vae", "--to", "jax", "--out", tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert sorted(os.listdir(tmp_path / target)) == ["config.json", "vae.safetensors"]
+    with pytest.raises(writing.DestinationError, match="exists already"):
+        run(source / "vae", "--to", "jax", "--out", tmp_path / "new")
+
+
+@pytest.mark.parametrize("bad", ["x" * 300, "x" * 300 + "/out", "file/out", "file"])
+def test_a_name_that_no_folder_can_have_is_refused_at_once(source, tmp_path, bad):
+    (tmp_path / "file").touch()
+    with pytest.raises(writing.DestinationError, match="choose a(nother| shorter) name") as e:
+        run(source / "vae", "--to", "jax", "--out", tmp_path / bad)
+    assert "\n" not in str(e.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_name_as_long_as_names_can_be_is_taken(source, tmp_path):
+    run(source / "vae", "--to", "jax", "--out", tmp_path / ("ü" * 127))
+    assert os.listdir(tmp_path) == ["ü" * 127]
+
+
+def test_folders_made_on_the_way_vanish_with_a_failed_conversion(source, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "write_entries", full)
+    with pytest.raises(writing.DestinationError, match="No space left on device.*nothing was left"):
+        run(source / "vae", "--to", "jax", "--out", tmp_path / "a/b/out")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_fault_on_the_disk_is_found_when_it_is_read_back(source, tmp_path, monkeypatch):
@@ -511,7 +585,7 @@ def test_the_public_checkpoint_is_what_the_5b_configs_ask_for(config):
     }
     stored = json.loads(json.dumps(convert.our_config(parts)))
     asked = check_config(load_config(f"{Path(__file__).parents[2]}/configs/{config}.py"))
-    assert _model_differences(asked, stored) == []
+    assert model_differences(asked, stored) == []
     check_config(stored)
 
 

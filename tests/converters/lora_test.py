@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,12 +15,20 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from chameleon_jax.models.dit import bidirectional_forward
-from chameleon_jax.weights.lora import Change, Lora, attach, detach, lora_params, merge
+from chameleon_jax.weights.lora import (
+    Change,
+    Lora,
+    attach,
+    detach,
+    lora_params,
+    merge,
+    parse_strength,
+)
 from chameleon_jax.weights.params import flat_params
 from chameleon_jax.weights.tensors import WeightsError, read_tensors
 from converters import lora
 from converters.recognise import RecognitionError, recognise
-from converters.rules import ConversionError
+from converters.rules import ConversionError, Rule, rename
 from tests import tiny_dit, tiny_wan
 from tests.commands import run_converter
 
@@ -119,6 +128,102 @@ def test_spellings_that_others_mix_are_read(tmp_path):
     torch.save({name: as_torch(x) for name, x in mixed.items()}, tmp_path / "x.pt")
     (part,) = recognise([tmp_path / "x.pt"])
     assert_same(part.changes, changes())
+
+
+NAMINGS = {
+    "kohya's with dots": "lora_unet_{}.lora_down.weight",
+    "lycoris": "lycoris_{_}.lora_down.weight",
+    "DiffSynth": "pipe.dit.{}.lora_A.default.weight",
+    "unet": "unet.{}.lora_down.weight",
+    "dit": "dit.{}.lora_A.weight",
+    "the adapter's name": "base_model.model.{}.lora_A.style_7.weight",
+    "doubled": "diffusion_model.diffusion_model.{}.lora_A.weight",
+    "doubled, of PEFT": "base_model.model.base_model.model.{}.lora_A.weight",
+    "several": "base_model.model.transformer.{}.lora_A.default.weight",
+    "kohya's of diffusers": "lora_transformer_{_}.lora_down.weight",
+    "none": "{}.lora_down.weight",
+    "old diffusers": "transformer.{}.lora_linear_layer.down.weight",
+    "without weight": "{}.lora_A",
+}
+
+
+@pytest.mark.parametrize("table", ["official", "diffusers"])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_the_names_of_other_trainers_are_read(tmp_path, naming, table):
+    """Each for the layers of the original code and for those of diffusers; alphas of shape [1]."""
+    rules = [Rule(rule.target, rule.source) for rule in lora.module_rules(table)]
+    modules = {layer: name for layer, (name, _) in rename(LAYERS, rules)[0].items()}
+    tensors = {}
+    for layer, change in changes().items():
+        name = NAMINGS[naming].replace("{}", modules[layer])
+        first = name.replace("{_}", modules[layer].replace(".", "_"))
+        second = first.replace("lora_A", "lora_B").replace("down", "up")
+        module = lora.HALF.fullmatch(first)["module"]
+        tensors |= {first: change.a.T, second: change.b.T}
+        tensors[f"{module}.alpha"] = np.float32([change.alpha])
+    save_file({name: as_torch(x) for name, x in tensors.items()}, tmp_path / "x.safetensors")
+    (part,) = recognise([tmp_path / "x.safetensors"])
+    assert_same(part.changes, changes())
+
+
+def test_of_several_adapters_in_a_file_one_is_chosen(tmp_path):
+    tensors = {}
+    for seed, adapter in enumerate(("first", "second")):
+        for name, x in lora.to_layout(changes(seed), "peft")[0].items():
+            tensors[name.replace(".weight", f".{adapter}.weight")] = x
+    save_file({name: as_torch(x) for name, x in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="several adapters: first, second; convert one"):
+        recognise([tmp_path / "x.safetensors"])
+    (part,) = recognise([tmp_path / "x.safetensors"], "second")
+    np.testing.assert_array_equal(part.changes[LAYERS[0]].a, changes(1)[LAYERS[0]].a)
+
+
+def test_a_layer_that_is_changed_twice_is_refused(tmp_path):
+    tensors = lora.to_layout(changes(), "official")[0]
+    twice = {name.replace("diffusion_model.", "unet."): x for name, x in tensors.items()}
+    save_file({k: as_torch(x) for k, x in (tensors | twice).items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ConversionError, match="matched twice: blocks.0.self_attn.q"):
+        recognise([tmp_path / "x.safetensors"])
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers", "official", "kohya", "jax"])
+@pytest.mark.parametrize("where", ["a", "b", "alpha"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_lora_that_is_not_finite_is_refused_by_name(tmp_path, layout, where, bad):
+    broken = changes()
+    one = broken[LAYERS[2]]
+    if where == "alpha":
+        one = dataclasses.replace(one, alpha=bad)
+    else:
+        getattr(one, where)[1, 1] = bad
+    broken[LAYERS[2]] = one
+    tensors, metadata = lora.to_layout(broken, layout)
+    path = tmp_path / "x.safetensors"
+    save_file({name: as_torch(x) for name, x in tensors.items()}, path, metadata)
+    if layout == "peft":
+        settings = json.dumps(lora.adapter_config(broken, layout))
+        (tmp_path / "adapter_config.json").write_text(settings)
+    part = "alpha" if where == "alpha" else f"lora_{where}"
+    with pytest.raises(WeightsError, match=rf"{LAYERS[2]}\.{part}: not finite") as error:
+        recognise([path])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "", "strong"])
+def test_a_strength_that_is_no_finite_number_is_refused(tmp_path, text):
+    with pytest.raises(WeightsError, match="is not a strength; expected a number"):
+        parse_strength(f"{tmp_path}/x.safetensors@{text}")
+    assert parse_strength("x.safetensors@-0.5") == (Path("x.safetensors"), -0.5)
+
+
+@pytest.mark.parametrize("strength", [np.nan, np.inf, 1e300])
+def test_a_strength_that_is_not_finite_changes_nothing(strength):
+    dit = tiny_dit.tiny_dit()
+    before = flat_params(dit)
+    for function in (merge, attach):
+        with pytest.raises(WeightsError, match="is not a finite factor"):
+            function(dit, Lora(changes()), strength)
+    assert all(np.array_equal(x, before[name]) for name, x in flat_params(dit).items())
 
 
 def test_of_a_training_checkpoint_with_two_the_generators_is_taken_unless_the_other_is_named(
@@ -278,9 +383,12 @@ def test_what_peft_saves_is_read_and_computes_the_same(base, tmp_path):
         ("lora_unet_blocks_0_self_attn_q.hada_w1_a", "this is LoHa"),
         (
             "diffusion_model.blocks.0.self_attn.q.lora_B.weight",
-            "missing: blocks.0.self_attn.q.lora_A",
+            "missing: diffusion_model.blocks.0.self_attn.q.lora_A",
         ),
-        ("diffusion_model.down_blocks.0.lora_A.weight", "unexpected: down_blocks.0"),
+        (
+            "diffusion_model.down_blocks.0.lora_A.weight",
+            "unexpected: diffusion_model.down_blocks.0",
+        ),
     ],
 )
 def test_other_kinds_and_halves_are_refused_by_name(tmp_path, name, message):

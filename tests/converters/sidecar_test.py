@@ -111,7 +111,7 @@ def test_every_field_comes_back_from_every_layout(tmp_path, name, layout):
     assert part.config == ODD[name]
 
 
-@pytest.mark.parametrize("way", [["official"], ["diffusers"], ["diffusers", "official"]])
+@pytest.mark.parametrize("way", [["official"], ["diffusers", "official"]])
 def test_our_own_model_goes_out_and_comes_back_whole(tmp_path, way):
     """The statistics of its latents, the length of its prompts, how it is streamed."""
     last = RUNWAY_TINY
@@ -127,6 +127,39 @@ def test_our_own_model_goes_out_and_comes_back_whole(tmp_path, way):
     assert (last / "tokenizer.json").read_text() == (RUNWAY_TINY / "tokenizer.json").read_text()
 
 
+@pytest.mark.parametrize("variant", ["base", "super"])
+def test_a_network_that_plays_another_part_keeps_it(tmp_path, variant):
+    """A small decoder in the place of the VAE's, as a pipeline saves it."""
+    name = "taehv" if variant == "base" else "taehv_super"
+    config = ODD[name]
+    in_our_layout(tmp_path / "ours", name, config)
+    (tmp_path / f"ours/{name}.safetensors").rename(tmp_path / "ours/decoder.safetensors")
+    group = {"network": "taehv", **sidecar.fields_of(config)}
+    (tmp_path / "ours/config.json").write_text(json.dumps({"model": {"decoder": group}}))
+    run(tmp_path / "ours", "--to", "jax", "--out", tmp_path / "copy")
+    run(tmp_path / "ours", "--to", "official", "--out", tmp_path / "public")
+    run(tmp_path / "public", "--to", "jax", "--out", tmp_path / "again")
+    for folder in ("copy", "again"):
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        assert written == {"model": {"decoder": group}}
+        assert_same(tensors_of(tmp_path / folder), tensors_of(tmp_path / "ours"))
+
+
+def test_two_networks_for_one_file_are_refused(tmp_path):
+    in_our_layout(tmp_path / "a", "vae", ODD["vae"])
+    in_our_layout(tmp_path / "b", "vae", ODD["vae"])
+    (tmp_path / "b/vae.safetensors").rename(tmp_path / "b/decoder.safetensors")
+    group = {"network": "vae", **sidecar.fields_of(ODD["vae"])}
+    (tmp_path / "b/config.json").write_text(json.dumps({"model": {"decoder": group}}))
+    run(tmp_path / "a", tmp_path / "b", "--to", "jax", "--out", tmp_path / "both")
+    assert sorted(path.name for path in (tmp_path / "both").glob("*.safetensors")) == [
+        "decoder.safetensors",
+        "vae.safetensors",
+    ]
+    with pytest.raises(ConversionError, match="Wan2.2_VAE.pth would hold .* and .*; convert them"):
+        run(tmp_path / "both", "--to", "official", "--out", tmp_path / "public")
+
+
 def test_a_single_file_is_read_with_the_sidecar_beside_it(tmp_path):
     expected = json.loads((RUNWAY_TINY / "config.json").read_text())["model"]["vae"]
     run(RUNWAY_TINY, "--to", "official", "--out", tmp_path / "official")
@@ -135,8 +168,13 @@ def test_a_single_file_is_read_with_the_sidecar_beside_it(tmp_path):
     assert {key: fields[key] for key in expected} == expected
 
 
-def test_the_shift_of_the_schedule_is_written_for_diffusers(tmp_path):
+def test_for_diffusers_the_shift_is_ours_and_a_vae_that_it_cannot_load_is_noted(tmp_path, capsys):
     run(RUNWAY_TINY, "--to", "diffusers", "--out", tmp_path / "theirs")
+    assert (
+        "note: the weights in vae/diffusion_pytorch_model.safetensors are complete, but the library"
+        " of the diffusers layout cannot load this Wan2.2 VAE: stage 2 of the encoder goes from 48"
+        " to 96 channels"
+    ) in capsys.readouterr().err
     scheduler = json.loads((tmp_path / "theirs/scheduler/scheduler_config.json").read_text())
     assert scheduler["flow_shift"] == 3.0
 
@@ -181,6 +219,8 @@ def test_what_cannot_travel_is_refused_with_its_keys(tmp_path):
         ("[]", "expected an object with `model`"),
         ('{"model": [1]}', "expected an object with `model`"),
         ('{"model": {"vae": 1}}', "expected an object with `model`"),
+        ('{"model": {}, "more": {}}', "expected an object with `model`"),
+        ('{"groups": {"vae": []}}', "expected an object with `model`"),
         ('{"model": {"vae": {"color": 1}}}', "model.vae: no sizes to be read off it"),
         ('{"model": {"vae": {"latent_mean": [1]}}}', "latent_mean has 1 entries"),
     ],

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from chameleon_jax.models.text import TextConfig, TextEncoder
 from chameleon_jax.weights.params import set_params
 from chameleon_jax.weights.tensors import write_tensors
+from converters import __main__ as command
 from converters import text
 from converters.recognise import recognise
-from converters.rules import ConversionError, convert, invert, rename
+from converters.rules import ConversionError, convert, invert, rename, shapes_in
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 TINY = TextConfig(vocab=97, width=32, heads=4, head_dim=6, ffn=48, layers=3)
@@ -146,3 +148,70 @@ def test_the_full_size_encoder_fits_the_published_listing_exactly(layout):
     assert {name: x.shape for name, x in ours.items()} == expected
     back = convert(ours, invert(rules), published)
     assert {name: x.shape for name, x in back.items()} == published
+
+
+TIED = text.HF_TIED
+FORMS = {
+    "plain": lambda tensors: tensors,
+    "a tokenizer of SentencePiece in it": lambda tensors: {
+        **tensors,
+        "spiece_model": np.arange(40, dtype=np.uint8),
+    },
+    "a tokenizer.json in it": lambda tensors: {
+        **tensors,
+        "tokenizer_json": np.arange(40, dtype=np.uint8),
+    },
+    "the table under both names": lambda tensors: {**tensors, TIED: tensors["shared.weight"]},
+    "the table under the second name": lambda tensors: {
+        TIED if name == "shared.weight" else name: x for name, x in tensors.items()
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("prefix", ["", "text_encoder."])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_encoder_is_read_in_every_form(tmp_path, form, prefix, pickled):
+    plain = text.untied(_tensors(_reference()))
+    tensors = {prefix + name: x for name, x in FORMS[form](plain).items()}
+    path = tmp_path / ("umt5.pth" if pickled else "umt5.safetensors")
+    if pickled:
+        torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, path)
+    else:
+        write_tensors(path, tensors)
+    (part,) = recognise([path])
+    assert part.network is text.TEXT and part.config == TINY
+    expected, got = _from_hf(plain), _from_hf({k: x.array() for k, x in part.tensors.items()})
+    assert got.keys() == expected.keys()
+    assert all(np.array_equal(got[name], x) for name, x in expected.items())
+    assert "float32, 0.00 GB" in part.describe()
+
+
+def test_a_tokenizer_in_the_original_layout_is_passed_over_too(tmp_path):
+    params = _from_hf(_tensors(_reference()))
+    shapes = shapes_in(invert(text.OFFICIAL_RULES), text.expected_shapes(TINY))
+    tensors = convert(params, invert(text.OFFICIAL_RULES), shapes)
+    write_tensors(tmp_path / "x.safetensors", {**tensors, "spiece_model": np.ones(9, np.uint8)})
+    (part,) = recognise([tmp_path / "x.safetensors"])
+    assert part.layout == "official" and part.tensors.keys() == tensors.keys()
+
+
+def test_float8_without_scales_is_one_line(tmp_path, capsys):
+    small = {
+        name: x.astype(ml_dtypes.float8_e4m3fn) if x.ndim == 2 else x
+        for name, x in text.untied(_tensors(_reference())).items()
+    }
+    write_tensors(tmp_path / "umt5_fp8.safetensors", small)
+    arguments = [
+        str(tmp_path / "umt5_fp8.safetensors"),
+        "--to",
+        "jax",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the checkpoint does not fit: wrong dtype: 25 tensors are float8_e4m3fn (" in line
+    assert line.endswith("is not read, take the bfloat16 or float16 file")

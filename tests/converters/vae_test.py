@@ -19,7 +19,7 @@ from flax import nnx
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.weights.params import set_params
 from converters import vae
-from converters.rules import ConversionError, convert, invert, rename
+from converters.rules import ConversionError, convert, invert, rename, shapes_in
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 # Wan2.2's own pattern of stages, and one in which the first stage halves time too.
@@ -198,3 +198,58 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_every_fault():
         "wrong shape: decoder.conv_in.weight is (48, 4, 3, 3, 3), expected (64, 4, 3, 3, 3)"
         in message
     )
+
+
+SHAPES = {
+    "wan22": {},
+    "one stage less": {"width_mult": (1, 2, 4), "temporal_down": (True, True)},
+    "widths that grow in the last stage": {"width_mult": (1, 2, 2, 4)},
+    "widths that grow fourfold": {"width_mult": (1, 1, 4, 4)},
+    "widths that grow sixteenfold": {"width_mult": (1, 16, 16, 16)},
+    "a first factor": {"width_mult": (2, 2, 4, 4)},
+    "as many blocks in the decoder": {"dec_blocks": 2},
+    "a block more in the encoder": {"enc_blocks": 3},
+    "another patch": {"patch": 1},
+    "time as it is": {"temporal_down": (False, False, False)},
+    "time halved once": {"temporal_down": (True, False, False)},
+    "time halved three times": {"temporal_down": (True, True, True)},
+    "time halved last": {"temporal_down": (True, False, True)},
+    "runway_tiny": {
+        "width_mult": (1, 2, 4),
+        "enc_blocks": 1,
+        "dec_blocks": 2,
+        "temporal_down": (True, True),
+    },
+}
+FITTING = (
+    "wan22",
+    "widths that grow fourfold",
+    "another patch",
+    "time as it is",
+    "time halved once",
+    "time halved last",
+)
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_what_diffusers_can_build_is_known(case):
+    """Asked of diffusers itself: it takes the names and shapes, and keeps time as we do."""
+    config = dataclasses.replace(CONFIGS["wan22"], **SHAPES[case])
+    expected = vae.expected_shapes(config)
+    public = shapes_in(invert(vae.diffusers_rules(config)), expected)
+    about = vae.diffusers_about(config)
+    frames = 1 + 2 * config.temporal_factor
+    frames += -(frames - 1) % 4
+    size = 2 * config.spatial_factor
+    try:
+        model = AutoencoderKLWan.from_config(about).eval()
+        model.load_state_dict({name: torch.zeros(shape) for name, shape in public.items()})
+        with torch.no_grad():
+            latents = model.encode(torch.zeros(1, 3, frames, size, size)).latent_dist.mean
+            pixels = model.decode(latents).sample
+        takes = latents.shape[2] == 1 + (frames - 1) // config.temporal_factor
+        takes = takes and pixels.shape[2] == frames
+    except (ValueError, RuntimeError, AssertionError):
+        takes = False
+    assert (vae.diffusers_obstacle(config) is None) == takes
+    assert takes == (case in FITTING)

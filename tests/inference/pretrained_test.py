@@ -156,8 +156,49 @@ def test_a_part_of_a_pipeline_says_what_is_missing(public, tmp_path):
 
 def test_no_room_for_the_conversion_is_one_line(public, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(PipelineError, match="no room for the conversion: .* needs"):
+    with pytest.raises(PipelineError, match="the conversion has no place: .* needs"):
         Pipeline.from_pretrained(public["diffusers"])
+
+
+TWO_PROCESSES = """
+import os, sys
+os.getpid = lambda: 7  # as in two containers
+from chameleon_jax.inference import pretrained
+from converters import writing
+write = writing.write_entries
+def slow(path, *args):
+    print("begun", flush=True)
+    sys.stdin.readline()
+    write(path, *args)
+writing.write_entries = slow
+print(pretrained.find_weights(sys.argv[1]), flush=True)
+"""
+
+
+def test_two_processes_that_convert_at_once_both_have_the_whole(public, cache):
+    """Both have begun before either goes on; the second to finish finds the folder there."""
+    children = []
+    for _ in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(public["diffusers"])],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+    for child in children:
+        assert child.stdout.readline() == "begun\n"
+    places = set()
+    for child in children:
+        out, err = child.communicate("\n\n\n")
+        assert child.returncode == 0, err
+        places.add(out.split()[-1])
+    assert [str(path) for path in cache.iterdir()] == list(places)
+    got, expected = (params(Pipeline.from_pretrained(at)) for at in (*places, public["jax"]))
+    assert got.keys() == expected.keys()
+    assert all(np.array_equal(got[name], x) for name, x in expected.items())
 
 
 FOUR_DEVICES = """
