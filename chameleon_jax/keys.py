@@ -17,10 +17,29 @@ from __future__ import annotations
 
 import jax
 
+from chameleon_jax.errors import UserError
+
+MAX_SEED = 2**32 - 1  # a seed is an unsigned number of 32 bits
+
 TRAINING = ("init", "loss", "preview", "eval")
 LOSS = ("times", "noise", "history_noise", "reference_noise")  # draws within one loss
 DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
 INFERENCE = {"chunk_noise": 0, "clip_noise": 1}
+
+
+class SeedError(UserError):
+    """A seed is out of range. The message is one line."""
+
+
+def check_seed(seed: int) -> int:
+    """A seed as it is, if random numbers can be drawn from it.
+
+    Raises:
+      SeedError: it is not from 0 to `MAX_SEED`.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise SeedError(f"seed {seed}: expected 0 to {MAX_SEED}")
+    return seed
 
 
 def training_key(seed: int, purpose: str, index: int | jax.Array = 0) -> jax.Array:

@@ -34,7 +34,7 @@ CONFIG = "configs/runway_tiny.py"
 
 def define_flags(parser: cli.Parser) -> None:
     """The flags of this command."""
-    parser.config_flag((CONFIG, ""))
+    parser.config_flag((CONFIG, ""), others=["configs/wan22_5b.py"])
     parser.flag(
         "weights",
         "random, or a folder of weights; speed does not depend on it",

@@ -142,11 +142,12 @@ class Parser:
             f"--{name}", f"--no{name}", action=_Switch, default=default, help=_plain(text)
         )
 
-    def config_flag(self, *defaults: tuple[str, str]) -> None:
+    def config_flag(self, *defaults: tuple[str, str], others: Sequence[str] = ()) -> None:
         """`--config`, and `--config.KEY=VALUE` as the list `overrides`.
 
         Args:
           defaults: (config file, when it is the default); the second is empty if there is one.
+          others: config files that are named in the help, too.
         """
         self._has_config = True
         names = [f"{file} {when}".strip() for file, when in defaults]
@@ -156,7 +157,8 @@ class Parser:
             metavar="FILE[:VARIANT]",
         )
         self._group.add_argument("--config.KEY", metavar="VALUE", help="change a key of it")
-        known = [f"  {file}: {', '.join(variants(file))}" for file, _ in defaults]
+        files = [*(file for file, _ in defaults), *others]
+        known = [f"  {file}: {', '.join(variants(file))}" for file in files]
         self._argparse.epilog = "variants, the default one first:\n" + "\n".join(known)
 
     def compilation_flag(self) -> None:

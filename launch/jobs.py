@@ -19,13 +19,13 @@ from chameleon_jax import files, machine, places
 from chameleon_jax.config import load_config, override
 from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.inference.settings import NETWORKS
+from chameleon_jax.keys import check_seed
 from launch.cli import UsageError, Values
 
 SHEET_FRAMES = 24  # frames on the contact sheet
 SHEET_HEIGHT = 256  # pixels of the tallest of them
 SHEET_COLUMNS = 8
 BITS_PER_PIXEL = 0.1  # of a video file, at the least; to see whether there is room for it
-MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,15 +101,14 @@ def check_common(values: Values, config: ConfigDict) -> dict[str, Any]:
     """The fields of `Job` but for the video's place.
 
     Raises:
-      UsageError: weights or seed cannot be used, or a LoRA does not exist.
+      UsageError: weights cannot be used, or a LoRA does not exist.
+      SeedError: the seed is out of range.
       VideoError: the frame rate cannot be written.
     """
     from chameleon_jax.data.video import frame_rate
 
     frame_rate(config.video.fps)
-    seed = config.seed if values.seed is None else values.seed
-    if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"seed {seed}: expected 0 to {MAX_SEED}")
+    seed = check_seed(config.seed if values.seed is None else values.seed)
     weights = values.weights or config.weights
     if not weights:
         raise UsageError(

@@ -202,7 +202,7 @@ def prepare_latents(values: cli.Values) -> None:
     from chameleon_jax.data import examples, records, sources
 
     cli.start_jax(values)
-    weights = Path(values.weights)
+    weights = places.find(values.weights)
     weights = weights / "vae.safetensors" if weights.is_dir() else weights
     encode, frames_per_latent = load_encoder(values, weights)
     print("the first batch compiles the encoder ...", file=sys.stderr)

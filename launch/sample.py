@@ -67,6 +67,7 @@ def define_flags(parser: cli.Parser) -> None:
         (CONFIGS["stream"], "for --task stream"),
         (CONFIGS["t2v"], "for t2v and i2v"),
         (CONFIGS["shots"], "for shots"),
+        others=["configs/wan22_5b.py"],
     )
     parser.flag(
         "task",

@@ -13,7 +13,8 @@ from chameleon_jax.config import ConfigError, flatten, load_config, save_config,
 from launch import cli
 
 ROOT = Path(__file__).parents[1]
-RUNS = ("runway_tiny", "wan22_5b", "wan22_ti2v", "longlive2_5b")
+STREAMS = ("runway_tiny", "wan22_5b", "wan22_ti2v", "longlive2_5b")
+RUNS = (*STREAMS, "vae", "teacher", "teacher_forcing")
 
 PLAIN = """
 from ml_collections import ConfigDict

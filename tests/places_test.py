@@ -13,7 +13,12 @@ import pytest
 
 import chameleon_jax
 from chameleon_jax import places
+from chameleon_jax.config import load_config
+from chameleon_jax.data.tokenizer import Tokenizer
+from chameleon_jax.inference.pretrained import find_weights
 from chameleon_jax.places import PlaceError
+from chameleon_jax.training.export import stored_model
+from chameleon_jax.training.networks import weights_file
 
 ROOT = Path(chameleon_jax.__file__).parents[1]
 
@@ -25,6 +30,19 @@ def test_a_path_is_found_here_or_beside_the_package(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "common.py").touch()
     assert places.find("configs/common.py") == Path("configs/common.py")
+
+
+def test_what_ships_is_found_from_every_folder(tmp_path, monkeypatch):
+    """The example tokenizer and the embedded weights, as the documents name them."""
+    monkeypatch.chdir(tmp_path)
+    folder = "chameleon_jax/assets/runway_tiny"
+    assert Tokenizer.from_file(f"{folder}/tokenizer.json", 96).vocab > 256
+    assert weights_file(folder, "vae").is_file()
+    assert weights_file(f"{folder}/vae.safetensors", "vae").is_file()
+    assert stored_model(folder, "vae") == stored_model(ROOT / folder, "vae")
+    assert stored_model(folder, "vae")
+    assert find_weights(folder) == ROOT / folder
+    assert load_config("configs/runway_tiny.py").weights == folder
 
 
 def test_the_cache_folder(tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_i
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.inference.programs import NOISE
+from chameleon_jax.keys import check_seed
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import TextKV, bidirectional_forward
 
@@ -294,8 +295,7 @@ class Generator:
             )
         frames = config.video.frames if frames is None else frames
         shape = latent_shape(config, size, frames, image=picture is not None)
-        if not 0 <= seed < 2**32:
-            raise GenerateError(f"seed {seed}: expected 0 to {2**32 - 1}")
+        check_seed(seed)
         if noise is not None and np.shape(noise) != shape:
             raise GenerateError(f"noise is {np.shape(noise)}; expected {shape}")
 

@@ -39,6 +39,7 @@ from chameleon_jax.attention.cache import withdraw
 from chameleon_jax.data.images import prepare_garment, prepare_reference
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.programs import stream_arguments
+from chameleon_jax.keys import check_seed
 
 if TYPE_CHECKING:
     from chameleon_jax.inference.pipeline import Pipeline
@@ -159,10 +160,9 @@ class Session:
 
         Raises:
           ImageError: a picture cannot be used.
-          ValueError: the seed is out of range.
+          SeedError: the seed is out of range.
         """
-        if not 0 <= int(seed) < 2**32:
-            raise ValueError(f"seed {seed} is out of range; expected 0 to {2**32 - 1}")
+        check_seed(int(seed))
         pictures = {
             "reference": prepare_reference(reference, self.pipeline.size),
             "garment": prepare_garment(garment, self.pipeline.size),

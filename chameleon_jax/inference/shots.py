@@ -28,6 +28,7 @@ from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.data.images import stretched
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline
+from chameleon_jax.keys import check_seed
 
 CUT_WORDS = "The scene transitions. "  # the published model was trained with them before a cut
 PROMPTS_KEPT = 4  # on the device, as K, V: those of two shots, each with and without CUT_WORDS
@@ -92,14 +93,14 @@ class MultiShot:
           latent frames of a chunk (Wan2.2's VAE), 3 less in the first one.
 
         Raises:
-          MultiShotError: no shots, or one that cannot be made; a seed out of range.
+          MultiShotError: no shots, or one that cannot be made.
+          SeedError: the seed is out of range.
           PositionError: the video is longer than the positions reach.
           ImageError: the image cannot be used.
         """
         shots = list(shots)
         check_shots(shots, self._stream.policy)
-        if not 0 <= int(seed) < 2**32:
-            raise MultiShotError(f"seed {seed} is out of range; expected 0 to {2**32 - 1}")
+        check_seed(int(seed))
         picture = None if image is None else stretched(image, self.pipeline.size)
         return self._chunks(shots, picture, int(seed))
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from chameleon_jax import files
+from chameleon_jax import files, places
 from chameleon_jax.config import ConfigError
 from chameleon_jax.errors import UserError
 from chameleon_jax.sharding import to_host
@@ -68,7 +68,7 @@ def export(
                 return
             copies = {f"{name}.safetensors": stage.weights[name] for name in stage.copied}
             if tokenizer is not None:
-                copies["tokenizer.json"] = Path(tokenizer)
+                copies["tokenizer.json"] = places.find(tokenizer)
             for name, source in copies.items():
                 if source.resolve() != (folder / name).resolve():
                     shutil.copyfile(source, place(name))
@@ -105,7 +105,7 @@ def stored_model(path: str | os.PathLike, name: str) -> dict[str, Any] | None:
     Raises:
       ConfigError: it is not the config of exported weights.
     """
-    path = Path(path)
+    path = places.find(path)
     file = (path.parent if path.suffix == ".safetensors" else path) / "config.json"
     if not file.is_file():
         return None

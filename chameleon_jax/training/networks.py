@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from chameleon_jax import places
 from chameleon_jax.models import build
 from chameleon_jax.models.build import DTYPES
 from chameleon_jax.weights.params import flat_params, load_params
@@ -100,8 +101,11 @@ def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Net
 
 
 def weights_file(path: str | os.PathLike, name: str) -> Path:
-    """The file of a network's weights: `path` itself, or <name>.safetensors in the folder `path`."""
-    path = Path(path)
+    """The file of a network's weights: `path` itself, or <name>.safetensors in the folder `path`.
+
+    What is not here is looked for beside the package, too.
+    """
+    path = places.find(path)
     return path if path.suffix == ".safetensors" else path / f"{name}.safetensors"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from chameleon_jax.config import ConfigError, flatten
+from chameleon_jax.keys import MAX_SEED
 from chameleon_jax.training.checkpoints import CheckpointError, newest_step, read_about
 from chameleon_jax.training.networks import DTYPES
 
@@ -50,7 +51,7 @@ POSITIVE = Range(0, above=True)
 
 # Groups that a config does not have are not asked for.
 RANGES = {
-    "seed": Range(0, 2**32 - 1),
+    "seed": Range(0, MAX_SEED),
     "video.height": COUNT,
     "video.width": COUNT,
     "video.frames": COUNT,

@@ -19,6 +19,7 @@ from chameleon_jax.config import load_config
 from chameleon_jax.data.images import first_frame
 from chameleon_jax.data.tokenizer import byte_tokenizer
 from chameleon_jax.diffusion.unipc import GRIDS, unipc_timesteps
+from chameleon_jax.errors import UserError
 from chameleon_jax.inference.clip import (
     GenerateConfig,
     GenerateError,
@@ -306,12 +307,12 @@ def test_size_and_length_follow_the_config_and_with_an_image_its_shape(generator
         ({"frames": 0}, "the nearest is 1"),
         ({"frames": -3}, "the nearest is 1"),
         ({"frames": 1, "image": picture()}, "nothing to generate; the shortest clip is 5"),
-        ({"seed": -1}, "expected 0 to 4294967295"),
+        ({"seed": -1}, "seed -1: expected 0 to 4294967295"),
         ({"noise": np.zeros((1, 3, 4, 6))}, r"noise is \(1, 3, 4, 6\); expected \(1, 3, 4, 6, 4\)"),
     ],
 )
 def test_what_cannot_be_made_is_refused(generator, kw, message):
-    with pytest.raises(GenerateError, match=message):
+    with pytest.raises(UserError, match=message):
         generator.generate(PROMPT, **kw)
 
 
@@ -321,6 +322,9 @@ def test_units_are_those_of_the_networks():
     assert latent_shape(config, (1280, 704), 1, image=False) == (1, 1, 80, 44, 48)
     with pytest.raises(GenerateError, match="the nearest size is 704x1280"):
         latent_shape(config, (720, 1280), 121, image=False)
+    for size, frames in (((704, 1280), 4097), ((32 * 1025, 1280), 121)):
+        with pytest.raises(GenerateError, match="expected at most 4093 frames of 32768x32768"):
+            latent_shape(config, size, frames, image=False)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from chameleon_jax.data.images import ImageError, stretched, to_uint8
 from chameleon_jax.diffusion import rollout
 from chameleon_jax.inference import Pipeline, PipelineError
 from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot, chunk_prompts
+from chameleon_jax.keys import SeedError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"{ROOT}/configs/longlive2_5b.py"
@@ -199,7 +200,7 @@ def test_the_first_frame_is_the_whole_picture_stretched():
             MultiShotError,
             "put in front of a cut for you; leave it out",
         ),
-        ([Shot("a", 1)], {"seed": -1}, MultiShotError, "seed -1 is out of range"),
+        ([Shot("a", 1)], {"seed": -1}, SeedError, "seed -1: expected 0 to 4294967295"),
         (
             [Shot("a", 513)],
             {},

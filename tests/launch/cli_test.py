@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "sample",
     "bench",
+    "train",
+    "convert",
     "prepare runway",
     "prepare latents",
     "prepare tokenizer",
@@ -157,7 +159,9 @@ def test_help_imports_neither_jax_nor_any_extra():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "all loaded: []"
-    assert done.stdout.count("--help, -h") == len(COMMANDS) + 2  # sample and bench twice
+    assert (
+        done.stdout.count("--help, -h") == len(COMMANDS) + 4
+    )  # those without commands of their own: twice
 
 
 def test_choices_in_the_flags_are_those_of_the_library():
