@@ -47,7 +47,10 @@ def test_help_imports_neither_numpy_nor_jax():
     [
         ([], "the following arguments are required: IN, --to, --out"),
         (["x", "--to", "jaks", "--out", "y"], "--to: 'jaks': expected one of jax, official"),
-        (["x", "--to", "jax", "--out", "y", "--dtpe", "keep"], "unknown flag --dtpe; did you mean --dtype?"),
+        (
+            ["x", "--to", "jax", "--out", "y", "--dtpe", "keep"],
+            "unknown flag --dtpe; did you mean --dtype?",
+        ),
         (["x", "--to", "jax", "--out", "y", "--lora", "z"], "x: no such file or folder"),
     ],
 )
