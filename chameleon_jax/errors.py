@@ -44,7 +44,8 @@ def need(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise  # something that the module itself needs: its own message says more
         raise MissingPackageError(
-            f"{module} is not installed; it comes with the extra {extra!r}: {install_command(extra)}"
+            f"{module} is not installed; it comes with the extra {extra!r}:"
+            f" {install_command(extra)}"
         ) from None
 
 

@@ -123,7 +123,7 @@ def smoke() -> ConfigDict:
 
 MODELS = {"wan22_5b": wan22_5b, "runway_tiny": runway_tiny, "smoke": smoke}
 
-# Cache policies of the streams, see attention/policies.py; teacher forcing remembers what they hold.
+# Cache policies of the streams, see attention/policies.py; teacher forcing forgets as they do.
 # The paper's 23 frames have room for the whole of its clips. The small model remembers one chunk of
 # three in training, so that the third has forgotten the first, as all later ones of a stream have
 # forgotten theirs.

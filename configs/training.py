@@ -1,7 +1,7 @@
-"""What all training configs share: every key that `chameleon_jax.training` reads has its value here.
+"""What all training configs share: each key that `chameleon_jax.training` reads has its value here.
 
-The stages' own numbers are in vae.py, teacher.py and teacher_forcing.py. `paper` is the page; `small`
-and `smoke` change what differs for the small models.
+The stages' own numbers are in vae.py, teacher.py and teacher_forcing.py. `paper` is the page;
+`small` and `smoke` change what differs for the small models.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def small(config: ConfigDict) -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Four steps of a model of a few thousand parameters; from a config that `small` has changed."""
+    """Four steps of a model of a few thousand parameters, from a config changed by `small`."""
     config.name = "smoke"
     config.model = common.smoke()
     config.video = {"height": 32, "width": 32, "fps": 16.0, "frames": 9}

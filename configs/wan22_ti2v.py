@@ -2,8 +2,8 @@
 
     python -m launch.sample --task t2v --weights DIR --prompt "A woman walks along a beach." \
         --out out.mp4
-    python -m launch.sample --task i2v --weights DIR --image first.png --prompt "She turns around." \
-        --out out.mp4
+    python -m launch.sample --task i2v --weights DIR --image first.png \
+        --prompt "She turns around." --out out.mp4
 
 DIR is whatever `Pipeline.from_pretrained` takes. To see on a CPU, in seconds, that everything is
 wired up: `--config configs/wan22_ti2v.py:smoke`.

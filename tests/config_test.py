@@ -24,7 +24,8 @@ VARIANTS = ("large", "small")
 
 def get_config(variant="large"):
     sizes = {"large": 3, "small": 1}
-    return ConfigDict({"size": sizes[variant], "rate": 0.5, "on": True, "name": "a", "pair": (1, 2)})
+    size = sizes[variant]
+    return ConfigDict({"size": size, "rate": 0.5, "on": True, "name": "a", "pair": (1, 2)})
 """
 
 
@@ -103,7 +104,7 @@ def test_no_such_file(tmp_path):
 
 
 def test_files_beside_a_config_are_found_and_hide_nothing(tmp_path, monkeypatch):
-    """`from configs import x` means the files beside it, then ours; Python's path stays as it is."""
+    """`from configs import x` means the files beside it, then ours; `sys.path` stays as it is."""
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "shared.py").write_text("SIZE = 7")

@@ -208,7 +208,7 @@ def held_out_means(batches: Sequence[Metrics]) -> dict[str, float]:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Is something due after `step` that comes every `every` steps and at the last one? 0: never."""
+    """Is something due after `step` that comes every `every` steps and at the last? 0: never."""
     return bool(every) and (step % every == 0 or step == last)
 
 
@@ -275,7 +275,8 @@ def _named_failure(folder: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or str(error)
         raise ReportError(
-            f"{folder}: metrics and previews cannot be written ({why}); the newest checkpoint stays."
+            f"{folder}: metrics and previews cannot be written ({why}); the newest checkpoint"
+            " stays."
             " Make it possible to write there, and start the same command again"
         ) from None
 

@@ -31,7 +31,7 @@ from chameleon_jax.training.stages import make_stage
 log = logging.getLogger(__name__)
 
 # What a run that ended by a signal exits with: 128 + the signal's number, as shells do. It has not
-# exported anything, so it must not look like success: a script would go on with an older export, and
+# exported anything, so it must not look like success: a script would use an older export, and
 # Kubernetes would count the job as done instead of starting it again.
 EXIT_CODES = {"finished": 0, "time": 0, "SIGINT": 130, "SIGTERM": 143}
 

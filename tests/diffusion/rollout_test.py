@@ -38,7 +38,7 @@ EULER, FEW = make_sampler("euler", steps=2), make_sampler("few_step", timesteps=
 
 
 class Stream:
-    """The pure functions, jitted with the cache donated, and a count of how often each was traced."""
+    """The pure functions, jitted with the cache donated, and how often each was traced."""
 
     def __init__(self, config: Ring, sampler=EULER, batch: int = 1, **kw):
         self.dit = tiny_dit.tiny_dit(**kw)

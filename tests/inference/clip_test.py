@@ -1,4 +1,4 @@
-"""Whole clips: parity with diffusers' pipelines and with the original's loop, and what is refused."""
+"""Whole clips: parity with diffusers' pipelines and the original's loop, and what is refused."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def from_torch(x: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(("task", "guidance"), [("t2v", 5.0), ("i2v", 5.0), ("t2v", 1.0)])
 def test_a_clip_agrees_with_that_of_diffusers(theirs, generator, task, guidance):
-    """From the prompts to the pixels: latents within 1e-4 on a scale of two, pixels within 1/255."""
+    """From prompts to pixels: latents within 1e-4 on a scale of two, pixels within 1/255."""
     image = {"image": picture()} if task == "i2v" else {}
     asked = {
         "prompt": PROMPT,

@@ -114,7 +114,8 @@ def test_all_mismatches_of_all_networks_in_one_error(folder, tmp_path):
         Pipeline.from_pretrained(copy, config)
     message = str(caught.value)
     for part in (
-        "vae.safetensors: weights of a VAE with encoder width 4; the config describes encoder width 8",
+        "vae.safetensors: weights of a VAE with encoder width 4; "
+        "the config describes encoder width 8",
         "dit.safetensors: weights of a transformer with layers 2; the config describes layers 1",
         "text.safetensors: weights of a text encoder with feed-forward width 32; the config",
     ):

@@ -84,7 +84,7 @@ def test_a_cut_is_told_in_the_first_chunk_of_a_later_shot():
 
 @pytest.mark.parametrize("image", [None, picture()], ids=["prompts alone", "first frame"])
 def test_a_video_is_made_of_its_chunks(pipeline, streams, by_hand, image):
-    """Chunk by chunk with the functions below, then decoded as a whole: the same but for rounding."""
+    """Chunk by chunk with the functions below, then decoded whole: the same but for rounding."""
     cache = rollout.new_cache(pipeline.dit, make_policy(**pipeline.config.cache), 1, (4, 6))
     z, latents = np.zeros((1, 2, 4, 6, 4), np.float32), []
     if image is not None:

@@ -26,8 +26,11 @@ SMALL = [
 # happens.
 BARE = """
 import sys
-FORBIDDEN = ("av", "grain", "tensorflow_datasets", "tensorflow", "orbax", "torch", "tokenizers", "safetensors", "ftfy",
-             "tqdm", "numba", "diffusers", "transformers", "array_record", "tensorboardX")
+FORBIDDEN = (
+    "av", "grain", "tensorflow_datasets", "tensorflow", "orbax", "torch", "tokenizers",
+    "safetensors", "ftfy", "tqdm", "numba", "diffusers", "transformers", "array_record",
+    "tensorboardX",
+)
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in FORBIDDEN:

@@ -29,7 +29,7 @@ convert.main(sys.argv[1:])
 
 
 def interrupted(argv, marker):
-    """Start a command, send Ctrl-C to its group when `marker` is on stderr. Code, stderr, seconds."""
+    """Start a command, press Ctrl-C once `marker` is on stderr. Code, stderr, seconds."""
     process = subprocess.Popen(
         [sys.executable, *argv],
         cwd=ROOT,

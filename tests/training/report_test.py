@@ -1,4 +1,4 @@
-"""metrics.jsonl after a kill, and with lines that are not ours; writing when nothing can be written."""
+"""metrics.jsonl after a kill, and with lines that are not ours; writing on a full disk."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Stage 2, teacher forcing: the teacher learns to continue a video chunk by chunk (arXiv 2605.15824,
-section 4.2).
+"""Stage 2, teacher forcing: the teacher learns to continue a video chunk by chunk.
+
+FashionChameleon, arXiv 2605.15824, section 4.2.
 
 The video is cut into blocks of 3 latent frames. Each block is noised with a t of its own and
 denoised with the clean context and the clean earlier blocks in sight, as far as the cache of the
