@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from orbax.checkpoint import utils as ocp_utils
 from chameleon_jax.errors import UserError, one_line
 
 ABOUT = "metadata"  # file of the JSON part
+SPARE = 1_000_000  # bytes that a checkpoint needs beside its arrays
 
 
 class CheckpointError(UserError):
@@ -46,12 +48,12 @@ class Checkpoints:
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder of checkpoints")
         # Several processes share the folder: none of them may remove what another one writes.
-        tidy = not read_only and jax.process_count() == 1
+        self._tidy = not read_only and jax.process_count() == 1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=tidy,  # what a killed run left behind
+            cleanup_tmp_directories=self._tidy,  # what a killed run left behind
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
@@ -68,13 +70,35 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            with self._named_failure():
-                self._manager.close()
-        else:  # one error is enough: what was said first is what happened first
-            with contextlib.suppress(Exception):
-                self._manager.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        try:
+            if error is None:
+                with self._named_failure():
+                    self._manager.close()
+            else:  # one error is enough: what was said first is what happened first
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+        finally:
+            if self._tidy:
+                self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Remove what could not be saved: it takes up the disk.
+
+        Orbax's threads may still write there for a moment after they have failed.
+        """
+        quiet = 0
+        deadline = time.monotonic() + 10
+        while quiet < 3 and time.monotonic() < deadline:
+            unfinished = list(self.folder.glob(f"*{ocp_utils.TMP_DIR_SUFFIX}"))
+            if not unfinished and not quiet:
+                return
+            for path in unfinished:
+                shutil.rmtree(path, ignore_errors=True)
+            quiet = 1 if unfinished else quiet + 1
+            time.sleep(0.1)
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; one that is being written counts."""
@@ -94,8 +118,10 @@ class Checkpoints:
         """
         if step == self.latest():
             return
+        leaves = _named(state)
+        self._check_space(sum(leaf.nbytes for leaf in leaves.values()))
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_named(state)), about=ocp.args.JsonSave(about)
+            state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about)
         )
         with self._named_failure():
             self._manager.save(step, args=args)
@@ -112,25 +138,33 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named_failure(self) -> Iterator[None]:
-        """Turn what Orbax raises when it cannot write into one line, and free the disk."""
+        """Turn what Orbax raises when it cannot write into one line."""
         try:
             yield
         except (OSError, ValueError) as error:
             why = one_line(error)
             if isinstance(error, ValueError) and "os_error_code" not in why:
                 raise  # not of the disk: a fault of ours
-            if "No space left on device" in why:
-                why = "no space left on the disk"
-            unfinished = list(self.folder.glob(f"*{ocp_utils.TMP_DIR_SUFFIX}"))
-            if jax.process_count() == 1:
-                for path in unfinished:
-                    shutil.rmtree(path, ignore_errors=True)
-            complete = newest_step(self.folder)
-            kept = "no step is complete yet" if complete is None else f"step {complete} is complete"
-            raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be saved ({why[:300]}); {kept}. Make it"
-                " possible to write there, and start the same command again"
-            ) from None
+        else:
+            return
+        if "No space left on device" in why:
+            why = "no space left on the disk"
+        raise CheckpointError(self._failure(why))
+
+    def _check_space(self, size: int) -> None:
+        """Raise CheckpointError if so many bytes do not fit on the disk: better than to try."""
+        free = shutil.disk_usage(self.folder).free
+        if free < size + SPARE:
+            need = f"{(size + SPARE) / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free"
+            raise CheckpointError(self._failure(f"no space left on the disk: {need}"))
+
+    def _failure(self, why: str) -> str:
+        complete = newest_step(self.folder)
+        kept = "no step is complete yet" if complete is None else f"step {complete} is complete"
+        return (
+            f"{self.folder}: a checkpoint could not be saved ({why[:300]}); {kept}. Make room, or"
+            " make it possible to write there, and start the same command again"
+        )
 
     def restore(self, step: int, like: Any, stage: str) -> tuple[Any, dict[str, Any]]:
         """Read a checkpoint.

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from chameleon_jax import files, places
 from chameleon_jax.config import ConfigError
 from chameleon_jax.errors import UserError
+from chameleon_jax.models.build import DTYPES
 from chameleon_jax.sharding import to_host
-from chameleon_jax.training.networks import DTYPES
 from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.state import ParamTree
 from chameleon_jax.weights.tensors import write_tensors

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from chameleon_jax import sharding
+from chameleon_jax import compilation, sharding
 from chameleon_jax.training.stage import Stage, State
 from chameleon_jax.training.state import Batch, ParamTree
 
@@ -43,9 +43,10 @@ class Program:
         largest = max(batch, key=lambda name: batch[name].size)
         log.info("compiling %s for %s %s ...", self._name, largest, list(batch[largest].shape))
         begin = time.monotonic()
-        result = self._function(state, frozen, batch, *rest)
+        with compilation.watched() as seen:
+            result = self._function(state, frozen, batch, *rest)
         seconds = time.monotonic() - begin
-        log.info("compiled %s in %.1f s", self._name, seconds)
+        log.info("compiled %s: %s", self._name, compilation.summary(seen, seconds))
         if self._skip is not None:
             self._skip(seconds)
         self._compiled.add(shapes)

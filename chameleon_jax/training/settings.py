@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.config import ConfigError, flatten
 from chameleon_jax.keys import MAX_SEED
+from chameleon_jax.models.build import DTYPES
 from chameleon_jax.training.checkpoints import CheckpointError, newest_step, read_about
-from chameleon_jax.training.networks import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +150,6 @@ def _faults(config: ConfigDict, flat: Mapping[str, Any]) -> Iterator[str]:
             yield from _table_faults(key, value, TABLES[key])
         elif not _is_finite(value):
             yield f"{key} is {value}; expected finite numbers"
-        elif key.startswith("model.") and _is_whole(value) and value not in COUNT:
-            yield f"{key} is {value}; expected {COUNT}"
 
 
 def _table_faults(key: str, table: Any, columns: tuple[str, ...]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from chameleon_jax.config import load_config
 from chameleon_jax.data import records
+from chameleon_jax.data.examples import RunwayExamples
 from chameleon_jax.training import run as runs
 from chameleon_jax.training import stages
 from chameleon_jax.training.checkpoints import CheckpointError
@@ -39,7 +40,7 @@ def clips(tmp_path_factory):
     from tests.data import fake_renderer
 
     folder = tmp_path_factory.mktemp("clips")
-    examples = records.RunwayExamples(size=(32, 32), frames=9, render=fake_renderer.render)
+    examples = RunwayExamples(size=(32, 32), frames=9, render=fake_renderer.render)
     for first, count in ((0, 8), (800_000, 4)):
         records.prepare_runway(folder, count, examples, seed_start=first, workers=0)
     return folder
@@ -135,11 +136,10 @@ def test_an_export_that_fails_leaves_the_one_before(settings, tmp_path, monkeypa
 def test_the_command_gives_the_exit_code(monkeypatch):
     monkeypatch.setattr(runs, "start_logging", lambda: None)
     for reason, code in {"finished": 0, "time": 0, "SIGINT": 130, "SIGTERM": 143}.items():
-        monkeypatch.setattr(
-            runs, "run", lambda config, reason=reason, **_: runs.Outcome(None, 1, reason)
-        )
+        outcome = runs.Outcome(None, 1, reason)
+        monkeypatch.setattr(runs, "run", lambda config, outcome=outcome, **_: outcome)
         with pytest.raises(SystemExit) as stopped:
-            train.main(["--config=configs/vae.py:smoke"])
+            train.main(["--config=configs/vae.py:smoke", "--nocompilation_cache"])
         assert stopped.value.code == code
 
 

@@ -29,7 +29,6 @@ def settings(tmp_path, *overrides):
         ("video.fps=0", "video.fps is 0.0; expected above 0"),
         ("seed=-1", "seed is -1; expected 0 to 4294967295"),
         ("preview.samples=0", "preview.samples is 0; expected 1 or more"),
-        ("model.dit.heads=0", "model.dit.heads is 0; expected 1 or more"),
         ("dtype=float16", "dtype is 'float16'; expected one of float32, bfloat16"),
         ("export_dtype=half", "export_dtype is 'half'; expected one of float32, bfloat16"),
         ("data.dir=", "data.dir is not set; give it as --config.data.dir=FOLDER"),
