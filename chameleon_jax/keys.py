@@ -6,16 +6,17 @@ drawn, and no two uses share a number. The purposes of one table must differ fro
 of different tables meet different seeds or another generator.
 
     training    JAX, (config.seed, TRAINING purpose, step or index of a batch), then a LOSS draw
-    data        NumPy, (config.seed, DATA purpose, step, ...), see `data.loader.keyed_rng`
+    data        NumPy, (config.seed, DATA purpose, step, ...)
     inference   JAX, (seed of the video, INFERENCE purpose), then the number of the chunk
 
-The place of a name in its table is its number: append only, or old runs cannot be continued and old
-seeds give other videos.
+The place of a name in a tuple, or its value in a dictionary, is its number: append only, or old
+runs cannot be continued and old seeds give other videos.
 """
 
 from __future__ import annotations
 
 import jax
+import numpy as np
 
 from chameleon_jax.errors import UserError
 
@@ -24,7 +25,7 @@ MAX_SEED = 2**32 - 1  # a seed is an unsigned number of 32 bits
 TRAINING = ("init", "loss", "preview", "eval")
 LOSS = ("times", "noise", "history_noise", "reference_noise")  # draws within one loss
 DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
-INFERENCE = {"chunk_noise": 0, "clip_noise": 1}
+INFERENCE = ("chunk_noise", "clip_noise")
 
 
 class SeedError(UserError):
@@ -51,3 +52,13 @@ def training_key(seed: int, purpose: str, index: int | jax.Array = 0) -> jax.Arr
 def loss_key(key: jax.Array, draw: str) -> jax.Array:
     """Key of one of the draws of `LOSS`, from the key of a step."""
     return jax.random.fold_in(key, LOSS.index(draw))
+
+
+def data_rng(seed: int, purpose: str, *indices: int) -> np.random.Generator:
+    """Random numbers for one of `DATA`, others for each step, slot, process and so on."""
+    return np.random.default_rng([seed, DATA[purpose], *indices])
+
+
+def inference_key(seed: int | jax.Array, purpose: str) -> jax.Array:
+    """Key of a video for one of `INFERENCE`."""
+    return jax.random.fold_in(jax.random.key(seed), INFERENCE.index(purpose))

@@ -24,9 +24,8 @@ from absl import flags
 from chameleon_jax.data import captions
 from chameleon_jax.data.sources import MAX_BROKEN, Source, latent_frames
 from chameleon_jax.errors import UserError
+from chameleon_jax.keys import data_rng
 
-# First entry of each random key: what the numbers are for.
-_ORDER, _REPLACE, _CAPTION, _BATCHES, _START = range(5)
 _ATTEMPTS = 20  # replacements tried for one slot
 _ENDLESS = 2**53
 
@@ -121,17 +120,17 @@ class BatchPlan:
 
     def replacement(self, bucket: int, step: int, slot: int, attempt: int) -> int:
         """Another record of the bucket, after `attempt` others for this slot were broken too."""
-        rng = keyed_rng(self.seed, _REPLACE, step, slot, attempt)
+        rng = data_rng(self.seed, "replace", step, slot, attempt)
         return int(rng.choice(self.members[bucket]))
 
     def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         batches = []
         for bucket, members in enumerate(self.members):
-            order = keyed_rng(self.seed, _ORDER, epoch, bucket).permutation(members)
+            order = data_rng(self.seed, "order", epoch, bucket).permutation(members)
             full = len(order) // self.batch
             rows = order[: full * self.batch].reshape(full, self.batch)
             batches += [(bucket, indices) for indices in rows]
-        order = keyed_rng(self.seed, _BATCHES, epoch).permutation(len(batches))
+        order = data_rng(self.seed, "batches", epoch).permutation(len(batches))
         return [batches[i] for i in order]
 
 
@@ -200,7 +199,7 @@ class Loader:
         samples, prompts, broken = [], [], {}
         for slot in self.slots:
             sample = self._load_slot(bucket, step, slot, int(indices[slot]), broken)
-            rng = keyed_rng(self.config.seed, _CAPTION, step, slot)
+            rng = data_rng(self.config.seed, "caption", step, slot)
             both = sample.pop("captions")
             prompts.append(captions.choose(both, self.config.captions, rng, self.config.dropout))
             samples.append(sample)
@@ -211,7 +210,9 @@ class Loader:
         self, bucket: int, step: int, slot: int, index: int, broken: dict[int, str]
     ) -> dict[str, Any]:
         config = self.config
-        start = keyed_rng(config.seed, _START, step, slot).random() if config.random_start else 0.0
+        start = 0.0
+        if config.random_start:
+            start = data_rng(config.seed, "start", step, slot).random()
         for attempt in range(_ATTEMPTS):
             try:
                 sample = self.source.load(index, config.frames, config.buckets[bucket], start)
@@ -296,11 +297,6 @@ def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.
     log_ratio = np.log(sizes[:, 0] / sizes[:, 1])
     of_buckets = np.log([height / width for height, width in buckets])
     return np.abs(log_ratio[:, None] - of_buckets).argmin(1)
-
-
-def keyed_rng(seed: int, *key: int) -> np.random.Generator:
-    """Independent random numbers for each (seed, purpose, step, ...)."""
-    return np.random.default_rng([seed, *key])
 
 
 def _check_frames(source: Source, config: LoaderConfig) -> None:

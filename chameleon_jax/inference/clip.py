@@ -38,12 +38,10 @@ from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT, Model, guided, step
 from chameleon_jax.diffusion.unipc import GRIDS, UniPcState, UniPcTable, unipc_init, unipc_table
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pipeline import Pipeline
-from chameleon_jax.inference.programs import NOISE
-from chameleon_jax.keys import check_seed
+from chameleon_jax.keys import check_seed, inference_key
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import TextKV, bidirectional_forward
 
-CLIP_NOISE = NOISE + 1  # what a random number is for: that of a clip is not that of a chunk
 Prompt = str | jax.Array | np.ndarray  # text, or encoded states [1, l, m]
 
 
@@ -342,5 +340,5 @@ class Generator:
 
 def clip_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
     """What a clip starts from: standard normal, float32, the same for the same seed and shape."""
-    key = jax.random.fold_in(jax.random.key(np.uint32(seed)), CLIP_NOISE)
+    key = inference_key(np.uint32(seed), "clip_noise")
     return jax.random.normal(key, shape, jnp.float32)

@@ -43,13 +43,10 @@ from chameleon_jax.attention.cache import KVCache
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.diffusion import rollout
+from chameleon_jax.keys import inference_key
 from chameleon_jax.models.dit import TextKV
 
 log = logging.getLogger(__name__)
-
-# What a random number is for: the second of the three things its key is made of (seed, purpose,
-# chunk number).
-NOISE = 0
 
 Arguments = Mapping[str, tuple[Any, ...]]  # by program: shapes and dtypes, weights left out
 
@@ -234,7 +231,7 @@ class StreamPrograms(Programs):
             return rollout.prefill(dit, cache, context, text_kv)
 
         def noise_key(seed, number):
-            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), NOISE), number)
+            return jax.random.fold_in(inference_key(seed, "chunk_noise"), number)
 
         def chunk(dit, cache, text_kv, seed, number):
             key = noise_key(seed, number)

@@ -119,11 +119,11 @@ class Checkpoints:
         if step == self.latest():
             return
         leaves = _named(state)
-        self._check_space(sum(leaf.nbytes for leaf in leaves.values()))
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(about)
         )
         with self._named_failure():
+            self._check_space(sum(leaf.nbytes for leaf in leaves.values()))
             self._manager.save(step, args=args)
 
     def check(self) -> None:
@@ -173,7 +173,7 @@ class Checkpoints:
           step: one that exists.
           like: tree of `jax.ShapeDtypeStruct` with the shardings wanted; the mesh may differ from
             the one of the save.
-          stage: name of the stage that goes on.
+          stage: name of the stage that is resumed.
 
         Returns:
           The state, and the JSON part.

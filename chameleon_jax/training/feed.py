@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from chameleon_jax.config import ConfigError
-from chameleon_jax.data.loader import Loader, LoaderConfig, keyed_rng
+from chameleon_jax.data.loader import Loader, LoaderConfig
 from chameleon_jax.data.sources import Source
-from chameleon_jax.keys import DATA
+from chameleon_jax.keys import data_rng
 
 HostBatch = dict[str, np.ndarray]
 
@@ -61,7 +61,7 @@ class Feed(Iterator):
     def __next__(self) -> HostBatch:
         turn = self._count % len(self.parts)
         part = self.parts[turn]
-        rng = keyed_rng(part.loader.seed, DATA["crop"], self._count, self._process)
+        rng = data_rng(part.loader.seed, "crop", self._count, self._process)
         batch = part.transform(next(self._batches[turn]), rng)
         self._count += 1
         return batch
@@ -71,7 +71,7 @@ class Feed(Iterator):
         return {"count": self._count, "parts": [batches.get_state() for batches in self._batches]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state of a feed with the same source and parts.
+        """Continue from a state of a feed with the same source and parts.
 
         Only the number of batches counts, so that the readers may be others.
 

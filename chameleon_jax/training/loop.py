@@ -66,7 +66,7 @@ def train(
       stage: what to train.
       feed: endless batches.
       eval_batches: held-out batches, for `stage.evaluate` and for the preview.
-      resume_with_changes: go on although the config is not the one of the checkpoint.
+      resume_with_changes: resume although the config is not the one of the checkpoint.
 
     Raises:
       TrainingDivergedError: a metric became NaN or infinite.

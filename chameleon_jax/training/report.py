@@ -40,8 +40,8 @@ class MetricsWriter:
 
     Args:
       folder: gets metrics.jsonl, tensorboard/ and previews/.
-      step: where the run goes on; what an interrupted run wrote for later steps is removed, for it
-        will come again.
+      step: that the run starts or is resumed at; lines of later steps are removed, for they come
+        again.
 
     Raises:
       MissingPackageError: tensorboardX is not installed.

@@ -47,10 +47,10 @@ def run(
     Args:
       config: see configs/training.py.
       export_only: train nothing; export the newest checkpoint, also of a run that is going on.
-      resume_with_changes: go on from a checkpoint that was made with other settings.
+      resume_with_changes: resume from a checkpoint that was made with other settings.
 
     Raises:
-      UserError: the run cannot start or go on. The message is one line.
+      UserError: the run cannot start or continue. The message is one line.
     """
     check_settings(config)
     config = with_stored_sizes(config)

@@ -222,8 +222,8 @@ def check_resume(
     if changes and not allow_changes:
         raise CheckpointError(
             f"{folder}: step {step} is of a run with other settings: {shortened(changes)}. Set them"
-            " back; or start a new run from its export (another workdir, init_from); or go on with"
-            " the new settings by --resume_with_changes"
+            " back; or resume with them by --resume_with_changes; or start a new run from its"
+            " export (another workdir, init_from)"
         )
     return changes
 

@@ -1,4 +1,4 @@
-"""The real stages at smoke size: they start, learn something, show it, export it, and go on."""
+"""The real stages at smoke size: they start, learn something, show it, export it, and resume."""
 
 from __future__ import annotations
 
