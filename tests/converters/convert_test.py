@@ -554,7 +554,7 @@ def test_lazy_and_plain_tensors_give_the_same_plan():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, monkeypatch):
-    """Five layers of the 5B transformer, 1.8 GB in bfloat16, with less than half of that resident."""
+    """Five layers of the 5B transformer, 1.8 GB in bfloat16, less than half of it resident."""
     from tests.converters import full_size
 
     monkeypatch.setitem(
