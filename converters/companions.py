@@ -9,8 +9,8 @@ from typing import Any
 
 from chameleon_jax.data.tokenizer import Tokenizer
 from chameleon_jax.diffusion import wan22
+from converters.identify import Part
 from converters.layouts import OURS
-from converters.recognise import Part
 from converters.rules import ConversionError
 
 TOKENIZER_FOLDERS = {OURS: "", "official": "google/umt5-xxl", "diffusers": "tokenizer"}
@@ -32,9 +32,8 @@ def tokenizer_files(part: Part, to: str) -> tuple[dict[str, str], list[str]]:
     """
     beside = part.path.parent
     places = (beside, beside / "tokenizer", beside.parent / "tokenizer", beside / "google/umt5-xxl")
-    found = next(
-        (place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None
-    )
+    files = [place / "tokenizer.json" for place in places]
+    found = next((file for file in files if file.is_file()), None)
     if found is None:
         remark = (
             f"no tokenizer.json beside {part.path}: put the one of google/umt5-xxl, or of the"
@@ -47,7 +46,7 @@ def tokenizer_files(part: Part, to: str) -> tuple[dict[str, str], list[str]]:
             f"{found}: {tokenizer.vocab} pieces, the text encoder knows {part.config.vocab}"
         )
     folder = TOKENIZER_FOLDERS[to]
-    texts = {str(Path(folder) / "tokenizer.json"): found.read_text(encoding="utf-8")}
+    texts = {str(Path(folder) / "tokenizer.json"): _read(found)}
     if to != OURS:
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -60,9 +59,16 @@ def tokenizer_files(part: Part, to: str) -> tuple[dict[str, str], list[str]]:
         text = json.dumps(settings, indent=2) + "\n"
         given = found.with_name("tokenizer_config.json")
         if given.is_file():
-            text = given.read_text(encoding="utf-8")
+            text = _read(given)
         texts[str(Path(folder) / "tokenizer_config.json")] = text
     return texts, []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: not readable as text ({error})") from None
 
 
 def diffusers_pipeline(settings: Mapping[str, Any]) -> dict[str, str]:

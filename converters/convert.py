@@ -19,8 +19,8 @@ from chameleon_jax.weights.tensors import INDEX_SUFFIX, Entry, WeightsError
 from converters import companions, lora, sidecar
 from converters.dit import DIT
 from converters.families import PIPELINE
+from converters.identify import Part, RecognitionError, identify, layout_of
 from converters.layouts import OURS, TRAINING, Layout
-from converters.recognise import Part, RecognitionError, identify, layout_of
 from converters.rules import IDENTITY, ConversionError, Transform, invert, plan, shapes_in
 from converters.sidecar import Sidecar
 from converters.text import TEXT
@@ -197,8 +197,9 @@ def not_carried(part: Part, to: str, entries: Sequence[Entry]) -> Sidecar:
             f" differs from the published one in {keys}"
         )
     fields = sidecar.differences(part.config, found)
-    again = read_back(Sidecar({name: fields}))
-    if again is None or sidecar.differences(part.config, again):
+    if fields:
+        found = read_back(Sidecar({name: fields}))
+    if found is None or sidecar.differences(part.config, found):
         raise ConversionError(
             f"the {to} layout cannot carry {', '.join(sorted(fields))} of this {title}"
         )
@@ -278,12 +279,8 @@ def _entries(
         tensor, last = part.tensors[move.source], onward[move.target]
         name = f"{label}//model.{last.target}" if to == TRAINING else last.target
         kind = np.dtype(dtype or tensor.dtype)
-        load = _loader(
-            tensor,
-            move.transform,
-            last.transform,
-            changes.get(move.target.removesuffix(".kernel"), []),
-        )
+        of_layer = changes.get(move.target.removesuffix(".kernel"), [])
+        load = _loader(tensor, move.transform, last.transform, of_layer)
         entries.append(Entry(name, shapes[last.target], kind, load))
     return entries
 
@@ -291,8 +288,9 @@ def _entries(
 def _loader(
     tensor: Any, forward: Transform, onward: Transform, changes: Sequence[tuple[Change, float]]
 ) -> Callable[[slice], np.ndarray]:
-    """Rows of a tensor as it will be written, straight from the file where nothing is to be done to
-    it.
+    """Rows of a tensor as it will be written.
+
+    They come straight from the file where nothing is to be done to them.
     """
     if forward is IDENTITY and onward is IDENTITY and not changes:
         return tensor.read
@@ -300,9 +298,9 @@ def _loader(
     def load(rows: slice) -> np.ndarray:
         value = forward.forward(tensor.read())
         if changes:
-            total = value.astype(np.float32) + sum(
-                change.delta(strength) for change, strength in changes
-            )
+            total = value.astype(np.float32)
+            for change, strength in changes:
+                total += change.delta(strength)
             value = total.astype(tensor.dtype)
         value = onward.forward(value)
         return value[rows] if value.shape else value
@@ -315,6 +313,7 @@ def _changes(part: Part, merges: Sequence[Merge]) -> dict[str, list[tuple[Change
 
     Raises:
       ConversionError: layers that the network does not have, or of another size; all are listed.
+      WeightsError: a strength that is not finite.
     """
     shapes = part.network.expected(part.config) if merges else {}
     changes: dict[str, list[tuple[Change, float]]] = {}
@@ -327,6 +326,7 @@ def _changes(part: Part, merges: Sequence[Merge]) -> dict[str, list[tuple[Change
                     f"{merge.part.path}: {layer} is {shape}, the LoRA changes {change.a.shape} x"
                     f" {change.b.shape}"
                 )
+            change.scale(merge.strength)
             changes.setdefault(layer, []).append((change, merge.strength))
     if faults:
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""

@@ -8,12 +8,11 @@ one stem, and the best complete one is used.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from chameleon_jax.weights.tensors import LazyTensor, WeightsError, open_tensors
+from chameleon_jax.weights.tensors import LazyTensor, WeightsError, open_tensors, read_index
 from converters.pickles import SUFFIXES, open_pickle
 
 DEPTH = 3  # folders in folders that are looked into
@@ -46,6 +45,7 @@ class Checkpoint:
       stem: its name without variant, number and ending; copies share it.
       variant: "fp16", ...; "" for the one without a name.
       lacking: names of the shards that are missing.
+      fault: why its index cannot be used, "" if it can.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class Checkpoint:
     stem: str
     variant: str = ""
     lacking: tuple[str, ...] = ()
+    fault: str = ""
 
     @property
     def pickled(self) -> bool:
@@ -69,6 +70,8 @@ class Checkpoint:
         Raises:
           WeightsError: shards are missing, a file is unreadable.
         """
+        if self.fault:
+            raise WeightsError(f"{self.path}: {self.fault}")
         if self.lacking:
             shards = len(self.files) + len(self.lacking)
             raise WeightsError(
@@ -115,9 +118,6 @@ def find(folder: Path) -> tuple[list[Checkpoint], list[Path]]:
 
     Returns:
       Checkpoints, sorted; files that are no weights.
-
-    Raises:
-      WeightsError: an index is unreadable.
     """
     files = _files(folder)
     leftovers = [path for path in files if LEFTOVERS.fullmatch(path.name)]
@@ -147,7 +147,7 @@ def best_first(copies: Iterable[Checkpoint], variant: str | None) -> list[Checkp
         known = copy.variant in VARIANTS
         place = VARIANTS.index(copy.variant) if known else len(VARIANTS)
         other = variant is not None and copy.variant != variant
-        return bool(copy.lacking), other, copy.pickled, place, copy.variant, copy.path
+        return bool(copy.lacking or copy.fault), other, copy.pickled, place, copy.variant, copy.path
 
     return sorted(copies, key=rank)
 
@@ -169,20 +169,15 @@ def _of_file(path: Path) -> Checkpoint:
 
 
 def _of_index(path: Path, match: re.Match[str]) -> Checkpoint:
+    stem, variant = match["stem"], match["variant"] or ""
     try:
-        place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(place.values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(
-            f"{path}: not an index of shards, which has a weight_map ({error!r})"
-        ) from None
-    if outside:
-        raise WeightsError(f"{path}: names files outside its folder: {', '.join(outside)}")
-    files = [path.parent / name for name in names]
+        names = read_index(path)
+    except WeightsError as error:
+        return Checkpoint(path, (), stem, variant, fault=str(error).removeprefix(f"{path}: "))
+    files = [path.parent / name for name in sorted(set(names.values()))]
     lacking = tuple(file.name for file in files if not file.is_file())
     there = tuple(file for file in files if file.is_file())
-    return Checkpoint(path, there, match["stem"], match["variant"] or "", lacking)
+    return Checkpoint(path, there, stem, variant, lacking)
 
 
 def _without_index(files: Iterable[Path]) -> list[Checkpoint]:

@@ -1,5 +1,4 @@
-"""What a family of checkpoints is: a network, the layouts in which it is published, and how to read
-its sizes off the tensors.
+"""What a family of checkpoints is: a network, its published layouts, and how to read its sizes.
 
 A layout is a table of rules and the names that its files have in a folder. Sizes come from the
 shapes of the tensors; what shapes cannot say (heads, statistics of the latents) comes from the

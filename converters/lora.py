@@ -269,8 +269,9 @@ def _change(
 
 
 def _one_part(path: Path, tensors: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
-    """Those of one network, where a training checkpoint keeps several: "generator_lora.",
-    "critic_lora.".
+    """Those of one network, where a training checkpoint keeps several.
+
+    They stand behind "generator_lora." and "critic_lora.".
     """
     parts = sorted({name.split(".")[0] for name in tensors if name.split(".")[0].endswith("_lora")})
     if not parts:

@@ -1,5 +1,6 @@
-"""PyTorch's own files, .pth, .pt and .bin: read without running what is in them, written without
-holding them in memory.
+"""PyTorch's own files, .pth, .pt and .bin, read without running what is in them.
+
+Neither reading nor writing holds a file in memory.
 
 Such a file is a zip archive with a pickle that describes the tensors and one uncompressed record of
 numbers for each. A pickle can hold code; torch's restricted loader knows tensors and plain
@@ -46,10 +47,12 @@ def open_pickle(path: str | os.PathLike) -> dict[str, LazyTensor]:
     torch = import_torch()
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    _check_archive(path)
     try:
+        _check_archive(path)
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except WeightsError:
+        raise
     except Exception as error:  # the loader raises a dozen kinds
         raise _refusal(path, str(error)) from None
     tensors: dict[str, LazyTensor] = {}
@@ -71,8 +74,8 @@ def write_pickle(
       path: overwritten.
       entries: what to write; a name with dots stays one flat key, except that "a//b" becomes key b
         of a dictionary a.
-      on_piece: called with the tensor's name and the bytes of each piece that was written, in their order
-        in the file.
+      on_piece: called with the tensor's name and the bytes of each piece that was written, in
+        their order in the file.
 
     Raises:
       OSError: the disk is full, or the file cannot be written.
@@ -234,8 +237,9 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_checksums(file: Any, sums: Mapping[int, int]) -> None:
-    """CRC-32 of each record into its two headers, or into the descriptor behind it (PKWARE appnote
-    4.3.7, 4.3.9, 4.3.12).
+    """CRC-32 of each record into its two headers, or into the descriptor behind it.
+
+    PKWARE appnote 4.3.7, 4.3.9 and 4.3.12.
     """
     with zipfile.ZipFile(file) as archive:
         records, place = archive.infolist(), archive.start_dir

@@ -206,7 +206,10 @@ def plan(
 def _wanted(
     expected: Mapping[str, tuple[int, ...]], rules: Iterable[Rule]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name and shape in the source of every target; those of the target where no rule leads back."""
+    """Name and shape in the source of every target.
+
+    Those of the target where no rule leads back.
+    """
     back, _ = rename(expected, invert(rules))
     wanted = {}
     for target, shape in expected.items():

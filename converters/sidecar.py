@@ -4,9 +4,9 @@
 
 `model` holds, for each network, the fields of its config that cannot be read off the weights and
 the config.json of the layout. `settings` holds the other groups of our config.json (video, cache,
-sampler, ...) if they are not those of Wan2.2. `groups` holds the names of networks that play another
-part than their own, as a small decoder does ({"taehv": "decoder"}). Nobody else reads the file;
-without it a checkpoint is read as any other of its layout.
+sampler, ...) if they are not those of Wan2.2. `groups` holds the names of networks that play
+another part than their own, as a small decoder does ({"taehv": "decoder"}). Nobody else reads the
+file; without it a checkpoint is read as any other of its layout.
 """
 
 from __future__ import annotations

@@ -77,8 +77,9 @@ def _encoder_rules(config: TaehvConfig) -> list[Rule]:
 
 
 def _base_decoder_rules(config: TaehvConfig) -> list[Rule]:
-    """Limiter, convolution, ReLU; stages of blocks, copying of pixels, growth and convolution;
-    ReLU, convolution.
+    """Limiter, convolution, ReLU; stages; ReLU, convolution.
+
+    A stage is blocks, copying of pixels, growth and convolution.
     """
     table = _layer("decoder.1", "decoder.conv_in")
     number = 3

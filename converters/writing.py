@@ -26,7 +26,7 @@ from tqdm import tqdm
 from chameleon_jax import places
 from chameleon_jax.errors import UserError
 from chameleon_jax.weights.tensors import Entry, WeightsError, open_tensors, raw, write_entries
-from converters.pickles import SUFFIXES, open_pickle, write_pickle
+from converters.pickles import SUFFIXES, import_torch, open_pickle, write_pickle
 
 MARGIN = 2**24  # bytes that must stay free on the disk
 LOCK = ".lock"  # in a folder that grows: locked as long as its process lives
@@ -81,9 +81,11 @@ def write(folder: Folder, out: Path, on_bytes: OnBytes = lambda what, count: Non
 
     Raises:
       DestinationError: `out` is there already, cannot be written, or the disk has no room.
-      WeightsError: what was read back is not what was written.
+      WeightsError: what was read back is not what was written; PyTorch is needed and missing.
     """
     check_destination(out, folder.nbytes)
+    if any(file.is_pickle for file in folder.files):
+        import_torch()  # now, not after the other files have been written
     place = Path(os.path.realpath(out))
     try:
         _remove_leftovers(place)

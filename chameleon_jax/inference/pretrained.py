@@ -1,6 +1,6 @@
-"""From a name to a folder of weights in our layout: a folder here, a repository of the Hugging Face
-Hub, a public layout. The one file of the library that knows the converters.
+"""From a name to a folder of weights in our layout. The one file that knows the converters.
 
+A name is a folder here, in our layout or a public one, or a repository of the Hugging Face Hub.
 What is not in our layout is converted once and kept, so that only the first start is slow; see
 `places.cache_folder`.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CACHE_VERSION = 1  # of our layout; a new one leaves older conversions aside
 # Of our layout.
 FILES = ("config.json", "vae.safetensors", "dit.safetensors", "text.safetensors", "tokenizer.json")
+NAME_LENGTH = 50  # characters of a folder's name that stand in that of its conversion
 PATTERNS = ("*.json", "*.safetensors", "*.pth")  # what is fetched from the Hub
 
 # What to put where, if the Hub cannot be reached.
@@ -120,7 +121,8 @@ def _converted(folder: Path) -> Path:
     try:
         checkpoints, _ = folders.find(folder)
         files = [checkpoint.path for checkpoint in checkpoints]
-        place = places.cache_folder() / f"{folder.resolve().name}-{_fingerprint(folder, files)}"
+        name = folder.resolve().name[:NAME_LENGTH]
+        place = places.cache_folder() / f"{name}-{_fingerprint(folder, files)}"
         if place.is_dir():
             return place
         found = recognise.look([folder])

@@ -1,9 +1,8 @@
-"""Low-rank changes of a transformer's linear layers: W' = W + strength alpha / r A B (LoRA, Hu et
-al., arXiv 2106.09685).
+"""Low-rank changes of a transformer's linear layers: W' = W + strength alpha / r A B.
 
-A file holds, for each changed layer, `<layer>.lora_a` [in, r], `<layer>.lora_b` [r, out] and
-`<layer>.alpha`, named as the layers of the network are: `blocks.0.self_attn.q`. The converters make
-it from the published layouts.
+This is LoRA (Hu et al., arXiv 2106.09685). A file holds, for each changed layer, `<layer>.lora_a`
+[in, r], `<layer>.lora_b` [r, out] and `<layer>.alpha`, named as the layers of the network are:
+`blocks.0.self_attn.q`. The converters make it from the published layouts.
 
     lora = Lora.load("lora.safetensors")
     attach(dit, lora, 0.8)         kept apart: two thin products more in each layer
@@ -111,8 +110,8 @@ def check_finite(path: str | os.PathLike, changes: Mapping[str, Change]) -> None
     names = [f"{layer}.{part}" for layer, one in changes.items() for part in one.not_finite()]
     if names:
         raise WeightsError(
-            f"{path}: {listed(names, LISTED)}: not finite (infinity or NaN); the training that made it"
-            " diverged, or the file is damaged; use another LoRA"
+            f"{path}: {listed(names, LISTED)}: not finite (infinity or NaN); its training diverged,"
+            " or the file is damaged; use another LoRA"
         )
 
 

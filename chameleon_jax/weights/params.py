@@ -1,5 +1,6 @@
-"""Weights of a module to and from a safetensors file: one flat name per parameter, such as
-`blocks.0.self_attn.q.kernel`.
+"""Weights of a module to and from a safetensors file.
+
+Each parameter has one flat name, such as `blocks.0.self_attn.q.kernel`.
 """
 
 from __future__ import annotations
@@ -146,8 +147,9 @@ def load_params(
     dtype: jnp.dtype | None = None,
     mesh: Mesh | None = None,
 ) -> None:
-    """Fill the parameters of `module` from `path`, one at a time: the host never holds more than
-    one of them.
+    """Fill the parameters of `module` from `path`.
+
+    They are read one at a time: the host never holds more than one of them.
 
     Args:
       path: a `.safetensors` file written by `save_params` or by the converters.

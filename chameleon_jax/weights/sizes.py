@@ -1,5 +1,6 @@
-"""Sizes of networks as their parameters show them, to say in one line that weights are of another
-size than a config.
+"""Sizes of networks as their parameters show them.
+
+With them one line says that weights are of another size than a config.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Tensors in safetensors files: read one by one from where they lie, written one by one, never all
-at once in memory.
+"""Tensors in safetensors files: read and written one by one, never all at once in memory.
 
 A 10 GB file is opened in milliseconds and costs no memory until a tensor is asked for. A file
 appears under its name when it is complete, or not at all.
 
-    tensors = open_tensors("dit.safetensors")         or an index of shards, ....safetensors.index.json
+    tensors = open_tensors("dit.safetensors")  # or an index of shards, *.safetensors.index.json
     tensors["head.proj.bias"].shape, tensors["head.proj.bias"].read()
 """
 
@@ -89,8 +88,9 @@ class LazyTensor:
         return raw.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
     def array(self) -> np.ndarray:
-        """A read-only view of the file; pages are read as they are touched and given back with the
-        array.
+        """A read-only view of the file.
+
+        Pages are read as they are touched and given back with the array.
         """
         if self.nbytes == 0:
             return np.zeros(self.shape, self.dtype)
@@ -104,7 +104,7 @@ class LazyTensor:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayTensor:
-    """A tensor in memory with the face of a `LazyTensor`."""
+    """A tensor in memory that is used as a `LazyTensor` is."""
 
     value: np.ndarray
 
@@ -158,8 +158,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor about to be written: what the header must know, and how to get the numbers when its
-    turn comes.
+    """A tensor about to be written: what the header must know, and how to get the numbers.
 
     Attributes:
       name: in the file.
@@ -238,8 +237,8 @@ def write_entries(
       path: overwritten.
       entries: what to write; loaded one at a time.
       metadata: for the header.
-      on_piece: called with the tensor's name and the bytes of each piece that was written, in their order
-        in the file.
+      on_piece: called with the tensor's name and the bytes of each piece that was written, in
+        their order in the file.
 
     Raises:
       OSError: the disk is full, or the file cannot be written.
@@ -274,15 +273,17 @@ def raw(piece: np.ndarray) -> memoryview:
 
 
 def as_bits(value: np.ndarray) -> np.ndarray:
-    """The same memory as plain integers: NumPy moves them several times as fast as the types it
-    does not know itself.
+    """The same memory as plain integers.
+
+    NumPy moves them several times as fast as the types that it does not know itself.
     """
     return value if value.dtype.isbuiltin == 1 else value.view(f"u{value.dtype.itemsize}")
 
 
 def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
-    """Are two arrays the same, bit for bit? Compared in pieces, so that no third array of their
-    size is made.
+    """Are two arrays the same, bit for bit?
+
+    Compared in pieces, so that no third array of their size is made.
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
@@ -344,8 +345,9 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, checked by the library (sizes, overlaps, length of the file), and where the data
-    start.
+    """The header, and where the data start.
+
+    The library checks sizes, overlaps and the length of the file.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected a .safetensors file")
@@ -359,10 +361,15 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _open_index(path: Path) -> dict[str, LazyTensor]:
+def read_index(path: Path) -> dict[str, str]:
+    """The shard of each tensor, as an index names it.
+
+    Raises:
+      WeightsError: not an index, or one that names files elsewhere.
+    """
     try:
         place = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(place.values()))
+        files = sorted({str(file) for file in place.values()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"{path}: not an index of shards, which has a weight_map ({error!r})"
@@ -370,6 +377,12 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
     outside = [name for name in files if Path(name).name != name]
     if outside:
         raise WeightsError(f"{path}: names files outside its folder: {', '.join(outside)}")
+    return {name: str(file) for name, file in place.items()}
+
+
+def _open_index(path: Path) -> dict[str, LazyTensor]:
+    place = read_index(path)
+    files = sorted(set(place.values()))
     missing = [name for name in files if not (path.parent / name).is_file()]
     if missing:
         raise WeightsError(

@@ -422,7 +422,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_the_next_one_cl
 ):
     """Killed while it writes: the first tensor takes for ever."""
     script = (
-        "import sys, time; from converters import writing; from tests.commands import run_converter\n"
+        "import sys, time\n"
+        "from converters import writing\n"
+        "from tests.commands import run_converter\n"
         "write = writing.write_entries\n"
         "def slow(path, entries, *args):\n"
         "    write(path, entries, *args); print('begun', flush=True); time.sleep(60)\n"
@@ -554,7 +556,7 @@ def test_lazy_and_plain_tensors_give_the_same_plan():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, monkeypatch):
-    """Five layers of the 5B transformer, 1.8 GB in bfloat16, with less than half of that resident."""
+    """Five layers of the 5B transformer, 1.8 GB in bfloat16, less than half of it resident."""
     from tests.converters import full_size
 
     monkeypatch.setitem(

@@ -1,4 +1,4 @@
-"""Folders as they come from the Hub: variants, copies, what training leaves, LoRAs beside a model."""
+"""Folders as they come from the Hub: variants, copies, stray files, LoRAs beside a model."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_shards_of_both_ways_of_naming_a_variant_need_no_index(folder, late):
 
 
 def test_safetensors_come_before_pickles(folder):
-    """A pickle with code beside them is not even opened; without them a pickle is read, in shards too."""
+    """Pickles with code beside them are not even opened; without them pickles are read."""
     torch.save({"x": Evil("true")}, folder / f"{TRANSFORMER}.bin")
     torch.save({"x": Evil("true")}, folder / "text_encoder/pytorch_model.bin")
     found = look([folder])

@@ -19,7 +19,7 @@ import torch
 from chameleon_jax.models.dit import DiTConfig
 from chameleon_jax.models.text import TextConfig
 from chameleon_jax.weights.tensors import write_tensors
-from converters import pickles
+from converters import pickles, writing
 from converters.dit import DIT
 from converters.rules import invert, shapes_in
 from converters.text import TEXT
@@ -364,6 +364,18 @@ def test_without_torch_a_pickle_says_what_to_install(good, folder, refused, monk
     with pytest.raises(pickles.WeightsError, match=r"pip install .*\[convert\]"):
         pickles.import_torch()
     assert "PyTorch reads and writes .pth, .pt and .bin files" in refused(folder / "x.pth")
+
+
+def test_without_torch_a_layout_with_pickles_is_refused_before_anything_is_written(
+    good, folder, monkeypatch
+):
+    write_tensors(folder / "x.safetensors", good)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    written = []
+    monkeypatch.setattr(writing, "_fill", lambda *args: written.append(args))
+    with pytest.raises(pickles.WeightsError, match=r"pip install .*\[convert\]"):
+        command.run([str(folder), "--to", "training", "--out", str(folder.parent / "out")])
+    assert written == []
 
 
 def test_what_training_leaves_beside_the_weights_is_not_read(good, folder):

@@ -1,4 +1,4 @@
-"""`Pipeline.from_pretrained`: our folders, public layouts, the Hub's cache, one device and several."""
+"""`Pipeline.from_pretrained`: our folders, public layouts, the Hub's cache, several devices."""
 
 from __future__ import annotations
 
@@ -212,12 +212,15 @@ sharding.MIN_SIZE = 0
 jax.config.update("jax_default_matmul_precision", "highest")
 folder = sys.argv[1]
 mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
-config = json.load(open(folder + "/config.json")) | {"video": {"height": 16, "width": 16, "frames": 9, "fps": 24}}
-split, whole = Pipeline.from_pretrained(folder, config, mesh=mesh), Pipeline.from_pretrained(folder, config)
+video = {"height": 16, "width": 16, "frames": 9, "fps": 24}
+config = json.load(open(folder + "/config.json")) | {"video": video}
+split = Pipeline.from_pretrained(folder, config, mesh=mesh)
+whole = Pipeline.from_pretrained(folder, config)
 for name, x in flat_params(split.dit).items():
     assert x.sharding.spec == sharding.spec_of(name, x.shape, mesh), name
-assert flat_params(split.dit)["blocks.0.ffn.fc1.kernel"].addressable_shards[0].data.shape == (30, 48)
-assert flat_params(whole.dit)["blocks.0.ffn.fc1.kernel"].devices() == {jax.devices()[0]}
+fc1 = "blocks.0.ffn.fc1.kernel"
+assert flat_params(split.dit)[fc1].addressable_shards[0].data.shape == (30, 48)
+assert flat_params(whole.dit)[fc1].devices() == {jax.devices()[0]}
 streams = []
 for pipeline in (split, whole):
     pipeline.compile()
