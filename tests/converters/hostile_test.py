@@ -374,7 +374,7 @@ def test_without_torch_a_layout_with_pickles_is_refused_before_anything_is_writt
     written = []
     monkeypatch.setattr(writing, "_fill", lambda *args: written.append(args))
     with pytest.raises(pickles.WeightsError, match=r"pip install .*\[convert\]"):
-        command.run([str(folder), "--to", "training", "--out", str(folder.parent / "out")])
+        run_converter(folder, "--to", "training", "--out", folder.parent / "out")
     assert written == []
 
 
