@@ -422,7 +422,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_the_next_one_cl
 ):
     """Killed while it writes: the first tensor takes for ever."""
     script = (
-        "import sys, time; from converters import writing; from tests.commands import run_converter\n"
+        "import sys, time\n"
+        "from converters import writing\n"
+        "from tests.commands import run_converter\n"
         "write = writing.write_entries\n"
         "def slow(path, entries, *args):\n"
         "    write(path, entries, *args); print('begun', flush=True); time.sleep(60)\n"
