@@ -60,10 +60,10 @@ def test_a_name_with_a_colon(tmp_path):
 
 
 BROKEN = {
-    "key": ('sizes["medium"]', "line 9: KeyError: 'medium'"),
-    "name": ("nothing", "line 9: NameError: name 'nothing' is not defined"),
-    "import": ("__import__('nothing_of_that_name')", "line 9: ModuleNotFoundError"),
-    "syntax": ("(", "line 9: SyntaxError"),
+    "key": ('sizes["medium"]', "KeyError: 'medium'"),
+    "name": ("nothing", "NameError: name 'nothing' is not defined"),
+    "import": ("__import__('nothing_of_that_name')", "ModuleNotFoundError"),
+    "syntax": ("(", "SyntaxError"),
 }
 
 
@@ -72,11 +72,13 @@ def test_a_fault_of_the_file_is_named_with_its_line(tmp_path, name):
     """It is not taken for a missing variant."""
     code, message = BROKEN[name]
     file = tmp_path / "broken.py"
-    file.write_text(PLAIN.replace("    return", f"    x = {code}\n    return"))
+    text = PLAIN.replace("    return", f"    x = {code}\n    return")
+    file.write_text(text)
+    line = 1 + text.splitlines().index(f"    x = {code}")
     for path in (file, f"{file}:small"):
         with pytest.raises(ConfigError) as error:
             load_config(path)
-        assert f"error in the config file {file}, {message}" in str(error.value)
+        assert f"error in the config file {file}, line {line}: {message}" in str(error.value)
         assert "\n" not in str(error.value)
 
 
