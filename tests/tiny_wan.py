@@ -44,23 +44,28 @@ TEXT = TextConfig(
 Kind = TypeVar("Kind", bound=DiffusionPipeline)
 
 
+def transformer() -> WanTransformer3DModel:
+    """The network of diffusers in the shape of `tiny_dit.CONFIG`."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=3,
+        attention_head_dim=20,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=96,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
+
+
 def components(seed: int = 0) -> dict[str, object]:
     """Networks, tokenizer and scheduler by the names that the pipelines of diffusers give them."""
     torch.manual_seed(seed)
     networks = {
-        "transformer": WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=3,
-            attention_head_dim=20,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=32,
-            ffn_dim=96,
-            num_layers=2,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-        ),
+        "transformer": transformer(),
         "vae": AutoencoderKLWan(
             base_dim=8,
             decoder_base_dim=8,

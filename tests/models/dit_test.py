@@ -1,6 +1,4 @@
-"""The transformer: parity with diffusers, causality, slices against a dense mask, ways to compute
-it, full size.
-"""
+"""The transformer: parity with diffusers, causality, slices against a dense mask, full size."""
 
 from __future__ import annotations
 
@@ -12,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from einops import rearrange
 from flax import nnx
 
@@ -27,7 +24,7 @@ from chameleon_jax.models.dit import (
 from chameleon_jax.weights.params import flat_params, param_count, param_shapes, set_params
 from converters.dit import DIFFUSERS_RULES, expected_shapes
 from converters.rules import convert
-from tests import tiny_dit
+from tests import tiny_dit, tiny_wan
 from tests.dense_masks import teacher_forcing_table
 from tests.tiny_dit import CONFIG, TOKENS, latents, prompt
 
@@ -38,20 +35,7 @@ def reference():
     weights.
     """
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=3,
-        attention_head_dim=20,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=96,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=1e-6,
-    ).eval()
+    model = tiny_wan.transformer().eval()
     with torch.no_grad():
         for name, x in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
