@@ -9,7 +9,7 @@ frames (Wan2.2's VAE: 4), the first one of a clip for one:
 A garment takes effect at the first chunk that starts at its frame or later. If the switch
 withdraws the history, that chunk begins a new clip. If it also makes the last frame shown the
 reference (`SwitchConfig`, inference/session.py), its first frame repeats the pose, and may be left
-out.
+out if it is not the only one.
 
 Nothing here touches a device or makes a list as long as the video.
 """
@@ -205,7 +205,7 @@ def plan_stream(
     if mechanisms.withdraw:
         after_switch = rhythm.first
         if repeats and mechanisms.drop_repeated_frame:
-            after_switch -= 1
+            after_switch = max(1, after_switch - 1)
     waiting = sorted(asked)
     start, first, held = 0, rhythm.first, 0
     stretches = []

@@ -62,14 +62,13 @@ class SnapshotError(UserError):
 class SwitchConfig:
     """What a garment or reference switch does; each can be turned off for an ablation."""
 
-    refresh: bool = (
-        True  # write the new reference and garment into the cache; without it they stay unseen
-    )
+    # Write the new reference and garment into the cache; without it they stay unseen.
+    refresh: bool = True
     withdraw: bool = True  # forget the history
     disentangle: bool = True  # the last frame shown becomes the reference
-    drop_repeated_frame: bool = (
-        True  # leave out the first frame of the new clip, which repeats the last pose
-    )
+    # Leave out the first frame of the new clip, which repeats the last pose, unless its first chunk
+    # has no other.
+    drop_repeated_frame: bool = True
 
     @classmethod
     def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> SwitchConfig:
@@ -407,7 +406,7 @@ class Session:
         shown, state.decoder = self._media.decode(latents, decoder)
         frames = np.array(shown)
         done = time.perf_counter()
-        if repeats and self.mechanisms.drop_repeated_frame:
+        if repeats and self.mechanisms.drop_repeated_frame and len(frames) > 1:
             frames = frames[1:]
         state.chunk += 1
         state.held += 1

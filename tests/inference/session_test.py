@@ -199,6 +199,14 @@ def test_full_switch_starts_a_new_clip_and_drops_the_repeated_frame(pipeline):
     assert len(session.next_chunk()) == 12
 
 
+def test_a_repeated_frame_that_is_the_only_one_is_shown():
+    """With chunks of one latent frame, the first chunk of a clip is one frame."""
+    session = started(make_pipeline("cache.block=1", "cache.frames=8", "cache.sink=1"))
+    first = chunks(session, 2)
+    session.switch_garment(SHIRT)
+    assert [len(x) for x in (*first, *chunks(session, 2))] == [1, 4, 1, 4]
+
+
 def test_refresh_alone_keeps_history_and_decoder(pipeline):
     session, undisturbed = started(pipeline, SwitchConfig.parse("refresh")), started(pipeline)
     chunks(session, 2), chunks(undisturbed, 2)
