@@ -133,11 +133,11 @@ def _planned(
         return _Planned(part, file.path, [file], lora.out_texts(part, to), Sidecar())
     layout = _target(part, to)
     name = f"{part.group}.safetensors" if to == OURS else layout.file
-    entries = _entries(part, to, dtype, merges if part.network is DIT else (), label)
+    entries, shapes = _entries(part, to, dtype, merges if part.network is DIT else (), label)
     files, texts = cut_into_files(name, entries, sharded=to != OURS)
     if layout.about is not None:
         texts[str(Path(name).parent / "config.json")] = _json(layout.about(part.config))
-    beside = Sidecar() if to == OURS else not_carried(part, to, entries)
+    beside = Sidecar() if to == OURS else not_carried(part, to, shapes, entries)
     remarks, obstacle = [], layout.obstacle(part.config)
     if obstacle:
         remarks.append(
@@ -158,7 +158,9 @@ def _sidecars(planned: Sequence[_Planned]) -> dict[str, str]:
     }
 
 
-def not_carried(part: Part, to: str, entries: Sequence[Entry]) -> Sidecar:
+def not_carried(
+    part: Part, to: str, shapes: Mapping[str, tuple[int, ...]], entries: Sequence[Entry]
+) -> Sidecar:
     """What of a part a public layout has no place for.
 
     The files are recognised from their names, shapes and config.json, as a reader will do it, and
@@ -167,14 +169,13 @@ def not_carried(part: Part, to: str, entries: Sequence[Entry]) -> Sidecar:
     Args:
       part: the network.
       to: the layout.
-      entries: what will be written of it.
+      shapes: of all tensors, by their names in it.
+      entries: what will be written.
 
     Raises:
       ConversionError: with the keys named, if not even a sidecar brings them back.
     """
-    target = _target(part, to)
-    shapes = shapes_in(invert(target.rules(part.config)), part.network.expected(part.config))
-    tensors = _shaped(shapes)
+    target, tensors = _target(part, to), _shaped(shapes)
     about = sidecar.plain(target.about(part.config)) if target.about else {}
 
     def read_back(beside: Sidecar) -> Any:
@@ -260,8 +261,12 @@ def _target(part: Part, to: str) -> Layout:
 
 def _entries(
     part: Part, to: str, dtype: np.dtype | None, merges: Sequence[Merge], label: str
-) -> list[Entry]:
-    """What to write of one network, each tensor with the whole way that it goes."""
+) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
+    """What to write of one network, each tensor with the whole way that it goes.
+
+    Returns:
+      The entries, and the shapes by name in the target layout.
+    """
     source, target = layout_of(part.network, part.layout), _target(part, to)
     try:
         ours = part.network.expected(part.config)
@@ -282,7 +287,7 @@ def _entries(
         of_layer = changes.get(move.target.removesuffix(".kernel"), [])
         load = _loader(tensor, move.transform, last.transform, of_layer)
         entries.append(Entry(name, shapes[last.target], kind, load))
-    return entries
+    return entries, shapes
 
 
 def _loader(

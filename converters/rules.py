@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -93,6 +94,7 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
     return [Rule(rule.target, rule.source, rule.transform.reversed()) for rule in rules]
 
 
+@functools.cache
 def _compile(pattern: str) -> re.Pattern[str]:
     """`blocks.{i}.q` to a regular expression. `{i}` is an integer, the same one wherever it is."""
     seen: set[str] = set()

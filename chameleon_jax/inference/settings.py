@@ -21,6 +21,7 @@ from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
 GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
 NETWORKS = ("vae", "dit", "text")  # of every pipeline
 OPTIONAL = ("decoder",)  # decodes in place of the VAE, where a config has it
+LISTED = 10  # differences written out; a config of another model has dozens
 MEASURED = ("latent_mean", "latent_std")  # of the VAE, at the end of its training
 
 
@@ -133,7 +134,13 @@ def model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str
                     f"model.{name}.{key} is {ours.get(key)}, the weights were made with"
                     f" {theirs.get(key)}"
                 )
-    return ["; ".join(lines)] if lines else []
+    if not lines:
+        return []
+    more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+    return [
+        f"{'; '.join(lines[:LISTED])}{more}; use the config.json that lies with the weights, or"
+        " another --config"
+    ]
 
 
 def read_stored(path: Path) -> dict[str, Any] | None:
