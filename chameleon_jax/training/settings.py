@@ -215,7 +215,7 @@ def check_resume(
         return None
     stored = read_about(folder, step, stage)["config"]
     changes = [
-        f"{key} {stored[key]} -> {value}"
+        f"{key} {_shown(stored[key])} -> {_shown(value)}"
         for key, value in flatten(config).items()
         if key in stored and not _is_free(key) and not _is_same(stored[key], value)
     ]
@@ -226,6 +226,10 @@ def check_resume(
             " export (another workdir, init_from)"
         )
     return changes
+
+
+def _shown(value: Any) -> str:
+    return "(empty)" if value == "" else str(value)
 
 
 def shortened(changes: Sequence[str]) -> str:
