@@ -207,7 +207,7 @@ def test_no_such_folder():
     [
         ("video.height=120", "the height must be a multiple of 16 pixels"),
         ("video.width=0", r"video\.width is 0; expected a whole number of at least 1"),
-        ("video.fps=0", r"video\.fps is 0; expected a number above 0"),
+        ("video.fps=0", r"video\.fps is 0\.0; expected a number above 0"),
         ("model.dit.heads=0", r"model\.dit: heads is 0; expected a whole number"),
         ("dtype=float16", "float16"),
         ("model.text.length=8", "text_length"),
