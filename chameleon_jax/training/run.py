@@ -150,11 +150,16 @@ def held_out_batches(config: ConfigDict, stage: Stage) -> list[HostBatch]:
 
 
 def with_stored_sizes(config: ConfigDict) -> ConfigDict:
-    """The config with the sizes and latent statistics that lie beside the frozen weights."""
+    """The config with the sizes and latent statistics that lie beside the frozen weights.
+
+    Weights may also be given for networks whose sizes are those of another one, as a score's are.
+    """
     config = config.copy_and_resolve_references()
     config.unlock()
     for name, path in config.weights.items():
-        sizes = stored_model(path, name) if path else None
+        if not path or name not in config.model:
+            continue
+        sizes = stored_model(path, name)
         if sizes is not None:
             config.model[name].update(sizes)
     return config
