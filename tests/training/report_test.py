@@ -26,6 +26,7 @@ OURS = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2,
         (OURS.replace("\n", "\n\n"), 9, OURS),
         ("", 9, ""),
     ],
+    ids=["all", "later", "from the start", "cut short", "no last end", "blank lines", "empty"],
 )
 def test_what_was_written_by_us_needs_no_backup(tmp_path, content, step, expected):
     path = tmp_path / "metrics.jsonl"
@@ -47,6 +48,7 @@ def test_what_was_written_by_us_needs_no_backup(tmp_path, content, step, expecte
         b"\xff\xfe\n",
         b"[" * 100_000 + b"\n",
     ],
+    ids=["list", "number", "no step", "null", "true", "text", "bytes", "deep"],
 )
 def test_lines_that_are_not_ours_are_dropped_and_kept_aside(tmp_path, foreign, caplog):
     path = tmp_path / "metrics.jsonl"
