@@ -1,13 +1,16 @@
-"""Settings shared by all tests: float32 products at full precision on every backend."""
+"""Settings shared by all tests."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import jax
 import pytest
 
-jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_default_matmul_precision", "highest")  # on every backend
+# A job in the background of a shell ignores Ctrl-C, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
