@@ -28,7 +28,8 @@ from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.sharding import to_host
 from chameleon_jax.training.feed import Feed, HostBatch, Part
 from chameleon_jax.training.networks import Network, build_network, weights_file
-from chameleon_jax.training.state import Batch, Metrics, ParamTree
+from chameleon_jax.training.stage import Stage, simple_stage
+from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
 
 # The arrays of a batch, in the order of context and video.
 LATENTS = ("z_reference", "z_garment", "z_video")
@@ -87,6 +88,35 @@ def networks(config: ConfigDict) -> Networks:
     if config.init_from:
         weights |= {name: weights_file(config.init_from, name) for name in trained}
     return Networks(trained, frozen, weights)
+
+
+def flow_stage(
+    config: ConfigDict, name: str, nets: Networks, *, loss: Loss, generate: Generate
+) -> Stage:
+    """A stage of the transformer with one loss; its previews are generated clips.
+
+    Args:
+      config: see configs/training.py.
+      name: of the stage.
+      nets: see `networks`.
+      loss: see `state.descend`.
+      generate: see `make_preview`.
+
+    Raises:
+      ConfigError: an unknown optimiser or schedule.
+    """
+    return simple_stage(
+        config,
+        name,
+        trained=nets.trained,
+        frozen=nets.frozen,
+        weights=nets.weights,
+        copied=tuple(nets.frozen),
+        loss=loss,
+        preview=make_preview(config, nets, generate),
+        batches=functools.partial(batches, config),
+        eval_batches=functools.partial(eval_batches, config),
+    )
 
 
 def make_conditions(nets: Networks) -> SampleOf:

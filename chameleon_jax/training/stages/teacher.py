@@ -15,15 +15,13 @@ Axes: b batch, f latent frames, h w grid, c channels.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 from ml_collections import ConfigDict
 
 from chameleon_jax.diffusion import flow, sampler
 from chameleon_jax.keys import loss_key
 from chameleon_jax.models.dit import bidirectional_forward
-from chameleon_jax.training.stage import Stage, simple_stage
+from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import common
 from chameleon_jax.training.state import Batch, Metrics, ParamTree
 
@@ -63,15 +61,4 @@ def make_stage(config: ConfigDict) -> Stage:
         sigmas = flow.euler_sigmas(config.preview.steps, config.loss.shift)
         return sampler.sample_euler(velocity, noise, sigmas)
 
-    return simple_stage(
-        config,
-        "teacher",
-        trained=nets.trained,
-        frozen=nets.frozen,
-        weights=nets.weights,
-        copied=tuple(nets.frozen),
-        loss=loss,
-        preview=common.make_preview(config, nets, generate),
-        batches=functools.partial(common.batches, config),
-        eval_batches=functools.partial(common.eval_batches, config),
-    )
+    return common.flow_stage(config, "teacher", nets, loss=loss, generate=generate)

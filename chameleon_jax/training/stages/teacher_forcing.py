@@ -34,7 +34,7 @@ from chameleon_jax.diffusion import flow
 from chameleon_jax.keys import loss_key
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import teacher_forcing_forward
-from chameleon_jax.training.stage import Stage, simple_stage
+from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import common
 from chameleon_jax.training.state import Batch, Metrics, ParamTree
 
@@ -102,18 +102,7 @@ def make_stage(config: ConfigDict) -> Stage:
             video, _ = jax.lax.scan(step, video, (sigmas[:-1], sigmas[1:]))
         return video
 
-    return simple_stage(
-        config,
-        "teacher_forcing",
-        trained=nets.trained,
-        frozen=nets.frozen,
-        weights=nets.weights,
-        copied=tuple(nets.frozen),
-        loss=loss,
-        preview=common.make_preview(config, nets, generate),
-        batches=functools.partial(common.batches, config),
-        eval_batches=functools.partial(common.eval_batches, config),
-    )
+    return common.flow_stage(config, "teacher_forcing", nets, loss=loss, generate=generate)
 
 
 def read_policy(config: ConfigDict) -> CachePolicy:
