@@ -2,7 +2,7 @@
 
     compilation.use_cache()
     with compilation.announced("the programs of the stream"):
-        pipeline.steps.compile()
+        pipeline.compile()
 
 A program is compiled once on a machine; later processes read it from disk and compute the same
 bits. The commands of this project switch the cache on, a program that uses the library calls

@@ -74,7 +74,7 @@ def rope(frames_f: jax.Array | np.ndarray, grid_h: int, grid_w: int, head_dim: i
 
     Args:
       frames_f: time positions, integers [f] in 0 .. 1023. They may be traced, and then cannot be
-        checked here: whoever counts the frames must (see `cache.check_positions`).
+        checked here: whoever counts the frames must (see `policies.CachePolicy.check_length`).
       grid_h: rows of tokens in a frame.
       grid_w: columns of tokens in a frame.
       head_dim: channels of a head, even.

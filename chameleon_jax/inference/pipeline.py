@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,7 @@ class Pipeline:
         self.vae, self.dit, self.text, self.decoder = vae, dit, text, decoder
         self.tokenizer = tokenizer
         self._compiled = False
+        self._compile_lock = threading.Lock()  # sessions may start in several threads
 
     def __repr__(self) -> str:
         config, (height, width) = self.config, self.size
@@ -143,7 +145,7 @@ class Pipeline:
         if stored is not None:
             differences = model_differences(config, stored)
             if differences:
-                raise WeightsError(f"{folder}: {differences[0]}")
+                raise WeightsError(f"{folder}: {differences}")
             config.model.vae.update({key: tuple(stored["model"]["vae"][key]) for key in MEASURED})
         modules, faults = {}, []
         for network in networks_of(config):  # all of them are compared before one is read
@@ -263,18 +265,22 @@ class Pipeline:
     def compile(self) -> dict[str, float]:
         """Compile all programs for the sizes of the config, before they are needed.
 
-        A session does so when it starts its first stream, unless it has been done.
+        A session does so when it starts its first stream, unless it has been done; a second thread
+        waits for the first.
 
         Returns:
           Seconds by program, see `programs.compile_all`; empty if it has been done.
         """
-        if self._compiled:
-            return {}
-        self._compiled = True
-        if any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(self.stream.weights)):
-            return {}  # where the other arguments will lie is known at the first call only
-        of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
-        return compile_all([(self.media, of_media), (self.stream, of_stream)])
+        with self._compile_lock:
+            if self._compiled:
+                return {}
+            seconds = {}
+            # Over several devices, where the other arguments lie is known at the first call only.
+            if all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(self.stream.weights)):
+                of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
+                seconds = compile_all([(self.media, of_media), (self.stream, of_stream)])
+            self._compiled = True
+            return seconds
 
     def arguments(self) -> dict[str, tuple[Any, ...]]:
         """Shapes and dtypes of the arguments of all programs, weights left out."""

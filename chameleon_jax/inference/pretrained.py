@@ -120,7 +120,7 @@ def _converted(folder: Path) -> Path:
 
     try:
         checkpoints, _ = folders.find(folder)
-        files = [checkpoint.path for checkpoint in checkpoints]
+        files = [file for one in checkpoints for file in (one.path, *one.files)]
         name = folder.resolve().name[:NAME_LENGTH]
         place = places.cache_folder() / f"{name}-{_fingerprint(folder, files)}"
         if place.is_dir():

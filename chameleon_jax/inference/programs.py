@@ -215,7 +215,7 @@ class StreamPrograms(Programs):
 
     Args:
       dit: the network.
-      config: a checked config, see `pipeline.check_config`.
+      config: a checked config, see `settings.check_config`.
       spatial_factor: pixels along one side of a latent pixel.
     """
 

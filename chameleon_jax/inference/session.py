@@ -96,9 +96,8 @@ class Switch:
 
     kind: str  # garment, prompt or reference
     asked: int  # frames handed out when it was asked for
-    effective: int | None = (
-        None  # the first frame made with it; None while it waits, or if it was superseded
-    )
+    # The first frame made with it; None while it waits, or if it was superseded.
+    effective: int | None = None
     superseded: bool = False  # a later switch of the same kind came before the next chunk
 
 
@@ -116,8 +115,7 @@ class Session:
     """One running stream.
 
     `switch_*` may be called at any time from any thread and never wait for the device. The other
-    methods exclude each
-    other: one thread drives the stream.
+    methods exclude each other: one thread drives the stream.
 
     Args:
       pipeline: weights and config, shared between sessions.
@@ -349,6 +347,7 @@ class Session:
         }
         with self._chunk_lock:
             self._stop()  # frees the old caches before the new ones are put on the device
+            self.pipeline.compile()
             trees = _fill(trees, snapshot.arrays)
             switches = [Switch(**switch) for switch in meta["switches"]]
             pending = {
@@ -363,16 +362,13 @@ class Session:
 
     def _run(self, state: _State, pending: dict, switches: list[Switch], frames: int) -> None:
         with self._lock:
-            self._state, self._pending, self._switches, self._frames = (
-                state,
-                pending,
-                switches,
-                frames,
-            )
+            self._state, self._frames = state, frames
+            self._pending, self._switches = pending, switches
 
     def _stop(self) -> None:
         with self._lock:
-            self._state, self._pending, self._switches, self._frames = None, {}, [], None
+            self._state, self._frames = None, None
+            self._pending, self._switches = {}, []
 
     def _started(self) -> _State:
         if self._state is None:
@@ -477,9 +473,8 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, the JSON in its header; it appears complete or not at all."""
-        from chameleon_jax.weights.tensors import (
-            write_tensors,
-        )  # a stream alone does without safetensors
+        # Here, for a stream alone does without safetensors.
+        from chameleon_jax.weights.tensors import write_tensors
 
         write_tensors(path, self.arrays, {"session": json.dumps(self.meta)})
 
@@ -493,10 +488,8 @@ class Snapshot:
         from chameleon_jax.weights.tensors import WeightsError, read_metadata, read_tensors
 
         try:
-            meta, arrays = (
-                json.loads(read_metadata(path).get("session", "null")),
-                read_tensors(path),
-            )
+            meta = json.loads(read_metadata(path).get("session", "null"))
+            arrays = read_tensors(path)
         except (WeightsError, json.JSONDecodeError) as error:
             raise SnapshotError(f"not a readable snapshot: {error}") from None
         if not isinstance(meta, dict) or meta.get("version") != SNAPSHOT_VERSION:

@@ -111,8 +111,8 @@ def _check_video(config: ConfigDict, sizes: Mapping[str, Any]) -> None:
             )
 
 
-def model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str]:
-    """One line if `config.model` is not what the weights were made with.
+def model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> str:
+    """One line on how `config.model` differs from what the weights were made with; "" if it agrees.
 
     Shapes cannot show all of it: the number of heads, for one.
 
@@ -135,12 +135,12 @@ def model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> list[str
                     f" {theirs.get(key)}"
                 )
     if not lines:
-        return []
+        return ""
     more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-    return [
+    return (
         f"{'; '.join(lines[:LISTED])}{more}; use the config.json that lies with the weights, or"
         " another --config"
-    ]
+    )
 
 
 def read_stored(path: Path) -> dict[str, Any] | None:

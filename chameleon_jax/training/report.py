@@ -276,8 +276,7 @@ def _named_failure(folder: Path) -> Iterator[None]:
         why = error.strerror or str(error)
         raise ReportError(
             f"{folder}: metrics and previews cannot be written ({why}); the newest checkpoint"
-            " stays."
-            " Make it possible to write there, and start the same command again"
+            " stays. Make it possible to write there, and start the same command again"
         ) from None
 
 

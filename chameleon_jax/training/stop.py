@@ -51,7 +51,7 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reason(self, step: int, max_minutes: float) -> str:
-        """ "SIGINT", "SIGTERM" or "time" if the run is to stop after this step, else ""."""
+        """Why to stop after this step: "SIGINT", "SIGTERM" or "time"; "" to go on."""
         over = bool(max_minutes) and time.monotonic() - self._start > 60 * max_minutes
         asked = self._asked
         if jax.process_count() > 1:

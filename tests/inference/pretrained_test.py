@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
 from chameleon_jax import places
 from chameleon_jax.data.tokenizer import byte_tokenizer
@@ -83,6 +84,24 @@ def test_a_public_layout_is_converted_once_and_again_when_a_file_changes(
     (folder / "vae/config.json").write_text(json.dumps(config))
     assert Pipeline.from_pretrained(folder).config.model.vae.latent_mean[0] == 0.25
     assert len(written) == 2
+
+
+def test_a_shard_of_pickles_that_changes_is_converted_again(public, cache, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(public["diffusers"], folder)
+    (single,) = (folder / "transformer").glob("*.safetensors")
+    state = {name: torch.from_numpy(x) for name, x in tensors.read_tensors(single).items()}
+    single.unlink()
+    stem = "diffusion_pytorch_model"
+    shard = folder / "transformer" / f"{stem}-00001-of-00001.bin"
+    torch.save(state, shard)
+    index = {"weight_map": dict.fromkeys(state, shard.name)}
+    shard.with_name(f"{stem}.bin.index.json").write_text(json.dumps(index))
+    Pipeline.from_pretrained(folder)
+    assert len(list(cache.iterdir())) == 1
+    os.utime(shard, (0, 0))
+    Pipeline.from_pretrained(folder)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_the_dtype_may_be_chosen(public):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -329,6 +330,22 @@ def test_compiling_ahead_gives_the_same_bits(pipeline):
     }
     assert same(chunks(started(ahead), 2), chunks(started(lazy), 2))
     assert not lazy.stream._compiled and ahead.stream._compiled
+
+
+def test_threads_compile_a_pipeline_once_and_all_wait_for_it():
+    pipeline = make_pipeline()
+
+    def compile_in_thread(_: int) -> tuple[int, bool]:
+        return len(pipeline.compile()), "chunk" in {name for name, _ in pipeline.stream._compiled}
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(compile_in_thread, range(2))) == [(0, True), (7, True)]
+
+
+def test_a_restored_stream_is_compiled_before_its_first_chunk(pipeline):
+    snapshot, other = started(pipeline).snapshot(), make_pipeline()
+    Session(other).restore(snapshot)
+    assert other.compile() == {}
 
 
 def test_sessions_of_one_pipeline_do_not_disturb_each_other(pipeline):
