@@ -276,8 +276,8 @@ def _small(frame: np.ndarray) -> np.ndarray:
 def save_report(job: Job, made: Made, report: Mapping[str, Any], pipeline: Pipeline) -> None:
     """Write beside the video, as JSON, what was asked for and what happened.
 
-    With the machine, the versions, the resolved config, and what of a prompt was too long to be
-    read.
+    The machine, the versions and the resolved config are in it too, and what of a prompt was too
+    long to be read.
     """
     shots = report.get("shots", [])
     prompts = [report["prompt"]] if "prompt" in report else [shot["prompt"] for shot in shots]

@@ -249,7 +249,7 @@ def new_cache(dit: DiT, policy: CachePolicy, batch: int, latent_size: tuple[int,
 def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> KVCache:
     """Write the condition frames to the front slots.
 
-    At the start of a stream, and as the refresh of a switch.
+    This is done at the start of a stream, and as the refresh of a switch.
 
     Args:
       dit: the network.
@@ -279,11 +279,9 @@ def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> 
 def forward(
     dit: DiT, cache: KVCache, x_bfhwc: jax.Array, t_bf: jax.Array, text_kv: TextKV
 ) -> tuple[jax.Array, KVCache]:
-    """One pass over the chunk in flight: its velocity and the cache.
+    """One pass over the chunk in flight.
 
-    The cache has the chunk's keys and values of this pass.
-
-    The counter stays: the next pass overwrites the same slots.
+    The cache's counter stays: the next pass overwrites the same slots.
 
     Args:
       dit: the network.
@@ -291,6 +289,9 @@ def forward(
       x_bfhwc: latents of the chunk [b, block, h, w, c].
       t_bf: their timesteps.
       text_kv: from `dit.text_kv`.
+
+    Returns:
+      The chunk's velocity, and the cache with its keys and values of this pass.
 
     Raises:
       ValueError: if the number of frames is not that of a chunk.
@@ -363,6 +364,5 @@ def hold(held: Held | None, x_bfhwc: jax.Array, t_bf: jax.Array) -> tuple[jax.Ar
     if held is None:
         return x_bfhwc, t_bf
     frames = held.frames[:, None, None, None]
-    return jnp.where(frames, held.z.astype(x_bfhwc.dtype), x_bfhwc), jnp.where(
-        held.frames, 0.0, t_bf
-    )
+    x_bfhwc = jnp.where(frames, held.z.astype(x_bfhwc.dtype), x_bfhwc)
+    return x_bfhwc, jnp.where(held.frames, 0.0, t_bf)

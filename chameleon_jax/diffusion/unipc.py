@@ -132,7 +132,7 @@ def unipc_table(sigmas: np.ndarray, order: int = 2) -> UniPcTable:
 def add_idle_row(table: UniPcTable) -> UniPcTable:
     """One row more, at sigma and t 0, whose step leaves the sample as it is.
 
-    For a last pass over the clean sample.
+    It makes a last pass over the clean sample one more step of the loop.
     """
     idle = UniPcTable(*map(np.array, (0.0, 0.0, (1.0, 0.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0))))
     return jax.tree.map(lambda column, last: np.concatenate([column, last[None]]), table, idle)

@@ -74,7 +74,8 @@ def psnr_per_frame(a_thw3: np.ndarray, b_thw3: np.ndarray) -> np.ndarray:
 class Motion(NamedTuple):
     """How much a clip moves.
 
-    From the mean absolute difference of each frame to the one before, in units of full scale.
+    Both are taken from the mean absolute difference of each frame to the one before, in units of
+    full scale.
     """
 
     mean: float  # of all differences; 0 for a still picture

@@ -1,6 +1,6 @@
 """Whole clips from public weights of Wan2.2-TI2V.
 
-From a prompt, or from a prompt and the first frame.
+They are made from a prompt, or from a prompt and the first frame.
 
     generator = Generator(Pipeline.from_pretrained(FOLDER, load_config("configs/wan22_ti2v.py")))
     latents = generator.generate("a cat surfs", image="cat.png", seed=0)

@@ -1,6 +1,6 @@
 """Videos of several shots, streamed: LongLive-2.0 (arXiv 2605.18739).
 
-From prompts, and possibly a first frame.
+They are made from prompts, and from a first frame if one is given.
 
     streams = MultiShot(Pipeline.from_pretrained(FOLDER, load_config("configs/longlive2_5b.py")))
     shots = [Shot("a cat wakes up", 6), Shot("it walks out into the snow", 10)]

@@ -147,7 +147,7 @@ def _text_init(
 ) -> jax.Array:
     """As published, deviation 0.02, where 3072 or more channels come in.
 
-    With fewer, more, so that text is as loud.
+    Where fewer come in the deviation is larger, so that the output is as large.
     """
     fan_in = shape[0]
     return jax.random.normal(key, shape, dtype) * 0.02 * max(1.0, (3072 / fan_in) ** 0.5)

@@ -49,8 +49,8 @@ class Network:
     def init(self, key: jax.Array) -> Params:
         """Random parameters, made on the host.
 
-        In one program without optimisation: with it, that of a small VAE takes half a minute to
-        compile on a CPU.
+        One program makes them all. It is compiled without optimisation: with it, that of a small
+        VAE takes half a minute to compile on a CPU.
         """
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
