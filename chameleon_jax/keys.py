@@ -22,8 +22,17 @@ from chameleon_jax.errors import UserError
 
 MAX_SEED = 2**32 - 1  # a seed is an unsigned number of 32 bits
 
-TRAINING = ("init", "loss", "preview", "eval")
-LOSS = ("times", "noise", "history_noise", "reference_noise")  # draws within one loss
+TRAINING = ("init", "loss", "preview", "eval", "critic")
+LOSS = (  # draws within one loss
+    "times",
+    "noise",
+    "history_noise",
+    "reference_noise",
+    "exits",
+    "rollout",
+    "before",
+    "recycling",
+)
 DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
 INFERENCE = ("chunk_noise", "clip_noise")
 

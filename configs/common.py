@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion import wan22
 from chameleon_jax.models.dit import DiTConfig
+from chameleon_jax.models.reward import ClipVisionConfig
 from chameleon_jax.models.text import TextConfig
 from chameleon_jax.models.vae import VaeConfig
 
@@ -30,6 +31,7 @@ VAE_SIZES = (
     "latent_std",
 )
 DIT_SIZES = ("in_channels", "width", "ffn", "heads", "layers", "text_width", "text_length")
+CLIP_SIZES = ("width", "ffn", "heads", "layers", "projection")
 TEXT_SIZES = ("vocab", "width", "heads", "head_dim", "ffn", "layers", "length")
 
 
@@ -119,6 +121,11 @@ def smoke() -> ConfigDict:
             },
         }
     )
+
+
+def clip_vit_l14() -> dict[str, Any]:
+    """The image encoder of the aesthetic reward."""
+    return _sizes(ClipVisionConfig.vit_l14(), CLIP_SIZES)
 
 
 MODELS = {"wan22_5b": wan22_5b, "runway_tiny": runway_tiny, "smoke": smoke}

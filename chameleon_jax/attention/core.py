@@ -125,6 +125,16 @@ def bidirectional(rope: Rope, *, backend: str | None = None) -> Attend:
     return attend
 
 
+def tapped(attend: Attend) -> Attend:
+    """The same attention; layers whose cache is not None hand out what they saw as their cache."""
+
+    def attend_and_show(q, k, v, layer_cache):
+        out, _ = attend(q, k, v, None)
+        return out, None if layer_cache is None else out
+
+    return attend_and_show
+
+
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
     logits = jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32)
     logits *= q.shape[-1] ** -0.5

@@ -45,12 +45,13 @@ def count_chunks(policy: CachePolicy, frames: int) -> int:
     return frames // policy.block
 
 
-def teacher_forcing_slices(policy: CachePolicy, frames: int) -> list[Row]:
+def teacher_forcing_slices(policy: CachePolicy, frames: int, first: int = 0) -> list[Row]:
     """Per chunk, its frames and the runs of key frames that it sees, in the layout of this file.
 
     Args:
       policy: of the stream to train for.
       frames: latent frames of the video, context not counted.
+      first: chunk from which on there are noisy copies; the ones before are history only.
 
     Returns:
       (queries, runs of keys). The queries cover all frames of the layout once, in order; the keys
@@ -67,8 +68,8 @@ def teacher_forcing_slices(policy: CachePolicy, frames: int) -> list[Row]:
     for number in range(chunks - 1):  # clean: the layout has them where the clip has them
         start = context + block * number
         rows.append((slice(start, start + block), _runs(seen[number])))
-    for number in range(chunks):
-        start = context + block * (chunks - 1 + number)
+    for number in range(first, chunks):
+        start = context + block * (chunks - 1 + number - first)
         own = np.arange(start, start + block)
         earlier = seen[number][:-block]
         rows.append((slice(start, start + block), _runs(np.concatenate([earlier, own]))))
@@ -100,33 +101,115 @@ def teacher_forcing(
       head_dim: channels of a head.
       backend: as in `attention`.
     """
-    rows = teacher_forcing_slices(policy, frames)
-    context, block = policy.context, policy.block
-    seen = views(policy, frames // block)
-    own = np.concatenate([view.positions[-block:] for view in seen])  # as it is in flight
-    turn = rope(np.concatenate([np.arange(context), own[:-block], own]), *grid, head_dim)
-    positions = [view.positions for view in (*seen[:-1], *seen)]  # by row, behind the context's
-    if context:
-        positions.insert(0, np.arange(context))
-    tokens = grid[0] * grid[1]
-
-    def take(x: jax.Array, runs: tuple[slice, ...]) -> jax.Array:
-        parts = [x[:, run.start * tokens : run.stop * tokens] for run in runs]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-    def look(q: jax.Array, k: jax.Array, v: jax.Array, times: np.ndarray) -> jax.Array:
-        if not policy.rotates_on_write:
-            q = apply_rope(q, rope(times[-(q.shape[1] // tokens) :], *grid, head_dim))
-            k = apply_rope(k, rope(times, *grid, head_dim))
-        return attention(q, k, v, backend=backend)
+    layout = _Layout(policy, frames, 0, grid, head_dim, backend)
 
     def attend(q, k, v, layer_cache):
-        if policy.rotates_on_write:
-            q, k = apply_rope(q, turn), apply_rope(k, turn)
-        outs = [
-            look(take(q, (queries,)), take(k, runs), take(v, runs), times)
-            for (queries, runs), times in zip(rows, positions, strict=True)
-        ]
-        return jnp.concatenate(outs, axis=1), layer_cache
+        k = layout.written(k, 0)
+        return layout.look(q, k, v, 0), layer_cache
 
     return attend
+
+
+def split_teacher_forcing(
+    policy: CachePolicy,
+    frames: int,
+    grid: tuple[int, int],
+    head_dim: int,
+    *,
+    first: int = 0,
+    backend: str | None = None,
+) -> tuple[Attend, Attend]:
+    """The same attention in two passes: over the history, and over the noisy chunks.
+
+    The first pass takes [context | clean chunks but the last] and gives the keys and values of each
+    layer as its cache. The second takes the noisy chunks and reads that cache, which the caller may
+    hold constant: then gradients flow as they do where a stream is differentiated chunk by chunk.
+
+    Args:
+      policy, frames, first: as in `teacher_forcing_slices`.
+      grid, head_dim, backend: as in `teacher_forcing`.
+    """
+    layout = _Layout(policy, frames, first, grid, head_dim, backend)
+    history = policy.context + frames - policy.block
+
+    def attend_history(q, k, v, layer_cache):
+        del layer_cache
+        k = layout.written(k, 0)
+        return layout.look(q, k, v, 0), (k, v)
+
+    def attend_noisy(q, k, v, layer_cache):
+        k = layout.written(k, history)
+        keys, values = (
+            jnp.concatenate([past, own], axis=1)
+            for past, own in zip(layer_cache, (k, v), strict=True)
+        )
+        return layout.look(q, keys, values, history), layer_cache
+
+    return attend_history, attend_noisy
+
+
+class _Layout:
+    """Rows and positions of the teacher-forced layout; see `teacher_forcing` for the arguments."""
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        frames: int,
+        first: int,
+        grid: tuple[int, int],
+        head_dim: int,
+        backend: str | None,
+    ):
+        context, block = policy.context, policy.block
+        self.policy, self.grid, self.head_dim, self.backend = policy, grid, head_dim, backend
+        self.tokens = grid[0] * grid[1]
+        self.rows = teacher_forcing_slices(policy, frames, first)
+        seen = views(policy, frames // block)
+        own = [view.positions[-block:] for view in seen]  # as it is in flight
+        self.own = np.concatenate([np.arange(context), *own[:-1], *own[first:]])
+        self.positions = [view.positions for view in (*seen[:-1], *seen[first:])]  # by row
+        if context:
+            self.positions.insert(0, np.arange(context))
+
+    def written(self, k: jax.Array, start: int) -> jax.Array:
+        """Keys of the frames from `start` on, as a cache would hold them: rotated or not."""
+        return self._turned(k, start) if self.policy.rotates_on_write else k
+
+    def _turned(self, x: jax.Array, start: int) -> jax.Array:
+        times = self.own[start : start + x.shape[1] // self.tokens]
+        return apply_rope(x, rope(times, *self.grid, self.head_dim))
+
+    def look(self, q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.Array:
+        """What the frames from `start` on see; k and v begin with the first frame of the layout."""
+        if self.policy.rotates_on_write:
+            q = self._turned(q, start)
+        stop = start + q.shape[1] // self.tokens
+        outs = [
+            self._row(queries, runs, times, q, k, v, start)
+            for (queries, runs), times in zip(self.rows, self.positions, strict=True)
+            if start <= queries.start < stop
+        ]
+        return jnp.concatenate(outs, axis=1)
+
+    def _row(
+        self,
+        queries: slice,
+        runs: tuple[slice, ...],
+        times: np.ndarray,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        start: int,
+    ) -> jax.Array:
+        q = self._take(q, (slice(queries.start - start, queries.stop - start),))
+        k, v = self._take(k, runs), self._take(v, runs)
+        if not self.policy.rotates_on_write:
+            own = times[-(q.shape[1] // self.tokens) :]
+            q = apply_rope(q, rope(own, *self.grid, self.head_dim))
+            k = apply_rope(k, rope(times, *self.grid, self.head_dim))
+        return attention(q, k, v, backend=self.backend)
+
+    def _take(self, x: jax.Array, runs: tuple[slice, ...]) -> jax.Array:
+        n = self.tokens
+        parts = [x[:, run.start * n : run.stop * n] for run in runs]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)

@@ -41,6 +41,7 @@ from chameleon_jax.attention.cache import (
 )
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.diffusion import flow
+from chameleon_jax.diffusion.sampler import guidance as guided_velocity
 from chameleon_jax.diffusion.unipc import (
     UniPcState,
     UniPcTable,
@@ -64,6 +65,8 @@ class Sampler(Protocol):
     The last row is the clean pass: t is 0, and the step leaves x as it is. As a step of the loop it
     costs 0.6 % (the last layer's output is not needed) and halves the program to compile.
     """
+
+    opening: int  # rows in front that are for the first chunk alone; 0: it is as all others
 
     def rows(self, dtype: jnp.dtype) -> Any:
         """Arrays with a row per step; of the fields only `timestep` is the loop's business.
@@ -90,6 +93,9 @@ class Row(NamedTuple):
     sigma_next: jax.Array
 
 
+_NEIGHBOURS = slice(None, -1), slice(1, None)
+
+
 @dataclasses.dataclass(frozen=True)
 class OneStepSampler:
     """Samplers without a past.
@@ -102,20 +108,27 @@ class OneStepSampler:
     sigmas: tuple[float, ...]  # noise levels, falling, one more than steps; the last is 0
     fresh_noise: bool  # between the steps
     round_timesteps: bool  # give the network whole timesteps, as the released code does
+    first_sigmas: tuple[float, ...] = ()  # those of a stream's first chunk; empty: as all others
 
     @property
     def steps(self) -> int:
         """Denoising steps, the clean pass not counted."""
         return len(self.sigmas) - 1
 
+    @property
+    def opening(self) -> int:
+        """Rows of the first chunk alone, its clean pass included."""
+        return len(self.first_sigmas)
+
     def rows(self, dtype: jnp.dtype) -> Row:
-        sigmas = np.asarray((*self.sigmas, 0.0), np.float32)
-        timesteps = jnp.asarray(1000.0 * sigmas[:-1])
+        parts = [self.first_sigmas, self.sigmas] if self.first_sigmas else [self.sigmas]
+        whole = [np.asarray((*part, 0.0), np.float32) for part in parts]  # with the clean pass
+        sigmas, after = (np.concatenate([part[cut] for part in whole]) for cut in _NEIGHBOURS)
+        timesteps = jnp.asarray(1000.0 * sigmas)
         if self.round_timesteps:
             timesteps = flow.round_timesteps(timesteps, dtype)
-        return Row(
-            jnp.arange(1, len(sigmas)), timesteps, jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])
-        )
+        numbers = np.concatenate([np.arange(1, len(part)) for part in whole])
+        return Row(jnp.asarray(numbers), timesteps, jnp.asarray(sigmas), jnp.asarray(after))
 
     def init(self, x: jax.Array) -> None:
         return None
@@ -133,6 +146,8 @@ class UniPcSampler:
     """UniPC inside a chunk, see diffusion/unipc.py; it knows nothing of the chunk before."""
 
     sigmas: tuple[float, ...]  # noise levels, falling, one more than steps; the last is 0
+
+    opening = 0
 
     def __post_init__(self):
         unipc_table(np.array(self.sigmas))  # raises if they make no schedule
@@ -166,6 +181,7 @@ def few_step_sampler(
     timesteps: Sequence[int] = flow.FEW_STEPS,
     shift: float = flow.SHIFT,
     round_timesteps: bool = True,
+    first: Sequence[int] = (),
 ) -> OneStepSampler:
     """The paper's sampler, for a distilled model: predict x0, noise it again, a few times.
 
@@ -174,9 +190,21 @@ def few_step_sampler(
         with shift 5 are t = 1000, 937.5, 833.33, 625.
       shift: of the schedule.
       round_timesteps: give the network whole timesteps, see `flow.round_timesteps`.
+      first: other timesteps for the first chunk of a stream, and for the first one after the
+        history was withdrawn; empty: the same. A chunk with nothing before it needs more steps than
+        one that continues (Causal Forcing++, arXiv 2605.15141).
     """
-    sigmas = [float(t) / flow.ROWS for t in flow.few_step_timesteps(timesteps, shift)]
-    return OneStepSampler((*sigmas, 0.0), fresh_noise=True, round_timesteps=round_timesteps)
+
+    def levels(steps: Sequence[int]) -> tuple[float, ...]:
+        sigmas = (float(t) / flow.ROWS for t in flow.few_step_timesteps(steps, shift))
+        return (*sigmas, 0.0)
+
+    return OneStepSampler(
+        levels(timesteps),
+        fresh_noise=True,
+        round_timesteps=round_timesteps,
+        first_sigmas=levels(first) if first else (),
+    )
 
 
 def euler_sampler(
@@ -309,9 +337,11 @@ def denoise_chunk(
     dit: DiT,
     cache: KVCache,
     text_kv: TextKV,
-    noise_key: jax.Array,
+    noise_key: jax.Array | None = None,
     *,
     sampler: Sampler,
+    noise: jax.Array | None = None,
+    guidance: float | jax.Array | None = None,
     cut: jax.Array | bool = False,
     held: Held | None = None,
 ) -> tuple[jax.Array, KVCache]:
@@ -324,39 +354,92 @@ def denoise_chunk(
       dit: the network.
       cache: prefilled, if it has condition frames; donated by the caller.
       text_kv: from `dit.text_kv`.
-      noise_key: key of this chunk's noise.
+      noise_key: key of this chunk's noise; not needed if `noise` is given.
       sampler: from `make_sampler`; static.
+      noise: all of the chunk's noise, [draws, b, block, h, w, c] standard normal: draw 0 is what
+        the chunk starts from, draw n the fresh noise behind step n of a sampler that takes some.
+      guidance: scale of classifier-free guidance for a model that is not distilled; None: the
+        prompt alone. With it the cache and `text_kv` hold two streams for each that is made: the
+        first half of the batch sees the prompt, the second half the negative prompt. Both get the
+        same latents, and each keeps keys and values of its own.
       cut: is this the first chunk of a new shot? See `cache.open_chunk`. May be traced.
       held: frames of the chunk that are given, not made.
 
     Returns:
       x0: clean latents [b, block, h, w, c], float32; held frames as they were given.
       The cache, one chunk on.
+
+    Raises:
+      ValueError: neither a key nor noise, noise of another shape, or guidance over an odd batch.
     """
-    (rows, columns), (_, i, j) = cache.grid, dit.config.patch
+    (height, width), (_, i, j) = cache.grid, dit.config.patch
+    streams = cache.k[0].shape[0]
+    if guidance is not None and streams % 2:
+        raise ValueError(
+            f"guidance needs two streams for each that is made, the cache has {streams}: make it"
+            " with twice the batch, see `denoise_chunk`"
+        )
     shape = (
-        cache.k[0].shape[0],
+        streams if guidance is None else streams // 2,
         cache.policy.block,
-        rows * i,
-        columns * j,
+        height * i,
+        width * j,
         dit.config.out_channels,
     )
+    draw = _draws(noise_key, noise, shape)
 
-    def draw(number: jax.Array | int) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(noise_key, number), shape, jnp.float32)
+    def predict(x: jax.Array, t: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        if guidance is None:
+            return forward(dit, cache, x, t, text_kv)
+        both, cache = forward(dit, cache, *(jnp.concatenate([a, a]) for a in (x, t)), text_kv)
+        with_prompt, without = jnp.split(both.astype(jnp.float32), 2)
+        return guided_velocity(with_prompt, without, guidance), cache
 
     def step(
         carry: tuple[jax.Array, Any, KVCache], row: Any
     ) -> tuple[tuple[jax.Array, Any, KVCache], None]:
         x, past, cache = carry
         x, t = hold(held, x, jnp.full(shape[:2], row.timestep))
-        v, cache = forward(dit, cache, x, t, text_kv)
+        v, cache = predict(x, t, cache)
         x, past = sampler.step(row, past, x, v, draw)
         return (x, past, cache), None
 
-    cache, rows, noise = open_chunk(cache, cut), sampler.rows(dit.dtype), draw(0)
-    (x0, _, cache), _ = jax.lax.scan(step, (noise, sampler.init(noise), cache), rows)
+    cache, rows, start = open_chunk(cache, cut), sampler.rows(dit.dtype), draw(0)
+    carry = start, sampler.init(start), cache
+    if sampler.opening:
+        carry = _steps_of_chunk(step, carry, rows, sampler.opening, cache.chunk == 0)
+    else:
+        carry, _ = jax.lax.scan(step, carry, rows)
+    x0, _, cache = carry
     return x0, close_chunk(cache)
+
+
+def _steps_of_chunk(
+    step: Callable[[Any, Any], tuple[Any, None]],
+    carry: Any,
+    rows: Any,
+    opening: int,
+    is_first: jax.Array,
+) -> Any:
+    """The steps of the rows in front if the chunk is the first, else of the others."""
+    total = len(jax.tree.leaves(rows)[0])
+    start, stop = jnp.where(is_first, 0, opening), jnp.where(is_first, opening, total)
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        return step(carry, jax.tree.map(lambda column: column[index], rows))[0]
+
+    return jax.lax.fori_loop(start, stop, body, carry)
+
+
+def _draws(key: jax.Array | None, noise: jax.Array | None, shape: tuple[int, ...]) -> Draw:
+    """Where a chunk's noise comes from: given, or drawn from the key."""
+    if noise is not None:
+        if noise.shape[1:] != shape:
+            raise ValueError(f"noise is {noise.shape}; expected draws of {shape}")
+        return lambda number: noise[number].astype(jnp.float32)
+    if key is None:
+        raise ValueError("a chunk needs a key or its noise; give noise_key or noise")
+    return lambda number: jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
 
 
 def hold(held: Held | None, x_bfhwc: jax.Array, t_bf: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -23,6 +23,7 @@ Axes: b batch, f latent frames, h w latent grid, c channels, p tokens of a frame
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,8 +32,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from chameleon_jax.attention.core import Attend, attention, bidirectional
-from chameleon_jax.attention.masks import teacher_forcing
+from chameleon_jax.attention.core import Attend, attention, bidirectional, tapped
+from chameleon_jax.attention.masks import split_teacher_forcing, teacher_forcing
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.attention.positions import axis_dims, rope
 
@@ -410,9 +411,9 @@ class DiT(nnx.Module):
         attend: Attend,
         cache: tuple[Any, ...] | None,
     ) -> tuple[jax.Array, tuple[Any, ...] | None]:
-        """All blocks, as a loop of the compiler (scan) or of Python.
+        """All blocks, as a loop of the compiler (scan, without a cache only) or of Python.
 
-        Without a cache possibly recomputed (remat).
+        Possibly recomputed in the backward pass (remat).
         """
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
@@ -420,7 +421,7 @@ class DiT(nnx.Module):
             def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
                 return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
 
-            return jax.checkpoint(apply) if cache is None and self.config.remat else apply
+            return jax.checkpoint(apply) if self.config.remat else apply
 
         # One, unless layers were changed, see lora.attach.
         applies = {graph: function(graph) for graph in graphs}
@@ -460,6 +461,27 @@ def bidirectional_forward(
     Returns:
       v of the noisy frames, [b, f, h, w, c].
     """
+    v, _ = bidirectional_features(dit, z_context, z_t, t_bf, text_kv, ())
+    return v
+
+
+def bidirectional_features(
+    dit: DiT,
+    z_context: jax.Array | None,
+    z_t: jax.Array,
+    t_bf: jax.Array,
+    text_kv: TextKV,
+    layers: Sequence[int],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """`bidirectional_forward`, and what the self-attention of some layers saw.
+
+    Args:
+      dit, z_context, z_t, t_bf, text_kv: as for `bidirectional_forward`.
+      layers: numbers of layers, from 0.
+
+    Returns:
+      v, and for each layer the output of its attention on the noisy frames, [b, f, p, m].
+    """
     x, t, context = z_t, t_bf, 0
     if z_context is not None:
         context = z_context.shape[1]
@@ -467,7 +489,14 @@ def bidirectional_forward(
         t = jnp.pad(t_bf, ((0, 0), (context, 0)))
     turn = rope(np.arange(x.shape[1]), *token_grid(dit.config, x), dit.config.head_dim)
     attend = bidirectional(turn, backend=dit.config.attention)
-    return dit(x, t, text_kv, attend, decoded=slice(context, None))[0]
+    decoded = slice(context, None)
+    if not layers:
+        return dit(x, t, text_kv, attend, decoded=decoded)[0], []
+    taps = tuple(jnp.zeros(()) if i in layers else None for i in range(dit.config.layers))
+    v, seen = dit(x, t, text_kv, tapped(attend), taps, decoded=decoded)
+    frames = x.shape[1]
+    of_frames = [rearrange(seen[i], "b (f p) n d -> b f p (n d)", f=frames) for i in layers]
+    return v, [feature[:, decoded] for feature in of_frames]
 
 
 def teacher_forcing_forward(
@@ -510,6 +539,68 @@ def teacher_forcing_forward(
     grid = token_grid(config, x)
     attend = teacher_forcing(policy, video, grid, config.head_dim, backend=config.attention)
     return dit(x, t, text_kv, attend, decoded=slice(context + kept, None))[0]
+
+
+def self_forcing_forward(
+    dit: DiT,
+    z_context: jax.Array,
+    z_clean: jax.Array,
+    z_noisy: jax.Array,
+    t_bf: jax.Array,
+    text_kv: TextKV,
+    *,
+    policy: CachePolicy,
+) -> jax.Array:
+    """`teacher_forcing_forward` with the history held constant, for a video of the model's own.
+
+    Self-Forcing (arXiv 2506.08009) rolls a video out chunk by chunk and lets gradients enter
+    through one step of each chunk; what the cache holds by then is constant. All chunks together
+    are this function: the history once without gradient, then the noisy chunks, which read its keys
+    and values. So only the noisy half is differentiated, and no cache is kept for each chunk.
+
+    Args:
+      dit: the network.
+      z_context: clean latents [b, context, h, w, c].
+      z_clean: the rolled-out video [b, f, h, w, c], f a multiple of the policy's block, at t = 0.
+        The last chunk is not read.
+      z_noisy: inputs of the differentiated steps of the last chunks, [b, n, h, w, c]; n is a
+        multiple of the block, at most f.
+      t_bf: timesteps of the noisy frames, equal within a chunk, [b, n].
+      text_kv: from `dit.text_kv`; gradients flow into it from the noisy pass only.
+      policy: of the stream.
+
+    Returns:
+      v of the noisy frames, [b, n, h, w, c].
+
+    Raises:
+      ValueError: a number of frames that does not fit the policy.
+    """
+    config, context = dit.config, z_context.shape[1]
+    video, noisy = z_clean.shape[1], z_noisy.shape[1]
+    if context != policy.context:
+        raise ValueError(f"{context} condition frames; the cache has {policy.context} of them")
+    if noisy % policy.block or not policy.block <= noisy <= video:
+        raise ValueError(
+            f"{noisy} noisy latent frames of {video}; expected a positive multiple of"
+            f" {policy.block}, whole chunks, and at most {video}"
+        )
+    attend_history, attend_noisy = split_teacher_forcing(
+        policy,
+        video,
+        token_grid(config, z_noisy),
+        config.head_dim,
+        first=(video - noisy) // policy.block,
+        backend=config.attention,
+    )
+    graph, state = nnx.split(dit)
+    constant, constant_kv = jax.lax.stop_gradient((state, text_kv))
+    past = z_context, z_clean[:, : video - policy.block]
+    x = jax.lax.stop_gradient(jnp.concatenate([z.astype(z_noisy.dtype) for z in past], axis=1))
+    nothing = (None,) * config.layers
+    _, cache = nnx.merge(graph, constant)(
+        x, jnp.zeros(x.shape[:2]), constant_kv, attend_history, nothing, decoded=slice(0)
+    )
+    return dit(z_noisy, t_bf, text_kv, attend_noisy, cache)[0]
 
 
 def token_grid(config: DiTConfig, x_bfhwc: jax.Array) -> tuple[int, int]:

@@ -81,7 +81,9 @@ class Network:
         return flat_params(module)
 
 
-def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Network:
+def build_network(
+    name: str, config: ConfigDict, *, frozen: bool = False, dtype: str | None = None
+) -> Network:
     """One of the networks of a training config.
 
     Args:
@@ -89,11 +91,12 @@ def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Net
       config: with `model` (sizes), `dtype` (of the computation) and `train.remat`,
         `train.scan_layers`.
       frozen: parameters in the computing dtype; trained ones are float32 masters.
+      dtype: of the computation; None: that of the config.
 
     Raises:
       ConfigError: sizes that cannot be, or an unknown network.
     """
-    compute = DTYPES[config.dtype]
+    compute = DTYPES[dtype or config.dtype]
     param_dtype = compute if frozen else jnp.float32
     how = {key: config.train[key] for key in ("remat", "scan_layers") if key in config.train}
     group = config.model[name].to_dict()

@@ -48,6 +48,10 @@ class Networks:
     def all(self) -> dict[str, Network]:
         return {**self.trained, **self.frozen}
 
+    def bind(self, name: str, params: ParamTree) -> Any:
+        """A network with its parameters; `params` has those of all networks, by name."""
+        return self.all[name].bind(params[name])
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -128,10 +132,45 @@ def make_conditions(nets: Networks) -> SampleOf:
 
     def sample(params: ParamTree, dit: DiT, batch: Batch) -> Sample:
         z_context, z_video = latents(nets, params, batch)
-        states_blm = nets.all["text"].bind(params["text"])(batch["ids"], batch["mask"])
-        return Sample(z_context, z_video, dit.text_kv(states_blm))
+        return Sample(z_context, z_video, dit.text_kv(text_states(nets, params, batch)))
 
     return sample
+
+
+def text_states(
+    nets: Networks, params: ParamTree, batch: Batch, network: str = "text"
+) -> jax.Array:
+    """Text states of the prompts of a batch, [b, l, m].
+
+    Args:
+      nets: of the stage.
+      params: parameters of all networks.
+      batch: with `ids` and `mask`.
+      network: the text encoder.
+    """
+    return nets.bind(network, params)(batch["ids"], batch["mask"])
+
+
+def negative_states(
+    config: ConfigDict, nets: Networks, prompt: str
+) -> Callable[[ParamTree, Batch, str], jax.Array]:
+    """Text states of the negative prompt of classifier-free guidance.
+
+    Returns:
+      (parameters of all networks, batch, text encoder) -> states [b, l, m], the same for the whole
+      batch.
+
+    Raises:
+      ConfigError, TokenizerError: no usable tokenizer.
+    """
+    ids, mask = read_tokenizer(config)([prompt])
+
+    def states(params: ParamTree, batch: Batch, network: str = "text") -> jax.Array:
+        one = nets.bind(network, params)(jnp.asarray(ids), jnp.asarray(mask))
+        b = batch["ids"].shape[0]
+        return jnp.broadcast_to(one, (b, *one.shape[1:]))
+
+    return states
 
 
 def latents(nets: Networks, params: ParamTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -155,6 +194,25 @@ def latents(nets: Networks, params: ParamTree, batch: Batch) -> tuple[jax.Array,
         )
     reference, garment, video = (jax.lax.stop_gradient(z.astype(jnp.float32)) for z in parts)
     return jnp.concatenate([reference, garment], axis=1), video
+
+
+def decode_clip(vae: Any, z_bfhwc: jax.Array) -> jax.Array:
+    """Pixels uint8 [b, t, h, w, 3] of a clip, one latent frame after the other.
+
+    The same as `vae.decode`, with the memory of one latent frame.
+    """
+    first, state = vae.decode_chunk(z_bfhwc[:, :1], None, first=True)
+
+    def step(state: Any, z_bhwc: jax.Array) -> tuple[Any, jax.Array]:
+        pixels, state = vae.decode_chunk(z_bhwc[:, None], state, first=False)
+        return state, to_uint8(pixels)
+
+    if z_bfhwc.shape[1] == 1:
+        return to_uint8(first)
+    _, others = jax.lax.scan(step, state, jnp.moveaxis(z_bfhwc[:, 1:], 1, 0))
+    others = jnp.moveaxis(others, 0, 1)
+    others = others.reshape(others.shape[0], -1, *others.shape[3:])
+    return jnp.concatenate([to_uint8(first), others], axis=1)
 
 
 def loss_weights(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
@@ -223,7 +281,13 @@ def held_out(part: Part) -> Part:
     return dataclasses.replace(part, loader=plain)
 
 
-def _part(config: ConfigDict, frames: int, clips: int) -> Part:
+def read_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer of the text encoder.
+
+    Raises:
+      ConfigError: none is named, or it has more pieces than the encoder.
+      TokenizerError: it cannot be read.
+    """
     path = config.data.tokenizer
     if not path:
         raise ConfigError("data.tokenizer is not set; give the tokenizer.json of the text encoder")
@@ -232,6 +296,11 @@ def _part(config: ConfigDict, frames: int, clips: int) -> Part:
         raise ConfigError(
             f"{path} has {tokenizer.vocab} pieces, model.text.vocab is {config.model.text.vocab}"
         )
+    return tokenizer
+
+
+def _part(config: ConfigDict, frames: int, clips: int) -> Part:
+    tokenizer = read_tokenizer(config)
 
     def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
         del rng

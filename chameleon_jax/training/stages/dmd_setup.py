@@ -1,0 +1,137 @@
+"""What the config of distillation says: its networks, the kinds of roll-out, the sampler; checked.
+
+A roll-out can be longer than the clips of the data, and garment switches can come before it
+(`rollout.kinds`): what is trained is then what is streamed.
+
+    (0, 0)   from the start of a stream, as published
+    (n, 0)   n chunks first; the last frames of the stream are trained
+    (n, k)   k times: n chunks, then a switch (refresh, withdraw, disentangle) to the garment of
+             another sample of the batch; then trained from the new start on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from chameleon_jax.config import ConfigError
+from chameleon_jax.diffusion.rollout import OneStepSampler, make_sampler
+from chameleon_jax.models.build import read_sizes
+from chameleon_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from chameleon_jax.training.networks import Network, build_network, weights_file
+from chameleon_jax.training.stages import common
+from chameleon_jax.training.stages.rewards import Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of roll-out, see the top of this file."""
+
+    before: int  # chunks in front
+    switches: int  # each with so many chunks in front of it
+
+    @property
+    def suffix(self) -> str:
+        """What tells its step from that of the plain kind."""
+        return f" {self.before}+{self.switches}" if self.before else ""
+
+
+def networks(config: ConfigDict, reward: Reward | None) -> common.Networks:
+    """Student and critic, trained; teacher, VAE, text encoders, reward, frozen.
+
+    Raises:
+      ConfigError: weights are not named.
+    """
+    score = "score" if "score" in config.model else "dit"
+    trained = {
+        "generator": build_network("dit", config),
+        "critic": build_network(score, config),
+    }
+    frozen = {
+        "real": build_network(score, config, frozen=True),
+        "vae": build_network("vae", config, frozen=True),
+        "text": build_network("text", config, frozen=True),
+    }
+    sources = {
+        "generator": ("init_from", config.init_from, "dit"),
+        "critic": ("weights.score", config.weights.score, "dit"),
+        "real": ("weights.score", config.weights.score, "dit"),
+        "vae": ("weights.vae", config.weights.vae, "vae"),
+        "text": ("weights.text", config.weights.text, "text"),
+    }
+    if config.weights.score_text:
+        frozen["score_text"] = build_network("text", config, frozen=True)
+        sources["score_text"] = ("weights.score_text", config.weights.score_text, "text")
+    for name, network in reward.networks.items() if reward else ():
+        frozen[name] = network
+        sources[name] = (f"weights.{name}", config.weights[name], name)
+    missing = [key for key, path, _ in sources.values() if not path]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(dict.fromkeys(missing))}: not set; distillation starts from the student of"
+            " teacher forcing (init_from), the teacher (weights.score), its VAE and text encoder"
+        )
+    if config.gan.layers:
+        trained["heads"] = _heads(config, score)
+    files = {name: weights_file(path, file) for name, (_, path, file) in sources.items()}
+    return common.Networks(trained, frozen, files)
+
+
+def _heads(config: ConfigDict, score: str) -> Network:
+    sizes = read_sizes(score, config.model[score].to_dict())
+    outside = [layer for layer in config.gan.layers if not 0 <= layer < sizes.layers]
+    if outside:
+        raise ConfigError(
+            f"gan.layers has {outside}; expected numbers from 0 to {sizes.layers - 1}, layers of"
+            " the critic"
+        )
+    if config.scores.causal or config.train.scan_layers:
+        raise ConfigError(
+            "gan.layers needs scores.causal=false and train.scan_layers=false: the heads look into"
+            " single layers of a bidirectional critic"
+        )
+    heads = DiscriminatorConfig(sizes.width, len(config.gan.layers), config.gan.hidden)
+    return Network(lambda rngs: Discriminator(heads, rngs=rngs))
+
+
+def read_kinds(config: ConfigDict) -> tuple[Kind, ...]:
+    """The kinds of roll-out that are taken in turn.
+
+    Raises:
+      ConfigError: not pairs of counts, or a switch without anything in front of it.
+    """
+    kinds = tuple(Kind(*entry) for entry in config.rollout.kinds)
+    if not kinds or len(set(kinds)) != len(kinds):
+        raise ConfigError(f"rollout.kinds is {config.rollout.kinds}; expected different kinds")
+    for kind in kinds:
+        if kind.switches and not kind.before:
+            raise ConfigError(
+                f"rollout.kinds has {(kind.before, kind.switches)}; a switch needs at least one"
+                " chunk in front of it, whose last frame becomes the reference"
+            )
+    smallest = min((clips for _, clips in config.data.lengths), default=config.data.batch)
+    if any(kind.switches for kind in kinds) and smallest < 2:
+        raise ConfigError(
+            "rollout.kinds has switches, and a batch has one clip: the new garment is that of"
+            " another one; set data.batch to 2 or more"
+        )
+    return kinds
+
+
+def read_sampler(config: ConfigDict) -> OneStepSampler:
+    """The sampler of the stream to train for.
+
+    Raises:
+      ConfigError: it is none of few steps with fresh noise between them.
+    """
+    try:
+        sampler = make_sampler(**config.streaming.sampler)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not isinstance(sampler, OneStepSampler) or not sampler.fresh_noise:
+        raise ConfigError(
+            f"streaming.sampler.name is {config.streaming.sampler.name!r}; distillation trains the"
+            " sampler 'few_step'"
+        )
+    return sampler
