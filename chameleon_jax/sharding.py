@@ -3,9 +3,13 @@
     data    the batch is split, the weights are copied
     fsdp    the batch is split, and so are weights, optimiser state and EMA (ZeRO stage 3, arXiv
             1910.02054)
+    seq     the tokens of a frame are split; in attention the heads are (DeepSpeed-Ulysses, arXiv
+            2309.14509): for clips whose activations do not fit one device
     tensor  heads and hidden channels are split (Megatron-LM, arXiv 1909.08053)
 
-A single device is the mesh (1, 1, 1): there is no other code path. A rule says what would be
+A single device is the mesh (1, 1, 1, 1): there is no other code path. Parameters and batches are
+placed by the caller. Networks say how activations are split, with `constrain` and `per_device`;
+these act while a mesh is set (`jax.set_mesh`), and do nothing else. A rule says what would be
 split; an array axis that the mesh axis does not divide stays whole, because a few odd-shaped
 parameters must not forbid a mesh.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +28,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chameleon_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))  # the leading axis of everything in a batch
+AXES = ("data", "fsdp", "seq", "tensor")
+SAMPLES = ("data", "fsdp")  # the axes over which a batch is split
+BATCH = PartitionSpec(SAMPLES)  # the leading axis of everything in a batch
+TOKENS = PartitionSpec(SAMPLES, None, "seq")  # [b, f, p, m]: the tokens of each frame
+TOKENS_OF_HEADS = PartitionSpec(SAMPLES, None, "seq", "tensor")  # [b, f, p, n, d]
+HEADS = PartitionSpec(SAMPLES, None, None, ("seq", "tensor"))  # [b, f, p, n, d]
+SEQUENCE_HEADS = PartitionSpec(SAMPLES, None, ("seq", "tensor"))  # [b, l, n, d]
+SEQUENCE_TENSOR = PartitionSpec(SAMPLES, None, "tensor")  # [b, s, n, d]
 LARGEST = "largest"  # the rule that splits the largest axis that fsdp divides
 MIN_SIZE = 4096  # smaller parameters are kept whole: sending them around costs more than they take
 
@@ -129,6 +139,59 @@ def check_batch(size: int, mesh: Mesh) -> None:
             f"a batch of {size} does not divide among data x fsdp = {ways} devices; choose a"
             " multiple of it, or a smaller mesh.data or mesh.fsdp (and a larger mesh.tensor)"
         )
+
+
+def check_network(heads: int, tokens: int, mesh: Mesh) -> None:
+    """Can the activations of a transformer be split over the mesh?
+
+    Args:
+      heads: of its attention.
+      tokens: of a latent frame.
+      mesh: the mesh.
+
+    Raises:
+      MeshError: they cannot; the number to change is named.
+    """
+    seq, tensor = mesh.shape["seq"], mesh.shape["tensor"]
+    if heads % (seq * tensor):
+        raise MeshError(
+            f"{heads} attention heads do not divide among seq x tensor = {seq * tensor} devices;"
+            f" choose mesh.seq and mesh.tensor whose product divides {heads}"
+        )
+    if tokens % seq:
+        raise MeshError(
+            f"{tokens} tokens of a latent frame do not divide among mesh.seq = {seq}; choose a"
+            f" mesh.seq that divides {tokens}"
+        )
+
+
+def is_split() -> bool:
+    """Is a mesh of several devices set, over which activations are split?"""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.axis_names == AXES and mesh.size > 1
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Say how an activation is split over the mesh that is set; without one, `x` as it is."""
+    return jax.lax.with_sharding_constraint(x, spec) if is_split() else x
+
+
+def per_device(
+    function: Callable[..., jax.Array], inputs: Sequence[PartitionSpec], output: PartitionSpec
+) -> Callable[..., jax.Array]:
+    """The same function on each device's own part, for kernels that the compiler cannot split.
+
+    Args:
+      function: of arrays; each part of its result depends on the same parts of its arguments.
+      inputs: how the arguments are split.
+      output: how the result is.
+
+    Returns:
+      `function` itself while no mesh of several devices is set.
+    """
+    if not is_split():
+        return function
+    return jax.shard_map(function, in_specs=tuple(inputs), out_specs=output, check_vma=False)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -4,7 +4,9 @@
     splash   TPU: Pallas splash attention
     xla      everywhere: two products and a softmax, the logits in memory
 
-Softmax is taken in float32 everywhere. A transformer block calls attention through a callable
+Softmax is taken in float32 everywhere. Over several devices each computes the heads that it has
+(`sharding.per_device`): the compiler cannot split the kernels itself. A transformer block calls
+attention through a callable
 
     attend(q_blnd, k_blnd, v_blnd, layer_cache) -> (out_blnd, layer_cache)
 
@@ -24,7 +26,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from chameleon_jax import sharding
 from chameleon_jax.attention.positions import Rope, apply_rope
 from chameleon_jax.errors import UserError
 
@@ -111,9 +115,42 @@ def attention(
     Raises:
       BackendError: see `choose_backend`.
     """
-    kernels = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}
-    kernel = kernels[choose_backend(backend, q_blnd.dtype)]
-    return kernel(q_blnd, k_bsnd, v_bsnd, kv_length)
+    kernel = KERNELS[choose_backend(backend, q_blnd.dtype)]
+    split = sharding.SEQUENCE_HEADS
+    if kv_length is None:
+        attend = sharding.per_device(functools.partial(kernel, kv_length=None), [split] * 3, split)
+        return attend(q_blnd, k_bsnd, v_bsnd)
+    everywhere = PartitionSpec()
+    attend = sharding.per_device(kernel, [split, split, split, everywhere], split)
+    return attend(q_blnd, k_bsnd, v_bsnd, jnp.asarray(kv_length))
+
+
+def cross_attention(
+    q_bfpnd: jax.Array, k_bsnd: jax.Array, v_bsnd: jax.Array, *, backend: str | None = None
+) -> jax.Array:
+    """Attention of the tokens of frames to another sequence, which all of them see.
+
+    Over several devices every one of them keeps its own tokens.
+
+    Args:
+      q_bfpnd: queries, p tokens in each of f frames.
+      k_bsnd, v_bsnd: keys and values of the other sequence.
+      backend: as in `attention`.
+
+    Returns:
+      [b, f, p, n, d] in the dtype of the queries.
+
+    Raises:
+      BackendError: see `choose_backend`.
+    """
+    kernel = KERNELS[choose_backend(backend, q_bfpnd.dtype)]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        b, f, p, n, d = q.shape
+        return kernel(q.reshape(b, f * p, n, d), k, v, None).reshape(b, f, p, n, d)
+
+    split, other = sharding.TOKENS_OF_HEADS, sharding.SEQUENCE_TENSOR
+    return sharding.per_device(attend, [split, other, other], split)(q_bfpnd, k_bsnd, v_bsnd)
 
 
 def bidirectional(rope: Rope, *, backend: str | None = None) -> Attend:
@@ -206,6 +243,9 @@ def _splash_kernel(
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, keys))] * heads)
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+
+
+KERNELS = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}
 
 
 def _round_up(size: int, multiple: int) -> int:

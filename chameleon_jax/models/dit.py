@@ -32,10 +32,11 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from chameleon_jax.attention.core import Attend, attention, bidirectional, tapped
+from chameleon_jax.attention.core import Attend, bidirectional, cross_attention, tapped
 from chameleon_jax.attention.masks import split_teacher_forcing, teacher_forcing
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.attention.positions import axis_dims, rope
+from chameleon_jax.sharding import HEADS, TOKENS, TOKENS_OF_HEADS, constrain
 
 KV = tuple[jax.Array, jax.Array]  # k, v [b, s, n, d]
 TextKV = tuple[KV, ...]  # of every layer
@@ -245,17 +246,18 @@ class Attention(nnx.Module):
             RMSNorm(config.width, config.eps, param_dtype=param_dtype) for _ in range(2)
         )
 
-    def queries(self, x_blm: jax.Array) -> jax.Array:
-        """[b, l, n, d], normalised, not rotated."""
-        return rearrange(self.norm_q(self.q(x_blm)), "b l (n d) -> b l n d", n=self.heads)
+    def queries(self, x: jax.Array) -> jax.Array:
+        """[..., m] to [..., n, d]: normalised, not rotated."""
+        return rearrange(self.norm_q(self.q(x)), "... (n d) -> ... n d", n=self.heads)
 
-    def keys_values(self, x_bsm: jax.Array) -> KV:
-        """k and v [b, s, n, d]; k normalised, not rotated."""
-        k, v = self.norm_k(self.k(x_bsm)), self.v(x_bsm)
-        return tuple(rearrange(y, "b s (n d) -> b s n d", n=self.heads) for y in (k, v))
+    def keys_values(self, x: jax.Array) -> KV:
+        """[..., m] to k and v [..., n, d]; k normalised, not rotated."""
+        k, v = self.norm_k(self.k(x)), self.v(x)
+        return tuple(rearrange(y, "... (n d) -> ... n d", n=self.heads) for y in (k, v))
 
-    def output(self, y_blnd: jax.Array) -> jax.Array:
-        return self.o(rearrange(y_blnd, "b l n d -> b l (n d)"))
+    def output(self, y: jax.Array) -> jax.Array:
+        """[..., n, d] to [..., m]."""
+        return self.o(rearrange(y, "... n d -> ... (n d)"))
 
 
 class Block(nnx.Module):
@@ -281,18 +283,22 @@ class Block(nnx.Module):
         frames, eps = x_bfpm.shape[1], self.config.eps
         rows = self.modulation.get_value().astype(e0_bf6m.dtype) + e0_bf6m
         shift1, scale1, gate1, shift2, scale2, gate2 = (rows[:, :, i] for i in range(6))
+        x = constrain(x_bfpm, TOKENS)
 
-        def per_frame(y_blm: jax.Array) -> jax.Array:
-            return rearrange(y_blm, "b (f p) m -> b f p m", f=frames)
+        def sequence(y_bfpnd: jax.Array) -> jax.Array:
+            # Over several devices: from each its tokens to each its heads.
+            return rearrange(constrain(y_bfpnd, HEADS), "b f p n d -> b (f p) n d")
 
-        y = rearrange(modulate(x_bfpm, shift1, scale1, eps), "b f p m -> b (f p) m")
+        y = modulate(x, shift1, scale1, eps)
         k, v = self.self_attn.keys_values(y)
-        y, layer_cache = attend(self.self_attn.queries(y), k, v, layer_cache)
-        x = gated(x_bfpm, per_frame(self.self_attn.output(y)), gate1)
+        q, k, v = (sequence(z) for z in (self.self_attn.queries(y), k, v))
+        y, layer_cache = attend(q, k, v, layer_cache)
+        y = constrain(rearrange(y, "b (f p) n d -> b f p n d", f=frames), TOKENS_OF_HEADS)
+        x = gated(x, self.self_attn.output(y), gate1)
 
-        y = rearrange(self.cross_norm(x), "b f p m -> b (f p) m")
-        y = attention(self.cross_attn.queries(y), *text_kv, backend=self.config.attention)
-        x = x + per_frame(self.cross_attn.output(y))
+        q = self.cross_attn.queries(self.cross_norm(x))
+        y = cross_attention(q, *text_kv, backend=self.config.attention)
+        x = x + self.cross_attn.output(y)
 
         y = self.ffn(modulate(x, shift2, scale2, eps))
         return gated(x, y, gate2), layer_cache

@@ -64,7 +64,7 @@ def test_a_roll_out_with_all_steps_is_a_stream(sampler):
 
 
 def sequential(dit, policy, made, text_kv, z_context):
-    """The same video by the cache, differentiated literally: the cache is constant in each chunk."""
+    """The same video by the cache, differentiated literally: constant is what the cache holds."""
     graph, state = nnx.split(dit)
     still, still_kv = jax.lax.stop_gradient((state, text_kv))
     constant = nnx.merge(graph, still)
