@@ -14,11 +14,21 @@ from ml_collections import ConfigDict
 from chameleon_jax.diffusion import wan22
 from configs import common
 
-VARIANTS = ("wan22_5b",)
+VARIANTS = ("wan22_5b", "teacher_forced")
 
 
 def get_config(variant: str = "wan22_5b") -> ConfigDict:
-    """FashionChameleon's streaming setting (arXiv 2605.15824, section 5)."""
+    """`wan22_5b`: FashionChameleon's streaming setting (arXiv 2605.15824, section 5), for a
+    distilled student. `teacher_forced`: for a checkpoint before distillation, with many steps and
+    guidance.
+    """
+    config = _distilled(variant)
+    if variant == "teacher_forced":
+        config.sampler = wan22.CAUSAL_SAMPLER
+    return config
+
+
+def _distilled(variant: str) -> ConfigDict:
     return ConfigDict(
         {
             "name": variant,

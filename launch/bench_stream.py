@@ -154,7 +154,7 @@ def measure(
     cache, rhythm = pipeline.config.cache, ChunkFrames.of(pipeline.config)
     chunks = rhythm.chunks(frames)
     fill = -(-(cache.frames - cache.context) // cache.block)  # chunks until the cache is full
-    text_kv = media.text_kv(pipeline.encode_prompt(prompt))
+    text_kv = pipeline.stream_text(pipeline.encode_prompt(prompt))
     latents = [media.encode_image(picture) for picture in pictures[:2]]
     device_inputs = jax.block_until_ready((*latents, text_kv))
 

@@ -41,7 +41,7 @@ from chameleon_jax.attention.cache import (
 )
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.diffusion import flow
-from chameleon_jax.diffusion.sampler import guidance as guided_velocity
+from chameleon_jax.diffusion.sampler import guidance
 from chameleon_jax.diffusion.unipc import (
     UniPcState,
     UniPcTable,
@@ -67,6 +67,8 @@ class Sampler(Protocol):
     """
 
     opening: int  # rows in front that are for the first chunk alone; 0: it is as all others
+    guidance: float  # scale of classifier-free guidance; 1: the prompt alone
+    negative_prompt: str  # of the guidance
 
     def rows(self, dtype: jnp.dtype) -> Any:
         """Arrays with a row per step; of the fields only `timestep` is the loop's business.
@@ -109,6 +111,8 @@ class OneStepSampler:
     fresh_noise: bool  # between the steps
     round_timesteps: bool  # give the network whole timesteps, as the released code does
     first_sigmas: tuple[float, ...] = ()  # those of a stream's first chunk; empty: as all others
+    guidance: float = 1.0
+    negative_prompt: str = ""
 
     @property
     def steps(self) -> int:
@@ -146,6 +150,8 @@ class UniPcSampler:
     """UniPC inside a chunk, see diffusion/unipc.py; it knows nothing of the chunk before."""
 
     sigmas: tuple[float, ...]  # noise levels, falling, one more than steps; the last is 0
+    guidance: float = 1.0
+    negative_prompt: str = ""
 
     opening = 0
 
@@ -182,6 +188,8 @@ def few_step_sampler(
     shift: float = flow.SHIFT,
     round_timesteps: bool = True,
     first: Sequence[int] = (),
+    guidance: float = 1.0,
+    negative_prompt: str = "",
 ) -> OneStepSampler:
     """The paper's sampler, for a distilled model: predict x0, noise it again, a few times.
 
@@ -193,6 +201,8 @@ def few_step_sampler(
       first: other timesteps for the first chunk of a stream, and for the first one after the
         history was withdrawn; empty: the same. A chunk with nothing before it needs more steps than
         one that continues (Causal Forcing++, arXiv 2605.15141).
+      guidance, negative_prompt: classifier-free guidance; 1 for a distilled model, which has learnt
+        it.
     """
 
     def levels(steps: Sequence[int]) -> tuple[float, ...]:
@@ -204,28 +214,42 @@ def few_step_sampler(
         fresh_noise=True,
         round_timesteps=round_timesteps,
         first_sigmas=levels(first) if first else (),
+        guidance=guidance,
+        negative_prompt=negative_prompt,
     )
 
 
 def euler_sampler(
-    steps: int = 4, shift: float = flow.SHIFT, round_timesteps: bool = False
+    steps: int = 4,
+    shift: float = flow.SHIFT,
+    round_timesteps: bool = False,
+    guidance: float = 1.0,
+    negative_prompt: str = "",
 ) -> OneStepSampler:
     """The plain ordinary differential equation, for a model that is not distilled.
 
     Args:
       steps: from noise to the clean sample.
-      shift, round_timesteps: as in `few_step_sampler`.
+      shift, round_timesteps, guidance, negative_prompt: as in `few_step_sampler`.
     """
-    sigmas = tuple(float(s) for s in flow.euler_sigmas(steps, shift))
-    return OneStepSampler(sigmas, fresh_noise=False, round_timesteps=round_timesteps)
+    return OneStepSampler(
+        tuple(float(s) for s in flow.euler_sigmas(steps, shift)),
+        fresh_noise=False,
+        round_timesteps=round_timesteps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+    )
 
 
-def unipc_sampler(steps: int = 4, shift: float = flow.SHIFT) -> UniPcSampler:
+def unipc_sampler(
+    steps: int = 4, shift: float = flow.SHIFT, guidance: float = 1.0, negative_prompt: str = ""
+) -> UniPcSampler:
     """The same equation with a multistep solver, on the original's grid: that of LongLive-2.0.
 
     Its timesteps are whole numbers already, and are never cast to the network's dtype.
     """
-    return UniPcSampler(tuple(float(s) for s in unipc_sigmas(steps, shift)))
+    sigmas = tuple(float(s) for s in unipc_sigmas(steps, shift))
+    return UniPcSampler(sigmas, guidance, negative_prompt)
 
 
 SAMPLERS = {"few_step": few_step_sampler, "euler": euler_sampler, "unipc": unipc_sampler}
@@ -341,7 +365,6 @@ def denoise_chunk(
     *,
     sampler: Sampler,
     noise: jax.Array | None = None,
-    guidance: float | jax.Array | None = None,
     cut: jax.Array | bool = False,
     held: Held | None = None,
 ) -> tuple[jax.Array, KVCache]:
@@ -355,13 +378,11 @@ def denoise_chunk(
       cache: prefilled, if it has condition frames; donated by the caller.
       text_kv: from `dit.text_kv`.
       noise_key: key of this chunk's noise; not needed if `noise` is given.
-      sampler: from `make_sampler`; static.
+      sampler: from `make_sampler`; static. If it guides, cache and `text_kv` hold two streams for
+        each that is made: the first half of the batch sees the prompt, the second half the negative
+        prompt. Both get the same latents, and each keeps keys and values of its own.
       noise: all of the chunk's noise, [draws, b, block, h, w, c] standard normal: draw 0 is what
         the chunk starts from, draw n the fresh noise behind step n of a sampler that takes some.
-      guidance: scale of classifier-free guidance for a model that is not distilled; None: the
-        prompt alone. With it the cache and `text_kv` hold two streams for each that is made: the
-        first half of the batch sees the prompt, the second half the negative prompt. Both get the
-        same latents, and each keeps keys and values of its own.
       cut: is this the first chunk of a new shot? See `cache.open_chunk`. May be traced.
       held: frames of the chunk that are given, not made.
 
@@ -374,13 +395,14 @@ def denoise_chunk(
     """
     (height, width), (_, i, j) = cache.grid, dit.config.patch
     streams = cache.k[0].shape[0]
-    if guidance is not None and streams % 2:
+    guides = sampler.guidance != 1
+    if guides and streams % 2:
         raise ValueError(
             f"guidance needs two streams for each that is made, the cache has {streams}: make it"
             " with twice the batch, see `denoise_chunk`"
         )
     shape = (
-        streams if guidance is None else streams // 2,
+        streams // 2 if guides else streams,
         cache.policy.block,
         height * i,
         width * j,
@@ -389,11 +411,11 @@ def denoise_chunk(
     draw = _draws(noise_key, noise, shape)
 
     def predict(x: jax.Array, t: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        if guidance is None:
+        if not guides:
             return forward(dit, cache, x, t, text_kv)
         both, cache = forward(dit, cache, *(jnp.concatenate([a, a]) for a in (x, t)), text_kv)
         with_prompt, without = jnp.split(both.astype(jnp.float32), 2)
-        return guided_velocity(with_prompt, without, guidance), cache
+        return guidance(with_prompt, without, sampler.guidance), cache
 
     def step(
         carry: tuple[jax.Array, Any, KVCache], row: Any

@@ -11,6 +11,14 @@ from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT
 # Streaming: FashionChameleon (arXiv 2605.15824, section 5).
 CACHE = {"frames": 23, "context": 2, "block": 3, "sink": 3, "positions": "absolute"}
 SAMPLER = {"name": "few_step", "shift": 5.0, "timesteps": (1000, 750, 500, 250)}
+# The same before distillation: 50 steps a chunk, with guidance.
+CAUSAL_SAMPLER = {
+    "name": "unipc",
+    "steps": 50,
+    "shift": 5.0,
+    "guidance": 3.0,
+    "negative_prompt": NEGATIVE_PROMPT,
+}
 SWITCH = {"refresh": True, "withdraw": True, "disentangle": True, "drop_repeated_frame": True}
 
 # Whole clips: Wan2.2-TI2V-5B as published.

@@ -45,7 +45,7 @@ from chameleon_jax.inference.settings import (
 )
 from chameleon_jax.models import build
 from chameleon_jax.models.build import DTYPES
-from chameleon_jax.models.dit import DiT
+from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.models.vae import Vae
 from chameleon_jax.weights.random import fill_randomly
 
@@ -341,6 +341,27 @@ class Pipeline:
             )
         ids, mask = self.tokenizer([prompt])
         return self.media.encode_text(ids, mask)
+
+    def stream_text(self, states_blm: jax.Array) -> TextKV:
+        """Cross-attention K, V of a prompt for a stream, as the sampler of the config needs them.
+
+        Args:
+          states_blm: from `encode_prompt`, [1, l, m].
+
+        Returns:
+          Those of the prompt; with guidance those of the negative prompt behind it, on the batch
+          axis.
+
+        Raises:
+          PipelineError: guidance, and there is no text encoder for its negative prompt.
+        """
+        if self.stream.streams > 1:
+            states_blm = jnp.concatenate([jnp.asarray(states_blm), self._negative_states])
+        return self.media.text_kv(states_blm)
+
+    @functools.cached_property
+    def _negative_states(self) -> jax.Array:
+        return self.encode_prompt(self.config.sampler.get("negative_prompt", ""))
 
     def cut_prompt(self, prompt: str) -> tuple[str, str]:
         """The part of a prompt that the text encoder reads, and the rest, "" if all of it fits.

@@ -225,9 +225,12 @@ class StreamPrograms(Programs):
         self.grid = (config.video.height // spatial_factor, config.video.width // spatial_factor)
         self._dit = dit
         sampler = rollout.make_sampler(**config.sampler)
+        # With guidance, a second one sees the negative prompt.
+        self.streams = 1 if sampler.guidance == 1 else 2
 
         def refresh(dit, cache, reference, garment, text_kv):
             context = jnp.concatenate([reference, garment], axis=1)
+            context = jnp.concatenate([context] * self.streams)
             return rollout.prefill(dit, cache, context, text_kv)
 
         def noise_key(seed, number):
@@ -253,7 +256,7 @@ class StreamPrograms(Programs):
 
     def new_cache(self) -> KVCache:
         """An empty cache."""
-        return rollout.new_cache(self._dit, self.policy, 1, self.grid)
+        return rollout.new_cache(self._dit, self.policy, self.streams, self.grid)
 
     def refresh(
         self, cache: KVCache, reference: jax.Array, garment: jax.Array, text_kv: TextKV
@@ -319,7 +322,7 @@ def stream_arguments(
     length, width = config.model.dit.text_length, config.model.dit.text_width
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     pixels = jax.ShapeDtypeStruct((config.video.height, config.video.width, 3), jnp.uint8)
-    states = jax.ShapeDtypeStruct((1, length, width), jnp.dtype(config.dtype))
+    states = jax.ShapeDtypeStruct((stream.streams, length, width), jnp.dtype(config.dtype))
     seed, number = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
     kv = media.result("text_kv", states)
     frame = media.result("encode_image", pixels)

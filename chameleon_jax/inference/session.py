@@ -169,7 +169,7 @@ class Session:
             self.timings.clear()
             self.pipeline.compile()
             media, stream = self._media, self._stream
-            text_kv = media.text_kv(self.pipeline.encode_prompt(prompt))
+            text_kv = self.pipeline.stream_text(self.pipeline.encode_prompt(prompt))
             z_reference, z_garment = (
                 media.encode_image(pictures[kind]) for kind in ("reference", "garment")
             )
@@ -420,7 +420,7 @@ class Session:
         """
         media, does = self._media, self.mechanisms
         if "prompt" in switched:
-            state.text_kv = media.text_kv(switched["prompt"])
+            state.text_kv = self.pipeline.stream_text(switched["prompt"])
         if switched.keys() == {"prompt"}:
             return False
         disentangled = (

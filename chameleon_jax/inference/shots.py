@@ -69,7 +69,7 @@ class MultiShot:
         self.pipeline = pipeline
         self._media, self._stream = pipeline.media, pipeline.stream
         self._text_kv = functools.lru_cache(PROMPTS_KEPT)(
-            lambda prompt: self._media.text_kv(pipeline.encode_prompt(prompt))
+            lambda prompt: pipeline.stream_text(pipeline.encode_prompt(prompt))
         )
 
     def __repr__(self) -> str:

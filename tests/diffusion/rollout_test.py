@@ -672,3 +672,85 @@ def test_unipc_keeps_its_state_in_float32_under_a_bfloat16_network():
     chunk = functools.partial(rollout.denoise_chunk, dit, sampler=UNIPC)
     x0, after = jax.eval_shape(chunk, cache, dit.text_kv(prompt()), jax.random.key(0))
     assert x0.dtype == jnp.float32 and after.k[0].dtype == jnp.bfloat16
+
+
+def test_noise_can_be_given():
+    """What a key draws, handed in as arrays, makes the same chunk."""
+    stream = Stream(LAYOUTS["short"], FEW)
+    dit, key = stream.dit, jax.random.key(3)
+    shape = (1, 3, *LATENT, 4)
+    draws = jnp.stack([jax.random.normal(jax.random.fold_in(key, n), shape) for n in range(4)])
+
+    @jax.jit
+    def chunk(cache, **noise):
+        return rollout.denoise_chunk(dit, cache, stream.text_kv, sampler=FEW, **noise)[0]
+
+    cache = stream.started()
+    np.testing.assert_allclose(chunk(cache, noise=draws), chunk(cache, noise_key=key), atol=1e-5)
+    assert jnp.abs(chunk(cache, noise=draws[::-1]) - chunk(cache, noise=draws)).max() > 0.1
+    with pytest.raises(ValueError, match=r"noise is \(4, 2.*expected draws of \(1, 3, 4, 6, 4\)"):
+        chunk(cache, noise=jnp.zeros((4, 2, *shape[1:])))
+    with pytest.raises(ValueError, match="a key or its noise"):
+        chunk(cache)
+
+
+def test_guidance_over_two_caches_is_two_streams():
+    """Two streams of their own, prompt and negative prompt, combined by hand at every step."""
+    scale, policy = 3.0, LAYOUTS["relative, no sink"]
+    sampler = make_sampler("unipc", steps=3, guidance=scale, negative_prompt="ugly")
+    plain = make_sampler("unipc", steps=3)
+    dit, key = tiny_dit.tiny_dit(), jax.random.key(4)
+    states = jnp.concatenate([prompt(), -prompt()])
+    both_kv = dit.text_kv(states)
+    each_kv = [dit.text_kv(states[i : i + 1]) for i in range(2)]
+    context = latents(0, 2)
+
+    both = rollout.new_cache(dit, policy, 2, LATENT)
+    both = rollout.prefill(dit, both, jnp.concatenate([context] * 2), both_kv)
+    each = [rollout.new_cache(dit, policy, 1, LATENT) for _ in range(2)]
+    each = [rollout.prefill(dit, c, context, kv) for c, kv in zip(each, each_kv, strict=True)]
+    forward = jax.jit(functools.partial(rollout.forward, dit))
+    made = jax.jit(
+        lambda cache, key: rollout.denoise_chunk(dit, cache, both_kv, key, sampler=sampler)
+    )
+    rows = plain.rows(jnp.float32)
+    for number in range(3):
+        chunk_key = jax.random.fold_in(key, number)
+        x0, both = made(both, chunk_key)
+        x = jax.random.normal(jax.random.fold_in(chunk_key, 0), (1, 3, *LATENT, 4))
+        past = plain.init(x)
+        for index in range(4):
+            row = jax.tree.map(lambda column, index=index: column[index], rows)
+            t, vs = jnp.full((1, 3), row.timestep), []
+            for stream in range(2):
+                v, each[stream] = forward(each[stream], x, t, each_kv[stream])
+                vs.append(v)
+            x, past = plain.step(row, past, x, vs[1] + scale * (vs[0] - vs[1]), None)
+        each = [close_chunk(cache) for cache in each]
+        np.testing.assert_allclose(x0, x, atol=5e-5)
+    with pytest.raises(ValueError, match="guidance needs two streams"):
+        rollout.denoise_chunk(dit, each[0], each_kv[0], key, sampler=sampler)
+
+
+def test_the_first_chunk_can_take_more_steps():
+    """Four steps at the start and after a withdrawal, two for the others."""
+    first, later = (1000, 750, 500, 250), (1000, 500)
+    sampler = make_sampler("few_step", timesteps=later, first=first, round_timesteps=False)
+    apart = {
+        name: make_sampler("few_step", timesteps=steps, round_timesteps=False)
+        for name, steps in (("first", first), ("later", later))
+    }
+    stream = Stream(LAYOUTS["short"], sampler)
+
+    def chunk(cache, key, name):
+        return rollout.denoise_chunk(stream.dit, cache, stream.text_kv, key, sampler=apart[name])
+
+    mixed, expected = stream.started(), stream.started()
+    for number, name in enumerate(("first", "later", "later", "first")):
+        if number == 3:
+            mixed, expected = withdraw(mixed), withdraw(expected)
+        key = jax.random.key(number)
+        x0, mixed = stream.chunk(mixed, key)
+        by_hand, expected = chunk(expected, key, name)
+        np.testing.assert_allclose(x0, by_hand, atol=1e-5)
+    assert stream.traces["chunk"] == 1

@@ -134,4 +134,9 @@ def read_sampler(config: ConfigDict) -> OneStepSampler:
             f"streaming.sampler.name is {config.streaming.sampler.name!r}; distillation trains the"
             " sampler 'few_step'"
         )
+    if sampler.guidance != 1:
+        raise ConfigError(
+            f"streaming.sampler.guidance is {sampler.guidance}; expected 1: the student learns the"
+            " guidance of its teacher"
+        )
     return sampler
