@@ -64,10 +64,19 @@ def paper(stage: str) -> ConfigDict:
 
 
 def captioned(config: ConfigDict) -> ConfigDict:
-    """What the diffusion stages read of the data beside the clips."""
+    """What the diffusion stages read beside that: captions, and how the transformer is tuned."""
     config.data.lengths = ()  # kinds of batch in turn: (frames, clips), ...; empty: all of a clip
     config.data.captions = "mixed"  # 70 % action alone, else action and scene; "full": always both
     config.data.dropout = 0.1  # share of empty prompts, for classifier-free guidance
+    # What changes of the transformer, see training/tuning.py: "full", "attention" (self-attention
+    # alone) or "lora". The last two start from the weights in init_from. Their learning rates are
+    # not published; a LoRA usually takes ten times that of all weights.
+    config.tune = {
+        "mode": "full",
+        "rank": 128,  # of a LoRA
+        "alpha": 128.0,  # a LoRA counts alpha / rank
+        "lora": "",  # file or folder of a LoRA to go on with; empty: a new one
+    }
     return config
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,54 @@ from ml_collections import ConfigDict
 from chameleon_jax import places
 from chameleon_jax.models import build
 from chameleon_jax.models.build import DTYPES
-from chameleon_jax.weights.params import flat_params, load_params
+from chameleon_jax.weights.params import flat_params, read_params
 
 Params = dict[str, jax.Array]
 
 
-class Network:
-    """A module's structure without its parameters.
+class Parameters(Protocol):
+    """What the loop asks of the parameters of a network, or of some of them."""
+
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+
+    def init(self, key: jax.Array) -> Params:
+        """Random ones, made on the host."""
+
+    def load(
+        self, path: str | os.PathLike, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+    ) -> Params:
+        """Those of a file; see `Network.load`."""
+
+
+class Structure:
+    """What a module is without its parameters.
+
+    Args:
+      abstract: the module, with shapes in the place of arrays (`nnx.eval_shape`).
+
+    Attributes:
+      shapes: shape and dtype of every parameter, by its name.
+    """
+
+    def __init__(self, abstract: nnx.Module):
+        self.abstract = abstract
+        self._graph, state, rest = nnx.split(abstract, nnx.Param, ...)
+        if jax.tree.leaves(rest):
+            raise TypeError(
+                f"{type(abstract).__name__} holds arrays that are not parameters: {rest}"
+            )
+        paths, self._tree = jax.tree_util.tree_flatten_with_path(state)
+        self._names = [_dotted(path) for path, _ in paths]
+        self.shapes = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
+
+    def bind(self, params: Mapping[str, jax.Array]) -> Any:
+        """The module with these parameters. Can be traced; costs nothing at run time."""
+        state = jax.tree.unflatten(self._tree, [params[name] for name in self._names])
+        return nnx.merge(self._graph, state)
+
+
+class Network(Structure):
+    """A module's structure, and where its parameters come from.
 
     Args:
       build: makes the module from random streams; called abstractly, so that no memory is used.
@@ -36,15 +77,7 @@ class Network:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         self.build = build
-        self.abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        self._graph, state, rest = nnx.split(self.abstract, nnx.Param, ...)
-        if jax.tree.leaves(rest):
-            raise TypeError(
-                f"{type(self.abstract).__name__} holds arrays that are not parameters: {rest}"
-            )
-        paths, self._tree = jax.tree_util.tree_flatten_with_path(state)
-        self._names = [_dotted(path) for path, _ in paths]
-        self.shapes = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
+        super().__init__(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, made on the host.
@@ -57,11 +90,6 @@ class Network:
             return jax.jit(
                 lambda key: flat_params(self.build(nnx.Rngs(key))), compiler_options=options
             )(key)
-
-    def bind(self, params: Mapping[str, jax.Array]) -> Any:
-        """The module with these parameters. Can be traced; costs nothing at run time."""
-        state = jax.tree.unflatten(self._tree, [params[name] for name in self._names])
-        return nnx.merge(self._graph, state)
 
     def load(
         self, path: str | os.PathLike, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
@@ -76,9 +104,7 @@ class Network:
         Raises:
           WeightsError: unreadable, or not the weights of this network; all mismatches are listed.
         """
-        module = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
-        load_params(path, module, dtype, mesh)
-        return flat_params(module)
+        return read_params(path, self.abstract, dtype=dtype, mesh=mesh)
 
 
 def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Network:

@@ -80,6 +80,8 @@ RANGES = {
     "schedule.halve_at": Range(0),
     "schedule.decay_from": SHARE,
     "schedule.final": SHARE,
+    "tune.rank": COUNT,
+    "tune.alpha": POSITIVE,
     "ema.decay": DECAY,
     "ema.start": Range(0),
     "loss.shift": POSITIVE,

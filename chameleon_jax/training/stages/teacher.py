@@ -39,8 +39,9 @@ def make_stage(config: ConfigDict) -> Stage:
     def loss(
         params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        dit = nets.trained["dit"].bind(params["dit"])
-        sample = sample_of(params | frozen, dit, batch)
+        params = params | frozen
+        dit = nets.bind("dit", params)
+        sample = sample_of(params, dit, batch)
         b, f = sample.z_video.shape[:2]
         t_bf = flow.draw_timesteps(loss_key(key, "times"), b, f, shift=config.loss.shift)
         noise = jax.random.normal(loss_key(key, "noise"), sample.z_video.shape)
@@ -50,8 +51,9 @@ def make_stage(config: ConfigDict) -> Stage:
         return common.flow_loss(v, sample.z_video, noise, weights_of(t_bf))
 
     def generate(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
-        dit = nets.trained["dit"].bind(params["dit"])
-        sample = sample_of(params | frozen, dit, batch)
+        params = params | frozen
+        dit = nets.bind("dit", params)
+        sample = sample_of(params, dit, batch)
 
         def velocity(z: jax.Array, t_bf: jax.Array) -> jax.Array:
             t_network = common.network_timesteps(t_bf, config)
