@@ -50,7 +50,9 @@ def paper(stage: str) -> ConfigDict:
                 "checkpoint_every": 250,
                 "eval_batches": 4,  # held-out batches
                 "keep": 2,  # newest checkpoints that are kept
-                "remat": True,  # recompute blocks backwards: a third more work, a tenth of memory
+                # What the backward pass computes again, to save memory: "none", "dots",
+                # "attention" or "full", see models/remat.py.
+                "remat": "full",
                 "scan_layers": False,  # one compiled block in a loop: compiles faster
                 "text": False,  # train the text encoder too
             },
@@ -89,7 +91,7 @@ def small(config: ConfigDict) -> ConfigDict:
     config.cache = common.CACHES["runway_tiny"]
     config.streaming = streaming(runway_tiny.get_config())
     config.data.in_memory = True  # 4000 clips are 4 GB
-    config.train.update(log_every=50, checkpoint_every=500, remat=False, text=True)
+    config.train.update(log_every=50, checkpoint_every=500, remat="none", text=True)
     config.ema.decay = 0.995
     return config
 

@@ -35,6 +35,7 @@ from chameleon_jax.attention.core import Attend, attention, bidirectional
 from chameleon_jax.attention.masks import teacher_forcing
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.attention.positions import axis_dims, rope
+from chameleon_jax.models.remat import remat_name, rematerialized
 
 KV = tuple[jax.Array, jax.Array]  # k, v [b, s, n, d]
 TextKV = tuple[KV, ...]  # of every layer
@@ -55,12 +56,13 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of a token; 1 in time
     freq_width: int = 256  # channels of the sinusoid of t
     eps: float = 1e-6  # added to variances and mean squares in the norms
-    remat: bool = False  # recompute blocks in the backward pass instead of keeping activations
+    remat: str = "none"  # what the backward pass computes again, see models/remat.py
     scan_layers: bool = False  # one compiled block in a loop: compiles faster; only without a cache
     attention: str | None = None  # "cudnn", "splash", "xla"; None chooses by platform
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
+        object.__setattr__(self, "remat", remat_name(self.remat))
         if self.out_channels is None:
             object.__setattr__(self, "out_channels", self.in_channels)
         for name in (
@@ -420,7 +422,7 @@ class DiT(nnx.Module):
             def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
                 return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
 
-            return jax.checkpoint(apply) if cache is None and self.config.remat else apply
+            return apply if cache is not None else rematerialized(apply, self.config.remat)
 
         # One, unless layers were changed, see lora.attach.
         applies = {graph: function(graph) for graph in graphs}
