@@ -50,6 +50,7 @@ def paper(stage: str) -> ConfigDict:
                 "checkpoint_every": 250,
                 "eval_batches": 4,  # held-out batches
                 "keep": 2,  # newest checkpoints that are kept
+                "accumulate": 1,  # parts of a batch, one after the other: their mean is the step
                 # What the backward pass computes again, to save memory: "none", "dots",
                 # "attention" or "full", see models/remat.py.
                 "remat": "full",

@@ -472,6 +472,50 @@ def bidirectional_forward(
     return dit(x, t, text_kv, attend, decoded=slice(context, None))[0]
 
 
+def channels_forward(
+    dit: DiT, z_context: jax.Array, z_t: jax.Array, t_bf: jax.Array, text_kv: TextKV
+) -> jax.Array:
+    """Velocity of a clip whose conditions lie behind its channels: the baseline of Table 2.
+
+    FashionChameleon (arXiv 2605.15824, Table 2, "Chan.-Concat") compares in-context frames with
+    "simple channel-wise concatenation" and says no more. Taken here as the usual form: every frame
+    of the clip sees the clean latents of person and garment at its own place, all of them at the t
+    of the frame, without masks, for both are given in every sample. No frames stand in front.
+
+    Args:
+      dit: a network with (1 + context) c input channels, c of them noisy, and c output channels.
+      z_context: clean latents [b, context, h, w, c].
+      z_t: noisy latents [b, f, h, w, c].
+      t_bf: their timesteps.
+      text_kv: from `dit.text_kv`.
+
+    Returns:
+      v of the noisy frames, [b, f, h, w, c].
+    """
+    b, f, h, w, c = z_t.shape
+    context = rearrange(z_context.astype(z_t.dtype), "b k h w c -> b 1 h w (k c)")
+    everywhere = jnp.broadcast_to(context, (b, f, h, w, z_context.shape[1] * c))
+    x = jnp.concatenate([z_t, everywhere], axis=-1)
+    return bidirectional_forward(dit, None, x, t_bf, text_kv)
+
+
+def widened(kernel: jax.Array, channels: int) -> jax.Array:
+    """The patch embedding's kernel [1, i, j, c, m] for more channels that change nothing yet.
+
+    The new ones, behind the old ones, have weights of zero: whatever they hold, the network
+    computes what it computed without them.
+
+    Raises:
+      ValueError: it is for as many channels already, or for more.
+    """
+    more = channels - kernel.shape[3]
+    if more <= 0:
+        raise ValueError(
+            f"the kernel reads {kernel.shape[3]} channels; expected less than {channels}"
+        )
+    return jnp.pad(kernel, ((0, 0),) * 3 + ((0, more), (0, 0)))
+
+
 def teacher_forcing_forward(
     dit: DiT,
     z_context: jax.Array,

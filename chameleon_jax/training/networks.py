@@ -8,6 +8,7 @@ one name follows a parameter through all of them.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,12 +20,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from chameleon_jax import places
+from chameleon_jax import places, sharding
 from chameleon_jax.models import build
 from chameleon_jax.models.build import DTYPES
+from chameleon_jax.models.dit import widened
 from chameleon_jax.weights.params import flat_params, read_params
+from chameleon_jax.weights.tensors import open_tensors
+
+log = logging.getLogger(__name__)
 
 Params = dict[str, jax.Array]
+WIDENED = "patch_embedding.kernel"  # the parameter that has more rows where more channels go in
 
 
 class Parameters(Protocol):
@@ -107,6 +113,42 @@ class Network(Structure):
         return read_params(path, self.abstract, dtype=dtype, mesh=mesh)
 
 
+class WidenedNetwork(Network):
+    """A transformer that can also start from weights of one that reads fewer channels.
+
+    Args:
+      build: of the transformer.
+      plain: the same one with fewer input channels.
+    """
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], plain: Network):
+        super().__init__(build)
+        self._plain = plain
+
+    def load(
+        self, path: str | os.PathLike, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+    ) -> Params:
+        """Parameters from a file of this network or of the plain one; see `Network.load`.
+
+        Channels that the plain one does not read get weights of zero, so that the first step
+        computes what the plain one does. The log says so.
+        """
+        shape = self.shapes[WIDENED].shape
+        stored = open_tensors(path).get(WIDENED)
+        if stored is None or stored.shape != self._plain.shapes[WIDENED].shape:
+            return super().load(path, dtype, mesh)
+        params = self._plain.load(path, dtype, mesh)
+        params[WIDENED] = widened(params[WIDENED], shape[3])
+        if mesh is not None:
+            place = sharding.param_shardings({WIDENED: params[WIDENED]}, mesh)
+            params |= jax.device_put({WIDENED: params[WIDENED]}, place)
+        log.info(
+            "%s reads %d channels: %d more get weights of zero", path, stored.shape[3],
+            shape[3] - stored.shape[3],
+        )  # fmt: skip
+        return params
+
+
 def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Network:
     """One of the networks of a training config.
 
@@ -119,11 +161,27 @@ def build_network(name: str, config: ConfigDict, *, frozen: bool = False) -> Net
     Raises:
       ConfigError: sizes that cannot be, or an unknown network.
     """
+    return Network(_builder(name, config, config.model[name].to_dict(), frozen=frozen))
+
+
+def build_widened(name: str, config: ConfigDict, channels: int) -> WidenedNetwork:
+    """A transformer of a training config that starts as one that reads only `channels` channels.
+
+    Raises:
+      ConfigError: as `build_network`.
+    """
+    group = config.model[name].to_dict()
+    plain = Network(_builder(name, config, group | {"in_channels": channels}))
+    return WidenedNetwork(_builder(name, config, group), plain)
+
+
+def _builder(
+    name: str, config: ConfigDict, group: Mapping[str, Any], *, frozen: bool = False
+) -> build.Builder:
     compute = DTYPES[config.dtype]
     param_dtype = compute if frozen else jnp.float32
     how = {key: config.train[key] for key in ("remat", "scan_layers") if key in config.train}
-    group = config.model[name].to_dict()
-    return Network(build.builder(name, group, dtype=compute, param_dtype=param_dtype, **how))
+    return build.builder(name, group, dtype=compute, param_dtype=param_dtype, **how)
 
 
 def weights_file(path: str | os.PathLike, name: str) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
@@ -68,7 +69,7 @@ def run(
     held_out = held_out_batches(config, stage)
     source = open_data(config, config.data.split)
     for part in stage.batches(source).parts:
-        sharding.check_batch(part.loader.batch, mesh)
+        _check_batch(part.loader.batch, config.train.get("accumulate", 1), mesh)
     feed = stage.batches(_in_memory(config, source))
     _save_config(config)
     outcome = loop.train(config, stage, feed, held_out, resume_with_changes=resume_with_changes)
@@ -115,6 +116,17 @@ def _check_weights(config: ConfigDict, stage: Stage, *, without_trained: bool) -
         if not path.is_file():
             key = _weights_key(config, stage, name)
             raise ConfigError(f"{key}: {path} does not exist; expected the weights of {name!r}")
+
+
+def _check_batch(size: int, parts: int, mesh: Mesh) -> None:
+    """Raise ConfigError or MeshError if the parts of a batch cannot be split over the devices."""
+    sharding.check_batch(size, mesh)
+    if size % parts:
+        raise ConfigError(
+            f"train.accumulate is {parts}, and a batch of {size} does not make so many equal parts;"
+            f" choose a divisor of {size}, or a multiple of {parts} as the size of the batch"
+        )
+    sharding.check_batch(size // parts, mesh)
 
 
 def _weights_key(config: ConfigDict, stage: Stage, name: str) -> str:

@@ -62,6 +62,7 @@ RANGES = {
     "data.prefetch": COUNT,
     "data.workers": Range(0),
     "train.steps": Range(0),
+    "train.accumulate": COUNT,
     "train.max_minutes": Range(0),
     "train.log_every": INTERVAL,
     "train.eval_every": INTERVAL,

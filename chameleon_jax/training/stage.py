@@ -121,7 +121,8 @@ def simple_stage(
     """A stage that follows one loss with one optimiser, and may average its parameters.
 
     Args:
-      config: groups `optimizer`, `schedule`, `ema`, and `seed` and `train.steps`.
+      config: groups `optimizer`, `schedule`, `ema`, and `seed`, `train.steps` and
+        `train.accumulate`.
       name: of the stage.
       trained: networks that the optimiser changes together.
       loss: see `state.descend`.
@@ -142,6 +143,7 @@ def simple_stage(
         functools.partial(training_key, config.seed, "loss"),
         ema_decay=decay,
         ema_start=config.ema.start,
+        accumulate=config.train.get("accumulate", 1),
     )
 
     def init(params: ParamTree) -> TrainState:

@@ -27,14 +27,19 @@ from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.sharding import to_host
 from chameleon_jax.training.feed import Feed, HostBatch, Part
-from chameleon_jax.training.networks import Parameters, build_network, weights_file
+from chameleon_jax.training.networks import (
+    Parameters,
+    build_network,
+    weights_file,
+)
 from chameleon_jax.training.stage import Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
-from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name, tune
+from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name
 
 # The arrays of a batch, in the order of context and video.
 LATENTS = ("z_reference", "z_garment", "z_video")
 PIXELS = ("reference", "garment", "video")
+CONDITIONS = PIXELS[:2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ def networks(config: ConfigDict) -> Networks:
     Raises:
       ConfigError: a frozen network has no weights, or what `tuning.tune` raises.
     """
-    modules = {"dit": tune("dit", config)}
+    modules = {"dit": transformer(config)}
     if config.weights.vae:
         modules["vae"] = Tuned(build_network("vae", config, frozen=True))
     elif config.train.preview_every:
