@@ -49,6 +49,12 @@ RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
     (r"ffn\.(fc1|gate|up)\.kernel$", PartitionSpec("fsdp", "tensor")),
     (r"ffn\.(fc1|gate|up)\.bias$", PartitionSpec("tensor")),
     (r"ffn\.(fc2|down)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    # A LoRA is split as its kernel is; between its two matrices are r channels, which stay whole
+    # unless nothing else can be split over fsdp.
+    (r"(attn\.(q|k|v)|ffn\.(fc1|gate|up))\.lora_a$", PartitionSpec("fsdp", None)),
+    (r"(attn\.(q|k|v)|ffn\.(fc1|gate|up))\.lora_b$", PartitionSpec("fsdp", "tensor")),
+    (r"(attn\.o|ffn\.(fc2|down))\.lora_a$", PartitionSpec("tensor", "fsdp")),
+    (r"(attn\.o|ffn\.(fc2|down))\.lora_b$", PartitionSpec(None, "fsdp")),
     (r".*", LARGEST),
 )
 

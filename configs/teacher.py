@@ -5,7 +5,11 @@
         --config.weights.vae=runs/vae/export --config.workdir=runs/teacher
 
 `wan22_5b` has the paper's numbers, `runway_tiny` trains the small model in hours on a CPU, `smoke`
-shows in a minute that everything is wired up.
+shows in a minute that everything is wired up. Which weights change is said by `tune`: Table 2 of
+the paper compares all, attention alone, and a LoRA:
+
+    --config.tune.mode=attention --config.init_from=weights/wan22
+    --config.tune.mode=lora --config.init_from=weights/wan22
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
 def wan22_5b() -> ConfigDict:
     """The paper's numbers."""
     config = training.captioned(training.paper("teacher"))
+    # The two condition latents: "in_context", as frames in front of the video; or "channels", as in
+    # configs/teacher_concat.py.
+    config.conditioning = "in_context"
     config.train.steps = 5000
     config.data.batch = 64  # clips a step, over all processes
     config.loss = {

@@ -50,7 +50,10 @@ def paper(stage: str) -> ConfigDict:
                 "checkpoint_every": 250,
                 "eval_batches": 4,  # held-out batches
                 "keep": 2,  # newest checkpoints that are kept
-                "remat": True,  # recompute blocks backwards: a third more work, a tenth of memory
+                "accumulate": 1,  # parts of a batch, one after the other: their mean is the step
+                # What the backward pass computes again, to save memory: "none", "dots",
+                # "attention" or "full", see models/remat.py.
+                "remat": "full",
                 "scan_layers": False,  # one compiled block in a loop: compiles faster
                 "text": False,  # train the text encoder too
             },
@@ -64,10 +67,19 @@ def paper(stage: str) -> ConfigDict:
 
 
 def captioned(config: ConfigDict) -> ConfigDict:
-    """What the diffusion stages read of the data beside the clips."""
+    """What the diffusion stages read beside that: captions, and how the transformer is tuned."""
     config.data.lengths = ()  # kinds of batch in turn: (frames, clips), ...; empty: all of a clip
     config.data.captions = "mixed"  # 70 % action alone, else action and scene; "full": always both
     config.data.dropout = 0.1  # share of empty prompts, for classifier-free guidance
+    # What changes of the transformer, see training/tuning.py: "full", "attention" (self-attention
+    # alone) or "lora". The last two start from the weights in init_from. Their learning rates are
+    # not published; a LoRA usually takes ten times that of all weights.
+    config.tune = {
+        "mode": "full",
+        "rank": 128,  # of a LoRA
+        "alpha": 128.0,  # a LoRA counts alpha / rank
+        "lora": "",  # file or folder of a LoRA to go on with; empty: a new one
+    }
     return config
 
 
@@ -80,7 +92,7 @@ def small(config: ConfigDict) -> ConfigDict:
     config.cache = common.CACHES["runway_tiny"]
     config.streaming = streaming(runway_tiny.get_config())
     config.data.in_memory = True  # 4000 clips are 4 GB
-    config.train.update(log_every=50, checkpoint_every=500, remat=False, text=True)
+    config.train.update(log_every=50, checkpoint_every=500, remat="none", text=True)
     config.ema.decay = 0.995
     return config
 

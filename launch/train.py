@@ -27,7 +27,8 @@ CONFIG = "configs/teacher.py"
 
 def define_flags(parser: cli.Parser) -> None:
     """The flags of this command."""
-    parser.config_flag((CONFIG, ""), others=("configs/vae.py", "configs/teacher_forcing.py"))
+    others = ("configs/vae.py", "configs/teacher_concat.py", "configs/teacher_forcing.py")
+    parser.config_flag((CONFIG, ""), others=others)
     parser.switch("distributed", "join the processes of all hosts", default=False)
     parser.switch(
         "export_only",

@@ -30,6 +30,10 @@ class FakeMesh:
         ("blocks.0.self_attn.o.kernel", (128, 64), P("tensor", "fsdp")),
         ("blocks.0.self_attn.q.kernel", (64, 129), P("fsdp", None)),  # not divisible: whole
         ("blocks.self_attn.q.kernel", (30, 64, 128), P(None, "fsdp", "tensor")),  # stacked layers
+        ("blocks.0.self_attn.q.lora_a", (64, 128), P("fsdp", None)),
+        ("blocks.0.self_attn.q.lora_b", (128, 64), P("fsdp", "tensor")),
+        ("blocks.0.ffn.fc2.lora_a", (64, 128), P("tensor", "fsdp")),
+        ("blocks.0.ffn.fc2.lora_b", (128, 64), P(None, "fsdp")),
         ("blocks.0.cross_attn.v.bias", (8192,), P("tensor")),
         ("encoder.conv.kernel", (3, 3, 3, 64, 128), P(None, None, None, None, "fsdp")),
         ("encoder.conv.kernel", (3, 3, 3, 128, 63), P(None, None, None, "fsdp", None)),

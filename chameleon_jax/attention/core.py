@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from chameleon_jax import sharding
@@ -33,6 +34,10 @@ from chameleon_jax.attention.positions import Rope, apply_rope
 from chameleon_jax.errors import UserError
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+# The name under which a kernel's output, and what else its backward pass needs of it, can be kept.
+# Those of cuDNN have none, see models/remat.py.
+KEPT = "attention_output"
 
 BACKENDS = ("cudnn", "splash", "xla")
 # What must be installed for a backend; any one of them will do.
@@ -178,7 +183,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | 
     if kv_length is not None:
         logits = jnp.where(jnp.arange(k.shape[1]) < kv_length, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnls,bsnd->blnd", weights, v)
+    return checkpoint_name(jnp.einsum("bnls,bsnd->blnd", weights, v), KEPT)
 
 
 def _cudnn(
@@ -242,7 +247,13 @@ def _splash_kernel(
     )
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, keys))] * heads)
     with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+        return splash.make_splash_mha(
+            mask,
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=sizes,
+            residual_checkpoint_name=KEPT,
+        )
 
 
 KERNELS = {"cudnn": _cudnn, "splash": _splash, "xla": _xla}

@@ -36,6 +36,7 @@ from chameleon_jax.attention.core import Attend, bidirectional, cross_attention,
 from chameleon_jax.attention.masks import split_teacher_forcing, teacher_forcing
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.attention.positions import axis_dims, rope
+from chameleon_jax.models.remat import remat_name, rematerialized
 from chameleon_jax.sharding import HEADS, TOKENS, TOKENS_OF_HEADS, constrain
 
 KV = tuple[jax.Array, jax.Array]  # k, v [b, s, n, d]
@@ -57,12 +58,13 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of a token; 1 in time
     freq_width: int = 256  # channels of the sinusoid of t
     eps: float = 1e-6  # added to variances and mean squares in the norms
-    remat: bool = False  # recompute blocks in the backward pass instead of keeping activations
+    remat: str = "none"  # what the backward pass computes again, see models/remat.py
     scan_layers: bool = False  # one compiled block in a loop: compiles faster; only without a cache
     attention: str | None = None  # "cudnn", "splash", "xla"; None chooses by platform
 
     def __post_init__(self):
         object.__setattr__(self, "patch", tuple(self.patch))
+        object.__setattr__(self, "remat", remat_name(self.remat))
         if self.out_channels is None:
             object.__setattr__(self, "out_channels", self.in_channels)
         for name in (
@@ -427,7 +429,7 @@ class DiT(nnx.Module):
             def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
                 return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
 
-            return jax.checkpoint(apply) if self.config.remat else apply
+            return rematerialized(apply, self.config.remat)
 
         # One, unless layers were changed, see lora.attach.
         applies = {graph: function(graph) for graph in graphs}
@@ -503,6 +505,50 @@ def bidirectional_features(
     frames = x.shape[1]
     of_frames = [rearrange(seen[i], "b (f p) n d -> b f p (n d)", f=frames) for i in layers]
     return v, [feature[:, decoded] for feature in of_frames]
+
+
+def channels_forward(
+    dit: DiT, z_context: jax.Array, z_t: jax.Array, t_bf: jax.Array, text_kv: TextKV
+) -> jax.Array:
+    """Velocity of a clip whose conditions lie behind its channels: the baseline of Table 2.
+
+    FashionChameleon (arXiv 2605.15824, Table 2, "Chan.-Concat") compares in-context frames with
+    "simple channel-wise concatenation" and says no more. Taken here as the usual form: every frame
+    of the clip sees the clean latents of person and garment at its own place, all of them at the t
+    of the frame, without masks, for both are given in every sample. No frames stand in front.
+
+    Args:
+      dit: a network with (1 + context) c input channels, c of them noisy, and c output channels.
+      z_context: clean latents [b, context, h, w, c].
+      z_t: noisy latents [b, f, h, w, c].
+      t_bf: their timesteps.
+      text_kv: from `dit.text_kv`.
+
+    Returns:
+      v of the noisy frames, [b, f, h, w, c].
+    """
+    b, f, h, w, c = z_t.shape
+    context = rearrange(z_context.astype(z_t.dtype), "b k h w c -> b 1 h w (k c)")
+    everywhere = jnp.broadcast_to(context, (b, f, h, w, z_context.shape[1] * c))
+    x = jnp.concatenate([z_t, everywhere], axis=-1)
+    return bidirectional_forward(dit, None, x, t_bf, text_kv)
+
+
+def widened(kernel: jax.Array, channels: int) -> jax.Array:
+    """The patch embedding's kernel [1, i, j, c, m] for more channels that change nothing yet.
+
+    The new ones, behind the old ones, have weights of zero: whatever they hold, the network
+    computes what it computed without them.
+
+    Raises:
+      ValueError: it is for as many channels already, or for more.
+    """
+    more = channels - kernel.shape[3]
+    if more <= 0:
+        raise ValueError(
+            f"the kernel reads {kernel.shape[3]} channels; expected less than {channels}"
+        )
+    return jnp.pad(kernel, ((0, 0),) * 3 + ((0, more), (0, 0)))
 
 
 def teacher_forcing_forward(

@@ -25,7 +25,7 @@ from chameleon_jax import sharding
 from chameleon_jax.keys import training_key
 from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.training.feed import Feed, HostBatch
-from chameleon_jax.training.networks import Network, Params
+from chameleon_jax.training.networks import Parameters, Params
 from chameleon_jax.training.programs import Program, compile_stage
 from chameleon_jax.training.report import MetricsWriter, Progress, held_out_means, is_due
 from chameleon_jax.training.settings import check_resume, describe, shortened
@@ -44,11 +44,13 @@ class Outcome:
       state: of the stage, after the last step.
       step: steps taken.
       reason: "finished", "time" (max_minutes is over), or the signal, "SIGINT" or "SIGTERM".
+      frozen: parameters of the frozen networks, those of `stage.parts` at least.
     """
 
     state: State
     step: int
     reason: str
+    frozen: ParamTree = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -112,7 +114,7 @@ def train(
                     break
             checkpoints.wait()
     log.info("stopped at step %d: %s", step, reason)
-    return Outcome(state, step, reason)
+    return Outcome(state, step, reason, frozen)
 
 
 def load_state(config: ConfigDict, stage: Stage) -> tuple[State, int]:
@@ -128,6 +130,16 @@ def load_state(config: ConfigDict, stage: Stage) -> tuple[State, int]:
             raise CheckpointError(f"{checkpoints.folder}: no complete checkpoint")
         state, _ = checkpoints.restore(newest, like, stage.name)
         return state, newest
+
+
+def load_parts(config: ConfigDict, stage: Stage) -> ParamTree:
+    """What does not change of the trained networks: all that an export reads of the frozen ones.
+
+    Raises:
+      WeightsError: the weights that the run started from cannot be read any more.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    return {name: _load(stage, name, stage.frozen[name], mesh) for name in stage.parts}
 
 
 def _evaluate(
@@ -182,10 +194,10 @@ def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> S
     return jax.jit(stage.init, out_shardings=placement, donate_argnums=0)(params)
 
 
-def _random(network: Network, key: jax.Array, mesh: Mesh) -> Params:
+def _random(network: Parameters, key: jax.Array, mesh: Mesh) -> Params:
     params = network.init(key)
     return jax.device_put(params, sharding.param_shardings(params, mesh))
 
 
-def _load(stage: Stage, name: str, network: Network, mesh: Mesh) -> Params:
+def _load(stage: Stage, name: str, network: Parameters, mesh: Mesh) -> Params:
     return network.load(stage.weights[name], mesh=mesh)

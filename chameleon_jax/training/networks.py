@@ -8,10 +8,11 @@ one name follows a parameter through all of them.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,62 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from chameleon_jax import places
+from chameleon_jax import places, sharding
 from chameleon_jax.models import build
 from chameleon_jax.models.build import DTYPES
-from chameleon_jax.weights.params import flat_params, load_params
+from chameleon_jax.models.dit import widened
+from chameleon_jax.weights.params import flat_params, read_params
+from chameleon_jax.weights.tensors import open_tensors
+
+log = logging.getLogger(__name__)
 
 Params = dict[str, jax.Array]
+WIDENED = "patch_embedding.kernel"  # the parameter that has more rows where more channels go in
 
 
-class Network:
-    """A module's structure without its parameters.
+class Parameters(Protocol):
+    """What the loop asks of the parameters of a network, or of some of them."""
+
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+
+    def init(self, key: jax.Array) -> Params:
+        """Random ones, made on the host."""
+
+    def load(
+        self, path: str | os.PathLike, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+    ) -> Params:
+        """Those of a file; see `Network.load`."""
+
+
+class Structure:
+    """What a module is without its parameters.
+
+    Args:
+      abstract: the module, with shapes in the place of arrays (`nnx.eval_shape`).
+
+    Attributes:
+      shapes: shape and dtype of every parameter, by its name.
+    """
+
+    def __init__(self, abstract: nnx.Module):
+        self.abstract = abstract
+        self._graph, state, rest = nnx.split(abstract, nnx.Param, ...)
+        if jax.tree.leaves(rest):
+            raise TypeError(
+                f"{type(abstract).__name__} holds arrays that are not parameters: {rest}"
+            )
+        paths, self._tree = jax.tree_util.tree_flatten_with_path(state)
+        self._names = [_dotted(path) for path, _ in paths]
+        self.shapes = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
+
+    def bind(self, params: Mapping[str, jax.Array]) -> Any:
+        """The module with these parameters. Can be traced; costs nothing at run time."""
+        state = jax.tree.unflatten(self._tree, [params[name] for name in self._names])
+        return nnx.merge(self._graph, state)
+
+
+class Network(Structure):
+    """A module's structure, and where its parameters come from.
 
     Args:
       build: makes the module from random streams; called abstractly, so that no memory is used.
@@ -36,15 +83,7 @@ class Network:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         self.build = build
-        self.abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        self._graph, state, rest = nnx.split(self.abstract, nnx.Param, ...)
-        if jax.tree.leaves(rest):
-            raise TypeError(
-                f"{type(self.abstract).__name__} holds arrays that are not parameters: {rest}"
-            )
-        paths, self._tree = jax.tree_util.tree_flatten_with_path(state)
-        self._names = [_dotted(path) for path, _ in paths]
-        self.shapes = {name: leaf for name, (_, leaf) in zip(self._names, paths, strict=True)}
+        super().__init__(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, made on the host.
@@ -57,11 +96,6 @@ class Network:
             return jax.jit(
                 lambda key: flat_params(self.build(nnx.Rngs(key))), compiler_options=options
             )(key)
-
-    def bind(self, params: Mapping[str, jax.Array]) -> Any:
-        """The module with these parameters. Can be traced; costs nothing at run time."""
-        state = jax.tree.unflatten(self._tree, [params[name] for name in self._names])
-        return nnx.merge(self._graph, state)
 
     def load(
         self, path: str | os.PathLike, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
@@ -76,9 +110,43 @@ class Network:
         Raises:
           WeightsError: unreadable, or not the weights of this network; all mismatches are listed.
         """
-        module = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
-        load_params(path, module, dtype, mesh)
-        return flat_params(module)
+        return read_params(path, self.abstract, dtype=dtype, mesh=mesh)
+
+
+class WidenedNetwork(Network):
+    """A transformer that can also start from weights of one that reads fewer channels.
+
+    Args:
+      build: of the transformer.
+      plain: the same one with fewer input channels.
+    """
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], plain: Network):
+        super().__init__(build)
+        self._plain = plain
+
+    def load(
+        self, path: str | os.PathLike, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+    ) -> Params:
+        """Parameters from a file of this network or of the plain one; see `Network.load`.
+
+        Channels that the plain one does not read get weights of zero, so that the first step
+        computes what the plain one does. The log says so.
+        """
+        shape = self.shapes[WIDENED].shape
+        stored = open_tensors(path).get(WIDENED)
+        if stored is None or stored.shape != self._plain.shapes[WIDENED].shape:
+            return super().load(path, dtype, mesh)
+        params = self._plain.load(path, dtype, mesh)
+        params[WIDENED] = widened(params[WIDENED], shape[3])
+        if mesh is not None:
+            place = sharding.param_shardings({WIDENED: params[WIDENED]}, mesh)
+            params |= jax.device_put({WIDENED: params[WIDENED]}, place)
+        log.info(
+            "%s reads %d channels: %d more get weights of zero", path, stored.shape[3],
+            shape[3] - stored.shape[3],
+        )  # fmt: skip
+        return params
 
 
 def build_network(
@@ -96,11 +164,33 @@ def build_network(
     Raises:
       ConfigError: sizes that cannot be, or an unknown network.
     """
+    group = config.model[name].to_dict()
+    return Network(_builder(name, config, group, frozen=frozen, dtype=dtype))
+
+
+def build_widened(name: str, config: ConfigDict, channels: int) -> WidenedNetwork:
+    """A transformer of a training config that starts as one that reads only `channels` channels.
+
+    Raises:
+      ConfigError: as `build_network`.
+    """
+    group = config.model[name].to_dict()
+    plain = Network(_builder(name, config, group | {"in_channels": channels}))
+    return WidenedNetwork(_builder(name, config, group), plain)
+
+
+def _builder(
+    name: str,
+    config: ConfigDict,
+    group: Mapping[str, Any],
+    *,
+    frozen: bool = False,
+    dtype: str | None = None,
+) -> build.Builder:
     compute = DTYPES[dtype or config.dtype]
     param_dtype = compute if frozen else jnp.float32
     how = {key: config.train[key] for key in ("remat", "scan_layers") if key in config.train}
-    group = config.model[name].to_dict()
-    return Network(build.builder(name, group, dtype=compute, param_dtype=param_dtype, **how))
+    return build.builder(name, group, dtype=compute, param_dtype=param_dtype, **how)
 
 
 def weights_file(path: str | os.PathLike, name: str) -> Path:

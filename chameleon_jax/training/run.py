@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
@@ -24,8 +25,9 @@ from chameleon_jax.training import loop
 from chameleon_jax.training.export import export, stored_model
 from chameleon_jax.training.feed import HostBatch
 from chameleon_jax.training.loop import Outcome
+from chameleon_jax.training.networks import weights_file
 from chameleon_jax.training.settings import check_resume, check_settings
-from chameleon_jax.training.stage import Stage, State
+from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import make_stage
 
 log = logging.getLogger(__name__)
@@ -58,22 +60,23 @@ def run(
     stage = make_stage(config)
     if export_only:
         state, step = loop.load_state(config, stage)
-        _export(config, stage, state, held_out_batches(config, stage))
-        return Outcome(state, step, "finished")
+        outcome = Outcome(state, step, "finished", loop.load_parts(config, stage))
+        _export(config, stage, outcome, held_out_batches(config, stage))
+        return outcome
     need("tensorboardX", "train")
     resumed = check_resume(config, stage.name, allow_changes=resume_with_changes) is not None
-    _check_weights(stage, without_trained=resumed)
+    _check_weights(config, stage, without_trained=resumed)
     held_out = held_out_batches(config, stage)
     source = open_data(config, config.data.split)
     for part in stage.batches(source).parts:
-        sharding.check_batch(part.loader.batch, mesh)
+        _check_batch(part.loader.batch, config.train.get("accumulate", 1), mesh)
     feed = stage.batches(_in_memory(config, source))
     _save_config(config)
     outcome = loop.train(config, stage, feed, held_out, resume_with_changes=resume_with_changes)
     if outcome.reason in ("SIGINT", "SIGTERM"):
         log.warning(stopped_message(config, outcome))
     else:
-        _export(config, stage, outcome.state, held_out)
+        _export(config, stage, outcome, held_out)
     return outcome
 
 
@@ -95,22 +98,45 @@ def stopped_message(config: ConfigDict, outcome: Outcome) -> str:
     )
 
 
-def _export(config: ConfigDict, stage: Stage, state: State, batches: Sequence[HostBatch]) -> None:
+def _export(
+    config: ConfigDict, stage: Stage, outcome: Outcome, batches: Sequence[HostBatch]
+) -> None:
     mesh = sharding.make_mesh(config.mesh)
-    params = stage.exported(state)
+    params = stage.exported(outcome.state, outcome.frozen)
     measured = stage.finish(config, params, [sharding.put_batch(batch, mesh) for batch in batches])
     export(export_folder(config), params, stage, measured, config.data.tokenizer or None)
     log.info("weights exported to %s", export_folder(config))
 
 
-def _check_weights(stage: Stage, *, without_trained: bool) -> None:
+def _check_weights(config: ConfigDict, stage: Stage, *, without_trained: bool) -> None:
     """Raise ConfigError if a file that networks start from is not there."""
     for name, path in stage.weights.items():
         if without_trained and name in stage.trained:
             continue  # they are in the checkpoint
         if not path.is_file():
-            key = "init_from" if name in stage.trained else f"weights.{name}"
+            key = _weights_key(config, stage, name)
             raise ConfigError(f"{key}: {path} does not exist; expected the weights of {name!r}")
+
+
+def _check_batch(size: int, parts: int, mesh: Mesh) -> None:
+    """Raise ConfigError or MeshError if the parts of a batch cannot be split over the devices."""
+    sharding.check_batch(size, mesh)
+    if size % parts:
+        raise ConfigError(
+            f"train.accumulate is {parts}, and a batch of {size} does not make so many equal parts;"
+            f" choose a divisor of {size}, or a multiple of {parts} as the size of the batch"
+        )
+    sharding.check_batch(size // parts, mesh)
+
+
+def _weights_key(config: ConfigDict, stage: Stage, name: str) -> str:
+    """The key of the config that a file of `stage.weights` comes from."""
+    if name not in stage.trained and name not in stage.parts:
+        return f"weights.{name}"
+    lora = config.tune.lora if "tune" in config else ""
+    if lora and stage.weights[name] == weights_file(lora, "lora"):
+        return "tune.lora"
+    return "init_from"
 
 
 def open_data(config: ConfigDict, split: str) -> Source:

@@ -31,7 +31,7 @@ from chameleon_jax.data.sources import Source
 from chameleon_jax.keys import training_key
 from chameleon_jax.training import optim
 from chameleon_jax.training.feed import Feed
-from chameleon_jax.training.networks import Network
+from chameleon_jax.training.networks import Parameters
 from chameleon_jax.training.state import (
     Batch,
     Loss,
@@ -67,13 +67,15 @@ class Stage:
       steps: pure; each (state, frozen, batch) -> (state, metrics), metrics being float32 scalars.
       evaluate: pure; (state, frozen, batch, key) -> metrics of a held-out batch, maybe none.
       preview: (state, frozen, batch, key) -> a picture, uint8 [h, w, 3]. All processes call it.
-      exported: state -> parameters of the trained networks that inference uses, by name.
+      exported: (state, frozen) -> weights that inference uses, of the trained networks, by the name
+        of their file. Of `frozen` it may read `parts`.
       batches: a source of records -> endless batches to train on.
       eval_batches: a source of records -> held-out batches, the same in every run.
       frozen: the networks that are only used.
       weights: files of the weights that networks start from, by name: of every frozen network, and
         of the trained ones that do not start from random numbers.
       copied: names of the frozen networks that inference needs beside the exported ones.
+      parts: names in `frozen` of what does not change of the trained networks.
       turn: which of `steps` comes after so many steps. None if there is only one.
       shown: metrics that the progress line shows.
       finish: (config, exported parameters, held-out batches) -> config to export, for what can be
@@ -81,17 +83,18 @@ class Stage:
     """
 
     name: str
-    trained: Mapping[str, Network]
+    trained: Mapping[str, Parameters]
     init: Callable[[ParamTree], State]
     steps: Mapping[str, Step]
     evaluate: Callable[[State, ParamTree, Batch, jax.Array], Metrics]
     preview: Preview
-    exported: Callable[[State], ParamTree]
+    exported: Callable[[State, ParamTree], ParamTree]
     batches: Callable[[Source], Feed]
     eval_batches: Callable[[Source], Feed]
-    frozen: Mapping[str, Network] = dataclasses.field(default_factory=dict)
+    frozen: Mapping[str, Parameters] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     copied: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     turn: Callable[[int], str] | None = None
     shown: tuple[str, ...] = ("loss", "grad_norm")
     finish: Finish = _unchanged
@@ -108,21 +111,24 @@ def simple_stage(
     config: ConfigDict,
     name: str,
     *,
-    trained: Mapping[str, Network],
+    trained: Mapping[str, Parameters],
     loss: Loss,
     preview: Callable[[ParamTree, ParamTree, Batch, jax.Array], np.ndarray],
     start: Callable[[ParamTree], ParamTree] | None = None,
+    whole: Callable[[ParamTree, ParamTree], ParamTree] | None = None,
     **others: Any,
 ) -> Stage:
     """A stage that follows one loss with one optimiser, and may average its parameters.
 
     Args:
-      config: groups `optimizer`, `schedule`, `ema`, and `seed` and `train.steps`.
+      config: groups `optimizer`, `schedule`, `ema`, and `seed`, `train.steps` and
+        `train.accumulate`.
       name: of the stage.
       trained: networks that the optimiser changes together.
       loss: see `state.descend`.
       preview: as in `Stage`, with the averaged parameters in the place of the state.
       start: pure; changes the parameters before the first step.
+      whole: (trained parameters, frozen ones) -> weights to export; None: the trained ones.
       others: further fields of `Stage`.
 
     Raises:
@@ -137,6 +143,7 @@ def simple_stage(
         functools.partial(training_key, config.seed, "loss"),
         ema_decay=decay,
         ema_start=config.ema.start,
+        accumulate=config.train.get("accumulate", 1),
     )
 
     def init(params: ParamTree) -> TrainState:
@@ -157,8 +164,9 @@ def simple_stage(
     ) -> np.ndarray:
         return preview(state.inference_params, frozen, batch, key)
 
-    def exported(state: TrainState) -> ParamTree:
-        return state.inference_params
+    def exported(state: TrainState, frozen: ParamTree) -> ParamTree:
+        params = state.inference_params
+        return params if whole is None else whole(params, frozen)
 
     return Stage(
         name,

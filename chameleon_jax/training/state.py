@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from chameleon_jax.config import ConfigError
 from chameleon_jax.training.networks import Params
 
 ParamTree = dict[str, Params]
@@ -66,6 +67,7 @@ def descend(
     *,
     ema_decay: float = 0.0,
     ema_start: int = 0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, ParamTree, Batch], tuple[TrainState, Metrics]]:
     """One step of one optimiser down one loss, as a pure function.
 
@@ -76,6 +78,7 @@ def descend(
       key_of: the key of the step that comes after so many steps.
       ema_decay: of the average, see `ema_rate`; 0 if the state has none.
       ema_start: steps before the average begins.
+      accumulate: parts of a batch that go through the network one after the other; see `gradient`.
 
     Returns:
       (state, fixed parameters, batch) -> (state, metrics). The metrics are `loss`, those that the
@@ -84,8 +87,7 @@ def descend(
 
     def step(state: TrainState, fixed: ParamTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = key_of(state.step)
-        differentiate = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = differentiate(state.params, fixed, batch, key)
+        value, metrics, grads = gradient(loss, state.params, fixed, batch, key, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.step + 1
@@ -97,3 +99,52 @@ def descend(
         return TrainState(count, params, opt_state, ema), metrics
 
     return step
+
+
+def gradient(
+    loss: Loss, params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array, parts: int = 1
+) -> tuple[jax.Array, Metrics, ParamTree]:
+    """A loss, its metrics and its gradient: the means over the parts of a batch.
+
+    With n parts the activations of one n-th of the batch are in memory at a time. Of a loss that is
+    a mean over samples the gradient is that of the whole batch; random numbers are drawn for each
+    part with a key of its own, so they differ from those of the whole batch.
+
+    Args:
+      loss: see `descend`.
+      params, fixed, batch, key: what the loss takes.
+      parts: how many of equal size; 1: the whole batch at once.
+
+    Raises:
+      ConfigError: the batch does not make so many equal parts.
+    """
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (value, metrics), grads = differentiate(params, fixed, batch, key)
+        return value, metrics, grads
+
+    def one_more(total: ParamTree, part: tuple[jax.Array, Batch]) -> tuple[ParamTree, Any]:
+        index, samples = part
+        scalars, grads = differentiate(params, fixed, samples, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, grads), scalars
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    split = {name: _split(name, value, parts) for name, value in batch.items()}
+    total, scalars = jax.lax.scan(one_more, zeros, (jnp.arange(parts), split))
+    value, metrics = jax.tree.map(lambda x: x.mean(axis=0), scalars)
+    grads = jax.tree.map(lambda g, p: (g / parts).astype(p.dtype), total, params)
+    return value, metrics, grads
+
+
+def _split(name: str, value: jax.Array, parts: int) -> jax.Array:
+    """[b, ...] -> [parts, b / parts, ...]; part i has the samples i, i + parts, i + 2 parts, ...
+
+    Devices hold neighbouring samples, so every part lies on all of them and nothing is moved.
+    """
+    samples = value.shape[0]
+    if samples % parts:
+        raise ConfigError(
+            f"train.accumulate is {parts}: {samples} samples ({name}) do not make so many equal"
+            f" parts; choose a divisor of {samples}, or another size of the batch"
+        )
+    return jnp.moveaxis(value.reshape(samples // parts, parts, *value.shape[1:]), 1, 0)

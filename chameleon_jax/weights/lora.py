@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,22 @@ def detach(module: nnx.Module) -> None:
                 setattr(parent, key, linear)
 
 
+def linear_layers(module: nnx.Module, within: str) -> list[str]:
+    """Paths of the linear layers below `within`, e.g. "blocks", in the order of the module."""
+    paths = [path for path, layer in nnx.iter_modules(module) if isinstance(layer, nnx.Linear)]
+    return [".".join(map(str, path)) for path in paths if path and path[0] == within]
+
+
+def open_places(module: nnx.Module, layers: Sequence[str], rank: int) -> None:
+    """Give layers of an abstract module (`nnx.eval_shape`) a place for a LoRA, in place."""
+    for path in layers:
+        parent, key = _parent(module, path)
+        linear = getattr(parent, key)
+        opened = _with_lora(linear, rank)
+        opened.kernel, opened.bias = linear.kernel, linear.bias
+        setattr(parent, key, opened)
+
+
 def _with_lora(linear: nnx.Linear, rank: int) -> nnx.LoRALinear:
     """A layer of the same sizes with a place for a LoRA; abstract."""
 
@@ -218,11 +234,8 @@ def _layers(
     found, faults = [], []
     for path, change in lora.changes.items():
         change.scale(strength)
-        *parents, key = path.split(".")
         try:
-            parent: Any = module
-            for name in parents:
-                parent = parent[int(name)] if name.isdigit() else getattr(parent, name)
+            parent, key = _parent(module, path)
             linear = getattr(parent, key)
             shape = tuple(linear.kernel.get_value().shape)
         except (AttributeError, IndexError, KeyError):
@@ -235,6 +248,15 @@ def _layers(
     if faults:
         raise WeightsError(f"the LoRA does not fit the network: {listed(faults, LISTED)}")
     return iter(found)
+
+
+def _parent(module: nnx.Module, path: str) -> tuple[Any, str]:
+    """What holds the layer at a dotted path, and the layer's name there."""
+    *parents, key = path.split(".")
+    parent: Any = module
+    for name in parents:
+        parent = parent[int(name)] if name.isdigit() else getattr(parent, name)
+    return parent, key
 
 
 def lora_params(module: nnx.Module) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -161,12 +161,36 @@ def load_params(
     Raises:
       WeightsError: if the file is unreadable, does not fit, or holds a number that is not finite.
     """
-    tensors = check_file(path, module)
     state = nnx.state(module, nnx.Param)
+    params = read_params(path, module, dtype=dtype, mesh=mesh)
     for parts, leaf in nnx.to_flat_state(state):
-        name = ".".join(str(part) for part in parts)
-        leaf.set_value(_place(name, tensors[name], dtype or leaf.get_value().dtype, mesh))
+        leaf.set_value(params[".".join(str(part) for part in parts)])
     nnx.update(module, state)
+
+
+def read_params(
+    path: str | os.PathLike,
+    module: nnx.Module,
+    names: Collection[str] | None = None,
+    dtype: jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """The parameters that `path` has for `module`, by name, in the order of `flat_params`.
+
+    Args:
+      path, dtype, mesh: as in `load_params`.
+      module: built or abstract; not changed. The file must fit all of it.
+      names: read these only; None: all of them.
+
+    Raises:
+      WeightsError: as `load_params`.
+    """
+    tensors = check_file(path, module)
+    return {
+        name: _place(name, tensors[name], dtype or like.dtype, mesh)
+        for name, like in flat_params(module).items()
+        if names is None or name in names
+    }
 
 
 def _place(name: str, tensor: LazyTensor, dtype: jnp.dtype, mesh: Mesh | None) -> jax.Array:

@@ -46,8 +46,8 @@ def test_parameters_may_be_kept_in_another_dtype():
 
 
 def test_how_to_compute_goes_to_the_networks_that_can():
-    assert build.abstract("dit", SMALL["dit"], remat=True).config.remat
-    build.abstract("vae", SMALL["vae"], remat=True)  # recomputes nothing
+    assert build.abstract("dit", SMALL["dit"], remat="dots").config.remat == "dots"
+    build.abstract("vae", SMALL["vae"], remat="dots")  # recomputes nothing
 
 
 def test_a_builder_draws_real_weights():

@@ -21,6 +21,7 @@ from chameleon_jax.models.dit import (
     teacher_forcing_forward,
     timestep_embedding,
 )
+from chameleon_jax.models.remat import POLICIES
 from chameleon_jax.weights.params import flat_params, param_count, param_shapes, set_params
 from converters.dit import DIFFUSERS_RULES, expected_shapes
 from converters.rules import convert
@@ -189,12 +190,17 @@ def test_bidirectional_listens_to_everything():
     assert (gradient > 1e-3).all()
 
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 @pytest.mark.parametrize("forward", ["bidirectional", "teacher_forcing"])
 def test_scan_and_remat_change_nothing(forward):
     """Neither the output nor any gradient; the parameters are the same ones, stored per layer."""
     states = nnx.split(tiny_dit.tiny_dit())[1]
     results = {}
-    for way in ({}, {"remat": True}, {"scan_layers": True}, {"remat": True, "scan_layers": True}):
+    ways = [{"remat": name, "scan_layers": False} for name in ("none", "full")]
+    ways += [{"remat": name, "scan_layers": True} for name in POLICIES]
+    for way in ways:
         graph, other = nnx.split(tiny_dit.tiny_dit(**way))
         assert jax.tree.structure(other) == jax.tree.structure(states)
 
@@ -209,10 +215,10 @@ def test_scan_and_remat_change_nothing(forward):
 
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(states, prompt())
         # the ways really differ: a loop for scan, a barrier against reuse for remat
-        assert ("stablehlo.while" in lowered.as_text()) == ("scan_layers" in way)
-        assert ("optimization_barrier" in lowered.as_text()) == ("remat" in way)
-        results[str(way)] = jax.tree.leaves(lowered.compile()(states, prompt()))
-    plain = results.pop("{}")
+        assert ("stablehlo.while" in lowered.as_text()) == way["scan_layers"]
+        assert ("optimization_barrier" in lowered.as_text()) == (way["remat"] != "none")
+        results[str(way)] = jax.tree.leaves(lowered.compile(QUICKLY)(states, prompt()))
+    plain = results.pop(str(ways[0]))
     for leaves in results.values():
         for ours, expected in zip(leaves, plain, strict=True):
             np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)

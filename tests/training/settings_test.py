@@ -20,6 +20,9 @@ def settings(tmp_path, *overrides):
         ("train.eval_batches=-1", "train.eval_batches is -1; expected 1 or more"),
         ("train.keep=0", "train.keep is 0; expected 1 or more"),
         ("train.log_every=-1", "train.log_every is -1; expected 0 or more"),
+        ("train.accumulate=0", "train.accumulate is 0; expected 1 or more"),
+        ("tune.rank=0", "tune.rank is 0; expected 1 or more"),
+        ("tune.alpha=0", "tune.alpha is 0.0; expected above 0"),
         ("data.batch=0", "data.batch is 0; expected 1 or more"),
         ("data.threads=0", "data.threads is 0; expected 1 or more"),
         ("data.dropout=1.5", "data.dropout is 1.5; expected 0 to 1"),
@@ -67,7 +70,7 @@ def test_a_workdir_that_is_a_file_is_named(tmp_path):
         check_settings(settings(tmp_path, f"workdir={tmp_path}", f"export_dir={nested}"))
 
 
-@pytest.mark.parametrize("stage", ["vae", "teacher", "teacher_forcing"])
+@pytest.mark.parametrize("stage", ["vae", "teacher", "teacher_concat", "teacher_forcing"])
 @pytest.mark.parametrize("variant", ["runway_tiny", "wan22_5b", "smoke"])
 def test_our_own_values_pass(tmp_path, stage, variant):
     given = [f"workdir={tmp_path}", "data.dir=data"]

@@ -223,7 +223,7 @@ def test_unknown_stages_are_refused(data, tmp_path):
         run(settings(data, "teacher.py:smoke", tmp_path, "stage=sft"))
 
 
-@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_forcing"])
+@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_concat", "teacher_forcing"])
 @pytest.mark.parametrize("size", ["runway_tiny", "wan22_5b", "smoke"])
 def test_every_config_describes_a_run(file, size):
     config = load_config(
@@ -240,7 +240,7 @@ def test_every_config_describes_a_run(file, size):
     assert exported["video"] == config.video.to_dict() | {"frames": inference["video"]["frames"]}
 
 
-@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_forcing"])
+@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_concat", "teacher_forcing"])
 def test_variants_of_the_configs(file):
     module = importlib.import_module(f"configs.{file}")
     for variant in module.VARIANTS:

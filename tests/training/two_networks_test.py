@@ -82,6 +82,9 @@ def make_stage(weights) -> Stage:
         state, others = critic_step(state | {"generator": generator}, frozen, batch)
         return state, others | {"generator/loss": metrics["loss"]}
 
+    def exported(state, frozen):
+        return {"generator": state["generator"].inference_params["generator"]}
+
     def turn(number):
         return "critic" if number % CRITIC_STEPS else "both"
 
@@ -108,7 +111,9 @@ def make_stage(weights) -> Stage:
         turn=turn,
         evaluate=evaluate,
         preview=preview,
-        exported=lambda state: {"generator": state["generator"].inference_params["generator"]},
+        exported=lambda state, frozen: {
+            "generator": state["generator"].inference_params["generator"]
+        },
         batches=lambda source: toy.ToyFeed(),
         eval_batches=lambda source: toy.ToyFeed(),
         shown=("critic/loss", "generator/loss"),
@@ -157,4 +162,4 @@ def test_networks_start_where_the_stage_says(tmp_path, weights):
         np.testing.assert_array_equal(outcome.state["generator"].params["generator"][name], value)
     for name, value in score.items():
         np.testing.assert_array_equal(outcome.state["critic"].params["critic"][name], value)
-    assert list(stage.exported(outcome.state)) == ["generator"]
+    assert list(stage.exported(outcome.state, outcome.frozen)) == ["generator"]

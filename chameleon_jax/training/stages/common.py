@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +27,67 @@ from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.sharding import to_host
 from chameleon_jax.training.feed import Feed, HostBatch, Part
-from chameleon_jax.training.networks import Network, build_network, weights_file
+from chameleon_jax.training.networks import (
+    Parameters,
+    build_network,
+    weights_file,
+)
 from chameleon_jax.training.stage import Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
+from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name
 
 # The arrays of a batch, in the order of context and video.
 LATENTS = ("z_reference", "z_garment", "z_video")
 PIXELS = ("reference", "garment", "video")
+CONDITIONS = PIXELS[:2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The networks of a stage, see the fields of the same names of `stage.Stage`."""
+    """The networks of a stage.
 
-    trained: Mapping[str, Network]
-    frozen: Mapping[str, Network]
+    Attributes:
+      trained, frozen, weights: see the fields of the same names of `stage.Stage`.
+      modules: how a network is put together from its parameters, by name.
+    """
+
+    trained: Mapping[str, Parameters]
+    frozen: Mapping[str, Parameters]
     weights: Mapping[str, Path]
-
-    @property
-    def all(self) -> dict[str, Network]:
-        return {**self.trained, **self.frozen}
+    modules: Mapping[str, Tuned]
 
     def bind(self, name: str, params: ParamTree) -> Any:
-        """A network with its parameters; `params` has those of all networks, by name."""
-        return self.all[name].bind(params[name])
+        """A network with its parameters. Can be traced.
+
+        Args:
+          name: "dit", "text" or "vae".
+          params: of all networks, trained and frozen, by name.
+        """
+        return self.modules[name].bind(params[name], params.get(fixed_name(name)))
+
+    def exported(self, params: ParamTree, frozen: ParamTree) -> ParamTree:
+        """Files of weights by name: trained networks as a whole, and a LoRA alone if there is one.
+
+        Args:
+          params: of the trained networks.
+          frozen: with what of them does not change, see `parts`.
+        """
+        files: ParamTree = {}
+        for name, changing in params.items():
+            tuned = self.modules[name]
+            files[name] = tuned.whole(changing, frozen.get(fixed_name(name)))
+            files |= tuned.adapters(changing)
+        return files
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what is frozen and belongs to a trained network."""
+        return tuple(fixed_name(name) for name in self.trained if fixed_name(name) in self.frozen)
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Names of the frozen networks that inference needs as they are."""
+        return tuple(name for name in self.frozen if name not in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +106,49 @@ Generate = Callable[[ParamTree, ParamTree, Batch, jax.Array], jax.Array]
 def networks(config: ConfigDict) -> Networks:
     """The transformer, trained; the VAE, frozen; the text encoder, trained if `train.text` says so.
 
+    Of the transformer that is trained which `tune` says, see `tuning`.
+
     Raises:
-      ConfigError: a frozen network has no weights.
+      ConfigError: a frozen network has no weights, or what `tuning.tune` raises.
     """
-    trained = {"dit": build_network("dit", config)}
-    frozen = {}
+    modules = {"dit": transformer(config)}
     if config.weights.vae:
-        frozen["vae"] = build_network("vae", config, frozen=True)
+        modules["vae"] = Tuned(build_network("vae", config, frozen=True))
     elif config.train.preview_every:
         raise ConfigError(
             "weights.vae is not set: previews cannot be decoded; set it, or train.preview_every=0"
         )
-    if config.train.text:
-        trained["text"] = build_network("text", config)
-    else:
-        if not config.weights.text:
-            raise ConfigError(
-                "weights.text is not set, and train.text is false: there is no text encoder"
-            )
-        frozen["text"] = build_network("text", config, frozen=True)
+    if not config.train.text and not config.weights.text:
+        raise ConfigError(
+            "weights.text is not set, and train.text is false: there is no text encoder"
+        )
+    modules["text"] = Tuned(build_network("text", config, frozen=not config.train.text))
+    return assemble(config, modules, ("dit", "text") if config.train.text else ("dit",))
+
+
+def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence[str]) -> Networks:
+    """The networks of a stage, and the files that they start from.
+
+    Args:
+      config: `init_from` has the weights of the trained networks, `weights` those of the others,
+        and `tune.lora` a LoRA to go on with.
+      modules: all networks by name.
+      trained: names of those that are trained; of the others nothing changes.
+    """
+    changing = {name: modules[name].changing for name in trained}
+    frozen = {name: net.changing for name, net in modules.items() if name not in trained}
     weights = {name: weights_file(config.weights[name], name) for name in frozen}
-    if config.init_from:
-        weights |= {name: weights_file(config.init_from, name) for name in trained}
-    return Networks(trained, frozen, weights)
+    for name in trained:
+        fixed = modules[name].fixed
+        if fixed is not None:
+            frozen[fixed_name(name)] = fixed
+            weights[fixed_name(name)] = weights_file(config.init_from, name)
+        if isinstance(modules[name], TunedLora):
+            if config.tune.lora:
+                weights[name] = weights_file(config.tune.lora, "lora")
+        elif config.init_from:
+            weights[name] = weights_file(config.init_from, name)
+    return Networks(changing, frozen, weights, modules)
 
 
 def flow_stage(
@@ -115,7 +172,9 @@ def flow_stage(
         trained=nets.trained,
         frozen=nets.frozen,
         weights=nets.weights,
-        copied=tuple(nets.frozen),
+        copied=nets.copied,
+        parts=nets.parts,
+        whole=nets.exported,
         loss=loss,
         preview=make_preview(config, nets, generate),
         batches=functools.partial(batches, config),
@@ -185,7 +244,7 @@ def latents(nets: Networks, params: ParamTree, batch: Batch) -> tuple[jax.Array,
     if "z_video" in batch:
         parts = [batch[name] for name in LATENTS]
     elif "vae" in nets.frozen:
-        vae = nets.frozen["vae"].bind(params["vae"])
+        vae = nets.bind("vae", params)
         pictures = batch["reference"][:, None], batch["garment"][:, None], batch["video"]
         parts = [vae.encode(to_model(pixels)) for pixels in pictures]
     else:
@@ -341,7 +400,7 @@ def make_preview(
 
     @jax.jit
     def decode(frozen: ParamTree, z: jax.Array) -> jax.Array:
-        return to_uint8(nets.frozen["vae"].bind(frozen["vae"]).decode(z))
+        return to_uint8(nets.bind("vae", frozen).decode(z))
 
     @jax.jit
     def read(frozen: ParamTree, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,9 @@ leaves out t = 1000, where the first step of a sampler decides what goes where: 
 know that step, new ones have to learn it. The reference shows another garment than the video, or
 the model would learn to copy it. 10 % of the prompts are empty, for classifier-free guidance.
 
+`conditioning` = "channels" is the baseline of Table 2: the two latents lie behind the channels of
+every noisy frame instead, see `dit.channels_forward`.
+
 Axes: b batch, f latent frames, h w grid, c channels.
 """
 
@@ -20,10 +23,13 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.diffusion import flow, sampler
 from chameleon_jax.keys import loss_key
-from chameleon_jax.models.dit import bidirectional_forward
+from chameleon_jax.models.dit import bidirectional_forward, channels_forward
 from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import common
 from chameleon_jax.training.state import Batch, Metrics, ParamTree
+
+# How the network gets its conditions, by `conditioning`.
+FORWARDS = {"in_context": bidirectional_forward, "channels": channels_forward}
 
 
 def make_stage(config: ConfigDict) -> Stage:
@@ -33,29 +39,32 @@ def make_stage(config: ConfigDict) -> Stage:
       ConfigError: weights are missing, or a name is unknown.
     """
     nets = common.networks(config)
+    forward = FORWARDS[config.get("conditioning", "in_context")]
     sample_of = common.make_conditions(nets)
     weights_of = common.loss_weights(config)
 
     def loss(
         params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        dit = nets.trained["dit"].bind(params["dit"])
-        sample = sample_of(params | frozen, dit, batch)
+        params = params | frozen
+        dit = nets.bind("dit", params)
+        sample = sample_of(params, dit, batch)
         b, f = sample.z_video.shape[:2]
         t_bf = flow.draw_timesteps(loss_key(key, "times"), b, f, shift=config.loss.shift)
         noise = jax.random.normal(loss_key(key, "noise"), sample.z_video.shape)
         z_t = flow.add_noise(sample.z_video, noise, t_bf / 1000)
         t_network = common.network_timesteps(t_bf, config)
-        v = bidirectional_forward(dit, sample.z_context, z_t, t_network, sample.text_kv)
+        v = forward(dit, sample.z_context, z_t, t_network, sample.text_kv)
         return common.flow_loss(v, sample.z_video, noise, weights_of(t_bf))
 
     def generate(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
-        dit = nets.trained["dit"].bind(params["dit"])
-        sample = sample_of(params | frozen, dit, batch)
+        params = params | frozen
+        dit = nets.bind("dit", params)
+        sample = sample_of(params, dit, batch)
 
         def velocity(z: jax.Array, t_bf: jax.Array) -> jax.Array:
             t_network = common.network_timesteps(t_bf, config)
-            return bidirectional_forward(dit, sample.z_context, z, t_network, sample.text_kv)
+            return forward(dit, sample.z_context, z, t_network, sample.text_kv)
 
         noise = jax.random.normal(key, sample.z_video.shape)
         sigmas = flow.euler_sigmas(config.preview.steps, config.loss.shift)

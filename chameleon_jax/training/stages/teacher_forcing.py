@@ -58,8 +58,9 @@ def make_stage(config: ConfigDict) -> Stage:
     def loss(
         params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        dit = nets.trained["dit"].bind(params["dit"])
-        sample = sample_of(params | frozen, dit, batch)
+        params = params | frozen
+        dit = nets.bind("dit", params)
+        sample = sample_of(params, dit, batch)
         z = whole_blocks(sample.z_video, policy.block)
         b, f = z.shape[:2]
         t_bf = flow.draw_timesteps(
@@ -81,8 +82,9 @@ def make_stage(config: ConfigDict) -> Stage:
 
         What it makes is what a stream over the cache makes.
         """
-        dit = nets.trained["dit"].bind(params["dit"])
-        sample = sample_of(params | frozen, dit, batch)
+        params = params | frozen
+        dit = nets.bind("dit", params)
+        sample = sample_of(params, dit, batch)
         sigmas = jnp.asarray(flow.euler_sigmas(config.preview.steps, config.loss.shift))
         video = jax.random.normal(key, whole_blocks(sample.z_video, policy.block).shape)
 
