@@ -92,7 +92,7 @@ def make_stage(weights) -> Stage:
         return {"distance": loss}
 
     def preview(state, frozen, batch, key):
-        return np.zeros((4, 4, 3), np.uint8)
+        return np.zeros((4, 4, 3), np.uint8), {}
 
     return Stage(
         name="two_networks",
