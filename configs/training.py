@@ -49,7 +49,7 @@ def paper(stage: str) -> ConfigDict:
                 "preview_every": 500,
                 "checkpoint_every": 250,
                 "eval_batches": 4,  # held-out batches
-                "keep": 2,  # newest checkpoints that are kept
+                "keep": 2,  # newest checkpoints that are kept, beside the last good one (alarms)
                 "remat": True,  # recompute blocks backwards: a third more work, a tenth of memory
                 "scan_layers": False,  # one compiled block in a loop: compiles faster
                 "text": False,  # train the text encoder too

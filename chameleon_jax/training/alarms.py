@@ -12,8 +12,8 @@ An alarm is armed late, for an untrained network breaks every bound: a measure c
 than not bad: if motion of 0.7 of the data's is asked for, healthy is 0.7 to 1 / 0.7. Noise moves,
 but not as the data do.
 
-What is wrong is certain only after some bad values in a row. From the first of them on `good_step`
-says up to which step all was well, so that the checkpoint of that time can be kept.
+What is wrong is certain only after some bad values in a row, and previews are rare. `good_step`
+says up to which step all was well, so that the checkpoint of that time can be kept meanwhile.
 """
 
 from __future__ import annotations
@@ -164,8 +164,9 @@ class Alarms:
 
     @property
     def good_step(self) -> int | None:
-        """Steps after which nothing was suspicious yet; None if nothing is now."""
-        return min((_last_good(c) for c in self._curves.values() if c.bad), default=None)
+        """Steps after which every alarm found nothing; None if none has seen a number yet."""
+        seen = (curve for curve in self._curves.values() if curve.bad or curve.good is not None)
+        return min(map(_last_good, seen), default=None)
 
 
 def _last_good(curve: Curve) -> int:

@@ -138,7 +138,8 @@ def train(
                 save = reason or is_due(step, limits.checkpoint_every, limits.steps)
                 if save:
                     progress.drain()  # never save a state that is not known to be finite
-                _heed(alarms, checkpoints)
+                if save or alarms.fired:
+                    _heed(alarms, checkpoints, step)
                 if save:
                     beside = {"alarms": alarms.get_state(), "seconds": writer.seconds}
                     checkpoints.save(step, state, about | {"data": feed.get_state()} | beside)
@@ -149,13 +150,15 @@ def train(
     return Outcome(state, step, reason)
 
 
-def _heed(alarms: Alarms, checkpoints: Checkpoints) -> None:
-    """Keep the last good checkpoint while something is suspicious.
+def _heed(alarms: Alarms, checkpoints: Checkpoints, step: int) -> None:
+    """Keep the last good checkpoint, however many come after it.
 
     Raises:
-      AlarmError: it is not only suspicious any more.
+      AlarmError: something is wrong.
     """
-    good = checkpoints.protect(alarms.good_step)
+    good = alarms.good_step
+    if good is not None:
+        good = checkpoints.protect(None if good >= step else good)  # else this step's is good
     if not alarms.fired:
         return
     checkpoints.wait()

@@ -1,4 +1,4 @@
-"""The compiled functions of a stage: they say when they compile, how long it took, what it costs."""
+"""Compiled functions of a stage. They say when they compile, how long it takes, what it costs."""
 
 from __future__ import annotations
 

@@ -64,8 +64,13 @@ class MetricsWriter:
             self._file = path.open("a", encoding="utf-8")
             # A queue without an end: TensorBoard's thread dies when the disk is full, and a full
             # queue would then wait for it for ever.
+            # Files are named by the second: two starts within one would share theirs.
             self._board = tensorboard.SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=step + 1, flush_secs=30, max_queue=0
+                str(self.folder / "tensorboard"),
+                purge_step=step + 1,
+                flush_secs=30,
+                max_queue=0,
+                filename_suffix=f".{step}",
             )
 
     def __enter__(self) -> MetricsWriter:

@@ -60,11 +60,12 @@ def stage(config: ConfigDict, name: str = "toy", feed=None) -> Stage:
 
 
 def show(network: Network, params, frozen, batch, key) -> tuple[np.ndarray, dict[str, float]]:
-    """A preview: what the network makes of the batch, uint8 [8, 16, 3], and its deviation."""
+    """A preview: what the network makes of the batch, uint8 [8, 16, 3], and its contrast."""
     del frozen, key
     made = to_host(network.bind(params["toy"])(batch["x"]))
     picture = np.repeat(np.uint8(np.clip(128 + 40 * made, 0, 255))[..., None], 3, axis=-1)
-    return picture, {"sample/contrast": float(made.std())}
+    true = to_host(batch["x"])
+    return picture, {"sample/contrast_ratio": float(made.std() / true.std())}
 
 
 class ToyFeed:
