@@ -10,6 +10,8 @@ The same command again resumes a run where it stopped. At the end the averaged w
 to <workdir>/export. In the workdir: config.json, metrics.jsonl, tensorboard/, previews/,
 checkpoints/.
 
+`--profile 20:25` writes a profile of these steps of this start into <workdir>/profile.
+
 A run that has gone wrong (alarms.* in the config) is stopped, and its last good checkpoint kept:
 docs/training_diagnosis.md. `python -m launch.curves WORKDIR` draws the curves.
 

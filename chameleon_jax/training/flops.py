@@ -9,7 +9,8 @@ two operations, as is usual for the utilisation of an accelerator (MFU, appendix
     hardware    what the devices compute: with everything that is computed again
 
 Both are of the whole function over all devices; optimiser steps that multiply matrices (Muon) and
-forward passes without gradients belong to it. For one loss with gradients of all inputs the
+forward passes without gradients belong to it. What the compiler lets several devices compute alike,
+because it is not split over them, counts once. For one loss with gradients of all inputs the
 products of the backward pass are twice those of the forward pass, so model = 3 x forward.
 
 Attention kernels are known by name and counted from their shapes as dense attention over all keys
@@ -44,6 +45,8 @@ UNCOUNTED = frozenset(
     {"cholesky", "custom_linear_solve", "eig", "eigh", "fft", "hessenberg", "householder_product",
      "lu", "qr", "schur", "svd", "triangular_solve", "tridiagonal", "tridiagonal_solve"}
 )  # fmt: skip
+# Primitives that have a formula here.
+COUNTED = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond"})
 # Free ones that JAX does not list among its standard primitives.
 FREE = frozenset(
     {"all_gather_invariant", "broadcast_to", "check", "dce_sink", "debug_callback", "debug_print",
@@ -54,8 +57,14 @@ FREE = frozenset(
      "tile", "to_edtype", "unstack", "with_memory_space_constraint", "zeros_like"}
 )  # fmt: skip
 ELEMENTWISE = (
-    frozenset(getattr(standard, name).name for name in dir(standard) if name.endswith("_p")) | FREE
-) - UNCOUNTED
+    (
+        frozenset(getattr(standard, name).name for name in dir(standard) if name.endswith("_p"))
+        | FREE
+    )
+    - UNCOUNTED
+    - COUNTED
+    - CALLS
+)
 
 # Attention kernels by the beginning of their names: matrix products as (model, hardware), each of
 # queries x keys x head channels. The forward pass has two. Backward there are four, and the logits
@@ -98,14 +107,6 @@ class Flops:
         return Flops(count * self.model, count * self.hardware, self.unknown)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where an equation stands: in the backward pass of a checkpoint, and in its forward part."""
-
-    in_checkpoint: bool = False
-    again: bool = False
-
-
 def count(function: Callable[..., Any], *args: Any) -> Flops:
     """Operations of one call of a function.
 
@@ -118,53 +119,51 @@ def count(function: Callable[..., Any], *args: Any) -> Flops:
 
 def count_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
     """Operations of a traced function, e.g. of `jax.jit(function).trace(...).jaxpr`."""
-    return _sum_of(jaxpr, _Place())
+    return _sum_of(jaxpr, again=False)
 
 
-def _sum_of(jaxpr: ClosedJaxpr | Jaxpr, place: _Place) -> Flops:
+def _sum_of(jaxpr: ClosedJaxpr | Jaxpr, again: bool) -> Flops:
+    """All equations; `again` says that they stand in what a checkpoint computes again."""
     plain = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum((_of(equation, place) for equation in plain.eqns), Flops())
+    return sum((_of(equation, again) for equation in plain.eqns), Flops())
 
 
-def _of(eqn: JaxprEqn, place: _Place) -> Flops:
+def _of(eqn: JaxprEqn, again: bool) -> Flops:
     name, params = eqn.primitive.name, eqn.params
-    if place.in_checkpoint and RECOMPUTED in str(eqn.source_info.name_stack):
-        place = dataclasses.replace(place, again=True)
+    if name in ELEMENTWISE:
+        return Flops()
+    again = again or RECOMPUTED in str(eqn.source_info.name_stack)
     if name == "dot_general":
-        return _work(_dot(eqn), place)
+        return _work(_dot(eqn), again)
     if name == "conv_general_dilated":
-        return _work(_convolution(eqn), place)
+        return _work(_convolution(eqn), again)
     if name.startswith("dot_product_attention"):
-        return _cudnn(eqn, place)
+        return _cudnn(eqn, again)
     if name == "pallas_call":
-        return _pallas(eqn, place)
+        return _pallas(eqn, again)
     if name == "scan":
-        return _sum_of(params["jaxpr"], place).times(params["length"])
+        return _sum_of(params["jaxpr"], again).times(params["length"])
     if name == "while":
-        return _loop(eqn, place)
+        return _loop(eqn, again)
     if name == "cond":
-        return _branches([_sum_of(branch, place) for branch in params["branches"]])
+        return _branches([_sum_of(branch, again) for branch in params["branches"]])
     if name == "shard_map":
         mesh, axes = params["mesh"], params.get("manual_axes")
         axes = mesh.axis_names if axes is None else axes
         parts = math.prod(mesh.shape[axis] for axis in axes)
-        return _sum_of(params["jaxpr"], place).times(parts)
+        return _sum_of(params["jaxpr"], again).times(parts)
     if name in CALLS:
-        if params.get("differentiated"):
-            place = dataclasses.replace(place, in_checkpoint=True)
-        return sum((_sum_of(inner, place) for inner in _jaxprs(params.values())), Flops())
-    if name in ELEMENTWISE:
-        return Flops()
+        return sum((_sum_of(inner, again) for inner in _jaxprs(params.values())), Flops())
     return Flops(unknown=frozenset({name}))
 
 
-def _work(operations: float, place: _Place) -> Flops:
-    return Flops(0.0 if place.again else operations, operations)
+def _work(operations: float, again: bool) -> Flops:
+    return Flops(0.0 if again else operations, operations)
 
 
-def _loop(eqn: JaxprEqn, place: _Place) -> Flops:
+def _loop(eqn: JaxprEqn, again: bool) -> Flops:
     """A loop whose length is not known before it runs; it may go round without a product."""
-    parts = [_sum_of(eqn.params[key], place) for key in ("cond_jaxpr", "body_jaxpr")]
+    parts = [_sum_of(eqn.params[key], again) for key in ("cond_jaxpr", "body_jaxpr")]
     once = parts[0] + parts[1]
     if once.hardware or once.unknown:
         return Flops(unknown=once.unknown | {"while"})
@@ -219,14 +218,14 @@ def _taps(
     return int(((place >= 0) & (place <= (inputs - 1) * spread) & (place % spread == 0)).sum())
 
 
-def _cudnn(eqn: JaxprEqn, place: _Place) -> Flops:
+def _cudnn(eqn: JaxprEqn, again: bool) -> Flops:
     """Attention of cuDNN: q, k, v are [b, tokens, n, d] or [b, n, tokens, d]."""
     q, k = (var.aval.shape for var in eqn.invars[:2])
     keys = k[-2] if eqn.params.get("layout") == BNTH else k[-3]
-    return _attention(eqn.primitive.name, q, keys, place)
+    return _attention(eqn.primitive.name, q, keys, again)
 
 
-def _pallas(eqn: JaxprEqn, place: _Place) -> Flops:
+def _pallas(eqn: JaxprEqn, again: bool) -> Flops:
     """A Pallas kernel: known attention, or what its author says that it costs."""
     named = eqn.params.get("name_and_src_info")
     name = str(eqn.params.get("name") or getattr(named, "name", None) or "pallas_call")
@@ -234,16 +233,16 @@ def _pallas(eqn: JaxprEqn, place: _Place) -> Flops:
         # Tables of the mask come first; q, k, v are [.., n, tokens, d].
         avals = [var.aval for var in eqn.invars]
         q, k = [x.shape for x in avals if jnp.issubdtype(x.dtype, jnp.floating)][:2]
-        return _attention(name, q, k[-2], place)
+        return _attention(name, q, k[-2], again)
     estimate = eqn.params.get("cost_estimate")
     if estimate is not None:
-        return _work(float(estimate.flops), place)
+        return _work(float(estimate.flops), again)
     return Flops(unknown=frozenset({name}))
 
 
-def _attention(name: str, queries: tuple[int, ...], keys: int, place: _Place) -> Flops:
+def _attention(name: str, queries: tuple[int, ...], keys: int, again: bool) -> Flops:
     products = next((n for known, n in ATTENTION.items() if name.startswith(known)), None)
     if products is None:
         return Flops(unknown=frozenset({name}))
     each = 2.0 * math.prod(queries) * keys
-    return Flops(0.0 if place.again else products[0] * each, products[1] * each)
+    return Flops(0.0 if again else products[0] * each, products[1] * each)

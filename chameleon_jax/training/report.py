@@ -253,9 +253,14 @@ def check_finite(step: int, values: dict[str, float]) -> dict[str, float]:
     """The metrics of a step as they are.
 
     Raises:
-      TrainingDivergedError: one of them is NaN or infinite.
+      TrainingDivergedError: one of them is NaN or infinite, or says that something is
+        (`sample/nonfinite`, a share).
     """
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    bad = [
+        name
+        for name, value in values.items()
+        if not math.isfinite(value) or (name.endswith("nonfinite") and value)
+    ]
     if bad:
         raise TrainingDivergedError(
             f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before."

@@ -149,15 +149,18 @@ def test_seconds_go_on_over_a_resume_and_curves_have_no_gap(tmp_path):
     assert seconds == sorted(seconds) and kept <= seconds[3] < kept + 60
 
 
-def test_previews_that_are_not_finite_stop_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"), [("sample/motion", float("nan")), ("sample/nonfinite", 0.25)]
+)
+def test_previews_that_are_not_finite_stop_the_run(tmp_path, name, value):
     settings = toy.config(tmp_path, 4, ["mesh.fsdp=1", "train.preview_every=2"])
     stage = toy.stage(settings)
 
     def broken(*inputs):
         picture, _ = stage.preview(*inputs)
-        return picture, {"sample/motion": float("nan")}
+        return picture, {name: value}
 
-    with pytest.raises(report.TrainingDivergedError, match="step 2: sample/motion not finite"):
+    with pytest.raises(report.TrainingDivergedError, match=f"step 2: {name} not finite"):
         loop.train(settings, dataclasses.replace(stage, preview=broken), toy.ToyFeed())
     assert issubclass(report.TrainingDivergedError, UserError)
-    assert all("sample/motion" not in line for line in lines(tmp_path))
+    assert all(name not in line for line in lines(tmp_path))
