@@ -70,6 +70,19 @@ def size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
+def span(text: str) -> tuple[int, int]:
+    """`20:25` as (20, 25): the first and the last of things that are counted from 1 up.
+
+    Raises:
+      ParseError: something else.
+    """
+    ends = text.split(":")
+    whole = len(ends) == 2 and all(is_whole_number(end) for end in ends)
+    if not whole or not 1 <= int(ends[0]) <= int(ends[1]):
+        raise ParseError(f"{text!r}: expected FIRST:LAST, from 1 up, such as 20:25")
+    return int(ends[0]), int(ends[1])
+
+
 def _within(value: float, least: float | None, most: float | None) -> bool:
     return (least is None or value >= least) and (most is None or value <= most)
 

@@ -49,7 +49,7 @@ def paper(stage: str) -> ConfigDict:
                 "preview_every": 500,
                 "checkpoint_every": 250,
                 "eval_batches": 4,  # held-out batches
-                "keep": 2,  # newest checkpoints that are kept
+                "keep": 2,  # newest checkpoints that are kept, beside the last good one (alarms)
                 "accumulate": 1,  # parts of a batch, one after the other: their mean is the step
                 # What the backward pass computes again, to save memory: "none", "dots",
                 # "attention" or "full", see models/remat.py.
@@ -62,6 +62,16 @@ def paper(stage: str) -> ConfigDict:
             "ema": {"decay": 0.0, "start": 0},  # average of the weights, from step `start` on
             "loss": {},
             "preview": {"samples": 3, "frames": 6, "steps": 8},  # clips; of each; of the sampler
+            # What stops a run that has gone wrong, see training/alarms.py; a bound of 0: never.
+            "alarms": {
+                "action": "stop",  # or "warn"
+                "explosion": 20.0,  # most that a loss is, in running medians of itself
+                "contrast": 0.3,  # least contrast of previews, as a share of the data's
+                "motion": 0.7,  # least motion of them
+                "colour": 1.15,  # most colour of them
+                "checks": 3,  # previews in a row that arm, and that fire for motion and colour
+                "arm_after": 0,  # steps after which bounds count in any case; 0: never
+            },
         }
     )
 
@@ -94,6 +104,8 @@ def small(config: ConfigDict) -> ConfigDict:
     config.data.in_memory = True  # 4000 clips are 4 GB
     config.train.update(log_every=50, checkpoint_every=500, remat="none", text=True)
     config.ema.decay = 0.995
+    # From random weights previews stand still and are grey for long.
+    config.alarms.update(contrast=0.0, motion=0.0, colour=0.0)
     return config
 
 

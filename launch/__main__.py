@@ -3,6 +3,7 @@
     chameleon sample     stream a video to a file, or make a clip from prompts
     chameleon bench      measure how fast a stream is on this machine
     chameleon train      train one stage
+    chameleon curves     draw the curves of training runs
     chameleon prepare    make training data, or a tokenizer
     chameleon runway     look at the synthetic data
     chameleon convert    read and write public checkpoints and LoRAs
@@ -27,6 +28,7 @@ MODULES = {
     "sample": "launch.sample",
     "bench": "launch.bench",
     "train": "launch.train",
+    "curves": "launch.curves",
     "prepare": "launch.prepare",
     "runway": "launch.runway",
     "convert": "launch.convert",

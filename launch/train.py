@@ -10,6 +10,11 @@ The same command again resumes a run where it stopped. At the end the averaged w
 to <workdir>/export. In the workdir: config.json, metrics.jsonl, tensorboard/, previews/,
 checkpoints/.
 
+`--profile 20:25` writes a profile of these steps of this start into <workdir>/profile.
+
+A run that has gone wrong (alarms.* in the config) is stopped, and its last good checkpoint kept:
+docs/training_diagnosis.md. `python -m launch.curves WORKDIR` draws the curves.
+
 Ctrl-C and SIGTERM save the state after the current step and export nothing; the exit code is then
 130 or 143, not 0. On TPU pods, Slurm and GKE start the same command on every host with
 --distributed.
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chameleon_jax import parsing
 from chameleon_jax.errors import one_line
 from launch import cli
 
@@ -37,6 +43,12 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.switch(
         "resume_with_changes", "resume a run although the config has changed", default=False
+    )
+    parser.flag(
+        "profile",
+        "write a profile of these steps of this start into <workdir>/profile, e.g. 20:25",
+        kind=parsing.span,
+        metavar="FIRST:LAST",
     )
     parser.compilation_flag()
 
@@ -67,6 +79,7 @@ def command(values: cli.Values) -> int:
         config,
         export_only=values.export_only,
         resume_with_changes=values.resume_with_changes,
+        profile=values.profile,
     )
     return EXIT_CODES[outcome.reason]
 

@@ -54,3 +54,13 @@ def test_sizes():
 def test_no_sizes(text):
     with pytest.raises(ParseError, match="expected HEIGHTxWIDTH"):
         parsing.size(text)
+
+
+def test_spans():
+    assert parsing.span("20:25") == (20, 25) and parsing.span("3:3") == (3, 3)
+
+
+@pytest.mark.parametrize("text", ["", "20", "25:20", "0:5", "a:b", "1:2:3", ":5", "5:", "-1:5"])
+def test_no_spans(text):
+    with pytest.raises(ParseError, match="expected FIRST:LAST, from 1 up, such as 20:25"):
+        parsing.span(text)

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,20 @@ SPARE = 1_000_000  # bytes that a checkpoint needs beside its arrays
 
 class CheckpointError(UserError):
     """A checkpoint cannot be used for this run, or not be written. The message is one line."""
+
+
+class _Kept:
+    """Which checkpoints Orbax keeps: the latest ones, and a protected one."""
+
+    def __init__(self, latest: int):
+        self.latest = latest
+        self.protected: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint, in the order of their steps."""
+        del context
+        old = len(checkpoints) - self.latest
+        return [index >= old or one.step == self.protected for index, one in enumerate(checkpoints)]
 
 
 class Checkpoints:
@@ -49,8 +63,9 @@ class Checkpoints:
             raise CheckpointError(f"{folder}: no such folder of checkpoints")
         # Several processes share the folder: none of them may remove what another one writes.
         self._tidy = not read_only and jax.process_count() == 1
+        self._kept = _Kept(keep)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=None if read_only else self._kept,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=self._tidy,  # what a killed run left behind
@@ -103,6 +118,19 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest checkpoint; one that is being written counts."""
         return self._manager.latest_step()
+
+    def protect(self, step: int | None) -> int | None:
+        """Keep the newest checkpoint up to `step` beside the latest ones, from now on.
+
+        Args:
+          step: None: none is protected any more.
+
+        Returns:
+          The step of the protected checkpoint; None if there is none.
+        """
+        steps = [] if step is None else [s for s in self._manager.all_steps() if s <= step]
+        self._kept.protected = max(steps, default=None)
+        return self._kept.protected
 
     def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
         """Start to save; returns as soon as the arrays may be overwritten.

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -23,11 +24,19 @@ from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
 from chameleon_jax.keys import training_key
+from chameleon_jax.training.alarms import AlarmError, Alarms
 from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.training.feed import Feed, HostBatch
 from chameleon_jax.training.networks import Parameters, Params
+from chameleon_jax.training.profile import Profile, Steps
 from chameleon_jax.training.programs import Program, compile_stage
-from chameleon_jax.training.report import MetricsWriter, Progress, held_out_means, is_due
+from chameleon_jax.training.report import (
+    MetricsWriter,
+    Progress,
+    check_finite,
+    held_out_means,
+    is_due,
+)
 from chameleon_jax.training.settings import check_resume, describe, shortened
 from chameleon_jax.training.stage import Stage, State
 from chameleon_jax.training.state import Batch, ParamTree
@@ -60,18 +69,22 @@ def train(
     eval_batches: Sequence[HostBatch] = (),
     *,
     resume_with_changes: bool = False,
+    profile: Steps | None = None,
 ) -> Outcome:
     """Train until the last step, the time limit or a signal; the state is saved in all three cases.
 
     Args:
-      config: groups `train` and `mesh`, and the keys `workdir` and `seed`; see configs/training.py.
+      config: groups `train`, `mesh` and `alarms`, and the keys `workdir` and `seed`; see
+        configs/training.py.
       stage: what to train.
       feed: endless batches.
       eval_batches: held-out batches, for `stage.evaluate` and for the preview.
       resume_with_changes: resume although the config is not the one of the checkpoint.
+      profile: the steps of this start to write a profile of, into <workdir>/profile.
 
     Raises:
       TrainingDivergedError: a metric became NaN or infinite.
+      AlarmError: a run has gone wrong otherwise; the last good checkpoint is kept.
       CheckpointError, ReportError: the disk cannot be written to; or the run cannot start.
       WeightsError, MeshError, ConfigError: the run cannot start.
     """
@@ -84,37 +97,83 @@ def train(
     with Checkpoints(workdir / "checkpoints", limits.keep) as checkpoints, StopRequest() as stop:
         like = _blueprint(stage, mesh)
         frozen = {name: _load(stage, name, net, mesh) for name, net in stage.frozen.items()}
-        state, step = _start(config, stage, like, checkpoints, feed, mesh)
+        state, step, before = _start(config, stage, like, checkpoints, feed, mesh)
         about = {"stage": stage.name, "config": describe(config)}
-        with MetricsWriter(workdir, step) as writer:
-            progress = Progress(writer, stage.shown, step, limits.steps, limits.log_every)
+        alarms = Alarms(config.alarms, before.get("alarms"))
+        with (
+            MetricsWriter(workdir, step, before.get("seconds", 0.0)) as writer,
+            Profile(workdir / "profile", profile) as profiler,
+        ):
+            progress = Progress(
+                writer,
+                stage.shown,
+                step,
+                limits.steps,
+                limits.log_every,
+                devices=mesh.size,
+                watch=alarms.see,
+            )
             programs = compile_stage(stage, like, frozen, mesh, progress.skip)
             reason = "finished"
             while step < limits.steps:
                 batch = sharding.put_batch(next(feed), mesh)
-                state, metrics = programs.steps[stage.next_step(step)](state, frozen, batch)
+                program = programs.steps[stage.next_step(step)]
+                state, metrics = profiler.run(program, state, frozen, batch)
                 step += 1
-                progress.add(step, metrics, samples=len(next(iter(batch.values()))))
+                samples = len(next(iter(batch.values())))
+                progress.add(step, metrics, samples, program.flops)
                 if held_out and is_due(step, limits.eval_every, limits.steps):
                     with progress.paused():
                         values = _evaluate(programs.evaluate, state, frozen, held_out, config.seed)
-                        writer.scalars(step, values)
+                        writer.scalars(step, check_finite(step, values))
                 if is_due(step, limits.preview_every, limits.steps):
                     with progress.paused():
                         shown = held_out[0] if held_out else batch
                         key = training_key(config.seed, "preview")
-                        writer.picture(step, programs.preview(state, frozen, shown, key))
+                        picture, values = programs.preview(state, frozen, shown, key)
+                        writer.picture(step, picture)
+                        writer.scalars(step, check_finite(step, values))
+                        alarms.see(step, values)
                 checkpoints.check()
                 last = step == limits.steps
                 reason = "finished" if last else stop.reason(step, limits.max_minutes)
-                if reason or is_due(step, limits.checkpoint_every, limits.steps):
+                save = reason or is_due(step, limits.checkpoint_every, limits.steps)
+                if save:
                     progress.drain()  # never save a state that is not known to be finite
-                    checkpoints.save(step, state, about | {"data": feed.get_state()})
+                if save or alarms.fired:
+                    _heed(alarms, checkpoints, step)
+                if save:
+                    beside = {"alarms": alarms.get_state(), "seconds": writer.seconds}
+                    checkpoints.save(step, state, about | {"data": feed.get_state()} | beside)
                 if reason:
                     break
             checkpoints.wait()
     log.info("stopped at step %d: %s", step, reason)
     return Outcome(state, step, reason, frozen)
+
+
+def _heed(alarms: Alarms, checkpoints: Checkpoints, step: int) -> None:
+    """Keep the last good checkpoint, however many come after it.
+
+    Raises:
+      AlarmError: something is wrong.
+    """
+    good = alarms.good_step
+    if good is not None:
+        good = checkpoints.protect(None if good >= step else good)  # else this step's is good
+    if not alarms.fired:
+        return
+    checkpoints.wait()
+    if good is None:
+        kept = "no checkpoint is from before"
+    else:
+        kept = f"step {good} in {checkpoints.folder} is the last good checkpoint"
+        if good != checkpoints.latest():
+            kept += ", remove those of later steps to go on from it"
+    raise AlarmError(
+        f"{alarms.fired}; {kept}. docs/training_diagnosis.md says what helps;"
+        " --config.alarms.action=warn goes on all the same"
+    )
 
 
 def load_state(config: ConfigDict, stage: Stage) -> tuple[State, int]:
@@ -169,18 +228,21 @@ def _start(
     checkpoints: Checkpoints,
     feed: Feed,
     mesh: Mesh,
-) -> tuple[State, int]:
-    """The state to begin with and the number of its steps; the feed is set to the same place."""
+) -> tuple[State, int, dict[str, Any]]:
+    """The state to begin with, the number of its steps, and what was saved beside it.
+
+    The feed is set to the same place.
+    """
     networks = stage.trained.values()
     count = sum(math.prod(leaf.shape) for net in networks for leaf in net.shapes.values())
     log.info("stage %s: %.2f M parameters, mesh %s", stage.name, count / 1e6, dict(mesh.shape))
     newest = checkpoints.latest()
     if newest is None:
-        return _first_state(config, stage, like, mesh), 0
+        return _first_state(config, stage, like, mesh), 0, {}
     state, about = checkpoints.restore(newest, like, stage.name)
     feed.set_state(about["data"])
     log.info("resumed at step %d in %s", newest, config.workdir)
-    return state, newest
+    return state, newest, about
 
 
 def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> State:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from chameleon_jax import files
+from chameleon_jax import files, machine
 from chameleon_jax.errors import UserError, need
+from chameleon_jax.training.flops import Flops
 from chameleon_jax.training.state import Metrics
 
 log = logging.getLogger(__name__)
@@ -42,13 +43,15 @@ class MetricsWriter:
       folder: gets metrics.jsonl, tensorboard/ and previews/.
       step: that the run starts or is resumed at; lines of later steps are removed, for they come
         again.
+      seconds: that the run had taken by then.
 
     Raises:
       MissingPackageError: tensorboardX is not installed.
       ReportError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: str | os.PathLike, step: int):
+    def __init__(self, folder: str | os.PathLike, step: int, seconds: float = 0.0):
+        self._begin = time.monotonic() - seconds
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -61,8 +64,13 @@ class MetricsWriter:
             self._file = path.open("a", encoding="utf-8")
             # A queue without an end: TensorBoard's thread dies when the disk is full, and a full
             # queue would then wait for it for ever.
+            # Files are named by the second: two starts within one would share theirs.
             self._board = tensorboard.SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=step + 1, flush_secs=30, max_queue=0
+                str(self.folder / "tensorboard"),
+                purge_step=step + 1,
+                flush_secs=30,
+                max_queue=0,
+                filename_suffix=f".{step}",
             )
 
     def __enter__(self) -> MetricsWriter:
@@ -80,8 +88,13 @@ class MetricsWriter:
             with contextlib.suppress(OSError):  # every line was flushed, or has raised, before
                 target.close()
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, one point of each curve.
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, all its starts together; not what a killed one did in vain."""
+        return round(time.monotonic() - self._begin, 3)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, with `seconds`, and one point of each curve.
 
         Raises:
           ReportError: it cannot be written.
@@ -89,7 +102,8 @@ class MetricsWriter:
         if not self._writes or not values:
             return
         with _named_failure(self.folder):
-            self._file.write(json.dumps({"step": step} | values) + "\n")
+            line = {"step": step, "seconds": self.seconds, **values}
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -112,7 +126,13 @@ class Progress:
     """Metrics of the steps, their means at intervals, and the line that says how far a run is.
 
     Metrics are collected one step late, so that the host never waits for the step that it has just
-    started.
+    started. Beside their means an interval gets
+
+      steps_per_second, samples_per_second
+      tflops_per_second      of one device, by the model's operations, see `flops`
+      mfu, hfu               by the model's and the hardware's operations: shares of the peak of
+                             bfloat16 products, where that of the device is known
+      memory_gb, memory_peak_gb    see `machine.memory_in_use`
 
     Args:
       writer: gets the means.
@@ -120,25 +140,38 @@ class Progress:
       start: steps taken before.
       last: the last step of the run.
       every: steps between two lines; 0: none.
+      devices: that share a step.
+      watch: is called with the metrics of every step, once they are there.
     """
 
     def __init__(
-        self, writer: MetricsWriter, shown: Sequence[str], start: int, last: int, every: int
+        self,
+        writer: MetricsWriter,
+        shown: Sequence[str],
+        start: int,
+        last: int,
+        every: int,
+        *,
+        devices: int = 1,
+        watch: Callable[[int, Mapping[str, float]], None] | None = None,
     ):
         self._writer, self._shown = writer, shown
         self._last, self._every, self._first = last, every, start + 1
+        self._devices, self._watch = devices, watch
         self._pending: tuple[int, Metrics] | None = None
         self._values: dict[str, list[float]] = collections.defaultdict(list)
         self._restart()
 
     def _restart(self) -> None:
         self._samples, self._steps, self._since = 0, 0, time.monotonic()
+        self._flops = Flops()
 
-    def add(self, step: int, metrics: Metrics, samples: int) -> None:
-        """Note the metrics of a step that is still running."""
+    def add(self, step: int, metrics: Metrics, samples: int, flops: Flops) -> None:
+        """Note the metrics of a step that is still running, and its operations."""
         self.drain()
         self._pending = (step, metrics)
         self._samples += samples
+        self._flops += flops
         self._steps += 1
 
     def drain(self) -> None:
@@ -151,12 +184,9 @@ class Progress:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise TrainingDivergedError(
-                f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before."
-                " Lower schedule.peak or optimizer.clip and start again"
-            )
+        check_finite(step, values)
+        if self._watch is not None:
+            self._watch(step, values)
         for name, value in values.items():
             self._values[name].append(value)
         if step == self._first:  # the first step warms everything up: it would spoil the rate
@@ -172,9 +202,15 @@ class Progress:
             seconds = max(time.monotonic() - self._since, 1e-9)
             means["steps_per_second"] = self._steps / seconds
             means["samples_per_second"] = self._samples / seconds
+            means |= utilisation(self._flops, seconds, self._devices)
             left = (self._last - step) * seconds / self._steps
             parts.append(f"| {means['steps_per_second']:.3g} steps/s,")
-            parts.append(f"{means['samples_per_second']:.3g} samples/s | {_duration(left)} left")
+            parts.append(f"{means['samples_per_second']:.3g} samples/s")
+            if "mfu" in means:
+                parts.append(f"| MFU {100 * means['mfu']:.1f} %")
+            parts.append(f"| {_duration(left)} left")
+        means["memory_gb"] = machine.memory_in_use() / 1e9
+        means["memory_peak_gb"] = machine.peak_memory() / 1e9
         log.info(" ".join(parts))
         self._writer.scalars(step, means)
         self._values.clear()
@@ -191,6 +227,46 @@ class Progress:
     def skip(self, seconds: float) -> None:
         """So many seconds that have just passed do not count for the rate."""
         self._since += seconds
+
+
+def utilisation(flops: Flops, seconds: float, devices: int) -> dict[str, float]:
+    """Operations a second of each device, and shares of its peak; see `Progress`.
+
+    Empty if the operations are not known; without shares if the peak is not.
+
+    Args:
+      flops: of all devices.
+      seconds: that they took.
+      devices: how many there are, all of one kind.
+    """
+    if flops.unknown or not flops.hardware:
+        return {}
+    found = {"tflops_per_second": flops.model / seconds / devices / 1e12}
+    peak = machine.peak_flops(jax.local_devices()[0].device_kind)
+    if peak is not None:
+        share = seconds * devices * peak
+        found |= {"mfu": flops.model / share, "hfu": flops.hardware / share}
+    return found
+
+
+def check_finite(step: int, values: dict[str, float]) -> dict[str, float]:
+    """The metrics of a step as they are.
+
+    Raises:
+      TrainingDivergedError: one of them is NaN or infinite, or says that something is
+        (`sample/nonfinite`, a share).
+    """
+    bad = [
+        name
+        for name, value in values.items()
+        if not math.isfinite(value) or (name.endswith("nonfinite") and value)
+    ]
+    if bad:
+        raise TrainingDivergedError(
+            f"step {step}: {', '.join(bad)} not finite; the newest checkpoint is from before."
+            " Lower schedule.peak or optimizer.clip and start again"
+        )
+    return values
 
 
 def held_out_means(batches: Sequence[Metrics]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from chameleon_jax.training.export import export, stored_model
 from chameleon_jax.training.feed import HostBatch
 from chameleon_jax.training.loop import Outcome
 from chameleon_jax.training.networks import weights_file
+from chameleon_jax.training.profile import Steps
 from chameleon_jax.training.settings import check_resume, check_settings
 from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import make_stage
@@ -39,7 +40,11 @@ EXIT_CODES = {"finished": 0, "time": 0, "SIGINT": 130, "SIGTERM": 143}
 
 
 def run(
-    config: ConfigDict, *, export_only: bool = False, resume_with_changes: bool = False
+    config: ConfigDict,
+    *,
+    export_only: bool = False,
+    resume_with_changes: bool = False,
+    profile: Steps | None = None,
 ) -> Outcome:
     """Train the stage that a config describes, and export its weights.
 
@@ -50,6 +55,7 @@ def run(
       config: see configs/training.py.
       export_only: train nothing; export the newest checkpoint, also of a run that is going on.
       resume_with_changes: resume from a checkpoint that was made with other settings.
+      profile: the steps of this start to write a profile of, into <workdir>/profile.
 
     Raises:
       UserError: the run cannot start or continue. The message is one line.
@@ -72,7 +78,9 @@ def run(
         _check_batch(part.loader.batch, config.train.get("accumulate", 1), mesh)
     feed = stage.batches(_in_memory(config, source))
     _save_config(config)
-    outcome = loop.train(config, stage, feed, held_out, resume_with_changes=resume_with_changes)
+    outcome = loop.train(
+        config, stage, feed, held_out, resume_with_changes=resume_with_changes, profile=profile
+    )
     if outcome.reason in ("SIGINT", "SIGTERM"):
         log.warning(stopped_message(config, outcome))
     else:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError, flatten
 from chameleon_jax.keys import MAX_SEED
 from chameleon_jax.models.build import DTYPES
+from chameleon_jax.training.alarms import ACTIONS
 from chameleon_jax.training.checkpoints import CheckpointError, newest_step, read_about
 
 
@@ -96,6 +97,12 @@ RANGES = {
     "preview.samples": COUNT,
     "preview.frames": COUNT,
     "preview.steps": COUNT,
+    "alarms.explosion": Range(0),
+    "alarms.contrast": SHARE,
+    "alarms.motion": SHARE,
+    "alarms.colour": Range(0),
+    "alarms.checks": COUNT,
+    "alarms.arm_after": Range(0),
 }
 # Keys whose value is a tuple of tuples of whole numbers above 0.
 TABLES = {
@@ -112,6 +119,7 @@ FREE = (
     "streaming.*",
     "mesh.*",
     "preview.*",
+    "alarms.*",
     "data.threads",
     "data.prefetch",
     "data.workers",
@@ -145,6 +153,8 @@ def _faults(config: ConfigDict, flat: Mapping[str, Any]) -> Iterator[str]:
     for key in ("dtype", "export_dtype"):
         if flat[key] not in DTYPES:
             yield f"{key} is {flat[key]!r}; expected one of {', '.join(DTYPES)}"
+    if "alarms.action" in flat and flat["alarms.action"] not in ACTIONS:
+        yield f"alarms.action is {flat['alarms.action']!r}; expected one of {', '.join(ACTIONS)}"
     for key, value in flat.items():
         if key in RANGES:
             if not _is_number(value) or value not in RANGES[key]:

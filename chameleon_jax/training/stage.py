@@ -44,7 +44,8 @@ from chameleon_jax.training.state import (
 
 State = Any  # a tree of arrays; what belongs to a parameter lies under the parameter's dotted name
 Step = Callable[[State, ParamTree, Batch], tuple[State, Metrics]]
-Preview = Callable[[State, ParamTree, Batch, jax.Array], np.ndarray]
+Shown = tuple[np.ndarray, dict[str, float]]  # a picture, uint8 [h, w, 3], and measures of it
+Preview = Callable[[State, ParamTree, Batch, jax.Array], Shown]
 Finish = Callable[[ConfigDict, ParamTree, Sequence[Batch]], ConfigDict]
 
 
@@ -66,7 +67,8 @@ class Stage:
       init: pure; parameters of the trained networks -> the state before the first step.
       steps: pure; each (state, frozen, batch) -> (state, metrics), metrics being float32 scalars.
       evaluate: pure; (state, frozen, batch, key) -> metrics of a held-out batch, maybe none.
-      preview: (state, frozen, batch, key) -> a picture, uint8 [h, w, 3]. All processes call it.
+      preview: (state, frozen, batch, key) -> a picture, uint8 [h, w, 3], and finite measures of
+        what it shows, named `sample/...`. All processes call it, and get the same measures.
       exported: (state, frozen) -> weights that inference uses, of the trained networks, by the name
         of their file. Of `frozen` it may read `parts`.
       batches: a source of records -> endless batches to train on.
@@ -113,7 +115,7 @@ def simple_stage(
     *,
     trained: Mapping[str, Parameters],
     loss: Loss,
-    preview: Callable[[ParamTree, ParamTree, Batch, jax.Array], np.ndarray],
+    preview: Callable[[ParamTree, ParamTree, Batch, jax.Array], Shown],
     start: Callable[[ParamTree], ParamTree] | None = None,
     whole: Callable[[ParamTree, ParamTree], ParamTree] | None = None,
     **others: Any,
@@ -161,7 +163,7 @@ def simple_stage(
 
     def preview_average(
         state: TrainState, frozen: ParamTree, batch: Batch, key: jax.Array
-    ) -> np.ndarray:
+    ) -> Shown:
         return preview(state.inference_params, frozen, batch, key)
 
     def exported(state: TrainState, frozen: ParamTree) -> ParamTree:

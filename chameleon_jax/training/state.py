@@ -82,7 +82,8 @@ def descend(
 
     Returns:
       (state, fixed parameters, batch) -> (state, metrics). The metrics are `loss`, those that the
-      loss gives, and `grad_norm`, the length of the gradient before it is clipped.
+      loss gives, and `grad_norm`, the length of the gradient before it is clipped; if several
+      networks change, also that of each alone, `grad_norm/NAME`.
     """
 
     def step(state: TrainState, fixed: ParamTree, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -95,7 +96,7 @@ def descend(
         if ema_decay:
             rate = ema_rate(count, ema_decay, ema_start)
             ema = jax.tree.map(lambda old, new: rate * old + (1 - rate) * new, ema, params)
-        metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": value, **metrics, **_grad_norms(grads)}
         return TrainState(count, params, opt_state, ema), metrics
 
     return step
@@ -148,3 +149,10 @@ def _split(name: str, value: jax.Array, parts: int) -> jax.Array:
             f" parts; choose a divisor of {samples}, or another size of the batch"
         )
     return jnp.moveaxis(value.reshape(samples // parts, parts, *value.shape[1:]), 1, 0)
+
+
+def _grad_norms(grads: ParamTree) -> Metrics:
+    norms = {"grad_norm": optax.tree.norm(grads)}
+    if len(grads) > 1:
+        norms |= {f"grad_norm/{name}": optax.tree.norm(grad) for name, grad in grads.items()}
+    return norms

@@ -35,6 +35,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
             ["--config=configs/vae.py", "--config.workdir=x", "--config.data.dir=/nowhere"],
             "/nowhere: no such folder",
         ),
+        (["--profile=5"], "--profile: '5': expected FIRST:LAST, from 1 up, such as 20:25"),
     ],
 )
 def test_faults_are_one_line(arguments, message):

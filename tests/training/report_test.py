@@ -1,9 +1,10 @@
-"""metrics.jsonl after a kill, and with lines that are not ours; writing on a full disk."""
+"""metrics.jsonl and TensorBoard after a kill; lines that are not ours; writing on a full disk."""
 
 from __future__ import annotations
 
 import builtins
 import json
+import struct
 import sys
 
 import numpy as np
@@ -100,3 +101,32 @@ def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.import_module", refuse)
     with pytest.raises(MissingPackageError, match="the extra 'train'"):
         MetricsWriter(tmp_path, 0)
+
+
+def shown_in_tensorboard(folder):
+    """Steps of the curve `loss` that TensorBoard shows: a start drops the steps from its own on."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    steps = []
+    for path in sorted(folder.glob("events*"), key=lambda path: path.stat().st_mtime_ns):
+        content, place = path.read_bytes(), 0
+        while place < len(content):  # records: length, its checksum, bytes, their checksum
+            (size,) = struct.unpack_from("<Q", content, place)
+            event = Event.FromString(content[place + 12 : place + 12 + size])
+            place += 16 + size
+            if event.session_log.status == SessionLog.START:
+                steps = [step for step in steps if step < event.step]
+            steps += [event.step for value in event.summary.value if value.tag == "loss"]
+    return steps
+
+
+def test_curves_of_a_killed_and_resumed_run_have_no_gap_and_no_double(tmp_path):
+    for first, last in ((1, 5), (4, 6)):  # killed after step 5, with a checkpoint of step 3
+        with MetricsWriter(tmp_path, first - 1, seconds=100.0 * (first - 1)) as writer:
+            for step in range(first, last + 1):
+                writer.scalars(step, {"loss": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert shown_in_tensorboard(tmp_path / "tensorboard") == [1, 2, 3, 4, 5, 6]
+    seconds = [line["seconds"] for line in lines]
+    assert 0 <= seconds[0] <= seconds[2] < 60 and 300 <= seconds[3] <= seconds[5] < 360

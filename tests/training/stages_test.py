@@ -95,6 +95,13 @@ def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
     ]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert all(np.isfinite(line["eval/loss"]) for line in lines if "eval/loss" in line)
+    norms = [[line[f"grad_norm{of}"] for of in ("", "/dit", "/text")] for line in lines[:1]]
+    np.testing.assert_allclose(norms[0][0], np.hypot(*norms[0][1:]), rtol=1e-5)
+    (sample,) = [line for line in lines if "sample/motion" in line]
+    assert {f"sample/{name}_ratio" for name in ("motion", "colour", "contrast")} <= sample.keys()
+    assert {"sample/first/motion_ratio", "sample/last/motion_ratio"} <= sample.keys()
+    assert sample["sample/nonfinite"] == 0 and sample["sample/latent_std"] > 0
+    assert all("tflops_per_second" in line for line in lines if "steps_per_second" in line)
     export = tmp_path / "teacher" / "export"
     assert {path.name for path in export.iterdir()} == {
         "config.json",

@@ -59,11 +59,13 @@ def stage(config: ConfigDict, name: str = "toy", feed=None) -> Stage:
     )
 
 
-def show(network: Network, params, frozen, batch, key) -> np.ndarray:
-    """A preview: what the network makes of the batch, uint8 [8, 16, 3]."""
+def show(network: Network, params, frozen, batch, key) -> tuple[np.ndarray, dict[str, float]]:
+    """A preview: what the network makes of the batch, uint8 [8, 16, 3], and its contrast."""
     del frozen, key
     made = to_host(network.bind(params["toy"])(batch["x"]))
-    return np.repeat(np.uint8(np.clip(128 + 40 * made, 0, 255))[..., None], 3, axis=-1)
+    picture = np.repeat(np.uint8(np.clip(128 + 40 * made, 0, 255))[..., None], 3, axis=-1)
+    true = to_host(batch["x"])
+    return picture, {"sample/contrast_ratio": float(made.std() / true.std())}
 
 
 class ToyFeed:
@@ -132,6 +134,15 @@ def config(workdir, steps: int, overrides=()) -> ConfigDict:
             },
             "schedule": {"name": "constant", "peak": 1e-2, "warmup": 2},
             "ema": {"decay": 0.9, "start": 0},
+            "alarms": {
+                "action": "stop",
+                "explosion": 20.0,
+                "contrast": 0.3,
+                "motion": 0.7,
+                "colour": 1.15,
+                "checks": 3,
+                "arm_after": 0,
+            },
         }
     )
     override(result, overrides)

@@ -36,10 +36,10 @@ def weights(tmp_path_factory):
     return folder
 
 
-def make_stage(weights) -> Stage:
+def make_stage(weights, critic_rate=2e-3) -> Stage:
     """The generator follows the difference between a frozen score and a critic."""
     network = Network(lambda rngs: toy.Toy(rngs=rngs))
-    generator_optimizer, critic_optimizer = optax.adam(1e-2, b1=0.0), optax.adam(2e-3)
+    generator_optimizer, critic_optimizer = optax.adam(1e-2, b1=0.0), optax.adam(critic_rate)
 
     def generate(params, batch, key):
         noise = jax.random.normal(key, batch["x"].shape)
@@ -74,7 +74,8 @@ def make_stage(weights) -> Stage:
     def critic_step(state, frozen, batch):
         fixed = frozen | state["generator"].params
         critic, metrics = descend_critic(state["critic"], fixed, batch)
-        return state | {"critic": critic}, {"critic/loss": metrics["loss"]}
+        named = {f"critic/{name}": metrics[name] for name in ("loss", "grad_norm")}
+        return state | {"critic": critic}, named
 
     def both_steps(state, frozen, batch):
         fixed = frozen | state["critic"].params
@@ -95,7 +96,7 @@ def make_stage(weights) -> Stage:
         return {"distance": loss}
 
     def preview(state, frozen, batch, key):
-        return np.zeros((4, 4, 3), np.uint8)
+        return np.zeros((4, 4, 3), np.uint8), {}
 
     return Stage(
         name="two_networks",

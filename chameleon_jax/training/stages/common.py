@@ -26,13 +26,14 @@ from chameleon_jax.diffusion import flow
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.sharding import to_host
+from chameleon_jax.training import diagnosis
 from chameleon_jax.training.feed import Feed, HostBatch, Part
 from chameleon_jax.training.networks import (
     Parameters,
     build_network,
     weights_file,
 )
-from chameleon_jax.training.stage import Stage, simple_stage
+from chameleon_jax.training.stage import Shown, Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
 from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name
 
@@ -385,44 +386,62 @@ def _part(config: ConfigDict, frames: int, clips: int) -> Part:
 
 def make_preview(
     config: ConfigDict, nets: Networks, generate: Generate
-) -> Callable[[ParamTree, ParamTree, Batch, jax.Array], np.ndarray]:
-    """A preview of generated clips.
+) -> Callable[[ParamTree, ParamTree, Batch, jax.Array], Shown]:
+    """A preview of generated clips, and how they measure up to the true ones.
 
     For each sample two rows: reference, garment and frames of the true clip; below, the same frames
-    of the generated one.
+    of the generated one. The measures are those of `diagnosis`, of the clips that are shown; those
+    of the latents are of the whole batch. The true clips are decoded from their latents as well,
+    so that the VAE makes no difference.
 
     Args:
-      config: group `preview`.
+      config: group `preview`, and `cache.block` for the measures of the first and last chunk.
       nets: of the stage.
-      generate: pure; (trained parameters, frozen ones, batch, key) -> latents of the video.
+      generate: pure; (trained parameters, frozen ones, batch, key) -> latents of the video, maybe
+        fewer frames than the true one.
     """
     generate = jax.jit(generate)
+    compare_latents = jax.jit(diagnosis.latent_measures)
+    chunk = config.cache.block * read_sizes("vae", config.model.vae).temporal_factor
 
     @jax.jit
-    def decode(frozen: ParamTree, z: jax.Array) -> jax.Array:
-        return to_uint8(nets.bind("vae", frozen).decode(z))
+    def decode(frozen: ParamTree, z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        pixels = to_uint8(nets.bind("vae", frozen).decode(z))
+        return pixels, diagnosis.frame_measures(pixels)
 
     @jax.jit
     def read(frozen: ParamTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return latents(nets, frozen, batch)
 
-    def preview(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> np.ndarray:
+    def preview(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> Shown:
         z_context, z_video = read(frozen, batch)
         z_made = generate(params, frozen, batch, key)
+        z_video = z_video[:, : z_made.shape[1]]
         count = min(config.preview.samples, z_video.shape[0])
-        reference, garment = (
-            to_host(decode(frozen, z_context[:count, i : i + 1]))[:, 0] for i in range(2)
+        (reference, _), (garment, _) = (
+            to_host(decode(frozen, z_context[:count, i : i + 1])) for i in range(2)
         )
-        true, made = (to_host(decode(frozen, z[:count])) for z in (z_video, z_made))
+        (true, of_true), (made, of_made) = (
+            to_host(decode(frozen, z[:count])) for z in (z_video, z_made)
+        )
         shown = evenly_spaced(true.shape[1], config.preview.frames)
         rows = []
         for index in range(count):
-            blank = np.full_like(reference[index], 255)
-            rows.append([reference[index], garment[index], *true[index][shown]])
+            blank = np.full_like(reference[index, 0], 255)
+            rows.append([reference[index, 0], garment[index, 0], *true[index][shown]])
             rows.append([blank, blank, *made[index][shown]])
-        return np.asarray(contact_sheet(rows))
+        measures = diagnosis.compare(of_made, of_true, chunk)
+        measures |= {
+            name: float(value) for name, value in to_host(compare_latents(z_made, z_video)).items()
+        }
+        return np.asarray(contact_sheet(rows)), sample_metrics(measures)
 
     return preview
+
+
+def sample_metrics(measures: Mapping[str, float]) -> dict[str, float]:
+    """Measures of generated clips by the names that metrics and alarms have."""
+    return {f"sample/{name}": value for name, value in measures.items()}
 
 
 def evenly_spaced(frames: int, count: int) -> np.ndarray:

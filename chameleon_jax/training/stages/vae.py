@@ -25,9 +25,10 @@ from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.sharding import to_host
+from chameleon_jax.training import diagnosis
 from chameleon_jax.training.feed import Feed, HostBatch, Part, crop
 from chameleon_jax.training.networks import Network, build_network, weights_file
-from chameleon_jax.training.stage import Stage, simple_stage
+from chameleon_jax.training.stage import Shown, Stage, simple_stage
 from chameleon_jax.training.stages import common
 from chameleon_jax.training.stages import vae_loss as losses
 from chameleon_jax.training.state import Batch, Metrics, ParamTree
@@ -49,18 +50,20 @@ def make_stage(config: ConfigDict) -> Stage:
         return losses.loss(vae, x, key, weights, encoder=config.loss.encoder)
 
     @jax.jit
-    def repeat(params: ParamTree, batch: Batch) -> jax.Array:
-        vae = network.bind(params["vae"])
-        return to_uint8(vae.decode(vae.encode(to_model(batch["video"][: config.preview.samples]))))
+    def repeat(params: ParamTree, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]]]:
+        vae, true = network.bind(params["vae"]), batch["video"][: config.preview.samples]
+        made = to_uint8(vae.decode(vae.encode(to_model(true))))
+        return tuple((clips, diagnosis.frame_measures(clips)) for clips in (made, true))
 
-    def preview(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> np.ndarray:
+    def preview(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> Shown:
         del frozen, key
-        made, true = to_host(repeat(params, batch)), to_host(batch["video"])
+        (made, of_made), (true, of_true) = to_host(repeat(params, batch))
+        measures = common.sample_metrics(diagnosis.compare(of_made, of_true))
         if true.shape[1] == 1:
-            return np.asarray(contact_sheet([true[: len(made), 0], made[:, 0]]))
+            return np.asarray(contact_sheet([true[:, 0], made[:, 0]])), measures
         shown = common.evenly_spaced(true.shape[1], config.preview.frames)
         rows = [clip[index][shown] for index in range(len(made)) for clip in (true, made)]
-        return np.asarray(contact_sheet(rows))
+        return np.asarray(contact_sheet(rows)), measures
 
     def inflated(params: ParamTree) -> ParamTree:
         return {"vae": losses.inflate(params["vae"])}
