@@ -50,6 +50,10 @@ def paper(stage: str) -> ConfigDict:
                 "checkpoint_every": 250,
                 "eval_batches": 4,  # held-out batches
                 "keep": 2,  # newest checkpoints that are kept
+                # Metric of the held-out batches, e.g. "eval/loss", whose best checkpoint is kept,
+                # too, and saved when it is measured; empty: none.
+                "best": "",
+                "best_mode": "min",  # the best is the lowest; or "max"
                 "remat": True,  # recompute blocks backwards: a third more work, a tenth of memory
                 "scan_layers": False,  # one compiled block in a loop: compiles faster
                 "text": False,  # train the text encoder too

@@ -121,6 +121,8 @@ def config(workdir, steps: int, overrides=()) -> ConfigDict:
                 "preview_every": 0,
                 "checkpoint_every": 3,
                 "keep": 2,
+                "best": "",
+                "best_mode": "min",
             },
             "optimizer": {
                 "name": "adamw",
