@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -87,7 +88,9 @@ def train(
         frozen = {name: _load(stage, name, net, mesh) for name, net in stage.frozen.items()}
         if limits.best and held_out:
             _check_metric(limits.best, stage, like, frozen, held_out[0])
-        state, step = _start(config, stage, like, checkpoints, feed, mesh, strict=strict)
+        state, step, position = _start(config, stage, like, checkpoints, mesh, strict=strict)
+        if position is not None:
+            feed.set_state(position, allow_changes=resume_with_changes)
         about = {"stage": stage.name, "config": describe(config)}
         with MetricsWriter(workdir, step) as writer:
             progress = Progress(writer, stage.shown, step, limits.steps, limits.log_every)
@@ -193,21 +196,19 @@ def _start(
     stage: Stage,
     like: State,
     checkpoints: Checkpoints,
-    feed: Feed,
     mesh: Mesh,
     *,
     strict: bool,
-) -> tuple[State, int]:
-    """The state to begin with and the number of its steps; the feed is set to the same place."""
+) -> tuple[State, int, dict[str, Any] | None]:
+    """The state to begin with, its step, and the position in the data unless it is the first."""
     networks = stage.trained.values()
     count = sum(math.prod(leaf.shape) for net in networks for leaf in net.shapes.values())
     log.info("stage %s: %.2f M parameters, mesh %s", stage.name, count / 1e6, dict(mesh.shape))
     if not checkpoints.steps():
-        return _first_state(config, stage, like, mesh), 0
+        return _first_state(config, stage, like, mesh), 0, None
     step, state, about = checkpoints.restore_newest(like, stage.name, strict=strict)
-    feed.set_state(about["data"])
     log.info("resumed at step %d in %s", step, config.workdir)
-    return state, step
+    return state, step, about["data"]
 
 
 def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> State:

@@ -102,7 +102,7 @@ class ToyFeed:
     def get_state(self):
         return {"count": self.count}
 
-    def set_state(self, state):
+    def set_state(self, state, *, allow_changes=False):
         self.count = state["count"]
 
 

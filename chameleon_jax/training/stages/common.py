@@ -233,8 +233,8 @@ def _part(config: ConfigDict, frames: int, clips: int) -> Part:
             f"{path} has {tokenizer.vocab} pieces, model.text.vocab is {config.model.text.vocab}"
         )
 
-    def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
-        del rng
+    def transform(raw: dict[str, Any], rngs: list[np.random.Generator]) -> HostBatch:
+        del rngs
         ids, mask = tokenizer(raw["prompt"])
         found = {name: raw[name] for name in (*LATENTS, *PIXELS) if name in raw}
         return found | {"ids": ids, "mask": mask}
