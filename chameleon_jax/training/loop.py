@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -223,8 +224,16 @@ def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> S
 
 
 def _random(network: Network, key: jax.Array, mesh: Mesh) -> Params:
+    """Random parameters, each part on its device and none whole on one, nor twice on the host."""
     params = network.init(key)
-    return jax.device_put(params, sharding.param_shardings(params, mesh))
+    places = sharding.param_shardings(params, mesh)
+    placed = {}
+    for name in list(params):
+        value = np.asarray(params.pop(name))
+        placed[name] = jax.make_array_from_callback(
+            value.shape, places[name], lambda part, value=value: np.array(value[part])
+        )
+    return placed
 
 
 def _load(stage: Stage, name: str, network: Network, mesh: Mesh) -> Params:
