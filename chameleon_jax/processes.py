@@ -1,8 +1,10 @@
 """One program as several processes, on one machine or many: how they meet, and how they end.
 
-    supervise(lambda: work())      # in the parent: waits, and says why the child ended
-        connect(...)               # in the child, before JAX finds its devices
+    def work():                 # in a child process
+        connect(meeting)        # before JAX finds its devices
         ...
+
+    supervise(work, "...")      # in its parent: waits, and says how the child ended
 
 JAX watches over its processes: when one dies, its coordination service tells the others, and JAX
 ends each of them on the spot, in the middle of a collective if need be, by `abort` and with a page
@@ -21,7 +23,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from chameleon_jax.errors import UserError, one_line
 
@@ -29,6 +31,7 @@ LOST = 75  # exit code: another process of the run was lost; the same command re
 HEARTBEAT = 40  # seconds without a sign of life after which JAX takes a process for lost
 VERDICT = HEARTBEAT + 15  # seconds after which JAX would have said that a process is lost
 CONNECT = 300  # seconds in which all processes must have started
+TOGETHER = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes: all end at the same step
 _GOODBYE = b"."  # what a child says when it ends by its own will
 
 
@@ -112,9 +115,9 @@ def supervise(work: Callable[[], int], waiting_for: str) -> int:
     Signals that ask to end are passed on. If this process is killed, the child is, too.
 
     Args:
-      work: gives the exit code. A `UserError` ends the child at once with one line and code 2;
-        any other exception, too, with its traceback and code 1, unless it comes from the loss of
-        another process.
+      work: gives the exit code, or raises SystemExit with it. Of `TOGETHER` all processes must
+        end with the same one. Any other exception ends the child with its traceback and code 1,
+        unless it comes from the loss of another process.
       waiting_for: what the work first waits for, for a message.
 
     Returns:
@@ -141,16 +144,9 @@ def _be_child(work: Callable[[], int], writer: int) -> None:
     _die_with_parent()
     code = 1
     try:
-        code = work()
-        _leave_together()
-    except UserError as error:
-        print(f"error: {_who()}{one_line(error)}", file=sys.stderr, flush=True)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = 130
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
+        code = _exit_code(work)
+        if code in TOGETHER:
+            _leave_together()
     except BaseException as error:
         # Most often a collective that has failed because another process is gone: then JAX is
         # about to end this one, and its parent says so.
@@ -169,6 +165,22 @@ def _be_child(work: Callable[[], int], writer: int) -> None:
         sys.stderr.flush()
     os.write(writer, _GOODBYE)
     os._exit(code)
+
+
+def _exit_code(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+
+
+@contextlib.contextmanager
+def named_errors() -> Iterator[None]:
+    """Errors for the user say which process they come from."""
+    try:
+        yield
+    except UserError as error:
+        raise ProcessError(f"{_who()}{error}") from None
 
 
 def _verdict(code: int, by_its_own_will: bool, waiting_for: str) -> int:
@@ -199,7 +211,7 @@ def _wait(child: int) -> int:
 
 
 @contextlib.contextmanager
-def _passed_on(child: int):
+def _passed_on(child: int) -> Iterator[None]:
     """SIGTERM goes on to the child; Ctrl-C reaches it by itself, as one of the terminal's group."""
 
     def pass_on(number: int, frame: object) -> None:

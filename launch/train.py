@@ -21,6 +21,7 @@ dies, the others end within a minute with exit code 75, and the same commands re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,12 @@ def command(values: cli.Values) -> int:
     def one_of_several() -> int:
         config = read_config(values)  # its faults are named before all processes have met
         processes.connect(meeting)
-        return train(config, values)
+        with processes.named_errors():
+            return train(config, values)
 
-    return processes.supervise(one_of_several, f"waiting for {meeting}")
+    return processes.supervise(
+        functools.partial(cli.finish, one_of_several), f"waiting for {meeting}"
+    )
 
 
 def read_config(values: cli.Values) -> ConfigDict:

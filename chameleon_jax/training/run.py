@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
@@ -120,6 +121,8 @@ def _export(config: ConfigDict, stage: Stage, state: State, batches: Sequence[Ho
     params = stage.exported(state)
     measured = stage.finish(config, params, [sharding.put_batch(batch, mesh) for batch in batches])
     export(export_folder(config), params, stage, measured, config.data.tokenizer or None)
+    if jax.process_count() > 1:  # the first one writes for long, and the others must not leave it
+        multihost_utils.sync_global_devices("exported")
     log.info("weights exported to %s", export_folder(config))
 
 
