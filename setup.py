@@ -61,7 +61,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["chameleon_jax*", "configs*", "launch*", "converters*"]),
     include_package_data=True,
-    package_data={"chameleon_jax": ["assets/**/*"]},
+    package_data={"chameleon_jax": ["assets/**/*"], "launch": ["*.sh", "*.yaml"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["chameleon=launch.__main__:main"]},

@@ -50,6 +50,10 @@ def paper(stage: str) -> ConfigDict:
                 "checkpoint_every": 250,
                 "eval_batches": 4,  # held-out batches
                 "keep": 2,  # newest checkpoints that are kept, beside the last good one (alarms)
+                # Metric of the held-out batches, e.g. "eval/loss", whose best checkpoint is kept,
+                # too, and saved when it is measured; empty: none.
+                "best": "",
+                "best_mode": "min",  # the best is the lowest; or "max"
                 "accumulate": 1,  # parts of a batch, one after the other: their mean is the step
                 # What the backward pass computes again, to save memory: "none", "dots",
                 # "attention" or "full", see models/remat.py.

@@ -20,6 +20,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/checkpoints.md",
+    "docs/clusters.md",
     "docs/training_diagnosis.md",
     "chameleon_jax/assets/runway_tiny/MODEL_CARD.md",
 )

@@ -83,7 +83,8 @@ class BatchPlan:
     """Which records make up batch n: `plan(n) -> (bucket, record indices [batch])`. No state.
 
     In every epoch each bucket is shuffled and cut into batches, what does not fill one is left out,
-    and the batches of all buckets are shuffled.
+    and the batches of several buckets are shuffled. With one bucket the order of the records does
+    not depend on the size of the batches.
 
     Args:
       sizes: int [records, 2], height and width of each record.
@@ -130,6 +131,8 @@ class BatchPlan:
             full = len(order) // self.batch
             rows = order[: full * self.batch].reshape(full, self.batch)
             batches += [(bucket, indices) for indices in rows]
+        if len(self.members) == 1:
+            return batches
         order = data_rng(self.seed, "batches", epoch).permutation(len(batches))
         return [batches[i] for i in order]
 

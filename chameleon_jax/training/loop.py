@@ -4,7 +4,7 @@ A stage brings its networks and its steps (`stage.Stage`); the config brings the
 whose folder holds a checkpoint is resumed from it, to the bit. In order of preference a network
 starts from
 
-  1. the newest checkpoint in the run's own folder,
+  1. the newest checkpoint in the run's own folder that is not damaged,
   2. the weights that the stage names for it,
   3. random numbers.
 """
@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
+from chameleon_jax.config import ConfigError
 from chameleon_jax.keys import training_key
 from chameleon_jax.training.alarms import AlarmError, Alarms
 from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
@@ -70,6 +72,7 @@ def train(
     *,
     resume_with_changes: bool = False,
     profile: Steps | None = None,
+    strict: bool = False,
 ) -> Outcome:
     """Train until the last step, the time limit or a signal; the state is saved in all three cases.
 
@@ -81,6 +84,7 @@ def train(
       eval_batches: held-out batches, for `stage.evaluate` and for the preview.
       resume_with_changes: resume although the config is not the one of the checkpoint.
       profile: the steps of this start to write a profile of, into <workdir>/profile.
+      strict: do not resume from an earlier checkpoint than the newest, should that be damaged.
 
     Raises:
       TrainingDivergedError: a metric became NaN or infinite.
@@ -94,10 +98,14 @@ def train(
     if changes:
         log.warning("resumed with other settings: %s", shortened(changes))
     held_out = [sharding.put_batch(batch, mesh) for batch in eval_batches]
-    with Checkpoints(workdir / "checkpoints", limits.keep) as checkpoints, StopRequest() as stop:
+    with _checkpoints(config) as checkpoints, StopRequest() as stop:
         like = _blueprint(stage, mesh)
         frozen = {name: _load(stage, name, net, mesh) for name, net in stage.frozen.items()}
-        state, step, before = _start(config, stage, like, checkpoints, feed, mesh)
+        if limits.best and held_out:
+            _check_metric(limits.best, stage, like, frozen, held_out[0])
+        state, step, before = _start(config, stage, like, checkpoints, mesh, strict=strict)
+        if before:
+            feed.set_state(before["data"], allow_changes=resume_with_changes)
         about = {"stage": stage.name, "config": describe(config)}
         alarms = Alarms(config.alarms, before.get("alarms"))
         with (
@@ -122,10 +130,12 @@ def train(
                 step += 1
                 samples = len(next(iter(batch.values())))
                 progress.add(step, metrics, samples, program.flops)
+                score: float | None = None
                 if held_out and is_due(step, limits.eval_every, limits.steps):
                     with progress.paused():
                         values = _evaluate(programs.evaluate, state, frozen, held_out, config.seed)
                         writer.scalars(step, check_finite(step, values))
+                    score = values[limits.best] if limits.best else None
                 if is_due(step, limits.preview_every, limits.steps):
                     with progress.paused():
                         shown = held_out[0] if held_out else batch
@@ -137,14 +147,16 @@ def train(
                 checkpoints.check()
                 last = step == limits.steps
                 reason = "finished" if last else stop.reason(step, limits.max_minutes)
-                save = reason or is_due(step, limits.checkpoint_every, limits.steps)
+                best_yet = score is not None and checkpoints.is_better(score)
+                save = reason or best_yet or is_due(step, limits.checkpoint_every, limits.steps)
                 if save:
                     progress.drain()  # never save a state that is not known to be finite
                 if save or alarms.fired:
                     _heed(alarms, checkpoints, step)
                 if save:
                     beside = {"alarms": alarms.get_state(), "seconds": writer.seconds}
-                    checkpoints.save(step, state, about | {"data": feed.get_state()} | beside)
+                    about_step = about | {"data": feed.get_state()} | beside
+                    checkpoints.save(step, state, about_step, score)
                 if reason:
                     break
             checkpoints.wait()
@@ -176,19 +188,49 @@ def _heed(alarms: Alarms, checkpoints: Checkpoints, step: int) -> None:
     )
 
 
-def load_state(config: ConfigDict, stage: Stage) -> tuple[State, int]:
-    """The newest saved state of a run, which may still be going on, and its step; only reads.
+def load_state(
+    config: ConfigDict, stage: Stage, *, best: bool = False, strict: bool = False
+) -> tuple[State, int]:
+    """A saved state of a run, which may still be going on, and its step; only reads.
+
+    Args:
+      config, stage: as in `train`.
+      best: the one with the best `train.best`; else the newest that is not damaged.
+      strict: refuse to take an earlier one than the newest, should that be damaged.
 
     Raises:
-      CheckpointError: there is none, or it is not of this stage, model and optimiser.
+      CheckpointError: there is none, it is not of this stage, model and optimiser, or is damaged.
     """
     like = _blueprint(stage, sharding.make_mesh(config.mesh))
-    with Checkpoints(Path(config.workdir) / "checkpoints", read_only=True) as checkpoints:
-        newest = checkpoints.latest()
-        if newest is None:
-            raise CheckpointError(f"{checkpoints.folder}: no complete checkpoint")
-        state, _ = checkpoints.restore(newest, like, stage.name)
-        return state, newest
+    with _checkpoints(config, read_only=True) as checkpoints:
+        if not best:
+            step, state, _ = checkpoints.restore_newest(like, stage.name, strict=strict)
+            return state, step
+        step = checkpoints.best()
+        if step is None:
+            metric = f"{config.train.best!r} (train.best)"
+            raise CheckpointError(f"{checkpoints.folder}: no checkpoint with a value of {metric}")
+        state, _ = checkpoints.restore(step, like, stage.name)
+        return state, step
+
+
+def _checkpoints(config: ConfigDict, *, read_only: bool = False) -> Checkpoints:
+    limits = config.train
+    return Checkpoints(
+        Path(config.workdir) / "checkpoints",
+        limits.keep,
+        best=limits.best,
+        best_mode=limits.best_mode,
+        read_only=read_only,
+    )
+
+
+def _check_metric(name: str, stage: Stage, like: State, frozen: ParamTree, batch: Batch) -> None:
+    """Raise ConfigError unless the evaluation gives the metric `train.best`; computes nothing."""
+    made = jax.eval_shape(stage.evaluate, like, frozen, batch, jax.random.key(0))
+    known = [f"eval/{metric}" for metric in made]
+    if name not in known:
+        raise ConfigError(f"train.best is {name!r}; expected one of {', '.join(known) or 'none'}")
 
 
 def load_parts(config: ConfigDict, stage: Stage) -> ParamTree:
@@ -226,23 +268,19 @@ def _start(
     stage: Stage,
     like: State,
     checkpoints: Checkpoints,
-    feed: Feed,
     mesh: Mesh,
+    *,
+    strict: bool,
 ) -> tuple[State, int, dict[str, Any]]:
-    """The state to begin with, the number of its steps, and what was saved beside it.
-
-    The feed is set to the same place.
-    """
+    """The state to begin with, the number of its steps, and what was saved beside it."""
     networks = stage.trained.values()
     count = sum(math.prod(leaf.shape) for net in networks for leaf in net.shapes.values())
     log.info("stage %s: %.2f M parameters, mesh %s", stage.name, count / 1e6, dict(mesh.shape))
-    newest = checkpoints.latest()
-    if newest is None:
+    if not checkpoints.steps():
         return _first_state(config, stage, like, mesh), 0, {}
-    state, about = checkpoints.restore(newest, like, stage.name)
-    feed.set_state(about["data"])
-    log.info("resumed at step %d in %s", newest, config.workdir)
-    return state, newest, about
+    step, state, about = checkpoints.restore_newest(like, stage.name, strict=strict)
+    log.info("resumed at step %d in %s", step, config.workdir)
+    return state, step, about
 
 
 def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> State:
@@ -257,8 +295,16 @@ def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> S
 
 
 def _random(network: Parameters, key: jax.Array, mesh: Mesh) -> Params:
+    """Random parameters, each part on its device and none whole on one, nor twice on the host."""
     params = network.init(key)
-    return jax.device_put(params, sharding.param_shardings(params, mesh))
+    places = sharding.param_shardings(params, mesh)
+    placed = {}
+    for name in list(params):
+        value = np.asarray(params.pop(name))
+        placed[name] = jax.make_array_from_callback(
+            value.shape, places[name], lambda part, value=value: np.array(value[part])
+        )
+    return placed
 
 
 def _load(stage: Stage, name: str, network: Parameters, mesh: Mesh) -> Params:

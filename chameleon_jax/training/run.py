@@ -7,12 +7,14 @@ In the workdir: config.json, metrics.jsonl, tensorboard/, previews/, checkpoints
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -45,6 +47,8 @@ def run(
     export_only: bool = False,
     resume_with_changes: bool = False,
     profile: Steps | None = None,
+    strict: bool = False,
+    export_best: bool = False,
 ) -> Outcome:
     """Train the stage that a config describes, and export its weights.
 
@@ -56,16 +60,23 @@ def run(
       export_only: train nothing; export the newest checkpoint, also of a run that is going on.
       resume_with_changes: resume from a checkpoint that was made with other settings.
       profile: the steps of this start to write a profile of, into <workdir>/profile.
+      strict: use no earlier checkpoint than the newest, should that be damaged.
+      export_best: export the checkpoint with the best `train.best` instead of the last step.
+
+    Returns:
+      How it ended; with `export_best` the state is that of the exported checkpoint.
 
     Raises:
       UserError: the run cannot start or continue. The message is one line.
     """
     check_settings(config)
+    if export_best and not config.train.best:
+        raise ConfigError("train.best is not set: there is no best checkpoint to export")
     config = with_stored_sizes(config)
     mesh = sharding.make_mesh(config.mesh)
     stage = make_stage(config)
     if export_only:
-        state, step = loop.load_state(config, stage)
+        state, step = loop.load_state(config, stage, best=export_best, strict=strict)
         outcome = Outcome(state, step, "finished", loop.load_parts(config, stage))
         _export(config, stage, outcome, held_out_batches(config, stage))
         return outcome
@@ -79,12 +90,23 @@ def run(
     feed = stage.batches(_in_memory(config, source))
     _save_config(config)
     outcome = loop.train(
-        config, stage, feed, held_out, resume_with_changes=resume_with_changes, profile=profile
+        config,
+        stage,
+        feed,
+        held_out,
+        resume_with_changes=resume_with_changes,
+        strict=strict,
+        profile=profile,
     )
     if outcome.reason in ("SIGINT", "SIGTERM"):
         log.warning(stopped_message(config, outcome))
-    else:
-        _export(config, stage, outcome, held_out)
+        return outcome
+    if export_best:
+        jax.tree.map(lambda array: array.delete(), outcome.state)  # no room for two
+        state, step = loop.load_state(config, stage, best=True)
+        log.info("step %d of %d is the best", step, outcome.step)
+        outcome = dataclasses.replace(outcome, state=state)
+    _export(config, stage, outcome, held_out)
     return outcome
 
 
@@ -113,6 +135,8 @@ def _export(
     params = stage.exported(outcome.state, outcome.frozen)
     measured = stage.finish(config, params, [sharding.put_batch(batch, mesh) for batch in batches])
     export(export_folder(config), params, stage, measured, config.data.tokenizer or None)
+    if jax.process_count() > 1:  # the first one writes for long, and the others must not leave it
+        multihost_utils.sync_global_devices("exported")
     log.info("weights exported to %s", export_folder(config))
 
 
@@ -202,7 +226,8 @@ def with_stored_sizes(config: ConfigDict) -> ConfigDict:
 def start_logging() -> None:
     """Show the progress lines of this project, with the time, on stderr: for a program to call."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    who = f"[process {jax.process_index()}] " if jax.process_index() else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
     logger = logging.getLogger("chameleon_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)

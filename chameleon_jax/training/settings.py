@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from chameleon_jax.config import ConfigError, flatten
 from chameleon_jax.keys import MAX_SEED
 from chameleon_jax.models.build import DTYPES
+from chameleon_jax.training.about import CheckpointError, read_newest
 from chameleon_jax.training.alarms import ACTIONS
-from chameleon_jax.training.checkpoints import CheckpointError, newest_step, read_about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +127,8 @@ FREE = (
     "train.*_every",
     "train.eval_batches",
     "train.keep",
+    "train.best",
+    "train.best_mode",
     "train.remat",
 )
 SHOWN_CHANGES = 12  # named in a message
@@ -155,6 +157,10 @@ def _faults(config: ConfigDict, flat: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {flat[key]!r}; expected one of {', '.join(DTYPES)}"
     if "alarms.action" in flat and flat["alarms.action"] not in ACTIONS:
         yield f"alarms.action is {flat['alarms.action']!r}; expected one of {', '.join(ACTIONS)}"
+    if flat["train.best_mode"] not in ("min", "max"):
+        yield f"train.best_mode is {flat['train.best_mode']!r}; expected min or max"
+    if flat["train.best"] and not flat["train.eval_every"]:
+        yield f"train.best is {flat['train.best']!r}; it needs evaluations: set train.eval_every"
     for key, value in flat.items():
         if key in RANGES:
             if not _is_number(value) or value not in RANGES[key]:
@@ -207,7 +213,7 @@ def describe(config: ConfigDict) -> dict[str, str]:
 def check_resume(
     config: ConfigDict, stage: str, *, allow_changes: bool = False
 ) -> list[str] | None:
-    """Compare a config with the one of the newest checkpoint in its workdir.
+    """Compare a config with the one of the newest checkpoint in its workdir that can be read.
 
     Keys that only one of them has are left alone: they come with another version of the config.
 
@@ -223,10 +229,11 @@ def check_resume(
       CheckpointError: the checkpoint is of another stage, or of a run with other settings.
     """
     folder = Path(config.workdir) / "checkpoints"
-    step = newest_step(folder)
-    if step is None:
+    newest = read_newest(folder, stage)
+    if newest is None:
         return None
-    stored = read_about(folder, step, stage)["config"]
+    step, about = newest
+    stored = about["config"]
     changes = [
         f"{key} {_shown(stored[key])} -> {_shown(value)}"
         for key, value in flatten(config).items()

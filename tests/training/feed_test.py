@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,10 +17,12 @@ class Numbers:
     """Record i is a clip whose pixels say i and where they are."""
 
     kind = "pixels"
-    sizes = np.array([[8, 6]] * 12)
+
+    def __init__(self, records=12):
+        self.sizes = np.array([[8, 6]] * records)
 
     def __len__(self):
-        return 12
+        return len(self.sizes)
 
     def load(self, index, frames, size, start=0.0):
         clip = np.zeros((9, *size, 3), np.uint8)
@@ -36,12 +39,17 @@ class Numbers:
         }
 
 
+def set_processes(monkeypatch, index: int, count: int) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+
+
 def feed(**reading) -> Feed:
     def part(frames, samples, size):
         loader = LoaderConfig(
             batch=samples, frames=frames, buckets=((8, 6),), random_start=True, seed=1, **reading
         )
-        return Part(loader, lambda raw, rng: {"video": crop(raw["video"], size, rng)})
+        return Part(loader, lambda raw, rngs: {"video": crop(raw["video"], size, rngs)})
 
     return Feed(Numbers(), [part(1, 4, (8, 6)), part(5, 2, (4, 4))])
 
@@ -75,6 +83,81 @@ def test_another_way_to_read_gives_the_same_batches(reading):
         np.testing.assert_array_equal(next(first)["video"], next(again)["video"])
 
 
+def test_other_processes_go_on_with_the_same_clips(monkeypatch):
+    """Crops too; from one process to two and back."""
+    whole = feed()
+    for _ in range(3):
+        next(whole)
+    state = json.loads(json.dumps(whole.get_state()))
+    halves = []
+    for process in range(2):
+        set_processes(monkeypatch, process, 2)
+        halves.append(feed())
+        halves[-1].set_state(state)
+    for _ in range(4):
+        parts = [next(half)["video"] for half in halves]
+        np.testing.assert_array_equal(next(whole)["video"], np.concatenate(parts))
+    assert halves[0].get_state() == halves[1].get_state() == whole.get_state()
+    set_processes(monkeypatch, 0, 1)
+    again = feed()
+    again.set_state(halves[1].get_state())
+    np.testing.assert_array_equal(next(whole)["video"], next(again)["video"])
+
+
+def plain_feed(batch: int, records: int = 12) -> Feed:
+    loader = LoaderConfig(batch=batch, frames=1, buckets=((8, 6),), seed=1)
+    return Feed(Numbers(records), [Part(loader, lambda raw, rngs: {"index": raw["index"]})])
+
+
+def drawn(batches: Feed, count: int) -> list[int]:
+    return [int(index) for _ in range(count) for index in next(batches)["index"]]
+
+
+def test_batches_of_another_size_repeat_and_leave_out_nothing(caplog):
+    """In the middle of the second epoch, from batches of 2 to batches of 4 and back."""
+    small = plain_feed(2)
+    seen = drawn(small, 8)[12:]  # 4 of 12 records of the second epoch
+    large = plain_feed(4)
+    with caplog.at_level("WARNING", logger="chameleon_jax"):
+        large.set_state(json.loads(json.dumps(small.get_state())), allow_changes=True)
+    assert "batches of 4 instead of 2: on in epoch 1, of which 4 records were drawn" in caplog.text
+    assert "left out" not in caplog.text
+    seen += drawn(large, 1)
+    small.set_state(large.get_state(), allow_changes=True)
+    seen += drawn(small, 2)
+    assert sorted(seen) == list(range(12))
+    third = drawn(small, 6)
+    assert sorted(third) == list(range(12)) and third != seen
+
+
+def test_what_does_not_divide_is_left_out_and_said(caplog):
+    small, large = plain_feed(2), plain_feed(4)
+    seen = drawn(small, 3)  # 6 of 12
+    with caplog.at_level("WARNING", logger="chameleon_jax"):
+        large.set_state(small.get_state(), allow_changes=True)
+    assert "6 records were drawn; 2 more are left out, for 6 do not divide by 4" in caplog.text
+    rest = drawn(large, 1)
+    assert len({*seen, *rest}) == 10  # none comes again
+    assert sorted(drawn(large, 3)) == list(range(12))  # the next epoch is whole
+
+
+def test_a_set_that_has_grown_is_named(caplog):
+    state, grown = plain_feed(2).get_state(), plain_feed(2, records=14)
+    with pytest.raises(ConfigError, match=r"14 records, the run was saved with 12.*--resume_with_"):
+        grown.set_state(state)
+    with caplog.at_level("WARNING", logger="chameleon_jax"):
+        grown.set_state(state, allow_changes=True)
+    assert "their order is another" in caplog.text
+
+
+def test_the_position_of_the_first_version_is_understood():
+    first, again = feed(), feed()
+    for _ in range(3):
+        next(first)
+    again.set_state({"count": 3, "parts": [{"position": 2, "broken": {}}, {"broken": {}}]})
+    np.testing.assert_array_equal(next(first)["video"], next(again)["video"])
+
+
 def test_does_not_go_on_with_other_kinds():
     state = feed().get_state()
     state["parts"].pop()
@@ -85,7 +168,8 @@ def test_does_not_go_on_with_other_kinds():
 def test_crops_are_windows_and_differ_between_samples():
     clip = Numbers().load(0, 5, (8, 6))["video"]
     video = np.repeat(clip[None], 64, axis=0)
-    windows = crop(video, (4, 3), np.random.default_rng(0))
+    rngs = [np.random.default_rng(number) for number in range(64)]
+    windows = crop(video, (4, 3), rngs)
     assert windows.shape == (64, 5, 4, 3, 3)
     corners = {int(window[0, 0, 0, 2]) for window in windows}
     # Every place up to row 4, column 3.
@@ -94,4 +178,4 @@ def test_crops_are_windows_and_differ_between_samples():
         top, left = divmod(int(window[0, 0, 0, 2]), 10)
         np.testing.assert_array_equal(window, clip[:, top : top + 4, left : left + 3])
     with pytest.raises(ValueError, match="does not fit"):
-        crop(video, (9, 3), np.random.default_rng(0))
+        crop(video, (9, 3), rngs)

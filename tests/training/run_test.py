@@ -9,11 +9,11 @@ import signal
 import numpy as np
 import pytest
 
-from chameleon_jax.config import load_config
+from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records
 from chameleon_jax.data.examples import RunwayExamples
+from chameleon_jax.training import loop, stages
 from chameleon_jax.training import run as runs
-from chameleon_jax.training import stages
 from chameleon_jax.training.checkpoints import CheckpointError
 from chameleon_jax.training.export import ExportError
 from chameleon_jax.training.run import run
@@ -149,3 +149,38 @@ def test_what_is_exported_is_the_average(settings, tmp_path):
     exported = network.load(tmp_path / "run" / "export" / "toy.safetensors")
     for name, value in exported.items():
         np.testing.assert_array_equal(value, outcome.state.ema["toy"][name])
+
+
+def test_the_best_can_be_exported(settings, tmp_path):
+    """At the end, or later; the loss rises here, so that the best is not the last."""
+    rising = ["schedule.peak=0.5", "optimizer.clip=0", "optimizer.name=adamw", "ema.decay=0"]
+    config = settings("train.best=eval/loss", "train.eval_every=2", *rising)
+    outcome = run(config, export_best=True)
+    network = toy.stage(config).trained["toy"]
+
+    def exported():
+        return network.load(tmp_path / "run" / "export" / "toy.safetensors")
+
+    best, step = loop.load_state(config, toy.stage(config), best=True)
+    assert outcome.step == 6 and step < 6
+    at_the_end = exported()
+    run(config, export_only=True)
+    last = exported()
+    run(config, export_only=True, export_best=True)
+    for name, value in exported().items():
+        np.testing.assert_array_equal(value, best.params["toy"][name])
+        np.testing.assert_array_equal(value, at_the_end[name])
+        np.testing.assert_array_equal(value, outcome.state.params["toy"][name])
+    assert any((last[name] != value).any() for name, value in at_the_end.items())
+    with pytest.raises(ConfigError, match=r"train\.best is not set: there is no best checkpoint"):
+        run(settings(), export_best=True)
+
+
+def test_strict_refuses_a_damaged_checkpoint(settings, tmp_path, caplog):
+    run(settings())
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    (newest / "about" / "metadata").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"6/about/metadata: damaged.*without --strict"):
+        run(settings(), strict=True)
+    run(settings(), export_only=True)
+    assert "step 4 is used instead" in caplog.text

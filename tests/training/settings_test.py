@@ -23,6 +23,7 @@ def settings(tmp_path, *overrides):
         ("train.accumulate=0", "train.accumulate is 0; expected 1 or more"),
         ("tune.rank=0", "tune.rank is 0; expected 1 or more"),
         ("tune.alpha=0", "tune.alpha is 0.0; expected above 0"),
+        ("train.best_mode=low", "train.best_mode is 'low'; expected min or max"),
         ("data.batch=0", "data.batch is 0; expected 1 or more"),
         ("data.threads=0", "data.threads is 0; expected 1 or more"),
         ("data.dropout=1.5", "data.dropout is 1.5; expected 0 to 1"),
@@ -62,6 +63,12 @@ def test_all_faults_are_named_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.batch is 0.*; train\.steps is -1") as error:
         check_settings(settings(tmp_path, "data.batch=0", "train.steps=-1"))
     assert "\n" not in str(error.value)
+
+
+def test_a_best_needs_evaluations(tmp_path):
+    check_settings(settings(tmp_path, "train.best=eval/loss"))
+    with pytest.raises(ConfigError, match="it needs evaluations: set train.eval_every"):
+        check_settings(settings(tmp_path, "train.best=eval/loss", "train.eval_every=0"))
 
 
 def test_a_workdir_that_is_a_file_is_named(tmp_path):

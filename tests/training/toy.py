@@ -104,7 +104,7 @@ class ToyFeed:
     def get_state(self):
         return {"count": self.count}
 
-    def set_state(self, state):
+    def set_state(self, state, *, allow_changes=False):
         self.count = state["count"]
 
 
@@ -123,6 +123,8 @@ def config(workdir, steps: int, overrides=()) -> ConfigDict:
                 "preview_every": 0,
                 "checkpoint_every": 3,
                 "keep": 2,
+                "best": "",
+                "best_mode": "min",
             },
             "optimizer": {
                 "name": "adamw",

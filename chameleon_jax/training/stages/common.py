@@ -31,11 +31,12 @@ from chameleon_jax.training.feed import Feed, HostBatch, Part
 from chameleon_jax.training.networks import (
     Parameters,
     build_network,
+    build_widened,
     weights_file,
 )
 from chameleon_jax.training.stage import Shown, Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
-from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name
+from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name, tune
 
 # The arrays of a batch, in the order of context and video.
 LATENTS = ("z_reference", "z_garment", "z_video")
@@ -125,6 +126,33 @@ def networks(config: ConfigDict) -> Networks:
         )
     modules["text"] = Tuned(build_network("text", config, frozen=not config.train.text))
     return assemble(config, modules, ("dit", "text") if config.train.text else ("dit",))
+
+
+def transformer(config: ConfigDict) -> Tuned:
+    """The transformer as `tune` says; for conditions on channels, one that reads more of them.
+
+    Raises:
+      ConfigError: another name as `conditioning`, sizes that do not suit it, or what
+        `tuning.tune` raises.
+    """
+    conditioning = config.get("conditioning", "in_context")
+    if conditioning == "in_context":
+        return tune("dit", config)
+    if conditioning != "channels":
+        raise ConfigError(f"conditioning is {conditioning!r}; expected in_context or channels")
+    if config.tune.mode != "full":
+        raise ConfigError(
+            f"conditioning is 'channels', and tune.mode is {config.tune.mode!r}: the weights of the"
+            " new channels would stay zero; set tune.mode=full"
+        )
+    sizes, channels = config.model.dit, read_sizes("vae", config.model.vae).z_dim
+    wanted = (1 + len(CONDITIONS)) * channels, channels
+    if (sizes.in_channels, sizes.get("out_channels")) != wanted:
+        raise ConfigError(
+            f"conditioning is 'channels': set model.dit.in_channels={wanted[0]} (noisy latents,"
+            f" {' and '.join(CONDITIONS)}) and model.dit.out_channels={wanted[1]}"
+        )
+    return Tuned(build_widened("dit", config, channels))
 
 
 def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence[str]) -> Networks:
@@ -362,8 +390,8 @@ def read_tokenizer(config: ConfigDict) -> Tokenizer:
 def _part(config: ConfigDict, frames: int, clips: int) -> Part:
     tokenizer = read_tokenizer(config)
 
-    def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
-        del rng
+    def transform(raw: dict[str, Any], rngs: list[np.random.Generator]) -> HostBatch:
+        del rngs
         ids, mask = tokenizer(raw["prompt"])
         found = {name: raw[name] for name in (*LATENTS, *PIXELS) if name in raw}
         return found | {"ids": ids, "mask": mask}

@@ -127,14 +127,16 @@ def _part(
     *,
     random_start: bool = True,
 ) -> Part:
-    def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
+    def transform(raw: dict[str, Any], rngs: list[np.random.Generator]) -> HostBatch:
         video = raw["video"]
         if frames == 1:
             video = video.copy()
-            video[1::4, 0], video[3::4, 0] = raw["reference"][1::4], raw["garment"][3::4]
-        video = crop(video, (height, width), rng)
+            for name, rest in (("reference", 1), ("garment", 3)):
+                chosen = raw["slot"] % 4 == rest
+                video[chosen, 0] = raw[name][chosen]
+        video = crop(video, (height, width), rngs)
         if random_start:  # in training: half of them mirrored
-            mirrored = rng.random(len(video)) < 0.5
+            mirrored = np.array([rng.random() < 0.5 for rng in rngs])
             video = np.where(mirrored[:, None, None, None, None], video[:, :, :, ::-1], video)
         return {"video": video}
 

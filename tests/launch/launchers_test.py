@@ -1,0 +1,97 @@
+"""The launchers of clusters: they can be read, and call the training command with flags it has."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chameleon_jax.config import load_config
+from launch import cli, train
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SCRIPTS = ("train_slurm.sh", "train_tpu_pod.sh")
+
+
+def check_command(words: list[str]) -> cli.Values:
+    """The flags are known, and the config with its overrides can be loaded."""
+    values = cli.read(train.define_flags, words)
+    load_config(values.config, values.overrides)
+    return values
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_commands_in_the_comments_work(name):
+    text = (LAUNCH / name).read_text()
+    comment = "\n".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    (command,) = re.findall(r"launch/train_\w+\.sh .*?(?=\n\n|\nStart|\nOn)", comment, re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[0] == f"launch/{name}"
+    check_command(["--distributed", *words[1:]])
+
+
+def run_script(name: str, tmp_path: Path, stand_ins: dict[str, str], *arguments: str):
+    """Run a launcher with stand-ins for the programs of the cluster."""
+    for program, body in stand_ins.items():
+        file = tmp_path / program
+        file.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        file.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    env |= {"TPU": "slice", "ZONE": "zone", "FOLDER": str(tmp_path)}
+    command = ["bash", str(LAUNCH / name), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True), (143, True)])
+def test_slurm_queues_again_what_the_machine_has_ended(tmp_path, code, again):
+    stand_ins = {"srun": f'echo "srun $*"; exit {code}', "scontrol": 'echo "scontrol $*"'}
+    done = run_script("train_slurm.sh", tmp_path, stand_ins, "--config.workdir=a b")
+    assert done.returncode == code
+    assert "-m launch.train --distributed --config.workdir=a b" in done.stdout
+    assert ("scontrol requeue 7" in done.stdout) == again
+
+
+def test_a_tpu_slice_starts_again_after_a_loss(tmp_path):
+    """`gcloud` runs the remote command here; the first Python is lost, the second one fails."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    stand_ins = {
+        "gcloud": 'while [ "$1" != --command ]; do shift; done; bash -c "$2"',
+        "sleep": "true",
+        ".venv/bin/python": 'echo "$*|"; if [ -e seen ]; then exit 2; fi; touch seen; exit 75',
+    }
+    done = run_script("train_tpu_pod.sh", tmp_path, stand_ins, "--config.workdir=a b")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.count("-m launch.train --distributed --config.workdir=a b|") == 2
+    assert done.stdout.count("exit code 75: starting again") == 1
+
+
+def test_kubernetes():
+    sets = list(yaml.safe_load_all((LAUNCH / "train_gke.yaml").read_text()))
+    assert [item["metadata"]["labels"]["accelerator"] for item in sets] == ["tpu-v6e", "h200"]
+    for item in sets:
+        (job,) = item["spec"]["replicatedJobs"]
+        spec = job["template"]["spec"]
+        assert spec["parallelism"] == spec["completions"]
+        pod = spec["template"]["spec"]
+        (container,) = pod["containers"]
+        assert "launch.train" in " ".join(container["command"])
+        words = [*container["args"]]
+        if "JOB_COMPLETION_INDEX" in container["command"][2]:
+            words.append("--process_id=0")
+        values = check_command(words)
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        if values.coordinator:
+            name = item["metadata"]["name"]
+            assert values.coordinator.split(":")[0] == f"{name}-{job['name']}-0-0.{name}"
+            assert values.processes == spec["parallelism"]
+        else:
+            assert values.distributed
+        (rule,) = spec["podFailurePolicy"]["rules"]
+        assert rule["onExitCodes"]["values"] == [1, 2]
+        assert rule["onExitCodes"]["containerName"] == container["name"]
