@@ -396,9 +396,11 @@ def _times(container: av.container.InputContainer, name: str) -> list[Fraction] 
     """Times of all frames in seconds, in order, nothing decoded; None if the file has none."""
     stream = _video_stream(container, name)
     stamps = []
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            stamps.append(packet.pts)
+    # A file whose end is damaged may have all the frames that are asked for.
+    with contextlib.suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.pts)
     if None in stamps or not stream.time_base:
         return None
     times = [stamp * stream.time_base for stamp in sorted(stamps)]
