@@ -262,6 +262,10 @@ class LatentExamples:
                 yield index, None
                 continue
             clip = clips[index]
+            if not all(np.isfinite(z).all() for z in made[index].values()):
+                logging.error("record %d has latents that are not finite; skipped", index)
+                yield index, None
+                continue
             yield (
                 index,
                 made[index]

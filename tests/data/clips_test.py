@@ -153,6 +153,13 @@ def test_times_that_jump_are_refused():
         video.read_video(clip)
 
 
+def test_a_file_whose_end_is_missing_gives_the_frames_that_it_has():
+    lumas = [40 + 4 * index for index in range(40)]
+    clip = grey(lumas, container="matroska")
+    frames = video.read_video(clip[: len(clip) * 2 // 3], frames=10)
+    assert levels(frames) == lumas[:10]
+
+
 def encoded(rgb: tuple[int, int, int], matrix: int, full: bool) -> list[int]:
     """Y', Cb and Cr of a colour, 8 bits (ITU-T H.273, 8.3)."""
     red, green, blue = (value / 255 for value in rgb)

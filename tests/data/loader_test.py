@@ -12,7 +12,7 @@ import pytest
 
 from chameleon_jax.data import loader as loader_lib
 from chameleon_jax.data import records, sources
-from chameleon_jax.data.examples import LatentExamples, RunwayExamples
+from chameleon_jax.data.examples import LatentExamples, RunwayExamples, latent_features
 from chameleon_jax.data.loader import BatchPlan, DataError, Loader, LoaderConfig
 
 HERE = Path(__file__).parent
@@ -241,6 +241,47 @@ def test_records_and_latents_give_the_same_order(tmp_path, monkeypatch):
     assert list(pixels["index"]) == list(latents["index"]) and pixels["prompt"] == latents["prompt"]
     expected = (pixels["video"][:, ::4, ::8, ::8] / np.float32(255)).astype(np.float16)
     np.testing.assert_array_equal(latents["z_video"], expected)
+
+
+class OddLatents:
+    """Records of latents; that of key 3 holds what no number is. See `examples.Examples`."""
+
+    def __call__(self, keys):
+        for key in keys:
+            z = np.full((2, 4, 2, 3), np.nan if key == 3 else key / 100, np.float16)
+            texts = json.dumps({"static": "A room.", "dynamic": "Walks."})
+            pictures = {"z_reference": z[:1], "z_garment": np.zeros_like(z[:1])}
+            yield key, {"z_video": z, **pictures, "captions": texts, "seed": key, "fps": 16}
+
+    def metadata(self):
+        size = {"height": 32, "width": 16, "frames": 5, "fps": 16}
+        return {"kind": "latents", "frames_per_latent": 4} | size
+
+    def recipe(self):
+        return self.metadata()
+
+    def digest(self, keys):
+        return str(list(keys))
+
+
+def test_latents_that_are_not_finite_are_a_broken_record(tmp_path):
+    features = latent_features((2, 4, 2, 3))
+    records.write_records(
+        tmp_path, "train", range(100), OddLatents(), features, name="runway_latents"
+    )
+    batches = iter(Loader(sources.open_sources(tmp_path), config()))
+    taken = take(batches, 30)
+    assert all(np.isfinite(batch["z_video"]).all() for batch in taken)
+    assert list(batches.broken) == [3] and "latents that are not finite" in batches.broken[3]
+
+
+def test_an_encoder_that_makes_no_numbers_makes_no_records():
+    def encode(pixels):
+        z = pixels[:, ::4, ::8, ::8].astype(np.float32)
+        return np.where(z == 2, 1e6, z)  # more than float16 holds
+
+    make = LatentExamples(NumberSource([SIZE] * 4), encode, SIZE, 5, 4, batch=2)
+    assert [record is None for _, record in make(range(4))] == [False, False, True, False]
 
 
 def test_worker_process_gives_the_same_batches(tmp_path, monkeypatch):
