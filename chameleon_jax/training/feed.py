@@ -66,6 +66,15 @@ class Feed(Iterator):
         self._count += 1
         return batch
 
+    @property
+    def broken(self) -> dict[int, str]:
+        """{record: why} of the records found broken so far, also before the run was resumed."""
+        return {index: why for batches in self._batches for index, why in batches.broken.items()}
+
+    def counts(self) -> dict[str, float]:
+        """What a run reports of its data beside the metrics of its steps."""
+        return {"data/broken": float(len(self.broken))}
+
     def get_state(self) -> dict[str, Any]:
         """Position, as JSON values."""
         return {"count": self._count, "parts": [batches.get_state() for batches in self._batches]}

@@ -92,7 +92,8 @@ def train(
                 batch = sharding.put_batch(next(feed), mesh)
                 state, metrics = programs.steps[stage.next_step(step)](state, frozen, batch)
                 step += 1
-                progress.add(step, metrics, samples=len(next(iter(batch.values()))))
+                samples = len(next(iter(batch.values())))
+                progress.add(step, metrics, samples=samples, counts=feed.counts())
                 if held_out and is_due(step, limits.eval_every, limits.steps):
                     with progress.paused():
                         values = _evaluate(programs.evaluate, state, frozen, held_out, config.seed)

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -129,14 +129,18 @@ class Progress:
         self._last, self._every, self._first = last, every, start + 1
         self._pending: tuple[int, Metrics] | None = None
         self._values: dict[str, list[float]] = collections.defaultdict(list)
+        self._counts: dict[str, float] = {}
         self._restart()
 
     def _restart(self) -> None:
         self._samples, self._steps, self._since = 0, 0, time.monotonic()
 
-    def add(self, step: int, metrics: Metrics, samples: int) -> None:
-        """Note the metrics of a step that is still running."""
+    def add(
+        self, step: int, metrics: Metrics, samples: int, counts: Mapping[str, float] | None = None
+    ) -> None:
+        """Note the metrics of a step that is still running, and counts that are not averaged."""
         self.drain()
+        self._counts = dict(counts or {})
         self._pending = (step, metrics)
         self._samples += samples
         self._steps += 1
@@ -165,7 +169,7 @@ class Progress:
             self._report(step)
 
     def _report(self, step: int) -> None:
-        means = _means(self._values)
+        means = _means(self._values) | self._counts
         parts = [f"step {step}/{self._last}"]
         parts += [f"{name} {means[name]:.4g}" for name in self._shown if name in means]
         if self._steps:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.errors import MissingPackageError
-from chameleon_jax.training.report import MetricsWriter, ReportError, keep_until
+from chameleon_jax.training.report import MetricsWriter, Progress, ReportError, keep_until
 
 OURS = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3))
 
@@ -100,3 +100,16 @@ def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.import_module", refuse)
     with pytest.raises(MissingPackageError, match="the extra 'train'"):
         MetricsWriter(tmp_path, 0)
+
+
+def test_metrics_are_averaged_and_counts_are_not(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        progress = Progress(writer, ("loss",), 0, 4, 2)
+        for step in range(1, 5):
+            progress.add(
+                step, {"loss": np.float32(step)}, samples=1, counts={"data/broken": 10.0 * step}
+            )
+        progress.drain()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["loss"], line["data/broken"]) for line in lines]
+    assert found == [(2, 1.5, 20.0), (4, 3.5, 40.0)]
