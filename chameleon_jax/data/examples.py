@@ -370,7 +370,8 @@ def _renderer() -> Callable[..., Any]:
 
 
 def _half(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.float16)
+    with np.errstate(over="ignore"):  # what float16 does not hold becomes infinite, and is seen
+        return np.asarray(x).astype(np.float16)
 
 
 def _plain(value: Any) -> Any:

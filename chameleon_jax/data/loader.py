@@ -47,8 +47,9 @@ class LoaderConfig:
     # `temporal_factor` of the VAE that sees them: frames - 1 must be a multiple of it. None: any
     # number of frames. Latents say their own.
     frames_per_latent: int | None = None
-    # (height, width); a clip goes to the nearest aspect ratio.
+    # (height, width); a clip goes to the nearest aspect ratio, latents to exactly their size.
     buckets: tuple[tuple[int, int], ...] = ((128, 80),)
+    leave_others: bool = False  # do without latents of other sizes instead of refusing them
     captions: str = "mixed"  # "mixed": 70 % dynamic alone; "full": always both; "dynamic"
     # Any frames of the clip instead of the first ones; clips of pixels only.
     random_start: bool = False
@@ -90,21 +91,36 @@ class BatchPlan:
       buckets: (height, width) of each bucket.
       batch: records a batch.
       seed: of the order.
+      exact: leave out records of a size that no bucket has; else each goes to the nearest one.
 
     Raises:
       DataError: no bucket has enough records for a batch.
     """
 
     def __init__(
-        self, sizes: np.ndarray, buckets: Sequence[tuple[int, int]], batch: int, seed: int
+        self,
+        sizes: np.ndarray,
+        buckets: Sequence[tuple[int, int]],
+        batch: int,
+        seed: int,
+        *,
+        exact: bool = False,
     ):
-        nearest = nearest_bucket(sizes, buckets)
-        self.members = [np.flatnonzero(nearest == index) for index in range(len(buckets))]
+        chosen = (equal_bucket if exact else nearest_bucket)(sizes, buckets)
+        self.members = [np.flatnonzero(chosen == index) for index in range(len(buckets))]
         self.batch, self.seed = batch, seed
         self.batches_per_epoch = sum(len(members) // batch for members in self.members)
         if not self.batches_per_epoch:
             counts = dict(zip(buckets, map(len, self.members), strict=True))
             raise DataError(f"no bucket has the {batch} records of one batch: {counts}")
+        for size, members in zip(buckets, self.members, strict=True):
+            if len(members) < batch:
+                logging.warning(
+                    "bucket %dx%d has %d records, fewer than a batch of %d: they are never drawn",
+                    *size,
+                    len(members),
+                    batch,
+                )
         self._order = functools.lru_cache(maxsize=2)(self._epoch)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,7 +170,7 @@ class Loader:
 
     Raises:
       DataError: the batch does not divide among the processes, no bucket is full, or the latents
-        are of another VAE.
+        are of another VAE or of a size that no bucket has.
       SourceError: a number of frames that the VAE does not take.
     """
 
@@ -175,8 +191,13 @@ class Loader:
             raise DataError(
                 "random_start needs pixels: the first latent frame is unlike the others"
             )
+        latents = source.kind == "latents"
+        if latents and not config.leave_others:
+            _check_latent_sizes(source, config)
         self.source, self.config = source, config
-        self.plan = BatchPlan(source.sizes, config.buckets, config.batch, config.seed)
+        self.plan = BatchPlan(
+            source.sizes, config.buckets, config.batch, config.seed, exact=latents
+        )
         share = config.batch // process_count
         self.slots = range(process_index * share, (process_index + 1) * share)
 
@@ -293,10 +314,39 @@ class Batches(Iterator):
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """For each (height, width) the bucket of the nearest aspect ratio: int [records]."""
-    log_ratio = np.log(sizes[:, 0] / sizes[:, 1])
-    of_buckets = np.log([height / width for height, width in buckets])
-    return np.abs(log_ratio[:, None] - of_buckets).argmin(1)
+    """For each (height, width) the bucket of the nearest aspect ratio: int [records].
+
+    Of several of the same aspect ratio it is the one that is nearest in size.
+    """
+    height, width = np.log(sizes.T[:, :, None])
+    of_height, of_width = np.log(np.array(buckets).T)
+    shape = np.abs((height - width) - (of_height - of_width))
+    area = np.abs((height + width) - (of_height + of_width))
+    nearest = np.isclose(shape, shape.min(1, keepdims=True), rtol=0, atol=1e-9)
+    return np.where(nearest, area, np.inf).argmin(1)
+
+
+def equal_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """For each (height, width) the bucket of that size, or -1: int [records]."""
+    equal = (sizes[:, None] == np.array(buckets)).all(-1)
+    return np.where(equal.any(1), equal.argmax(1), -1)
+
+
+def _check_latent_sizes(source: Source, config: LoaderConfig) -> None:
+    """Latents cannot be resized."""
+    other = source.sizes[equal_bucket(source.sizes, config.buckets) < 0]
+    if len(other):
+        found = _size_texts(np.unique(other, axis=0))
+        raise DataError(
+            f"{len(other)} of {len(source)} latents are of {found} pixels, which no bucket has"
+            f" (they are {_size_texts(config.buckets)}): add that size to the buckets"
+            " (data.buckets), or encode the clips at the size of a bucket"
+        )
+
+
+def _size_texts(sizes: Sequence[Sequence[int]]) -> str:
+    """Sizes as `128x80`, height first."""
+    return ", ".join(f"{height}x{width}" for height, width in sizes)
 
 
 def _check_frames(source: Source, config: LoaderConfig) -> None:

@@ -123,7 +123,7 @@ class RecordSource:
     def __repr__(self) -> str:
         return (
             f"RecordSource({self.folder}, {self.split}: {len(self)} records of {self.kind},"
-            f" {self.frames} frames of {_size_text(self.sizes)} at {self.fps:g} fps)"
+            f" {self.frames} frames of {size_text(self.sizes)} at {self.fps:g} fps)"
         )
 
     def raw(self, index: int) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class RecordSource:
             )
         if tuple(size) != tuple(self.sizes[index]):
             raise SourceError(
-                f"{self.folder}: latents of {_size_text(self.sizes)} pixels cannot be resized to"
+                f"{self.folder}: latents of {size_text(self.sizes)} pixels cannot be resized to"
                 f" {size[0]}x{size[1]}"
             )
         names = ("z_video", "z_reference", "z_garment")
@@ -248,7 +248,7 @@ class DirectorySource:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        sizes = _size_text(self.sizes)
+        sizes = size_text(self.sizes)
         return f"DirectorySource({self.folder}: {len(self)} clips of {sizes})"
 
     def captions(self, index: int) -> Captions:
@@ -539,7 +539,7 @@ def import_tfds() -> Any:
     return need("tensorflow_datasets", "train")
 
 
-def _size_text(sizes: np.ndarray) -> str:
+def size_text(sizes: np.ndarray) -> str:
     """Sizes as `128x80`, height first; of several sizes the smallest and the largest."""
     different = sorted({(int(height), int(width)) for height, width in sizes})
     texts = [f"{height}x{width}" for height, width in different]

@@ -31,16 +31,18 @@ class NumberSource:
     def __len__(self):
         return len(self.sizes)
 
+    def captions(self, index):
+        return {"static": f"static {index}", "dynamic": f"dynamic {index}"}
+
     def load(self, index, frames, size, start=0.0):
         if index in self.broken:
             raise sources.SourceError(f"record {index} is damaged")
         full = np.full((frames, *size, 3), index % 256, np.uint8)
-        texts = {"static": f"static {index}", "dynamic": f"dynamic {index}"}
         return {
             "video": full,
             "reference": full[0],
             "garment": full[0],
-            "captions": texts,
+            "captions": self.captions(index),
             "fps": 16,
             "seed": index,
         }
@@ -104,6 +106,53 @@ def test_batches_have_one_bucket_and_incomplete_ones_are_dropped():
             for i in batch["index"]
         } == {size}
     assert {batch["video"].shape[2:4] for batch in batches} == {(32, 16), (16, 32)}
+
+
+def test_of_two_buckets_of_one_shape_the_nearer_in_size_is_taken():
+    sizes = np.array([(32, 16), (60, 30), (640, 300), (16, 30)])
+    buckets = ((32, 16), (64, 32), (16, 32))
+    assert loader_lib.nearest_bucket(sizes, buckets).tolist() == [0, 1, 1, 2]
+    assert loader_lib.equal_bucket(sizes, buckets).tolist() == [0, -1, -1, -1]
+
+
+def latents_of(size, tmp_path, name, clips=8):
+    """A set of latents of clips of `size`; the one of clip i holds i / 100."""
+    clips = NumberSource([size] * clips)
+
+    def encode(pixels):
+        return pixels[:, ::4, ::8, ::8] / np.float32(100)
+
+    records.write_latents(
+        tmp_path / name, "train", LatentExamples(clips, encode, size, 9, 4, batch=4)
+    )
+    return tmp_path / name
+
+
+def test_sets_of_latents_of_several_sizes_are_joined(tmp_path):
+    folders = [latents_of(size, tmp_path, f"{size[0]}") for size in ((32, 16), (16, 32))]
+    source = sources.open_sources(folders)
+    buckets = ((32, 16), (16, 32))
+    batches = take(iter(Loader(source, config(buckets=buckets))), 8)
+    shapes = {batch["z_video"].shape[2:4] for batch in batches}
+    assert shapes == {(4, 2), (2, 4)}
+    for batch in batches:
+        np.testing.assert_allclose(
+            batch["z_video"][:, 1, 1, 1, 2], batch["index"] % 8 / 100, rtol=1e-3
+        )
+    with pytest.raises(
+        DataError,
+        match=r"8 of 16 latents are of 16x32 pixels, which no bucket has \(they are 32x16\): add",
+    ):
+        Loader(source, config())
+    only = take(iter(Loader(source, config(leave_others=True))), 4)
+    assert {batch["z_video"].shape[2:4] for batch in only} == {(4, 2)}
+    with pytest.raises(DataError, match="no bucket has the 4 records of one batch"):
+        Loader(source, config(buckets=((64, 32),), leave_others=True))
+
+
+def test_a_bucket_that_is_never_full_is_said(caplog):
+    BatchPlan(np.array([SIZE] * 10 + [(16, 32)] * 3), (SIZE, (16, 32)), 4, seed=0)
+    assert "bucket 16x32 has 3 records, fewer than a batch of 4" in caplog.text
 
 
 def test_processes_share_a_batch():

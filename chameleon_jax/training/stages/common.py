@@ -66,8 +66,9 @@ def networks(config: ConfigDict) -> Networks:
     """The transformer, trained; the VAE, frozen; the text encoder, trained if `train.text` says so.
 
     Raises:
-      ConfigError: a frozen network has no weights.
+      ConfigError: a frozen network has no weights, or the clips have a size that cannot be.
     """
+    read_buckets(config)
     trained = {"dit": build_network("dit", config)}
     frozen = {}
     if config.weights.vae:
@@ -209,21 +210,67 @@ def batches(config: ConfigDict, source: Source) -> Feed:
             f"data.lengths has clips of {too_long} frames; video.frames allows"
             f" {config.video.frames}"
         )
-    return Feed(source, [_part(config, frames, clips) for frames, clips in lengths])
+    buckets = read_buckets(config)
+    return Feed(source, [_part(config, frames, clips, buckets) for frames, clips in lengths])
 
 
 def eval_batches(config: ConfigDict, source: Source) -> Feed:
-    """`data.batch` clips of `video.frames` frames, with their prompts, the same in every run."""
-    return Feed(source, [held_out(_part(config, config.video.frames, config.data.batch))])
+    """`data.batch` clips of `video.frames` frames, with their prompts, the same in every run.
+
+    All are of the size of `video`; latents of other sizes are left out.
+    """
+    part = _part(config, config.video.frames, config.data.batch, (main_size(config),))
+    return Feed(source, [held_out(part)])
+
+
+def main_size(config: ConfigDict) -> tuple[int, int]:
+    """(height, width) of held-out clips, of previews, and of what the exported weights make."""
+    return config.video.height, config.video.width
+
+
+def read_buckets(config: ConfigDict) -> tuple[tuple[int, int], ...]:
+    """`data.buckets`, or the one size of `video`, as (height, width).
+
+    Raises:
+      ConfigError: a size that latents and patches do not divide.
+    """
+    units = _size_units(config)
+    _check_size("video.height, video.width are", main_size(config), units)
+    buckets = tuple((height, width) for height, width in config.data.buckets)
+    for size in buckets:
+        _check_size("data.buckets has the entry", size, units)
+    return buckets or (main_size(config),)
+
+
+def _check_size(what: str, size: tuple[int, int], units: tuple[int, int]) -> None:
+    fitting = tuple(
+        max(unit, round(side / unit) * unit) for side, unit in zip(size, units, strict=True)
+    )
+    if size != fitting:
+        raise ConfigError(
+            f"{what} {size}; expected multiples of {units}, the pixels of a token: the nearest is"
+            f" {fitting}"
+        )
+
+
+def _size_units(config: ConfigDict) -> tuple[int, int]:
+    """Height and width of a token in pixels."""
+    factor = read_sizes("vae", config.model.vae).spatial_factor
+    _, rows, columns = read_sizes("dit", config.model.dit).patch
+    return factor * rows, factor * columns
 
 
 def held_out(part: Part) -> Part:
     """The same batches without dropped prompts, and without threads that read ahead."""
-    plain = dataclasses.replace(part.loader, dropout=0.0, workers=0, threads=1, prefetch=1)
+    plain = dataclasses.replace(
+        part.loader, dropout=0.0, workers=0, threads=1, prefetch=1, leave_others=True
+    )
     return dataclasses.replace(part, loader=plain)
 
 
-def _part(config: ConfigDict, frames: int, clips: int) -> Part:
+def _part(
+    config: ConfigDict, frames: int, clips: int, buckets: tuple[tuple[int, int], ...]
+) -> Part:
     path = config.data.tokenizer
     if not path:
         raise ConfigError("data.tokenizer is not set; give the tokenizer.json of the text encoder")
@@ -244,7 +291,7 @@ def _part(config: ConfigDict, frames: int, clips: int) -> Part:
         batch=clips,
         frames=frames,
         frames_per_latent=read_sizes("vae", config.model.vae).temporal_factor,
-        buckets=((config.video.height, config.video.width),),
+        buckets=buckets,
         captions=data.captions,
         dropout=data.dropout,
         seed=config.seed,
