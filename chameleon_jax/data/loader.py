@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -25,6 +25,9 @@ from chameleon_jax.data import captions
 from chameleon_jax.data.sources import MAX_BROKEN, Source, latent_frames
 from chameleon_jax.errors import UserError
 from chameleon_jax.keys import data_rng
+
+if TYPE_CHECKING:
+    from chameleon_jax.data.text_states import TextStates
 
 _ATTEMPTS = 20  # replacements tried for one slot
 _ENDLESS = 2**53
@@ -160,11 +163,13 @@ class Loader:
 
     A batch of pixels has video uint8 [b, t, h, w, 3], reference and garment uint8 [b, h, w, 3]; of
     latents, z_video float16 [b, f, h, w, c], z_reference and z_garment float16 [b, 1, h, w, c].
-    Both have prompt (list of b strings), index int64 [b] (records of the source), fps float32 [b].
+    Both have prompt (list of b strings), index int64 [b] (records of the source), fps float32 [b];
+    and text [b, length, width], the states of the prompts, if there are text states.
 
     Args:
       source: see `sources`.
       config: see `LoaderConfig`.
+      text: states of all prompts that can be drawn, the empty one among them.
       process_index, process_count: this process and how many there are (`jax.process_index()`,
         `jax.process_count()`); each gets its slice of every batch, all of the same bucket.
 
@@ -179,6 +184,7 @@ class Loader:
         source: Source,
         config: LoaderConfig,
         *,
+        text: TextStates | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -194,7 +200,7 @@ class Loader:
         latents = source.kind == "latents"
         if latents and not config.leave_others:
             _check_latent_sizes(source, config)
-        self.source, self.config = source, config
+        self.source, self.config, self.text = source, config, text
         self.plan = BatchPlan(
             source.sizes, config.buckets, config.batch, config.seed, exact=latents
         )
@@ -220,9 +226,7 @@ class Loader:
         samples, prompts, broken = [], [], {}
         for slot in self.slots:
             sample = self._load_slot(bucket, step, slot, int(indices[slot]), broken)
-            rng = data_rng(self.config.seed, "caption", step, slot)
-            both = sample.pop("captions")
-            prompts.append(captions.choose(both, self.config.captions, rng, self.config.dropout))
+            prompts.append(sample.pop("prompt"))
             samples.append(sample)
         batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         return batch | {"prompt": prompts, "broken": broken}
@@ -238,13 +242,35 @@ class Loader:
             try:
                 sample = self.source.load(index, config.frames, config.buckets[bucket], start)
                 sample |= {"index": np.int64(index), "fps": np.float32(sample["fps"])}
+                sample |= self._prompt(sample.pop("captions"), step, slot)
                 return {name: value for name, value in sample.items() if name != "seed"}
+            except DataError:
+                raise
             except ValueError as error:  # SourceError, ShardError, ImageError, VideoError, ...
                 broken[index] = str(error)
                 index = self.plan.replacement(bucket, step, slot, attempt)
         raise DataError(
             f"{_ATTEMPTS} records in a row are broken; the last: {list(broken.values())[-1]}"
         )
+
+    def _prompt(self, both: Mapping[str, str], step: int, slot: int) -> dict[str, Any]:
+        """The prompt of a slot, drawn from the captions of its record, and its states.
+
+        Raises:
+          DataError: the text states were made from other captions.
+          ShardError, TextError: the states are damaged.
+        """
+        config = self.config
+        rng = data_rng(config.seed, "caption", step, slot)
+        prompt = captions.choose(both, config.captions, rng, config.dropout)
+        if self.text is None:
+            return {"prompt": prompt}
+        if prompt not in self.text:
+            raise DataError(
+                f"{self.text.folder}: has no states of the prompt {prompt[:60]!r}; `prepare text`"
+                " with these data adds them"
+            )
+        return {"prompt": prompt, "text": self.text.states(prompt)}
 
 
 class Batches(Iterator):

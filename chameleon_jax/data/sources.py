@@ -91,10 +91,12 @@ class RecordSource:
 
     def __init__(self, folder: str | os.PathLike, split: str = "train"):
         self.folder, self.split = Path(folder), split
-        info = _read_info(self.folder)
+        info = read_info(self.folder)
+        meta = dict(info.metadata or {})
+        if meta.get("kind") == "text":
+            raise SourceError(f"{folder}: holds text states and no clips; give it as data.text")
         if split not in info.splits:
             raise NoSplitError(f"{folder}: no split {split!r}, there are {sorted(info.splits)}")
-        meta = dict(info.metadata or {})
         missing = {"kind", "height", "width", "frames", "fps"} - set(meta)
         if missing:
             raise SourceError(
@@ -516,8 +518,12 @@ def _is_positive(value: Any) -> bool:
     return 0 < tables.number(value) < math.inf
 
 
-def _read_info(folder: Path) -> Any:
-    """The `tfds.core.DatasetInfo` of a folder."""
+def read_info(folder: Path) -> Any:
+    """The `tfds.core.DatasetInfo` of a folder.
+
+    Raises:
+      SourceError: there is none, or it cannot be read.
+    """
     if not (folder / "dataset_info.json").is_file():
         if any(folder.glob("recipe.*.json")):
             raise SourceError(

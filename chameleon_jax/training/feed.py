@@ -19,6 +19,7 @@ import numpy as np
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.loader import Loader, LoaderConfig
 from chameleon_jax.data.sources import Source
+from chameleon_jax.data.text_states import TextStates
 from chameleon_jax.keys import data_rng
 
 HostBatch = dict[str, np.ndarray]
@@ -28,11 +29,13 @@ HostBatch = dict[str, np.ndarray]
 class Part:
     """One kind of batch: how to load it and what to make of it.
 
-    `transform(raw, rng)` turns a loader's batch into arrays; `rng` is the batch's own.
+    `transform(raw, rng)` turns a loader's batch into arrays; `rng` is the batch's own. `text` are
+    the states of the prompts, see `Loader`.
     """
 
     loader: LoaderConfig
     transform: Callable[[dict[str, Any], np.random.Generator], HostBatch]
+    text: TextStates | None = None
 
 
 class Feed(Iterator):
@@ -52,6 +55,7 @@ class Feed(Iterator):
             loader = Loader(
                 source,
                 settings,
+                text=part.text,
                 process_index=self._process,
                 process_count=jax.process_count(),
             )

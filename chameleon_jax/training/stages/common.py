@@ -21,7 +21,6 @@ from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
-from chameleon_jax.data.tokenizer import Tokenizer
 from chameleon_jax.diffusion import flow
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import DiT, TextKV
@@ -30,6 +29,7 @@ from chameleon_jax.training.feed import Feed, HostBatch, Part
 from chameleon_jax.training.networks import Network, build_network, weights_file
 from chameleon_jax.training.stage import Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
+from chameleon_jax.training.texts import Texts, check_encoder
 
 # The arrays of a batch, in the order of context and video.
 LATENTS = ("z_reference", "z_garment", "z_video")
@@ -48,6 +48,11 @@ class Networks:
     def all(self) -> dict[str, Network]:
         return {**self.trained, **self.frozen}
 
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Networks that are not trained, whose weights inference needs beside the trained ones."""
+        return tuple(name for name in self.weights if name not in self.trained)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -65,6 +70,9 @@ Generate = Callable[[ParamTree, ParamTree, Batch, jax.Array], jax.Array]
 def networks(config: ConfigDict) -> Networks:
     """The transformer, trained; the VAE, frozen; the text encoder, trained if `train.text` says so.
 
+    With stored text states (`data.text`) there is no text encoder. Its weights, if they are given,
+    are compared with those that made the states, and exported.
+
     Raises:
       ConfigError: a frozen network has no weights, or the clips have a size that cannot be.
     """
@@ -77,7 +85,9 @@ def networks(config: ConfigDict) -> Networks:
         raise ConfigError(
             "weights.vae is not set: previews cannot be decoded; set it, or train.preview_every=0"
         )
-    if config.train.text:
+    if config.data.text:
+        _check_stored_text(config)
+    elif config.train.text:
         trained["text"] = build_network("text", config)
     else:
         if not config.weights.text:
@@ -86,9 +96,20 @@ def networks(config: ConfigDict) -> Networks:
             )
         frozen["text"] = build_network("text", config, frozen=True)
     weights = {name: weights_file(config.weights[name], name) for name in frozen}
+    if config.data.text and config.weights.text:
+        weights["text"] = weights_file(config.weights.text, "text")
     if config.init_from:
         weights |= {name: weights_file(config.init_from, name) for name in trained}
     return Networks(trained, frozen, weights)
+
+
+def _check_stored_text(config: ConfigDict) -> None:
+    if config.train.text:
+        raise ConfigError(
+            "train.text trains the text encoder, and data.text names states of a frozen one; set"
+            ' train.text=false, or data.text=""'
+        )
+    check_encoder(config)
 
 
 def flow_stage(
@@ -112,7 +133,7 @@ def flow_stage(
         trained=nets.trained,
         frozen=nets.frozen,
         weights=nets.weights,
-        copied=tuple(nets.frozen),
+        copied=nets.copied,
         loss=loss,
         preview=make_preview(config, nets, generate),
         batches=functools.partial(batches, config),
@@ -129,10 +150,16 @@ def make_conditions(nets: Networks) -> SampleOf:
 
     def sample(params: ParamTree, dit: DiT, batch: Batch) -> Sample:
         z_context, z_video = latents(nets, params, batch)
-        states_blm = nets.all["text"].bind(params["text"])(batch["ids"], batch["mask"])
-        return Sample(z_context, z_video, dit.text_kv(states_blm))
+        return Sample(z_context, z_video, dit.text_kv(text_states(nets, params, batch)))
 
     return sample
+
+
+def text_states(nets: Networks, params: ParamTree, batch: Batch) -> jax.Array:
+    """States [b, l, m] of the prompts: stored ones if the batch has them, else encoded now."""
+    if "text" in batch:
+        return batch["text"]
+    return nets.all["text"].bind(params["text"])(batch["ids"], batch["mask"])
 
 
 def latents(nets: Networks, params: ParamTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -196,12 +223,13 @@ def network_timesteps(t_bf: jax.Array, config: ConfigDict) -> jax.Array:
 
 
 def batches(config: ConfigDict, source: Source) -> Feed:
-    """Clips with tokenised prompts, one kind of batch for each (frames, clips) of `data.lengths`.
+    """Clips with their prompts, one kind of batch for each (frames, clips) of `data.lengths`.
 
     Without entries there is one kind, `data.batch` clips of `video.frames` frames.
 
     Raises:
-      ConfigError, TokenizerError: no usable tokenizer, or a length above `video.frames`.
+      ConfigError: a length above `video.frames`, or a size that cannot be; see also `Texts`.
+      TokenizerError, TextError: see `Texts`.
     """
     lengths = config.data.lengths or ((config.video.frames, config.data.batch),)
     too_long = [frames for frames, _ in lengths if frames > config.video.frames]
@@ -271,20 +299,12 @@ def held_out(part: Part) -> Part:
 def _part(
     config: ConfigDict, frames: int, clips: int, buckets: tuple[tuple[int, int], ...]
 ) -> Part:
-    path = config.data.tokenizer
-    if not path:
-        raise ConfigError("data.tokenizer is not set; give the tokenizer.json of the text encoder")
-    tokenizer = Tokenizer.from_file(path, config.model.text.length)
-    if tokenizer.vocab > config.model.text.vocab:
-        raise ConfigError(
-            f"{path} has {tokenizer.vocab} pieces, model.text.vocab is {config.model.text.vocab}"
-        )
+    texts = Texts(config)
 
     def transform(raw: dict[str, Any], rng: np.random.Generator) -> HostBatch:
         del rng
-        ids, mask = tokenizer(raw["prompt"])
-        found = {name: raw[name] for name in (*LATENTS, *PIXELS) if name in raw}
-        return found | {"ids": ids, "mask": mask}
+        found = {name: raw[name] for name in (*LATENTS, *PIXELS, "text") if name in raw}
+        return found if "text" in found else found | texts(raw["prompt"])
 
     data = config.data
     loader = LoaderConfig(
@@ -299,7 +319,7 @@ def _part(
         prefetch=data.prefetch,
         workers=data.workers,
     )
-    return Part(loader, transform)
+    return Part(loader, transform, texts.states)
 
 
 def make_preview(
