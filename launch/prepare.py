@@ -52,9 +52,13 @@ ABOUT_LATENTS = """Encode splits of a set with the VAE of a config, for training
     python -m launch.prepare latents --data data/runway --weights runs/vae/export \\
         --out data/latents --split train --split validation
 
+    python -m launch.prepare latents --data data/clips --weights weights/wan22 --frames 81 \\
+        --size 1280x704 --bucket 704x1280 --out data/latents_portrait
+
 The sizes of the VAE are those of the config.json beside its weights; without one, those of
-`--config`. It can be interrupted at any time; the same command again continues. Needs the extra
-`train`.
+`--config`. With `--bucket` only the clips are encoded that `--size` suits better than the other
+sizes: one set for each size, and all of them as `data.dir`. It can be interrupted at any time; the
+same command again continues. Needs the extra `train`.
 """
 
 ABOUT_TEXT = """Encode the captions of a set once, for training without the text encoder.
@@ -137,6 +141,14 @@ def latents_flags(parser: cli.Parser) -> None:
         "weights of the VAE: a .safetensors file, or the folder of vae.safetensors and config.json",
         needed=True,
         metavar="DIR",
+    )
+    parser.flag(
+        "bucket",
+        "another size that clips may go to; only those that --size suits best are encoded; may be"
+        " repeated",
+        kind=cli.size,
+        repeated=True,
+        metavar="HEIGHTxWIDTH",
     )
     parser.flag("batch", "clips encoded together", kind=cli.whole_number(1), default=4, metavar="N")
     parser.compilation_flag()
@@ -254,8 +266,11 @@ def prepare_latents(values: cli.Values) -> None:
     encode, frames_per_latent = load_encoder(values, weights)
     print("the first batch compiles the encoder ...", file=sys.stderr)
     for split in values.split or ["train"]:
+        source = sources.open_sources(values.data, split)
+        if values.bucket:
+            source = sources.BucketSource(source, values.size, values.bucket)
         make = examples.LatentExamples(
-            sources.open_sources(values.data, split),
+            source,
             encode,
             values.size,
             values.frames,

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from chameleon_jax.data import captions
+from chameleon_jax.data.buckets import equal_bucket, nearest_bucket
 from chameleon_jax.data.sources import MAX_BROKEN, Source, latent_frames
 from chameleon_jax.errors import UserError
 from chameleon_jax.keys import data_rng
@@ -337,25 +338,6 @@ class Batches(Iterator):
         """Go on from a state of a loader with the same source; how it reads may differ."""
         self._start(state["position"])
         self.broken = {int(k): v for k, v in state["broken"].items()}
-
-
-def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """For each (height, width) the bucket of the nearest aspect ratio: int [records].
-
-    Of several of the same aspect ratio it is the one that is nearest in size.
-    """
-    height, width = np.log(sizes.T[:, :, None])
-    of_height, of_width = np.log(np.array(buckets).T)
-    shape = np.abs((height - width) - (of_height - of_width))
-    area = np.abs((height + width) - (of_height + of_width))
-    nearest = np.isclose(shape, shape.min(1, keepdims=True), rtol=0, atol=1e-9)
-    return np.where(nearest, area, np.inf).argmin(1)
-
-
-def equal_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """For each (height, width) the bucket of that size, or -1: int [records]."""
-    equal = (sizes[:, None] == np.array(buckets)).all(-1)
-    return np.where(equal.any(1), equal.argmax(1), -1)
 
 
 def _check_latent_sizes(source: Source, config: LoaderConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_jax.data.loader import nearest_bucket
+from chameleon_jax.data.buckets import nearest_bucket
 from chameleon_jax.data.sources import Source, SourceError, latent_frames, size_text
 
 

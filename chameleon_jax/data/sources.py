@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from chameleon_jax.data import captions, images, tables
+from chameleon_jax.data.buckets import nearest_bucket
 from chameleon_jax.data.shards import Shards
 from chameleon_jax.errors import UserError, need, one_line
 
@@ -338,7 +339,34 @@ class JoinedSource:
         return self.parts[part], index - int(self._starts[part])
 
 
-class MatchingSource:
+class ChosenSource:
+    """Some triplets of a source.
+
+    Args:
+      source: has more of them.
+      chosen: indices there, in their order here.
+    """
+
+    def __init__(self, source: Source, chosen: Sequence[int]):
+        self.source, self._chosen = source, np.array(chosen, int)
+        self.kind, self.frames_per_latent = source.kind, source.frames_per_latent
+        self.sizes = source.sizes[self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def captions(self, index: int) -> Captions:
+        """See the module's docstring."""
+        return self.source.captions(int(self._chosen[index]))
+
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]:
+        """See the module's docstring."""
+        return self.source.load(int(self._chosen[index]), frames, size, start)
+
+
+class MatchingSource(ChosenSource):
     """Those triplets of a source whose captions match a pattern.
 
     One whose captions cannot be read stays, for the loader to count.
@@ -367,25 +395,37 @@ class MatchingSource:
                 chosen.append(index)
         if not chosen:
             raise SourceError(f"no caption of {len(source)} triplets matches {pattern!r}")
-        self.source, self.pattern, self._chosen = source, pattern, np.array(chosen, int)
-        self.kind, self.frames_per_latent = source.kind, source.frames_per_latent
-        self.sizes = source.sizes[self._chosen]
-
-    def __len__(self) -> int:
-        return len(self._chosen)
+        super().__init__(source, chosen)
+        self.pattern = pattern
 
     def __repr__(self) -> str:
         return f"MatchingSource({len(self)} with {self.pattern!r} of {self.source})"
 
-    def captions(self, index: int) -> Captions:
-        """See the module's docstring."""
-        return self.source.captions(int(self._chosen[index]))
 
-    def load(
-        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
-    ) -> dict[str, Any]:
-        """See the module's docstring."""
-        return self.source.load(int(self._chosen[index]), frames, size, start)
+class BucketSource(ChosenSource):
+    """Those clips of a source that belong to one of several buckets, see `buckets`.
+
+    Args:
+      source: of any sizes.
+      size: (height, width) of the bucket.
+      others: those of the other buckets.
+
+    Raises:
+      SourceError: no clip is nearest to that bucket.
+    """
+
+    def __init__(self, source: Source, size: tuple[int, int], others: Sequence[tuple[int, int]]):
+        chosen = np.flatnonzero(nearest_bucket(source.sizes, (size, *others)) == 0)
+        if not len(chosen):
+            raise SourceError(
+                f"no clip of {len(source)} is nearest to {size[0]}x{size[1]}: they are"
+                f" {size_text(source.sizes)}"
+            )
+        super().__init__(source, chosen)
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"BucketSource({len(self)} for {self.size[0]}x{self.size[1]} of {self.source})"
 
 
 def open_sources(

@@ -12,7 +12,13 @@ from PIL import Image
 
 from chameleon_jax.data import images, sources, video
 from chameleon_jax.data.loader import Loader, LoaderConfig
-from chameleon_jax.data.sources import DirectorySource, JoinedSource, MatchingSource, SourceError
+from chameleon_jax.data.sources import (
+    BucketSource,
+    DirectorySource,
+    JoinedSource,
+    MatchingSource,
+    SourceError,
+)
 from tests.data.made_clips import MATRICES, corners, with_matrix
 
 PROMPT = json.dumps({"en_long": ["She turns.", "A room."]})
@@ -136,6 +142,20 @@ def test_sources_chosen_by_caption(tmp_path):
     for name in "abc":  # choosing opens no video
         (tmp_path / f"{name}.mp4").unlink()
     assert len(MatchingSource(source, "still")) == 1
+
+
+def test_sources_chosen_by_bucket(tmp_path):
+    shapes = {"a": (32, 16), "b": (16, 32), "c": (40, 22)}
+    write_table(tmp_path, [write_clip(tmp_path, name, size, 90) for name, size in shapes.items()])
+    source = DirectorySource(tmp_path)
+    tall = BucketSource(source, (64, 32), [(32, 64)])
+    assert len(tall) == 2 and tall.sizes.tolist() == [[32, 16], [40, 22]]
+    assert [tall.load(index, 1, (8, 8))["seed"] for index in range(2)] == [0, 2]
+    assert repr(tall) == f"BucketSource(2 for 64x32 of {source!r})"
+    with pytest.raises(
+        SourceError, match="no clip of 2 is nearest to 32x64: they are 32x16 to 40x2"
+    ):
+        BucketSource(tall, (32, 64), [(64, 32)])
 
 
 def test_every_source_is_one_line(tmp_path):
