@@ -20,6 +20,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/checkpoints.md",
+    "docs/data.md",
     "chameleon_jax/assets/runway_tiny/MODEL_CARD.md",
 )
 OURS = ("launch", "converters")  # packages with commands
