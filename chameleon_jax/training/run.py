@@ -123,7 +123,8 @@ def open_data(config: ConfigDict, split: str) -> Source:
 def _in_memory(config: ConfigDict, source: Source, parts: Sequence[Part]) -> Source:
     if not config.data.in_memory:
         return source
-    buckets = parts[0].loader.buckets  # those of the other parts are the same
+    main = (config.video.height, config.video.width)
+    buckets = list(dict.fromkeys(size for part in parts for size in part.loader.buckets)) or [main]
     return InMemorySource(source, config.video.frames, buckets, config.data.threads)
 
 
