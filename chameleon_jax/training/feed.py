@@ -72,7 +72,10 @@ class Feed(Iterator):
 
     @property
     def broken(self) -> dict[int, str]:
-        """{record: why} of the records found broken so far, also before the run was resumed."""
+        """{record: why} of the records found broken so far, also before the run was resumed.
+
+        Of several processes each knows the records that it has read itself.
+        """
         return {index: why for batches in self._batches for index, why in batches.broken.items()}
 
     def counts(self) -> dict[str, float]:
