@@ -82,7 +82,10 @@ def paper(stage: str) -> ConfigDict:
 
 def captioned(config: ConfigDict) -> ConfigDict:
     """What the diffusion stages read beside that: captions, and how the transformer is tuned."""
+    # (height, width), ...: a clip goes to the nearest aspect ratio; empty: all to the video's size.
+    config.data.buckets = ()
     config.data.lengths = ()  # kinds of batch in turn: (frames, clips), ...; empty: all of a clip
+    config.data.text = ""  # folder of `prepare text`: stored states, no text encoder in memory
     config.data.captions = "mixed"  # 70 % action alone, else action and scene; "full": always both
     config.data.dropout = 0.1  # share of empty prompts, for classifier-free guidance
     # What changes of the transformer, see training/tuning.py: "full", "attention" (self-attention

@@ -2,16 +2,19 @@
 
     python -m launch.prepare runway       render clips of dressed people (extra `runway`)
     python -m launch.prepare latents      encode a set with a VAE (extra `train`)
+    python -m launch.prepare text         encode its captions with a text encoder (extra `train`)
     python -m launch.prepare tokenizer    train the small tokenizer on captions
 
     python -m launch.prepare runway --out data/runway --clips 4000 --frames 33 --size 128x80
     python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000
     python -m launch.prepare latents --data data/runway --weights runs/vae/export \\
         --out data/latents --split train --split validation
+    python -m launch.prepare text --data data/latents --weights weights/wan22 \\
+        --tokenizer weights/wan22/tokenizer.json --out data/text --split train --split validation
     python -m launch.prepare tokenizer --out data/tokenizer.json
 
-`python -m launch.prepare COMMAND --help` lists the flags of each. The first two can be interrupted
-at any time; the same command again continues, and with more clips the set grows.
+`python -m launch.prepare COMMAND --help` lists the flags of each. The first three can be
+interrupted at any time; the same command again continues, and with more clips the set grows.
 """
 
 from __future__ import annotations
@@ -49,9 +52,24 @@ ABOUT_LATENTS = """Encode splits of a set with the VAE of a config, for training
     python -m launch.prepare latents --data data/runway --weights runs/vae/export \\
         --out data/latents --split train --split validation
 
+    python -m launch.prepare latents --data data/clips --weights weights/wan22 --frames 81 \\
+        --size 1280x704 --bucket 704x1280 --out data/latents_portrait
+
 The sizes of the VAE are those of the config.json beside its weights; without one, those of
-`--config`. It can be interrupted at any time; the same command again continues. Needs the extra
-`train`.
+`--config`. With `--bucket` only the clips are encoded that `--size` suits better than the other
+sizes: one set for each size, and all of them as `data.dir`. It can be interrupted at any time; the
+same command again continues. Needs the extra `train`.
+"""
+
+ABOUT_TEXT = """Encode the captions of a set once, for training without the text encoder.
+
+    python -m launch.prepare text --data data/latents --weights weights/wan22 \\
+        --tokenizer weights/wan22/tokenizer.json --out data/text --split train --split validation
+
+The states of every caption are stored, with and without what the scene looks like, and those of the
+empty and of the negative prompt. Training takes them with `--config.data.text=data/text`. The sizes
+of the encoder are those of the config.json beside its weights; without one, those of `--config`. It
+can be interrupted at any time; the same command again continues. Needs the extra `train`.
 """
 
 ABOUT_TOKENIZER = """Train the small tokenizer on captions.
@@ -124,7 +142,48 @@ def latents_flags(parser: cli.Parser) -> None:
         needed=True,
         metavar="DIR",
     )
+    parser.flag(
+        "bucket",
+        "another size that clips may go to; only those that --size suits best are encoded; may be"
+        " repeated",
+        kind=cli.size,
+        repeated=True,
+        metavar="HEIGHTxWIDTH",
+    )
     parser.flag("batch", "clips encoded together", kind=cli.whole_number(1), default=4, metavar="N")
+    parser.compilation_flag()
+
+
+def text_flags(parser: cli.Parser) -> None:
+    """The flags of `prepare text`."""
+    parser.flag("out", "folder to write", needed=True, metavar="DIR")
+    parser.config_flag((CONFIG, ""))
+    parser.flag(
+        "data",
+        "folder of clips or latents; may be repeated",
+        repeated=True,
+        needed=True,
+        metavar="DIR",
+    )
+    parser.flag("split", "split to encode, default train; may be repeated", repeated=True)
+    parser.flag(
+        "weights",
+        "weights of the text encoder: a .safetensors file, or the folder of text.safetensors and"
+        " config.json",
+        needed=True,
+        metavar="DIR",
+    )
+    parser.flag("tokenizer", "tokenizer.json of the encoder", needed=True, metavar="FILE")
+    parser.flag(
+        "dtype",
+        "of the encoder and of the states: bfloat16 or float32",
+        kind=cli.one_of("bfloat16", "float32"),
+        default="bfloat16",
+        metavar="DTYPE",
+    )
+    parser.flag(
+        "batch", "prompts encoded together", kind=cli.whole_number(1), default=8, metavar="N"
+    )
     parser.compilation_flag()
 
 
@@ -207,8 +266,11 @@ def prepare_latents(values: cli.Values) -> None:
     encode, frames_per_latent = load_encoder(values, weights)
     print("the first batch compiles the encoder ...", file=sys.stderr)
     for split in values.split or ["train"]:
+        source = sources.open_sources(values.data, split)
+        if values.bucket:
+            source = sources.BucketSource(source, values.size, values.bucket)
         make = examples.LatentExamples(
-            sources.open_sources(values.data, split),
+            source,
             encode,
             values.size,
             values.frames,
@@ -246,6 +308,68 @@ def load_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(to_model(pixels)))
     return functools.partial(encode, state), vae.config.temporal_factor
+
+
+def prepare_text(values: cli.Values) -> None:
+    """Encode the captions of splits of a set."""
+    need("array_record", "train")
+    places.check_writable(Path(values.out) / "dataset_info.json")
+    from chameleon_jax.data import sources, text_states
+    from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT
+
+    cli.start_jax(values)
+    weights = places.find(values.weights)
+    weights = weights / "text.safetensors" if weights.is_dir() else weights
+    encode, sizes = load_text_encoder(values, weights)
+    hashes = [sources.file_hash(path) for path in (weights, places.find(values.tokenizer))]
+    print("the first batch compiles the encoder ...", file=sys.stderr)
+    for split in values.split or ["train"]:
+        source = sources.open_sources(values.data, split)
+        make = text_states.TextExamples(
+            text_states.read_prompts(source, ("", NEGATIVE_PROMPT)),
+            encode,
+            sizes.width,
+            sizes.length,
+            dtype=values.dtype,
+            weights=hashes[0],
+            tokenizer=hashes[1],
+            batch=values.batch,
+        )
+        with ProgressLine() as progress:
+            count = text_states.write_text_states(values.out, split, make, progress=progress)
+        print(f"{values.out}: {count} prompts in split {split}", file=sys.stderr)
+
+
+def load_text_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any], Any]:
+    """The text encoder as `text_states.Encode`, and its sizes."""
+    import jax
+    from flax import nnx
+
+    from chameleon_jax.config import load_config
+    from chameleon_jax.data.tokenizer import Tokenizer
+    from chameleon_jax.models import build
+    from chameleon_jax.training.export import stored_model
+    from chameleon_jax.weights.params import load_params
+
+    sizes = stored_model(weights, "text")
+    if sizes is None:
+        sizes = load_config(values.config or CONFIG, values.overrides).model.text.to_dict()
+    text = build.abstract("text", sizes, dtype=build.DTYPES[values.dtype])
+    load_params(weights, text)
+    tokenizer = Tokenizer.from_file(values.tokenizer, text.config.length)
+    if tokenizer.vocab > text.config.vocab:
+        raise UsageError(
+            f"--tokenizer {values.tokenizer} has {tokenizer.vocab} pieces, the encoder knows"
+            f" {text.config.vocab}; expected the one that it was trained with"
+        )
+    graph, state = nnx.split(text)
+    run = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask))
+
+    def encode(prompts: Sequence[str]) -> tuple[Any, Any]:
+        ids, mask = tokenizer(prompts)
+        return run(state, ids, mask), mask
+
+    return encode, text.config
 
 
 def prepare_tokenizer(values: cli.Values) -> None:
@@ -325,6 +449,7 @@ class ProgressLine:
 COMMANDS = {
     "runway": cli.Command(ABOUT_RUNWAY, runway_flags, prepare_runway, CONTINUES),
     "latents": cli.Command(ABOUT_LATENTS, latents_flags, prepare_latents, CONTINUES),
+    "text": cli.Command(ABOUT_TEXT, text_flags, prepare_text, CONTINUES),
     "tokenizer": cli.Command(ABOUT_TOKENIZER, tokenizer_flags, prepare_tokenizer),
 }
 

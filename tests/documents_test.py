@@ -21,6 +21,7 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/clusters.md",
+    "docs/data.md",
     "docs/training_diagnosis.md",
     "chameleon_jax/assets/runway_tiny/MODEL_CARD.md",
 )

@@ -262,6 +262,10 @@ class LatentExamples:
                 yield index, None
                 continue
             clip = clips[index]
+            if not all(np.isfinite(z).all() for z in made[index].values()):
+                logging.error("record %d has latents that are not finite; skipped", index)
+                yield index, None
+                continue
             yield (
                 index,
                 made[index]
@@ -366,7 +370,8 @@ def _renderer() -> Callable[..., Any]:
 
 
 def _half(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.float16)
+    with np.errstate(over="ignore"):  # what float16 does not hold becomes infinite, and is seen
+        return np.asarray(x).astype(np.float16)
 
 
 def _plain(value: Any) -> Any:

@@ -14,17 +14,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from chameleon_jax.data import captions
+from chameleon_jax.data.buckets import equal_bucket, nearest_bucket
 from chameleon_jax.data.sources import MAX_BROKEN, Source, latent_frames
 from chameleon_jax.errors import UserError
 from chameleon_jax.keys import data_rng
+
+if TYPE_CHECKING:
+    from chameleon_jax.data.text_states import TextStates
 
 _ATTEMPTS = 20  # replacements tried for one slot
 _ENDLESS = 2**53
@@ -47,8 +51,9 @@ class LoaderConfig:
     # `temporal_factor` of the VAE that sees them: frames - 1 must be a multiple of it. None: any
     # number of frames. Latents say their own.
     frames_per_latent: int | None = None
-    # (height, width); a clip goes to the nearest aspect ratio.
+    # (height, width); a clip goes to the nearest aspect ratio, latents to exactly their size.
     buckets: tuple[tuple[int, int], ...] = ((128, 80),)
+    leave_others: bool = False  # do without latents of other sizes instead of refusing them
     captions: str = "mixed"  # "mixed": 70 % dynamic alone; "full": always both; "dynamic"
     # Any frames of the clip instead of the first ones; clips of pixels only.
     random_start: bool = False
@@ -91,21 +96,36 @@ class BatchPlan:
       buckets: (height, width) of each bucket.
       batch: records a batch.
       seed: of the order.
+      exact: leave out records of a size that no bucket has; else each goes to the nearest one.
 
     Raises:
       DataError: no bucket has enough records for a batch.
     """
 
     def __init__(
-        self, sizes: np.ndarray, buckets: Sequence[tuple[int, int]], batch: int, seed: int
+        self,
+        sizes: np.ndarray,
+        buckets: Sequence[tuple[int, int]],
+        batch: int,
+        seed: int,
+        *,
+        exact: bool = False,
     ):
-        nearest = nearest_bucket(sizes, buckets)
-        self.members = [np.flatnonzero(nearest == index) for index in range(len(buckets))]
+        chosen = (equal_bucket if exact else nearest_bucket)(sizes, buckets)
+        self.members = [np.flatnonzero(chosen == index) for index in range(len(buckets))]
         self.batch, self.seed = batch, seed
         self.batches_per_epoch = sum(len(members) // batch for members in self.members)
         if not self.batches_per_epoch:
             counts = dict(zip(buckets, map(len, self.members), strict=True))
             raise DataError(f"no bucket has the {batch} records of one batch: {counts}")
+        for size, members in zip(buckets, self.members, strict=True):
+            if len(members) < batch:
+                logging.warning(
+                    "bucket %dx%d has %d records, fewer than a batch of %d: they are never drawn",
+                    *size,
+                    len(members),
+                    batch,
+                )
         self._order = functools.lru_cache(maxsize=2)(self._epoch)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,17 +167,19 @@ class Loader:
 
     A batch of pixels has video uint8 [b, t, h, w, 3], reference and garment uint8 [b, h, w, 3]; of
     latents, z_video float16 [b, f, h, w, c], z_reference and z_garment float16 [b, 1, h, w, c].
-    Both have prompt (list of b strings), index int64 [b] (records of the source), fps float32 [b].
+    Both have prompt (list of b strings), index int64 [b] (records of the source), fps float32 [b];
+    and text [b, length, width], the states of the prompts, if there are text states.
 
     Args:
       source: see `sources`.
       config: see `LoaderConfig`.
+      text: states of all prompts that can be drawn, the empty one among them.
       process_index, process_count: this process and how many there are (`jax.process_index()`,
         `jax.process_count()`); each gets its slice of every batch, all of the same bucket.
 
     Raises:
       DataError: the batch does not divide among the processes, no bucket is full, or the latents
-        are of another VAE.
+        are of another VAE or of a size that no bucket has.
       SourceError: a number of frames that the VAE does not take.
     """
 
@@ -166,6 +188,7 @@ class Loader:
         source: Source,
         config: LoaderConfig,
         *,
+        text: TextStates | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -178,8 +201,13 @@ class Loader:
             raise DataError(
                 "random_start needs pixels: the first latent frame is unlike the others"
             )
-        self.source, self.config = source, config
-        self.plan = BatchPlan(source.sizes, config.buckets, config.batch, config.seed)
+        latents = source.kind == "latents"
+        if latents and not config.leave_others:
+            _check_latent_sizes(source, config)
+        self.source, self.config, self.text = source, config, text
+        self.plan = BatchPlan(
+            source.sizes, config.buckets, config.batch, config.seed, exact=latents
+        )
         share = config.batch // process_count
         self.slots = range(process_index * share, (process_index + 1) * share)
 
@@ -202,9 +230,7 @@ class Loader:
         samples, prompts, broken = [], [], {}
         for slot in self.slots:
             sample = self._load_slot(bucket, step, slot, int(indices[slot]), broken)
-            rng = data_rng(self.config.seed, "caption", step, slot)
-            both = sample.pop("captions")
-            prompts.append(captions.choose(both, self.config.captions, rng, self.config.dropout))
+            prompts.append(sample.pop("prompt"))
             samples.append(sample)
         batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         return batch | {"prompt": prompts, "broken": broken}
@@ -220,13 +246,35 @@ class Loader:
             try:
                 sample = self.source.load(index, config.frames, config.buckets[bucket], start)
                 sample |= {"index": np.int64(index), "fps": np.float32(sample["fps"])}
+                sample |= self._prompt(sample.pop("captions"), step, slot)
                 return {name: value for name, value in sample.items() if name != "seed"}
+            except DataError:
+                raise
             except ValueError as error:  # SourceError, ShardError, ImageError, VideoError, ...
                 broken[index] = str(error)
                 index = self.plan.replacement(bucket, step, slot, attempt)
         raise DataError(
             f"{_ATTEMPTS} records in a row are broken; the last: {list(broken.values())[-1]}"
         )
+
+    def _prompt(self, both: Mapping[str, str], step: int, slot: int) -> dict[str, Any]:
+        """The prompt of a slot, drawn from the captions of its record, and its states.
+
+        Raises:
+          DataError: the text states were made from other captions.
+          ShardError, TextError: the states are damaged.
+        """
+        config = self.config
+        rng = data_rng(config.seed, "caption", step, slot)
+        prompt = captions.choose(both, config.captions, rng, config.dropout)
+        if self.text is None:
+            return {"prompt": prompt}
+        if prompt not in self.text:
+            raise DataError(
+                f"{self.text.folder}: has no states of the prompt {prompt[:60]!r}; `prepare text`"
+                " with these data adds them"
+            )
+        return {"prompt": prompt, "text": self.text.states(prompt)}
 
 
 class Batches(Iterator):
@@ -295,11 +343,21 @@ class Batches(Iterator):
         self.broken = {int(k): v for k, v in state["broken"].items()}
 
 
-def nearest_bucket(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """For each (height, width) the bucket of the nearest aspect ratio: int [records]."""
-    log_ratio = np.log(sizes[:, 0] / sizes[:, 1])
-    of_buckets = np.log([height / width for height, width in buckets])
-    return np.abs(log_ratio[:, None] - of_buckets).argmin(1)
+def _check_latent_sizes(source: Source, config: LoaderConfig) -> None:
+    """Latents cannot be resized."""
+    other = source.sizes[equal_bucket(source.sizes, config.buckets) < 0]
+    if len(other):
+        found = _size_texts(np.unique(other, axis=0))
+        raise DataError(
+            f"{len(other)} of {len(source)} latents are of {found} pixels, which no bucket has"
+            f" (they are {_size_texts(config.buckets)}): add that size to the buckets"
+            " (data.buckets), or encode the clips at the size of a bucket"
+        )
+
+
+def _size_texts(sizes: Sequence[Sequence[int]]) -> str:
+    """Sizes as `128x80`, height first."""
+    return ", ".join(f"{height}x{width}" for height, width in sizes)
 
 
 def _check_frames(source: Source, config: LoaderConfig) -> None:

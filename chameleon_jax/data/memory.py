@@ -8,33 +8,47 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from chameleon_jax.data.sources import Source, SourceError, latent_frames
+from chameleon_jax.data.buckets import nearest_bucket
+from chameleon_jax.data.sources import Source, SourceError, latent_frames, size_text
 
 
 class InMemorySource:
-    """All records of a source at one size, with the same interface.
+    """All records of a source, each at the size of one bucket, with the same interface.
 
     Args:
       source: see `sources`; read now, in threads.
       frames: pixel frames to keep of each clip, the first ones.
-      size: (height, width) in pixels.
+      buckets: (height, width) in pixels; a clip is kept at the size of the bucket that the loader
+        puts it into, latents at their own.
       threads: that decode.
     """
 
-    def __init__(self, source: Source, frames: int, size: tuple[int, int], threads: int = 2):
-        self.kind, self.frames, self.size = source.kind, frames, tuple(size)
+    def __init__(
+        self,
+        source: Source,
+        frames: int,
+        buckets: Sequence[tuple[int, int]],
+        threads: int = 2,
+    ):
+        self.kind, self.frames = source.kind, frames
         self.frames_per_latent = source.frames_per_latent
-        self.sizes = np.tile(np.array([size]), (len(source), 1))
+        self.sizes = source.sizes
+        if source.kind != "latents":
+            self.sizes = np.array(buckets)[nearest_bucket(source.sizes, buckets)]
         start = time.monotonic()
+
+        def read(index: int) -> dict[str, Any] | ValueError:
+            height, width = self.sizes[index].tolist()
+            return _read(source, index, frames, (height, width))
+
         with ThreadPoolExecutor(threads) as pool:
-            self._records = list(
-                pool.map(lambda index: _read(source, index, frames, size), range(len(source)))
-            )
+            self._records = list(pool.map(read, range(len(source))))
         total = sum(array.nbytes for record in self._records for array in _arrays(record))
         seconds = time.monotonic() - start
         logging.info(
@@ -45,8 +59,10 @@ class InMemorySource:
         return len(self._records)
 
     def __repr__(self) -> str:
-        size = "x".join(map(str, self.size))
-        return f"InMemorySource({len(self)} records of {self.kind}, {self.frames} frames of {size})"
+        sizes = size_text(self.sizes)
+        return (
+            f"InMemorySource({len(self)} records of {self.kind}, {self.frames} frames of {sizes})"
+        )
 
     def captions(self, index: int) -> dict[str, str]:
         """See `sources`.
@@ -65,9 +81,10 @@ class InMemorySource:
           ValueError: the record was broken.
           SourceError: another size or more frames are asked for than were kept.
         """
-        if tuple(size) != self.size or frames > self.frames:
+        kept = tuple(self.sizes[index].tolist())
+        if tuple(size) != kept or frames > self.frames:
             asked = f"{frames} of {tuple(size)} were asked"
-            raise SourceError(f"{self.frames} frames of {self.size} are in memory, {asked}")
+            raise SourceError(f"{self.frames} frames of {kept} are in memory, {asked}")
         record = self._record(index)
         if self.kind == "latents":
             wanted = latent_frames(frames, self.frames_per_latent)

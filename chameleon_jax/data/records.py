@@ -47,6 +47,7 @@ DESCRIPTION = {
     "runway_garment": "Rendered triplets for garment video: clip, person in another garment,"
     " garment.",
     "runway_latents": "Triplets for garment video as latents of a video VAE.",
+    "prompt_states": "Prompts as states of a text encoder.",
 }
 SHARD_NAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 OLD_SHARD_NAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # of older versions

@@ -22,26 +22,30 @@ can be pickled.
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import hashlib
-import io
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from chameleon_jax.data import captions, images
+from chameleon_jax.data import captions, images, tables
+from chameleon_jax.data.buckets import nearest_bucket
 from chameleon_jax.data.shards import Shards
 from chameleon_jax.errors import UserError, need, one_line
+
+if TYPE_CHECKING:
+    from chameleon_jax.data.video import Clip
 
 MAX_BROKEN = 0.01  # share of the records that may be broken before work with them stops
 # Of latents whose metadata.json does not say it: all of these were made with such a VAE.
 FRAMES_PER_LATENT_BEFORE = 4
-TABLES = (".csv", ".jsonl")
 
 Captions = dict[str, str]
 
@@ -88,15 +92,22 @@ class RecordSource:
 
     def __init__(self, folder: str | os.PathLike, split: str = "train"):
         self.folder, self.split = Path(folder), split
-        info = _read_info(self.folder)
+        info = read_info(self.folder)
+        meta = dict(info.metadata or {})
+        if meta.get("kind") == "text":
+            raise SourceError(f"{folder}: holds text states and no clips; give it as data.text")
         if split not in info.splits:
             raise NoSplitError(f"{folder}: no split {split!r}, there are {sorted(info.splits)}")
-        meta = dict(info.metadata or {})
         missing = {"kind", "height", "width", "frames", "fps"} - set(meta)
         if missing:
             raise SourceError(
                 f"{folder}: metadata.json says nothing about {', '.join(sorted(missing))}"
             )
+        for name in ("height", "width", "fps"):
+            if not _is_positive(meta[name]):
+                raise SourceError(
+                    f"{folder}: metadata.json says {name} {meta[name]}; expected a number above 0"
+                )
         self.kind, self.frames, self.fps = meta["kind"], meta["frames"], meta["fps"]
         self.frames_per_latent = None
         if self.kind == "latents":
@@ -115,7 +126,7 @@ class RecordSource:
     def __repr__(self) -> str:
         return (
             f"RecordSource({self.folder}, {self.split}: {len(self)} records of {self.kind},"
-            f" {self.frames} frames of {_size_text(self.sizes)} at {self.fps:g} fps)"
+            f" {self.frames} frames of {size_text(self.sizes)} at {self.fps:g} fps)"
         )
 
     def raw(self, index: int) -> dict[str, Any]:
@@ -141,6 +152,8 @@ class RecordSource:
     ) -> dict[str, Any]:
         """See the module's docstring."""
         raw = self.raw(index)
+        if not _is_positive(float(raw["fps"])):
+            raise SourceError(f"{self.folder}: record {index} has {raw['fps']} frames per second")
         common = {
             "captions": self._captions(raw, index),
             "fps": float(raw["fps"]),
@@ -149,7 +162,7 @@ class RecordSource:
         if self.kind == "latents":
             return self._latents(raw, index, frames, size) | common
         return {
-            "video": fit_frames(read_frames(raw["video"], frames, start), size),
+            "video": fit_frames(read_clip(raw["video"], frames, start).frames, size),
             "reference": images.prepare_training_frame(raw["reference"], size),
             "garment": images.prepare_training_garment(raw["garment"], size),
         } | common
@@ -164,10 +177,12 @@ class RecordSource:
             )
         if tuple(size) != tuple(self.sizes[index]):
             raise SourceError(
-                f"{self.folder}: latents of {_size_text(self.sizes)} pixels cannot be resized to"
+                f"{self.folder}: latents of {size_text(self.sizes)} pixels cannot be resized to"
                 f" {size[0]}x{size[1]}"
             )
         names = ("z_video", "z_reference", "z_garment")
+        if not all(np.isfinite(raw[name]).all() for name in names):
+            raise SourceError(f"{self.folder}: record {index} has latents that are not finite")
         return {name: raw[name][:wanted] for name in names}
 
     def _captions(self, raw: dict[str, Any], index: int) -> Captions:
@@ -192,16 +207,23 @@ class RecordSource:
 class DirectorySource:
     """A folder of clips with a table: the layout in which FashionChameleon's authors train.
 
-    The table (CSV with a header, or JSON lines) has the columns video, prompt, width and height;
-    `video` is a path relative to the table, `prompt` JSON as in `captions.parse_prompt`. Beside
-    `clip.mp4` lie `clip_src.png`, the person in another garment, and `clip_cloth.png`, the garment.
+    The table (CSV with a header, or JSON lines) has the columns
+
+      video          path relative to the table, with / or \\ between folders
+      prompt         JSON as in `captions.parse_prompt`
+      width, height  of the clip as a player shows it; where both are empty the clip is opened now
+      fps            frames per second to read it at; may be missing or empty: its own rate
+
+    Beside `clip.mp4` lie `clip_src.png`, the person in another garment, and `clip_cloth.png`, the
+    garment. Clips are read as a player shows them, see `video.read_clip`.
 
     Args:
       table: the .csv or .jsonl file, or a folder with exactly one.
 
     Raises:
       MissingPackageError: PyAV is not installed.
-      SourceError: no table, or a row that is not as said, with its number.
+      SourceError: no table, or a row that is not as said, with its number; or no clip can be opened
+        although the table leaves it to them to say their sizes.
     """
 
     kind = "pixels"
@@ -211,7 +233,7 @@ class DirectorySource:
         need("av", "video")  # missing, it would make every clip look broken
         table = Path(table)
         if table.is_dir():
-            found = sorted(path for path in table.iterdir() if path.suffix in TABLES)
+            found = sorted(path for path in table.iterdir() if path.suffix in tables.SUFFIXES)
             if len(found) != 1:
                 names = ", ".join(path.name for path in found) or "none"
                 raise SourceError(
@@ -219,43 +241,59 @@ class DirectorySource:
                 )
             table = found[0]
         self.folder = table.parent
-        self.rows = [
-            _parse_row(row, f"{table}: row {number}")
-            for number, row in enumerate(_read_table(table), 1)
-        ]
-        if not self.rows:
-            raise SourceError(f"{table}: no rows")
-        self.sizes = np.array([(row["height"], row["width"]) for row in self.rows])
+        try:
+            self.rows = tables.read_table(table)
+        except tables.TableError as error:
+            raise SourceError(str(error)) from None
+        self.sizes = self._read_sizes()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        sizes = _size_text(self.sizes)
+        sizes = size_text(self.sizes)
         return f"DirectorySource({self.folder}: {len(self)} clips of {sizes})"
 
     def captions(self, index: int) -> Captions:
         """See the module's docstring."""
-        return self.rows[index]["captions"]
+        return self.rows[index].captions
 
     def load(
         self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
     ) -> dict[str, Any]:
         """See the module's docstring."""
         row = self.rows[index]
-        path = self.folder / row["video"]
+        path = self.folder / row.video
+        clip = read_clip(path, frames, start, row.fps)
+        _check_told_size(path, row.size, clip, size)
         return {
-            "video": fit_frames(read_frames(path, frames, start), size),
+            "video": fit_frames(clip.frames, size),
             "reference": images.prepare_training_frame(
                 path.with_name(f"{path.stem}_src.png"), size
             ),
             "garment": images.prepare_training_garment(
                 path.with_name(f"{path.stem}_cloth.png"), size
             ),
-            "captions": row["captions"],
-            "fps": row["fps"],
+            "captions": row.captions,
+            "fps": clip.fps,
             "seed": index,
         }
+
+    def _read_sizes(self) -> np.ndarray:
+        """int [rows, 2]: from the table; from the clips where it is silent.
+
+        A clip that cannot be opened gets the size of another one, and counts as broken once it is
+        loaded.
+        """
+        silent = [row for row in self.rows if row.size is None]
+        with ThreadPoolExecutor(8) as pool:
+            shown = list(pool.map(lambda row: _shown_size(self.folder / row.video), silent))
+        known = [size for size in shown if not isinstance(size, str)]
+        if silent and not known:
+            raise SourceError(f"{self.folder}: the table names no sizes, and {shown[0]}")
+        found = iter(shown)
+        sizes = [row.size or next(found) for row in self.rows]
+        return np.array([known[0] if isinstance(size, str) else size for size in sizes])
 
 
 class JoinedSource:
@@ -301,7 +339,34 @@ class JoinedSource:
         return self.parts[part], index - int(self._starts[part])
 
 
-class MatchingSource:
+class ChosenSource:
+    """Some triplets of a source.
+
+    Args:
+      source: has more of them.
+      chosen: indices there, in their order here.
+    """
+
+    def __init__(self, source: Source, chosen: Sequence[int]):
+        self.source, self._chosen = source, np.array(chosen, int)
+        self.kind, self.frames_per_latent = source.kind, source.frames_per_latent
+        self.sizes = source.sizes[self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def captions(self, index: int) -> Captions:
+        """See the module's docstring."""
+        return self.source.captions(int(self._chosen[index]))
+
+    def load(
+        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
+    ) -> dict[str, Any]:
+        """See the module's docstring."""
+        return self.source.load(int(self._chosen[index]), frames, size, start)
+
+
+class MatchingSource(ChosenSource):
     """Those triplets of a source whose captions match a pattern.
 
     One whose captions cannot be read stays, for the loader to count.
@@ -330,25 +395,37 @@ class MatchingSource:
                 chosen.append(index)
         if not chosen:
             raise SourceError(f"no caption of {len(source)} triplets matches {pattern!r}")
-        self.source, self.pattern, self._chosen = source, pattern, np.array(chosen, int)
-        self.kind, self.frames_per_latent = source.kind, source.frames_per_latent
-        self.sizes = source.sizes[self._chosen]
-
-    def __len__(self) -> int:
-        return len(self._chosen)
+        super().__init__(source, chosen)
+        self.pattern = pattern
 
     def __repr__(self) -> str:
         return f"MatchingSource({len(self)} with {self.pattern!r} of {self.source})"
 
-    def captions(self, index: int) -> Captions:
-        """See the module's docstring."""
-        return self.source.captions(int(self._chosen[index]))
 
-    def load(
-        self, index: int, frames: int, size: tuple[int, int], start: float = 0.0
-    ) -> dict[str, Any]:
-        """See the module's docstring."""
-        return self.source.load(int(self._chosen[index]), frames, size, start)
+class BucketSource(ChosenSource):
+    """Those clips of a source that belong to one of several buckets, see `buckets`.
+
+    Args:
+      source: of any sizes.
+      size: (height, width) of the bucket.
+      others: those of the other buckets.
+
+    Raises:
+      SourceError: no clip is nearest to that bucket.
+    """
+
+    def __init__(self, source: Source, size: tuple[int, int], others: Sequence[tuple[int, int]]):
+        chosen = np.flatnonzero(nearest_bucket(source.sizes, (size, *others)) == 0)
+        if not len(chosen):
+            raise SourceError(
+                f"no clip of {len(source)} is nearest to {size[0]}x{size[1]}: they are"
+                f" {size_text(source.sizes)}"
+            )
+        super().__init__(source, chosen)
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"BucketSource({len(self)} for {self.size[0]}x{self.size[1]} of {self.source})"
 
 
 def open_sources(
@@ -381,14 +458,16 @@ def _open_source(path: Path, split: str) -> Source:
     if path.is_file():
         return DirectorySource(path)
     try:
-        has_table = any(file.suffix in TABLES for file in path.iterdir())
+        has_table = any(file.suffix in tables.SUFFIXES for file in path.iterdir())
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
     return DirectorySource(path) if has_table else RecordSource(path, split)
 
 
-def read_frames(source: str | os.PathLike | bytes, frames: int, start: float) -> np.ndarray:
-    """`frames` frames of a video, uint8 [t, h, w, 3].
+def read_clip(
+    source: str | os.PathLike | bytes, frames: int, start: float, fps: float | None = None
+) -> Clip:
+    """`frames` frames of a video, see `video.read_clip`.
 
     The first ones, or those that begin at the share `start` in [0, 1) of what is possible.
 
@@ -399,12 +478,44 @@ def read_frames(source: str | os.PathLike | bytes, frames: int, start: float) ->
     from chameleon_jax.data import video  # needs PyAV, which latents do without
 
     if not start:
-        return video.read_video(source, frames)
-    clip = video.read_video(source)
-    if len(clip) < frames:
-        raise SourceError(f"a clip of {len(clip)} frames; {frames} are needed")
-    first = int(start * (len(clip) - frames + 1))
-    return clip[first : first + frames]
+        return video.read_clip(source, frames, fps)
+    clip = video.read_clip(source, fps=fps)
+    if len(clip.frames) < frames:
+        raise SourceError(f"a clip of {len(clip.frames)} frames; {frames} are needed")
+    first = int(start * (len(clip.frames) - frames + 1))
+    return dataclasses.replace(clip, frames=clip.frames[first : first + frames])
+
+
+def _shown_size(path: Path) -> tuple[int, int] | str:
+    """(height, width) of a clip, or why it cannot be read."""
+    from chameleon_jax.data import video
+
+    try:
+        return video.read_size(path)
+    except ValueError as error:
+        return str(error)
+
+
+def _check_told_size(
+    path: Path, told: tuple[int, int] | None, clip: Clip, size: tuple[int, int]
+) -> None:
+    """Refuse a table that says how a clip is stored instead of how it is shown.
+
+    That is harmless unless the clip came to a bucket of another shape by it, where it would lose
+    most of its picture.
+    """
+    shown = clip.frames.shape[1:3]
+    if told != clip.stored_size or told == shown:
+        return
+
+    def distance(of: Sequence[int]) -> float:
+        return abs(math.log(of[0] / of[1]) - math.log(size[0] / size[1]))
+
+    if distance(told) < distance(shown):
+        raise SourceError(
+            f"{path}: the table says width {told[1]}, height {told[0]}, as the clip is stored; it"
+            f" is shown with width {shown[1]}, height {shown[0]}: write these, or leave both empty"
+        )
 
 
 def fit_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -443,48 +554,16 @@ def file_hash(path: str | os.PathLike) -> str:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: cannot be read ({error})") from None
-    if path.suffix == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-        except csv.Error as error:
-            raise SourceError(f"{path}: not a readable table ({error})") from None
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            row = _json(line, f"{path}: line {number}")
-            if not isinstance(row, dict):
-                raise SourceError(f"{path}: line {number} is not a JSON object")
-            rows.append(row)
-    return rows
+def _is_positive(value: Any) -> bool:
+    return 0 < tables.number(value) < math.inf
 
 
-def _parse_row(row: dict[str, Any], where: str) -> dict[str, Any]:
-    columns = ("video", "prompt", "width", "height")
-    missing = [name for name in columns if row.get(name) in (None, "")]
-    if missing:
-        raise SourceError(f"{where}: column {', '.join(missing)} is missing or empty")
-    path = Path(row["video"])
-    if path.is_absolute() or ".." in path.parts:
-        raise SourceError(
-            f"{where}: video is {row['video']!r}; expected a path inside the table's folder"
-        )
-    try:
-        width, height, fps = int(row["width"]), int(row["height"]), float(row.get("fps") or 24)
-        both = captions.from_prompt(row["prompt"])
-    except (ValueError, TypeError) as error:
-        raise SourceError(f"{where}: {error}") from None
-    if min(width, height) < 1:
-        raise SourceError(f"{where}: {width} x {height} pixels")
-    return {"video": str(path), "width": width, "height": height, "fps": fps, "captions": both}
+def read_info(folder: Path) -> Any:
+    """The `tfds.core.DatasetInfo` of a folder.
 
-
-def _read_info(folder: Path) -> Any:
-    """The `tfds.core.DatasetInfo` of a folder."""
+    Raises:
+      SourceError: there is none, or it cannot be read.
+    """
     if not (folder / "dataset_info.json").is_file():
         if any(folder.glob("recipe.*.json")):
             raise SourceError(
@@ -506,7 +585,7 @@ def import_tfds() -> Any:
     return need("tensorflow_datasets", "train")
 
 
-def _size_text(sizes: np.ndarray) -> str:
+def size_text(sizes: np.ndarray) -> str:
     """Sizes as `128x80`, height first; of several sizes the smallest and the largest."""
     different = sorted({(int(height), int(width)) for height, width in sizes})
     texts = [f"{height}x{width}" for height, width in different]

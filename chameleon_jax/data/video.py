@@ -1,7 +1,8 @@
-"""Video files through PyAV: H.264 in MP4, written so that an interrupted file still plays.
+"""Video files through PyAV: H.264 in MP4, written so that an interrupted file still plays, and any
+clip read as a player shows it.
 
-Frames are uint8 [t, h, w, 3], RGB; sizes are (height, width). Colours are BT.709, limited range,
-and tagged as such.
+Frames are uint8 [t, h, w, 3], RGB; sizes are (height, width). What is written is BT.709, limited
+range, and tagged as such.
 
 Importing this module needs the extra `video` and says so.
 """
@@ -9,17 +10,22 @@ Importing this module needs the extra `video` and says so.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
+import itertools
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 
+from chameleon_jax.data import clock, hdr
+from chameleon_jax.data.display import Orientation, read_orientation, square_width
 from chameleon_jax.errors import UserError, need, one_line, printable
 from chameleon_jax.files import open_to_read
 
@@ -31,11 +37,20 @@ else:
 MAX_PIXELS = 50_000_000  # of one frame, as for pictures
 MAX_DECODED = 8 * 2**30  # bytes of one decoded clip: 81 frames of 1280 x 704 are 0.2 GiB
 MIN_FPS, MAX_FPS = 0.01, 1000.0
+MAX_GAP = 10  # seconds from one frame to the next: time stamps that jump further are damaged
 # What cameras write as 23.976, 29.97, 59.94 ... frames a second.
 NTSC_RATES = tuple(Fraction(fps * 1000, 1001) for fps in (24, 30, 48, 60, 120))
 # Titles and the like that are not UTF-8 must not make a clip unreadable. PyAV sees to that itself
 # from 19 on.
 LENIENT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+_Result = TypeVar("_Result")
+_Formats = av.video.reformatter
+# Matrices from Y'CbCr to R'G'B' by their number in ITU-T H.273: the one of swscale.
+_BT601, _BT709 = _Formats.Colorspace.ITU601, _Formats.Colorspace.ITU709
+_MATRICES = {1: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: 9, 10: 9}
+_RGB, _UNKNOWN = (0, 2)
+_FULL_RANGE = 2
 
 
 class VideoError(UserError):
@@ -263,16 +278,81 @@ def encode_video(frames: np.ndarray, fps: float, *, crf: int = 12, yuv444p: bool
     return buffer.getvalue()
 
 
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A video as a player shows it.
+
+    Attributes:
+      frames: uint8 [t, h, w, 3].
+      fps: frames per second.
+      stored_size: (height, width) in the file, before it is turned and its pixels are made square.
+    """
+
+    frames: np.ndarray
+    fps: float
+    stored_size: tuple[int, int]
+
+
 def read_video(source: str | os.PathLike | bytes, frames: int | None = None) -> np.ndarray:
-    """Decode a video as uint8 [t, h, w, 3].
+    """The frames uint8 [t, h, w, 3] of a video; see `read_clip`."""
+    return read_clip(source, frames).frames
+
+
+def read_clip(
+    source: str | os.PathLike | bytes, frames: int | None = None, fps: float | None = None
+) -> Clip:
+    """Decode a video as a player shows it.
+
+    It is turned and mirrored as its display matrix says, and scaled to square pixels. Frames are
+    taken at regular times, each time the nearest one; a clip that is regular already gives each
+    frame once. Matrix and range of the colours are heeded (without a tag BT.709 if the picture is
+    large, BT.601 if it is small, as players guess); high dynamic range and wide gamut become
+    BT.709, see `hdr`. A picture of the cover is not the video.
 
     Args:
       source: a path, or the bytes of a file.
       frames: decode only the first so many; None is all.
+      fps: frames per second to read it at; None is its own rate, which of a variable one is the
+        usual rate.
 
     Raises:
-      VideoError: missing, empty, damaged, without a picture, or shorter than `frames`.
+      VideoError: missing, empty, damaged, without a video, shorter than `frames`, or shown in a way
+        that is not understood; an impossible fps.
     """
+    wanted = None if fps is None else 1 / frame_rate(fps)
+    with _opened(source) as (file, name):
+        times = _using(file, name, functools.partial(_times, name=name))
+        clip = _using(
+            file,
+            name,
+            functools.partial(_decode, name=name, count=frames, times=times, wanted=wanted),
+        )
+    if frames is not None and len(clip.frames) < frames:
+        raise VideoError(f"{name}: {len(clip.frames)} frames; {frames} are needed")
+    return clip
+
+
+def read_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """(height, width) of a video as a player shows it; only its first frame is decoded.
+
+    Raises:
+      VideoError: see `read_clip`.
+    """
+    with _opened(source) as (file, name):
+
+        def size(container: av.container.InputContainer) -> tuple[int, int]:
+            stream = _video_stream(container, name)
+            for frame in container.decode(stream):
+                shown = _Shown(stream, frame, name)
+                return shown.orientation.size(frame.height, shown.width(frame))
+            raise VideoError(f"{name}: no frame could be decoded")
+
+        return _using(file, name, size)
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO, str]]:
+    """A video as a file object, and what messages call it."""
     if isinstance(source, bytes):
         name, file = "video", io.BytesIO(source)
     else:
@@ -280,42 +360,172 @@ def read_video(source: str | os.PathLike | bytes, frames: int | None = None) -> 
     with file:
         if not file.seek(0, os.SEEK_END):
             raise VideoError(f"{name}: the file is empty (0 bytes)")
-        file.seek(0)
-        try:
-            decoded = _decode(file, name, frames)
-        except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{name}: not a readable video ({one_line(error)})") from None
-    if not decoded:
-        raise VideoError(f"{name}: no frame could be decoded")
-    if len({frame.shape for frame in decoded}) > 1:
-        raise VideoError(f"{name}: its frames differ in size")
-    if frames is not None and len(decoded) < frames:
-        raise VideoError(f"{name}: {len(decoded)} frames; {frames} are needed")
-    return np.stack(decoded)
+        yield file, name
 
 
-def _decode(file: BinaryIO, name: str, frames: int | None) -> list[np.ndarray]:
-    """The first frames of the first video stream; None is all."""
-    decoded: list[np.ndarray] = []
-    with av.open(file, **LENIENT) as container:
-        if not container.streams.video:
-            raise VideoError(f"{name}: there is no video in it")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:  # PyAV has no decoder for what the header claims
-            raise VideoError(f"{name}: its video is of an unknown kind")
-        if stream.height * stream.width > MAX_PIXELS:
+def _using(
+    file: BinaryIO, name: str, work: Callable[[av.container.InputContainer], _Result]
+) -> _Result:
+    """What `work` makes of the file, read from its start."""
+    file.seek(0)
+    try:
+        with av.open(file, **LENIENT) as container:
+            return work(container)
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{name}: not a readable video ({one_line(error)})") from None
+
+
+def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """The stream that a player shows: no cover, and the default one if several are left."""
+    cover = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        raise VideoError(f"{name}: there is no video in it")
+    default = av.stream.Disposition.default
+    stream = next((stream for stream in streams if stream.disposition & default), streams[0])
+    if stream.codec_context is None:  # PyAV has no decoder for what the header claims
+        raise VideoError(f"{name}: its video is of an unknown kind")
+    if stream.height * stream.width > MAX_PIXELS:
+        raise VideoError(
+            f"{name}: {stream.width} x {stream.height} pixels; at most {MAX_PIXELS:,} are read"
+        )
+    return stream
+
+
+def _times(container: av.container.InputContainer, name: str) -> list[Fraction] | None:
+    """Times of all frames in seconds, in order, nothing decoded; None if the file has none."""
+    stream = _video_stream(container, name)
+    stamps = []
+    # A file whose end is damaged may have all the frames that are asked for.
+    with contextlib.suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.pts)
+    if None in stamps or not stream.time_base:
+        return None
+    times = [stamp * stream.time_base for stamp in sorted(stamps)]
+    gap = max((b - a for a, b in itertools.pairwise(times)), default=0)
+    if gap > MAX_GAP:
+        raise VideoError(
+            f"{name}: its time stamps jump by {float(gap):.1f} s; at most {MAX_GAP} s from one"
+            " frame to the next are read"
+        )
+    return times
+
+
+def _decode(
+    container: av.container.InputContainer,
+    *,
+    name: str,
+    count: int | None,
+    times: list[Fraction] | None,
+    wanted: Fraction | None,
+) -> Clip:
+    """The first `count` frames, `wanted` seconds apart; None: all, as far apart as they are."""
+    stream = _video_stream(container, name)
+    usual = clock.usual_interval(times) if times else None
+    decoded = container.decode(stream)
+    if usual is not None:
+        timed = _with_times(decoded, usual)
+        decoded = clock.at_regular_times(timed, wanted or usual, last_for=usual)
+    arrays: list[np.ndarray] = []
+    before = shown = None
+    for frame in decoded:
+        shown = shown or _Shown(stream, frame, name)
+        arrays.append(arrays[-1] if frame is before else shown.array(frame))
+        before = frame
+        if arrays[-1].shape != arrays[0].shape:
+            raise VideoError(f"{name}: its frames differ in size")
+        if len(arrays) * arrays[0].nbytes > MAX_DECODED:
             raise VideoError(
-                f"{name}: {stream.width} x {stream.height} pixels; at most {MAX_PIXELS:,} are read"
+                f"{name}: more than {MAX_DECODED / 2**30:.0f} GiB of frames; ask for fewer"
             )
-        for frame in container.decode(stream):
-            decoded.append(_to_array(frame))
-            if len(decoded) * decoded[0].nbytes > MAX_DECODED:
-                raise VideoError(
-                    f"{name}: more than {MAX_DECODED / 2**30:.0f} GiB of frames; ask for fewer"
-                )
-            if len(decoded) == frames:
-                break
-    return decoded
+        if len(arrays) == count:
+            break
+    if shown is None:
+        raise VideoError(f"{name}: no frame could be decoded")
+    interval = wanted or usual
+    rate = 1 / interval if interval else stream.average_rate or 0
+    frames = np.ascontiguousarray(shown.orientation.apply(np.stack(arrays)))
+    return Clip(frames, float(rate), (stream.height, stream.width))
+
+
+def _with_times(
+    frames: Iterable[av.VideoFrame], usual: Fraction
+) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """Frames with their times in seconds; one without a time follows the one before it."""
+    time = -usual
+    for frame in frames:
+        known = frame.pts is not None and frame.time_base
+        time = frame.pts * frame.time_base if known else time + usual
+        yield time, frame
+
+
+class _Shown:
+    """How the frames of a stream are shown, by its first frame.
+
+    Raises:
+      VideoError: a display matrix that does not turn by quarters; too many pixels once they are
+        square.
+    """
+
+    def __init__(self, stream: av.VideoStream, first: av.VideoFrame, name: str):
+        self._name = name
+        self._aspect = stream.sample_aspect_ratio
+        context = stream.codec_context
+        self._transfer, self._primaries = context.color_trc, context.color_primaries
+        matrix = [bytes(data) for data in first.side_data if data.type.name == "DISPLAYMATRIX"]
+        orientation = read_orientation(matrix[0] if matrix else None)
+        if orientation is None:
+            raise VideoError(
+                f"{name}: its display matrix neither turns by quarters nor mirrors; encode it"
+                " again upright"
+            )
+        self.orientation: Orientation = orientation
+        if first.height * self.width(first) > MAX_PIXELS:
+            raise VideoError(
+                f"{name}: {self.width(first)} x {first.height} square pixels; at most"
+                f" {MAX_PIXELS:,} are read"
+            )
+
+    def width(self, frame: av.VideoFrame) -> int:
+        """Of a frame with square pixels, not turned yet."""
+        return square_width(frame.width, self._aspect)
+
+    def array(self, frame: av.VideoFrame) -> np.ndarray:
+        """A frame uint8 [h, w, 3] with square pixels, not turned yet."""
+        how = {"width": self.width(frame)} | self._colours(frame)
+        if not hdr.needs_conversion(self._transfer, self._primaries):
+            return frame.to_ndarray(format="rgb24", **how)
+        return hdr.to_bt709(
+            frame.to_ndarray(format="rgb48le", **how), self._transfer, self._primaries
+        )
+
+    def _colours(self, frame: av.VideoFrame) -> dict[str, object]:
+        """Matrix and range of a frame, as PyAV takes them.
+
+        Before PyAV 17 swscale took BT.601 for everything unless told; and it was told only if the
+        target differed in matrix or range, hence a matrix for RGB, which has none.
+        """
+        matrix = frame.colorspace
+        if matrix == _RGB or frame.format.is_rgb:
+            return {}
+        if matrix == _UNKNOWN:
+            matrix = 1 if frame.height > 576 or frame.width >= 1280 else 6
+        if matrix not in _MATRICES:
+            raise VideoError(
+                f"{self._name}: its colours are coded by matrix {matrix} of ITU-T H.273; expected"
+                " BT.601, BT.709 or BT.2020: encode it again"
+            )
+        full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+        ranges = _Formats.ColorRange
+        source = _MATRICES[matrix]
+        return {
+            "src_colorspace": source,
+            "dst_colorspace": _BT709 if source == _BT601 else _BT601,
+            "src_color_range": ranges.JPEG if full else ranges.MPEG,
+            "dst_color_range": ranges.JPEG,
+        }
 
 
 def _keep_fragments(path: Path) -> bool:
@@ -363,28 +573,22 @@ def _add_stream(
     context.gop_size = gop
     # Frames are small: threads would cost more than they save beside a busy model.
     context.thread_count = 1
-    formats = av.video.reformatter
-    context.colorspace = formats.Colorspace.ITU709
-    context.color_range = formats.ColorRange.MPEG
+    context.colorspace = _Formats.Colorspace.ITU709
+    context.color_range = _Formats.ColorRange.MPEG
     context.color_primaries = context.color_trc = 1  # BT.709
     return stream
 
 
 def _to_av(frame: np.ndarray, index: int, pix_fmt: str) -> av.VideoFrame:
     rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-    formats = av.video.reformatter
     out = rgb.reformat(
         format=pix_fmt,
-        src_color_range=formats.ColorRange.JPEG,
-        dst_color_range=formats.ColorRange.MPEG,
-        dst_colorspace=formats.Colorspace.ITU709,
+        src_color_range=_Formats.ColorRange.JPEG,
+        dst_color_range=_Formats.ColorRange.MPEG,
+        dst_colorspace=_Formats.Colorspace.ITU709,
     )
     out.pts = index
     return out
-
-
-def _to_array(frame: av.VideoFrame) -> np.ndarray:
-    return frame.to_ndarray(format="rgb24")
 
 
 def _check_size(size: tuple[int, int], yuv444p: bool) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.loader import Loader, LoaderConfig
 from chameleon_jax.data.sources import Source
+from chameleon_jax.data.text_states import TextStates
 from chameleon_jax.keys import data_rng
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,12 @@ class Part:
 
     `transform(raw, rngs)` turns a loader's batch into arrays. `rngs` has a generator for each clip,
     and `raw["slot"]` the clips' numbers in the batch over all processes, so that a clip becomes the
-    same whichever process loads it.
+    same whichever process loads it. `text` are the states of the prompts, see `Loader`.
     """
 
     loader: LoaderConfig
     transform: Callable[[dict[str, Any], list[np.random.Generator]], HostBatch]
+    text: TextStates | None = None
 
 
 class Feed(Iterator):
@@ -58,6 +60,7 @@ class Feed(Iterator):
             loader = Loader(
                 source,
                 settings,
+                text=part.text,
                 process_index=self._process,
                 process_count=self._processes,
             )
@@ -76,6 +79,18 @@ class Feed(Iterator):
         self._count += 1
         self._positions[turn] += 1
         return batch
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """{record: why} of the records found broken so far, also before the run was resumed.
+
+        Of several processes each knows the records that it has read itself.
+        """
+        return {index: why for batches in self._batches for index, why in batches.broken.items()}
+
+    def counts(self) -> dict[str, float]:
+        """What a run reports of its data beside the metrics of its steps."""
+        return {"data/broken": float(len(self.broken))}
 
     def get_state(self) -> dict[str, Any]:
         """Position, as JSON values: counts of batches and of records, whatever reads them."""

@@ -129,7 +129,7 @@ def train(
                 state, metrics = profiler.run(program, state, frozen, batch)
                 step += 1
                 samples = len(next(iter(batch.values())))
-                progress.add(step, metrics, samples, program.flops)
+                progress.add(step, metrics, samples, program.flops, feed.counts())
                 score: float | None = None
                 if held_out and is_due(step, limits.eval_every, limits.steps):
                     with progress.paused():

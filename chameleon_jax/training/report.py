@@ -160,15 +160,27 @@ class Progress:
         self._devices, self._watch = devices, watch
         self._pending: tuple[int, Metrics] | None = None
         self._values: dict[str, list[float]] = collections.defaultdict(list)
+        self._counts: dict[str, float] = {}
         self._restart()
 
     def _restart(self) -> None:
         self._samples, self._steps, self._since = 0, 0, time.monotonic()
         self._flops = Flops()
 
-    def add(self, step: int, metrics: Metrics, samples: int, flops: Flops) -> None:
-        """Note the metrics of a step that is still running, and its operations."""
+    def add(
+        self,
+        step: int,
+        metrics: Metrics,
+        samples: int,
+        flops: Flops,
+        counts: Mapping[str, float] | None = None,
+    ) -> None:
+        """Note the metrics of a step that is still running, its operations, and its counts.
+
+        Counts are not averaged.
+        """
         self.drain()
+        self._counts = dict(counts or {})
         self._pending = (step, metrics)
         self._samples += samples
         self._flops += flops
@@ -195,7 +207,7 @@ class Progress:
             self._report(step)
 
     def _report(self, step: int) -> None:
-        means = _means(self._values)
+        means = _means(self._values) | self._counts
         parts = [f"step {step}/{self._last}"]
         parts += [f"{name} {means[name]:.4g}" for name in self._shown if name in means]
         if self._steps:

@@ -25,7 +25,7 @@ from chameleon_jax.data.sources import MatchingSource, Source, open_sources
 from chameleon_jax.errors import need
 from chameleon_jax.training import loop
 from chameleon_jax.training.export import export, stored_model
-from chameleon_jax.training.feed import HostBatch
+from chameleon_jax.training.feed import HostBatch, Part
 from chameleon_jax.training.loop import Outcome
 from chameleon_jax.training.networks import weights_file
 from chameleon_jax.training.profile import Steps
@@ -85,9 +85,10 @@ def run(
     _check_weights(config, stage, without_trained=resumed)
     held_out = held_out_batches(config, stage)
     source = open_data(config, config.data.split)
-    for part in stage.batches(source).parts:
+    parts = stage.batches(source).parts
+    for part in parts:
         _check_batch(part.loader.batch, config.train.get("accumulate", 1), mesh)
-    feed = stage.batches(_in_memory(config, source))
+    feed = stage.batches(_in_memory(config, source, parts))
     _save_config(config)
     outcome = loop.train(
         config,
@@ -177,11 +178,12 @@ def open_data(config: ConfigDict, split: str) -> Source:
     return MatchingSource(source, config.data.match) if config.data.match else source
 
 
-def _in_memory(config: ConfigDict, source: Source) -> Source:
+def _in_memory(config: ConfigDict, source: Source, parts: Sequence[Part]) -> Source:
     if not config.data.in_memory:
         return source
-    size = (config.video.height, config.video.width)
-    return InMemorySource(source, config.video.frames, size, config.data.threads)
+    main = (config.video.height, config.video.width)
+    buckets = list(dict.fromkeys(size for part in parts for size in part.loader.buckets)) or [main]
+    return InMemorySource(source, config.video.frames, buckets, config.data.threads)
 
 
 def _save_config(config: ConfigDict) -> None:

@@ -106,6 +106,7 @@ RANGES = {
 }
 # Keys whose value is a tuple of tuples of whole numbers above 0.
 TABLES = {
+    "data.buckets": ("height", "width"),
     "data.lengths": ("frames", "clips"),
     "data.crops": ("frames", "height", "width", "samples"),
 }

@@ -12,7 +12,7 @@ import pytest
 
 from chameleon_jax.data import loader as loader_lib
 from chameleon_jax.data import records, sources
-from chameleon_jax.data.examples import LatentExamples, RunwayExamples
+from chameleon_jax.data.examples import LatentExamples, RunwayExamples, latent_features
 from chameleon_jax.data.loader import BatchPlan, DataError, Loader, LoaderConfig
 
 HERE = Path(__file__).parent
@@ -31,16 +31,18 @@ class NumberSource:
     def __len__(self):
         return len(self.sizes)
 
+    def captions(self, index):
+        return {"static": f"static {index}", "dynamic": f"dynamic {index}"}
+
     def load(self, index, frames, size, start=0.0):
         if index in self.broken:
             raise sources.SourceError(f"record {index} is damaged")
         full = np.full((frames, *size, 3), index % 256, np.uint8)
-        texts = {"static": f"static {index}", "dynamic": f"dynamic {index}"}
         return {
             "video": full,
             "reference": full[0],
             "garment": full[0],
-            "captions": texts,
+            "captions": self.captions(index),
             "fps": 16,
             "seed": index,
         }
@@ -104,6 +106,53 @@ def test_batches_have_one_bucket_and_incomplete_ones_are_dropped():
             for i in batch["index"]
         } == {size}
     assert {batch["video"].shape[2:4] for batch in batches} == {(32, 16), (16, 32)}
+
+
+def test_of_two_buckets_of_one_shape_the_nearer_in_size_is_taken():
+    sizes = np.array([(32, 16), (60, 30), (640, 300), (16, 30)])
+    buckets = ((32, 16), (64, 32), (16, 32))
+    assert loader_lib.nearest_bucket(sizes, buckets).tolist() == [0, 1, 1, 2]
+    assert loader_lib.equal_bucket(sizes, buckets).tolist() == [0, -1, -1, -1]
+
+
+def latents_of(size, tmp_path, name, clips=8):
+    """A set of latents of clips of `size`; the one of clip i holds i / 100."""
+    clips = NumberSource([size] * clips)
+
+    def encode(pixels):
+        return pixels[:, ::4, ::8, ::8] / np.float32(100)
+
+    records.write_latents(
+        tmp_path / name, "train", LatentExamples(clips, encode, size, 9, 4, batch=4)
+    )
+    return tmp_path / name
+
+
+def test_sets_of_latents_of_several_sizes_are_joined(tmp_path):
+    folders = [latents_of(size, tmp_path, f"{size[0]}") for size in ((32, 16), (16, 32))]
+    source = sources.open_sources(folders)
+    buckets = ((32, 16), (16, 32))
+    batches = take(iter(Loader(source, config(buckets=buckets))), 8)
+    shapes = {batch["z_video"].shape[2:4] for batch in batches}
+    assert shapes == {(4, 2), (2, 4)}
+    for batch in batches:
+        np.testing.assert_allclose(
+            batch["z_video"][:, 1, 1, 1, 2], batch["index"] % 8 / 100, rtol=1e-3
+        )
+    with pytest.raises(
+        DataError,
+        match=r"8 of 16 latents are of 16x32 pixels, which no bucket has \(they are 32x16\): add",
+    ):
+        Loader(source, config())
+    only = take(iter(Loader(source, config(leave_others=True))), 4)
+    assert {batch["z_video"].shape[2:4] for batch in only} == {(4, 2)}
+    with pytest.raises(DataError, match="no bucket has the 4 records of one batch"):
+        Loader(source, config(buckets=((64, 32),), leave_others=True))
+
+
+def test_a_bucket_that_is_never_full_is_said(caplog):
+    BatchPlan(np.array([SIZE] * 10 + [(16, 32)] * 3), (SIZE, (16, 32)), 4, seed=0)
+    assert "bucket 16x32 has 3 records, fewer than a batch of 4" in caplog.text
 
 
 def test_processes_share_a_batch():
@@ -241,6 +290,47 @@ def test_records_and_latents_give_the_same_order(tmp_path, monkeypatch):
     assert list(pixels["index"]) == list(latents["index"]) and pixels["prompt"] == latents["prompt"]
     expected = (pixels["video"][:, ::4, ::8, ::8] / np.float32(255)).astype(np.float16)
     np.testing.assert_array_equal(latents["z_video"], expected)
+
+
+class OddLatents:
+    """Records of latents; that of key 3 holds what no number is. See `examples.Examples`."""
+
+    def __call__(self, keys):
+        for key in keys:
+            z = np.full((2, 4, 2, 3), np.nan if key == 3 else key / 100, np.float16)
+            texts = json.dumps({"static": "A room.", "dynamic": "Walks."})
+            pictures = {"z_reference": z[:1], "z_garment": np.zeros_like(z[:1])}
+            yield key, {"z_video": z, **pictures, "captions": texts, "seed": key, "fps": 16}
+
+    def metadata(self):
+        size = {"height": 32, "width": 16, "frames": 5, "fps": 16}
+        return {"kind": "latents", "frames_per_latent": 4} | size
+
+    def recipe(self):
+        return self.metadata()
+
+    def digest(self, keys):
+        return str(list(keys))
+
+
+def test_latents_that_are_not_finite_are_a_broken_record(tmp_path):
+    features = latent_features((2, 4, 2, 3))
+    records.write_records(
+        tmp_path, "train", range(100), OddLatents(), features, name="runway_latents"
+    )
+    batches = iter(Loader(sources.open_sources(tmp_path), config()))
+    taken = take(batches, 30)
+    assert all(np.isfinite(batch["z_video"]).all() for batch in taken)
+    assert list(batches.broken) == [3] and "latents that are not finite" in batches.broken[3]
+
+
+def test_an_encoder_that_makes_no_numbers_makes_no_records():
+    def encode(pixels):
+        z = pixels[:, ::4, ::8, ::8].astype(np.float32)
+        return np.where(z == 2, 1e6, z)  # more than float16 holds
+
+    make = LatentExamples(NumberSource([SIZE] * 4), encode, SIZE, 5, 4, batch=2)
+    assert [record is None for _, record in make(range(4))] == [False, False, True, False]
 
 
 def test_worker_process_gives_the_same_batches(tmp_path, monkeypatch):

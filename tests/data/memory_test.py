@@ -7,6 +7,7 @@ import pytest
 
 from chameleon_jax.data import records, sources
 from chameleon_jax.data.examples import RunwayExamples
+from chameleon_jax.data.loader import Loader, LoaderConfig
 from chameleon_jax.data.memory import InMemorySource
 
 SIZE = (32, 16)
@@ -25,7 +26,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("frames", "start"), [(9, 0.0), (5, 0.0), (5, 0.7), (1, 0.999)])
 def test_answers_like_the_source(folder, frames, start):
     source = sources.open_sources(folder)
-    memory = InMemorySource(source, 9, SIZE)
+    memory = InMemorySource(source, 9, (SIZE,))
     assert (memory.kind, len(memory)) == (source.kind, len(source))
     np.testing.assert_array_equal(memory.sizes, source.sizes)
     for index in (0, 5):
@@ -39,8 +40,24 @@ def test_answers_like_the_source(folder, frames, start):
         assert expected["captions"] == found["captions"]
 
 
+def test_each_clip_is_kept_at_the_size_of_its_bucket(folder):
+    source = sources.open_sources(folder)
+    source.sizes = np.array([(32, 16), (15, 30), (64, 32), (10, 10), (16, 32), (33, 15)])
+    buckets = ((32, 16), (16, 32))
+    memory = InMemorySource(source, 5, buckets)
+    assert memory.sizes.tolist() == [[32, 16], [16, 32], [32, 16], [32, 16], [16, 32], [32, 16]]
+    config = LoaderConfig(batch=2, frames=5, buckets=buckets)
+    on_disk, kept = iter(Loader(source, config)), iter(Loader(memory, config))
+    for _ in range(8):
+        expected, found = next(on_disk), next(kept)
+        for name in ("video", "reference", "garment", "index"):
+            np.testing.assert_array_equal(expected[name], found[name])
+    with pytest.raises(sources.SourceError, match=r"of \(16, 32\) are in memory, 5 of \(32, 16\)"):
+        memory.load(1, 5, (32, 16))
+
+
 def test_asking_for_what_was_not_kept_is_an_error(folder):
-    memory = InMemorySource(sources.open_sources(folder), 5, SIZE)
+    memory = InMemorySource(sources.open_sources(folder), 5, (SIZE,))
     with pytest.raises(sources.SourceError, match=r"5 frames of \(32, 16\) are in memory, 9 of "):
         memory.load(0, 9, SIZE)
     with pytest.raises(sources.SourceError, match="were asked"):
@@ -72,7 +89,7 @@ class HalfBroken:
 
 
 def test_broken_records_raise_when_they_are_loaded_and_latents_are_cut():
-    memory = InMemorySource(HalfBroken(), 5, SIZE)
+    memory = InMemorySource(HalfBroken(), 5, (SIZE,))
     assert memory.load(0, 3, SIZE)["z_video"].shape == (2, 1, 1, 1)
     assert memory.captions(0) == {"static": "A room.", "dynamic": "Walks."}
     for read in (memory.captions, lambda index: memory.load(index, 5, SIZE)):

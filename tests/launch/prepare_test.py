@@ -12,8 +12,11 @@ import pytest
 from flax import nnx
 
 from chameleon_jax.config import load_config
-from chameleon_jax.data import images, records, sources
+from chameleon_jax.data import images, records, sources, text_states
 from chameleon_jax.data.examples import RunwayExamples
+from chameleon_jax.data.tokenizer import Tokenizer, clean_text, train_pieces
+from chameleon_jax.diffusion.sampler import NEGATIVE_PROMPT
+from chameleon_jax.models.text import TextConfig, TextEncoder
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.runway import render_triplet
 from chameleon_jax.weights.params import param_shapes, save_params, set_params
@@ -30,8 +33,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "expected a command, runway, latents, tokenizer; got none"),
-        (["--out", "OUT"], "expected a command, runway, latents, tokenizer; got '--out'"),
+        ([], "expected a command, runway, latents, text, tokenizer; got none"),
+        (["--out", "OUT"], "expected a command, runway, latents, text, tokenizer; got '--out'"),
         (["latent", "--out", "OUT"], "got 'latent'; did you mean latents?"),
         (["runway"], "required: --out"),
         (["runway", "--out", "OUT", "--size", "128"], "--size: '128': expected HEIGHTxWIDTH"),
@@ -58,6 +61,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
             "slot 'hat'; expected one of top, bottom, dress, outer",
         ),
         (["latents", "--out", "OUT"], "required: --data, --weights"),
+        (["text", "--out", "OUT"], "required: --data, --weights, --tokenizer"),
+        (["text", "--out", "OUT", "--dtype", "int8"], "--dtype: 'int8': expected"),
         (["latents", "--out", "OUT", "--batch", "0"], "--batch: '0': expected a whole number"),
     ],
 )
@@ -128,6 +133,35 @@ def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatc
         assert np.std(expected) > 0.1
     missing = run(*command, "--weights", str(tmp_path / "none.safetensors"))
     assert missing.returncode == 2 and "no such file" in missing.stderr
+
+
+def test_text_command_encodes_captions_with_the_encoder_of_the_config(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "data"))
+    import fake_renderer
+
+    make = RunwayExamples(size=(32, 16), frames=5, fps=8, render=fake_renderer.render)
+    for start in (0, 800_000):
+        records.prepare_runway(tmp_path / "clips", 3, make, seed_start=start, workers=0)
+    source = sources.open_sources(tmp_path / "clips")
+    prompts = text_states.read_prompts(source, ("", NEGATIVE_PROMPT))
+    pieces = train_pieces([clean_text(prompt) for prompt in prompts if prompt], 400)
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    config = "configs/runway_tiny.py:smoke"
+    sizes = TextConfig(**load_config(str(ROOT / config)).model.text.to_dict())
+    text = TextEncoder(sizes, rngs=nnx.Rngs(0))
+    save_params(tmp_path / "text.safetensors", text)
+    command = ["text", "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "text")]
+    command += ["--config", config, "--weights", str(tmp_path), "--dtype", "float32"]
+    command += ["--tokenizer", str(tmp_path / "tokenizer.json")]
+    done = run(*command, "--split", "train", "--split", "validation")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(prompts)} prompts in split train" in done.stderr
+    states = text_states.TextStates(tmp_path / "text")
+    assert states.weights == sources.file_hash(tmp_path / "text.safetensors")
+    ids, mask = Tokenizer(pieces, sizes.length)(prompts)
+    np.testing.assert_allclose(states.batch(prompts), text(ids, mask), rtol=1e-4, atol=1e-5)
+    other = sources.open_sources(tmp_path / "clips", "validation")
+    assert all(prompt in states for prompt in text_states.read_prompts(other))
 
 
 def test_progress_line_tells_rate_and_time(capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import ConfigError
-from chameleon_jax.data.loader import LoaderConfig
+from chameleon_jax.data.loader import DataError, LoaderConfig
 from chameleon_jax.training.feed import Feed, Part, crop
 
 
@@ -17,14 +17,17 @@ class Numbers:
     """Record i is a clip whose pixels say i and where they are."""
 
     kind = "pixels"
+    frames_per_latent = None
 
-    def __init__(self, records=12):
-        self.sizes = np.array([[8, 6]] * records)
+    def __init__(self, records=12, broken=()):
+        self.sizes, self.broken = np.array([[8, 6]] * records), set(broken)
 
     def __len__(self):
         return len(self.sizes)
 
     def load(self, index, frames, size, start=0.0):
+        if index in self.broken:
+            raise ValueError(f"record {index} is damaged")
         clip = np.zeros((9, *size, 3), np.uint8)
         clip[..., 0], clip[..., 1] = index, np.arange(9)[:, None, None]
         clip[..., 2] = 10 * np.arange(size[0])[:, None] + np.arange(size[1])
@@ -44,14 +47,14 @@ def set_processes(monkeypatch, index: int, count: int) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: count)
 
 
-def feed(**reading) -> Feed:
+def feed(source=None, **reading) -> Feed:
     def part(frames, samples, size):
         loader = LoaderConfig(
             batch=samples, frames=frames, buckets=((8, 6),), random_start=True, seed=1, **reading
         )
         return Part(loader, lambda raw, rngs: {"video": crop(raw["video"], size, rngs)})
 
-    return Feed(Numbers(), [part(1, 4, (8, 6)), part(5, 2, (4, 4))])
+    return Feed(source or Numbers(), [part(1, 4, (8, 6)), part(5, 2, (4, 4))])
 
 
 def test_kinds_come_in_turn():
@@ -156,6 +159,21 @@ def test_the_position_of_the_first_version_is_understood():
         next(first)
     again.set_state({"count": 3, "parts": [{"position": 2, "broken": {}}, {"broken": {}}]})
     np.testing.assert_array_equal(next(first)["video"], next(again)["video"])
+
+
+def test_broken_records_are_counted_beyond_a_restart():
+    """Two of 200 may be broken. The third stops the run, though it had found the others before."""
+    source = Numbers(200, broken=(10, 20, 30))
+    first = feed(source)
+    while len(first.broken) < 2:
+        next(first)
+    assert first.counts() == {"data/broken": 2.0}
+    again = feed(source)
+    again.set_state(json.loads(json.dumps(first.get_state())))
+    assert again.counts() == {"data/broken": 2.0} and again.broken == first.broken
+    with pytest.raises(DataError, match="3 of 200 records are broken, more than 1%; the last: rec"):
+        for _ in range(100):
+            next(again)
 
 
 def test_does_not_go_on_with_other_kinds():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.errors import MissingPackageError
-from chameleon_jax.training.report import MetricsWriter, ReportError, keep_until
+from chameleon_jax.training.report import MetricsWriter, Progress, ReportError, keep_until
 
 OURS = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3))
 
@@ -130,3 +130,15 @@ def test_curves_of_a_killed_and_resumed_run_have_no_gap_and_no_double(tmp_path):
     assert shown_in_tensorboard(tmp_path / "tensorboard") == [1, 2, 3, 4, 5, 6]
     seconds = [line["seconds"] for line in lines]
     assert 0 <= seconds[0] <= seconds[2] < 60 and 300 <= seconds[3] <= seconds[5] < 360
+
+
+def test_metrics_are_averaged_and_counts_are_not(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        progress = Progress(writer, ("loss",), 0, 4, 2)
+        for step in range(1, 5):
+            counts = {"data/broken": 10.0 * step}
+            progress.add(step, {"loss": np.float32(step)}, 1, Flops(), counts)
+        progress.drain()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["loss"], line["data/broken"]) for line in lines]
+    assert found == [(2, 1.5, 20.0), (4, 3.5, 40.0)]

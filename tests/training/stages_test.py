@@ -13,7 +13,7 @@ from PIL import Image
 
 from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, tokenizer
-from chameleon_jax.data.examples import RunwayExamples
+from chameleon_jax.data.examples import LatentExamples, RunwayExamples
 from chameleon_jax.diffusion import flow
 from chameleon_jax.sharding import MeshError
 from chameleon_jax.training.export import inference_config, stored_model
@@ -134,6 +134,77 @@ def test_batches_of_several_lengths_come_in_turn(data, tmp_path):
         teacher_forcing.make_stage(config)
     config.cache.update(frames=6, block=2)  # chunks belong to the stream, not to the transformer
     teacher_forcing.make_stage(config)
+
+
+def write_latents(folder, size, clips=8, fill=None):
+    """Both splits of a set of latents for the smoke model, of clips of 9 frames."""
+
+    class Clips:
+        kind, frames_per_latent = "pixels", None
+        sizes = np.array([size] * clips)
+
+        def __len__(self):
+            return clips
+
+        def captions(self, index):
+            return {"static": "A room.", "dynamic": f"Walks {index} steps."}
+
+        def load(self, index, frames, size, start=0.0):
+            pixels = np.random.default_rng(index).integers(0, 255, (frames, *size, 3), np.uint8)
+            pictures = {"video": pixels, "reference": pixels[0], "garment": pixels[-1]}
+            return pictures | {"captions": self.captions(index), "fps": 16, "seed": index}
+
+    def encode(pixels):
+        small = pixels[:, ::4, ::8, ::8] / np.float32(100) - 1
+        return np.concatenate([small, small[..., :1]], -1)
+
+    for split in ("train", "validation"):
+        examples = LatentExamples(Clips(), encode, size, 9, 4, batch=4)
+        records.write_latents(folder, split, examples)
+
+
+@pytest.mark.slow
+def test_a_teacher_trains_over_two_buckets(data, tmp_path):
+    for size in ((32, 32), (32, 64)):
+        write_latents(tmp_path / f"{size[1]}", size)
+    config = settings(
+        data,
+        "teacher.py:smoke",
+        tmp_path / "run",
+        f"data.dir={tmp_path / '32'},{tmp_path / '64'}",
+        "data.buckets=((32, 32), (32, 64))",
+        "train.preview_every=0",
+    )
+    stage = make_stage(config)
+    feed = stage.batches(open_data(config, "train"))
+    shapes = {next(feed)["z_video"].shape[2:4] for _ in range(8)}
+    assert shapes == {(4, 4), (4, 8)}
+    held_out = stage.eval_batches(open_data(config, "validation"))
+    assert {next(held_out)["z_video"].shape[2:4] for _ in range(4)} == {(4, 4)}
+    run(config)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    assert {line["data/broken"] for line in lines if "loss" in line} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.buckets=((32, 32), (40, 64))",
+            r"data.buckets has the entry \(40, 64\); expected multiples of \(16, 16\).* \(32, 64\)",
+        ),
+        ("video.width=8", r"video.width are \(32, 8\); expected multiples .* \(32, 16\)"),
+        ("data.buckets=((32,),)", r"data.buckets has the entry \(32,\); expected entries"),
+        ("data.buckets=((32, 0),)", r"data.buckets has the entry \(32, 0\); expected entries"),
+    ],
+)
+def test_sizes_that_no_token_fits_are_named_with_the_nearest_that_one_fits(
+    data, tmp_path, override, message
+):
+    with pytest.raises(ConfigError, match=message):
+        run(settings(data, "teacher.py:smoke", tmp_path, override))
 
 
 def test_history_noise_is_of_one_level_per_clip_and_off_by_default():

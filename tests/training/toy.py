@@ -101,6 +101,9 @@ class ToyFeed:
         mine = np.split(np.arange(8), jax.process_count())[jax.process_index()]
         return {"x": x[mine], "scale": scale[mine]}
 
+    def counts(self):
+        return {"data/broken": 0.0}
+
     def get_state(self):
         return {"count": self.count}
 

@@ -21,7 +21,6 @@ from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
-from chameleon_jax.data.tokenizer import Tokenizer
 from chameleon_jax.diffusion import flow
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import DiT, TextKV
@@ -36,6 +35,7 @@ from chameleon_jax.training.networks import (
 )
 from chameleon_jax.training.stage import Shown, Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
+from chameleon_jax.training.texts import Texts, check_encoder
 from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name, tune
 
 # The arrays of a batch, in the order of context and video.
@@ -88,8 +88,8 @@ class Networks:
 
     @property
     def copied(self) -> tuple[str, ...]:
-        """Names of the frozen networks that inference needs as they are."""
-        return tuple(name for name in self.frozen if name not in self.parts)
+        """Networks that are not trained, whose weights inference needs beside the trained ones."""
+        return tuple(name for name in self.weights if name not in (*self.trained, *self.parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,15 @@ Generate = Callable[[ParamTree, ParamTree, Batch, jax.Array], jax.Array]
 def networks(config: ConfigDict) -> Networks:
     """The transformer, trained; the VAE, frozen; the text encoder, trained if `train.text` says so.
 
-    Of the transformer that is trained which `tune` says, see `tuning`.
+    Of the transformer that is trained which `tune` says, see `tuning`. With stored text states
+    (`data.text`) there is no text encoder. Its weights, if they are given, are compared with those
+    that made the states, and exported.
 
     Raises:
-      ConfigError: a frozen network has no weights, or what `tuning.tune` raises.
+      ConfigError: a frozen network has no weights, the clips have a size that cannot be, or what
+        `tuning.tune` raises.
     """
+    read_buckets(config)
     modules = {"dit": transformer(config)}
     if config.weights.vae:
         modules["vae"] = Tuned(build_network("vae", config, frozen=True))
@@ -120,6 +124,9 @@ def networks(config: ConfigDict) -> Networks:
         raise ConfigError(
             "weights.vae is not set: previews cannot be decoded; set it, or train.preview_every=0"
         )
+    if config.data.text:
+        check_stored_text(config)
+        return assemble(config, modules, ("dit",))
     if not config.train.text and not config.weights.text:
         raise ConfigError(
             "weights.text is not set, and train.text is false: there is no text encoder"
@@ -167,6 +174,8 @@ def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence
     changing = {name: modules[name].changing for name in trained}
     frozen = {name: net.changing for name, net in modules.items() if name not in trained}
     weights = {name: weights_file(config.weights[name], name) for name in frozen}
+    if config.data.text and config.weights.text:
+        weights["text"] = weights_file(config.weights.text, "text")
     for name in trained:
         fixed = modules[name].fixed
         if fixed is not None:
@@ -178,6 +187,16 @@ def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence
         elif config.init_from:
             weights[name] = weights_file(config.init_from, name)
     return Networks(changing, frozen, weights, modules)
+
+
+def check_stored_text(config: ConfigDict) -> None:
+    """Raise ConfigError if the stored text states are not those of the run's encoder."""
+    if config.train.text:
+        raise ConfigError(
+            "train.text trains the text encoder, and data.text names states of a frozen one; set"
+            ' train.text=false, or data.text=""'
+        )
+    check_encoder(config)
 
 
 def flow_stage(
@@ -228,35 +247,35 @@ def make_conditions(nets: Networks) -> SampleOf:
 def text_states(
     nets: Networks, params: ParamTree, batch: Batch, network: str = "text"
 ) -> jax.Array:
-    """Text states of the prompts of a batch, [b, l, m].
+    """States [b, l, m] of the prompts: stored ones if the batch has them, else encoded now.
 
     Args:
       nets: of the stage.
       params: parameters of all networks.
-      batch: with `ids` and `mask`.
+      batch: with `text`, or with `ids` and `mask`.
       network: the text encoder.
     """
+    if "text" in batch:
+        return batch["text"]
     return nets.bind(network, params)(batch["ids"], batch["mask"])
 
 
 def negative_states(
     config: ConfigDict, nets: Networks, prompt: str
-) -> Callable[[ParamTree, Batch, str], jax.Array]:
+) -> Callable[[ParamTree, int, str], jax.Array]:
     """Text states of the negative prompt of classifier-free guidance.
 
     Returns:
-      (parameters of all networks, batch, text encoder) -> states [b, l, m], the same for the whole
-      batch.
+      (parameters of all networks, samples, text encoder) -> states [samples, l, m], all the same.
 
     Raises:
-      ConfigError, TokenizerError: no usable tokenizer.
+      ConfigError, TokenizerError, TextError: no usable tokenizer, or no stored states.
     """
-    ids, mask = read_tokenizer(config)([prompt])
+    inputs = Texts(config)([prompt])
 
-    def states(params: ParamTree, batch: Batch, network: str = "text") -> jax.Array:
-        one = nets.bind(network, params)(jnp.asarray(ids), jnp.asarray(mask))
-        b = batch["ids"].shape[0]
-        return jnp.broadcast_to(one, (b, *one.shape[1:]))
+    def states(params: ParamTree, samples: int, network: str = "text") -> jax.Array:
+        one = text_states(nets, params, jax.tree.map(jnp.asarray, inputs), network)
+        return jnp.broadcast_to(one, (samples, *one.shape[1:]))
 
     return states
 
@@ -341,12 +360,13 @@ def network_timesteps(t_bf: jax.Array, config: ConfigDict) -> jax.Array:
 
 
 def batches(config: ConfigDict, source: Source) -> Feed:
-    """Clips with tokenised prompts, one kind of batch for each (frames, clips) of `data.lengths`.
+    """Clips with their prompts, one kind of batch for each (frames, clips) of `data.lengths`.
 
     Without entries there is one kind, `data.batch` clips of `video.frames` frames.
 
     Raises:
-      ConfigError, TokenizerError: no usable tokenizer, or a length above `video.frames`.
+      ConfigError: a length above `video.frames`, or a size that cannot be; see also `Texts`.
+      TokenizerError, TextError: see `Texts`.
     """
     lengths = config.data.lengths or ((config.video.frames, config.data.batch),)
     too_long = [frames for frames, _ in lengths if frames > config.video.frames]
@@ -355,53 +375,80 @@ def batches(config: ConfigDict, source: Source) -> Feed:
             f"data.lengths has clips of {too_long} frames; video.frames allows"
             f" {config.video.frames}"
         )
-    return Feed(source, [_part(config, frames, clips) for frames, clips in lengths])
+    buckets = read_buckets(config)
+    return Feed(source, [_part(config, frames, clips, buckets) for frames, clips in lengths])
 
 
 def eval_batches(config: ConfigDict, source: Source) -> Feed:
-    """`data.batch` clips of `video.frames` frames, with their prompts, the same in every run."""
-    return Feed(source, [held_out(_part(config, config.video.frames, config.data.batch))])
+    """`data.batch` clips of `video.frames` frames, with their prompts, the same in every run.
+
+    All are of the size of `video`; latents of other sizes are left out.
+    """
+    part = _part(config, config.video.frames, config.data.batch, (main_size(config),))
+    return Feed(source, [held_out(part)])
+
+
+def main_size(config: ConfigDict) -> tuple[int, int]:
+    """(height, width) of held-out clips, of previews, and of what the exported weights make."""
+    return config.video.height, config.video.width
+
+
+def read_buckets(config: ConfigDict) -> tuple[tuple[int, int], ...]:
+    """`data.buckets`, or the one size of `video`, as (height, width).
+
+    Raises:
+      ConfigError: a size that latents and patches do not divide.
+    """
+    units = _size_units(config)
+    _check_size("video.height, video.width are", main_size(config), units)
+    buckets = tuple((height, width) for height, width in config.data.buckets)
+    for size in buckets:
+        _check_size("data.buckets has the entry", size, units)
+    return buckets or (main_size(config),)
+
+
+def _check_size(what: str, size: tuple[int, int], units: tuple[int, int]) -> None:
+    fitting = tuple(
+        max(unit, round(side / unit) * unit) for side, unit in zip(size, units, strict=True)
+    )
+    if size != fitting:
+        raise ConfigError(
+            f"{what} {size}; expected multiples of {units}, the pixels of a token: the nearest is"
+            f" {fitting}"
+        )
+
+
+def _size_units(config: ConfigDict) -> tuple[int, int]:
+    """Height and width of a token in pixels."""
+    factor = read_sizes("vae", config.model.vae).spatial_factor
+    _, rows, columns = read_sizes("dit", config.model.dit).patch
+    return factor * rows, factor * columns
 
 
 def held_out(part: Part) -> Part:
     """The same batches without dropped prompts, and without threads that read ahead."""
-    plain = dataclasses.replace(part.loader, dropout=0.0, workers=0, threads=1, prefetch=1)
+    plain = dataclasses.replace(
+        part.loader, dropout=0.0, workers=0, threads=1, prefetch=1, leave_others=True
+    )
     return dataclasses.replace(part, loader=plain)
 
 
-def read_tokenizer(config: ConfigDict) -> Tokenizer:
-    """The tokenizer of the text encoder.
-
-    Raises:
-      ConfigError: none is named, or it has more pieces than the encoder.
-      TokenizerError: it cannot be read.
-    """
-    path = config.data.tokenizer
-    if not path:
-        raise ConfigError("data.tokenizer is not set; give the tokenizer.json of the text encoder")
-    tokenizer = Tokenizer.from_file(path, config.model.text.length)
-    if tokenizer.vocab > config.model.text.vocab:
-        raise ConfigError(
-            f"{path} has {tokenizer.vocab} pieces, model.text.vocab is {config.model.text.vocab}"
-        )
-    return tokenizer
-
-
-def _part(config: ConfigDict, frames: int, clips: int) -> Part:
-    tokenizer = read_tokenizer(config)
+def _part(
+    config: ConfigDict, frames: int, clips: int, buckets: tuple[tuple[int, int], ...]
+) -> Part:
+    texts = Texts(config)
 
     def transform(raw: dict[str, Any], rngs: list[np.random.Generator]) -> HostBatch:
         del rngs
-        ids, mask = tokenizer(raw["prompt"])
-        found = {name: raw[name] for name in (*LATENTS, *PIXELS) if name in raw}
-        return found | {"ids": ids, "mask": mask}
+        found = {name: raw[name] for name in (*LATENTS, *PIXELS, "text") if name in raw}
+        return found if "text" in found else found | texts(raw["prompt"])
 
     data = config.data
     loader = LoaderConfig(
         batch=clips,
         frames=frames,
         frames_per_latent=read_sizes("vae", config.model.vae).temporal_factor,
-        buckets=((config.video.height, config.video.width),),
+        buckets=buckets,
         captions=data.captions,
         dropout=data.dropout,
         seed=config.seed,
@@ -409,7 +456,7 @@ def _part(config: ConfigDict, frames: int, clips: int) -> Part:
         prefetch=data.prefetch,
         workers=data.workers,
     )
-    return Part(loader, transform)
+    return Part(loader, transform, texts.states)
 
 
 def make_preview(

@@ -30,7 +30,7 @@ from chameleon_jax.diffusion.sampler import guidance
 from chameleon_jax.keys import loss_key, training_key
 from chameleon_jax.models.dit import DiT, teacher_forcing_forward
 from chameleon_jax.training import optim
-from chameleon_jax.training.networks import build_network
+from chameleon_jax.training.networks import build_network, weights_file
 from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import common, dmd_setup, rollouts
 from chameleon_jax.training.stages.scores import Clip
@@ -48,6 +48,7 @@ from chameleon_jax.training.state import (
     descend,
     new_state,
 )
+from chameleon_jax.training.tuning import Tuned, stored
 
 
 def make_stage(config: ConfigDict) -> Stage:
@@ -95,7 +96,7 @@ def make_stage(config: ConfigDict) -> Stage:
 
         v = velocity(teacher, clip, states, x, sigma)
         if negative is not None:
-            without = velocity(teacher, clip, negative(everything, batch), x, sigma)
+            without = velocity(teacher, clip, negative(everything, len(states)), x, sigma)
             v = guidance(v, without, config.loss.guidance)
         x_next = flow.euler_step(x, v, sigma, sigma_next)
         v_next = velocity(average, clip, states, x_next, sigma_next)
@@ -111,6 +112,7 @@ def make_stage(config: ConfigDict) -> Stage:
         functools.partial(training_key, config.seed, "loss"),
         ema_decay=config.ema.decay,
         ema_start=config.ema.start,
+        accumulate=config.train.accumulate,
     )
 
     def init(params: ParamTree) -> TrainState:
@@ -142,19 +144,20 @@ def make_stage(config: ConfigDict) -> Stage:
         trained=nets.trained,
         frozen=nets.frozen,
         weights=nets.weights,
-        copied=tuple(name for name in ("vae", "text") if name in nets.frozen),
+        copied=tuple(name for name in ("vae", "text") if name in nets.weights),
         init=init,
         steps={"consistency": step},
         evaluate=evaluate,
         preview=lambda state, *rest: preview(state.inference_params, *rest),
-        exported=lambda state: state.inference_params,
+        exported=lambda state, frozen: nets.exported(state.inference_params, frozen),
+        parts=nets.parts,
         batches=functools.partial(common.batches, config),
         eval_batches=functools.partial(common.eval_batches, config),
     )
 
 
 def networks(config: ConfigDict) -> common.Networks:
-    """The student; and, with the same weights, its teacher; `target` is the student's average.
+    """The student; and, with the weights that it starts from, its teacher.
 
     Raises:
       ConfigError: no weights to start from, no averaging, or a text encoder that is to be trained.
@@ -169,9 +172,10 @@ def networks(config: ConfigDict) -> common.Networks:
     if config.train.text:
         raise ConfigError("train.text is true; distillation keeps the text encoder as it is")
     nets = common.networks(config)
-    teacher = build_network("dit", config, frozen=True)
+    teacher = stored(Tuned(build_network("dit", config, frozen=True)))
     return dataclasses.replace(
         nets,
-        frozen={**nets.frozen, "teacher": teacher},
-        weights={**nets.weights, "teacher": nets.weights["dit"]},
+        frozen={**nets.frozen, "teacher": teacher.changing},
+        weights={**nets.weights, "teacher": weights_file(config.init_from, "dit")},
+        modules={**nets.modules, "teacher": teacher},
     )

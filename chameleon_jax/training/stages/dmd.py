@@ -37,6 +37,7 @@ from chameleon_jax.training.state import (
     descend,
     new_state,
 )
+from chameleon_jax.training.tuning import fixed_name
 
 State = dict[str, TrainState]  # "generator" and "critic"
 
@@ -83,11 +84,13 @@ def make_stage(config: ConfigDict) -> Stage:
             functools.partial(training_key, config.seed, "loss"),
             ema_decay=config.ema.decay,
             ema_start=config.ema.start,
+            accumulate=config.train.accumulate,
         )
         follow = descend(
             functools.partial(parts.critic_loss, kind),
             optimisers["critic"],
             functools.partial(training_key, config.seed, "critic"),
+            accumulate=config.train.accumulate,
         )
 
         def critic_step(state: State, frozen: ParamTree, batch: Batch) -> tuple[State, Metrics]:
@@ -112,20 +115,24 @@ def make_stage(config: ConfigDict) -> Stage:
         params = state["generator"].inference_params | state["critic"].params
         return parts.held_out(params | frozen, batch, key)
 
-    generate = common.make_preview(config, nets, parts.generate)
+    def exported(state: State, frozen: ParamTree) -> ParamTree:
+        files = nets.exported(state["generator"].inference_params, frozen)
+        return {"dit": files.pop("generator"), **files}
 
+    generate = common.make_preview(config, nets, parts.generate)
     return Stage(
         "dmd",
         trained=nets.trained,
         frozen=nets.frozen,
         weights=nets.weights,
-        copied=("vae", "text"),
+        copied=tuple(name for name in ("vae", "text") if name in nets.weights),
+        parts=nets.parts,
         init=init,
         steps={name: step for kind in kinds for name, step in steps_of(kind).items()},
         turn=turn,
         evaluate=evaluate,
         preview=lambda state, *rest: generate(state["generator"].inference_params, *rest),
-        exported=lambda state: {"dit": state["generator"].inference_params["generator"]},
+        exported=exported,
         batches=functools.partial(common.batches, config),
         eval_batches=functools.partial(common.eval_batches, config),
         shown=("critic/loss", "generator/loss", "dmd/ratio"),
@@ -153,6 +160,12 @@ class Distillation:
         if config.scores.guidance != 1:
             self.negative = common.negative_states(config, self.nets, config.scores.negative_prompt)
 
+    def bind(self, name: str, params: ParamTree) -> Any:
+        """One of the networks; a critic that is a LoRA lies on the teacher."""
+        if dmd_setup.shares_teacher(name, self.nets.modules[name]):
+            params = params | {fixed_name(name): params["real"]}
+        return self.nets.bind(name, params)
+
     # Roll-outs.
 
     def make(self, params: ParamTree, kind: Kind, batch: Batch, key: jax.Array) -> Made:
@@ -165,7 +178,7 @@ class Distillation:
             switch_key = jax.random.fold_in(loss_key(key, "before"), switch)
             exits = rollouts.last_exits(self.sampler, kind.before)
             made = self._roll_out(params, z_context, text_kv, switch_key, exits)
-            reference = rollouts.last_frame(self.nets.bind("vae", params), made.z)
+            reference = rollouts.last_frame(self.bind("vae", params), made.z)
             garment = jnp.roll(z_context[:, 1:], 1, axis=0)
             z_context, before = jnp.concatenate([reference, garment], axis=1), 0
         exits = rollouts.draw_exits(
@@ -180,7 +193,7 @@ class Distillation:
 
     def _generator_kv(self, params: ParamTree, batch: Batch) -> TextKV:
         states = common.text_states(self.nets, params, batch)
-        return self.nets.bind("generator", params).text_kv(states)
+        return self.bind("generator", params).text_kv(states)
 
     def _roll_out(
         self,
@@ -191,7 +204,7 @@ class Distillation:
         exits: jax.Array,
     ) -> rollouts.Rollout:
         return rollouts.roll_out(
-            self.nets.bind("generator", params),
+            self.bind("generator", params),
             self.policy,
             z_context,
             text_kv,
@@ -226,7 +239,7 @@ class Distillation:
         if self.score.causal or not before.shape[1]:
             return Clip(made.z_context, x, history), free
         upto = made.rollout.z[:, : before.shape[1] + 1]
-        first = rollouts.last_frame(self.nets.bind("vae", params), upto)
+        first = rollouts.last_frame(self.bind("vae", params), upto)
         z = jnp.concatenate([first, x[:, 1:]], axis=1)
         return Clip(made.z_context, z, z), free.at[0].set(0.0)
 
@@ -248,7 +261,7 @@ class Distillation:
         self, params: ParamTree, batch: Batch, clip: Clip, noised: Noised
     ) -> tuple[jax.Array, jax.Array]:
         """Predictions of the clean clip: (fake, real), without gradient."""
-        fake, real = (self.nets.bind(name, params) for name in ("critic", "real"))
+        fake, real = (self.bind(name, params) for name in ("critic", "real"))
         states, negative = self._score_states(params, batch)
         negative_kv = None if negative is None else real.text_kv(negative)
         scale = self.config.scores.guidance
@@ -261,7 +274,9 @@ class Distillation:
     def _score_states(self, params: ParamTree, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         encoder = "score_text" if "score_text" in self.nets.frozen else "text"
         states = common.text_states(self.nets, params, batch, encoder)
-        negative = None if self.negative is None else self.negative(params, batch, encoder)
+        negative = None
+        if self.negative is not None:
+            negative = self.negative(params, states.shape[0], encoder)
         return states, negative
 
     # Losses.
@@ -274,7 +289,7 @@ class Distillation:
         made = self.make(everything, kind, batch, key)
         _, z_video = common.latents(self.nets, everything, batch)
         frames = whole_blocks(z_video, self.policy.block).shape[1]
-        student = self.nets.bind("generator", everything)
+        student = self.bind("generator", everything)
         x = rollouts.predict(
             student, self.policy, made.z_context, made.text_kv, made.rollout, frames
         )
@@ -295,7 +310,7 @@ class Distillation:
         if self.reward is None:
             return dmd_loss.even_weights(x), {}
         z = jax.lax.stop_gradient(made.rollout.z)
-        pixels = common.decode_clip(self.nets.bind("vae", params), z)
+        pixels = common.decode_clip(self.bind("vae", params), z)
         block = self.policy.block
         rewards = dmd_loss.chunk_rewards(
             self.reward.score(params, pixels), block, self.frames_per_latent
@@ -325,12 +340,12 @@ class Distillation:
         self, params: ParamTree, batch: Batch, clip: Clip, noised: Noised
     ) -> tuple[jax.Array, jax.Array]:
         """Logits of the heads [b, f, heads], and the critic's velocity."""
-        critic = self.nets.bind("critic", params)
+        critic = self.bind("critic", params)
         states, _ = self._score_states(params, batch)
         v, features = self.score.velocity_and_features(
             critic, clip, noised, critic.text_kv(states), self.config.gan.layers
         )
-        return self.nets.bind("heads", params)(features), v
+        return self.bind("heads", params)(features), v
 
     def critic_loss(
         self, kind: Kind, params: ParamTree, fixed: ParamTree, batch: Batch, key: jax.Array
@@ -345,7 +360,7 @@ class Distillation:
         noised = self.noised(clip.z, key)
         target = flow.velocity(clip.z, noised.noise)
         if not self.config.gan.layers:
-            critic = self.nets.bind("critic", everything)
+            critic = self.bind("critic", everything)
             states, _ = self._score_states(everything, batch)
             v = self.score.velocity(critic, clip, noised, critic.text_kv(states))
             return _flow_error(v, target), {}

@@ -12,6 +12,8 @@ A roll-out can be longer than the clips of the data, and garment switches can co
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -22,6 +24,7 @@ from chameleon_jax.models.discriminator import Discriminator, DiscriminatorConfi
 from chameleon_jax.training.networks import Network, build_network, weights_file
 from chameleon_jax.training.stages import common
 from chameleon_jax.training.stages.rewards import Reward
+from chameleon_jax.training.tuning import Tuned, fixed_name, stored, tune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,44 +41,79 @@ class Kind:
 
 
 def networks(config: ConfigDict, reward: Reward | None) -> common.Networks:
-    """Student and critic, trained; teacher, VAE, text encoders, reward, frozen.
+    """Student and critic, trained as `tune` says; teacher, VAE, text encoders, reward, frozen.
+
+    With stored text states (`data.text`) there is no text encoder. A critic that is a LoRA lies on
+    top of the teacher, which is there once.
 
     Raises:
-      ConfigError: weights are not named.
+      ConfigError: weights are not named, or settings do not go together.
     """
     score = "score" if "score" in config.model else "dit"
-    trained = {
-        "generator": build_network("dit", config),
-        "critic": build_network(score, config),
+    modules = {
+        "generator": tune("dit", config),
+        "critic": tune(score, config),
+        "real": stored(Tuned(build_network(score, config, frozen=True))),
+        "vae": Tuned(build_network("vae", config, frozen=True)),
     }
-    frozen = {
-        "real": build_network(score, config, frozen=True),
-        "vae": build_network("vae", config, frozen=True),
-        "text": build_network("text", config, frozen=True),
-    }
+    # Where each one's weights are: the key that names them, and the file.
     sources = {
-        "generator": ("init_from", config.init_from, "dit"),
-        "critic": ("weights.score", config.weights.score, "dit"),
-        "real": ("weights.score", config.weights.score, "dit"),
-        "vae": ("weights.vae", config.weights.vae, "vae"),
-        "text": ("weights.text", config.weights.text, "text"),
+        "generator": ("init_from", "dit"),
+        "critic": ("weights.score", "dit"),
+        "real": ("weights.score", "dit"),
+        "vae": ("weights.vae", "vae"),
     }
-    if config.weights.score_text:
-        frozen["score_text"] = build_network("text", config, frozen=True)
-        sources["score_text"] = ("weights.score_text", config.weights.score_text, "text")
+    if config.data.text:
+        common.check_stored_text(config)
+        if config.weights.score_text:
+            raise ConfigError(
+                "data.text names the states of one text encoder, and weights.score_text another"
+                " encoder; set one of them only"
+            )
+    else:
+        for name in ("text", *(("score_text",) if config.weights.score_text else ())):
+            modules[name] = Tuned(build_network("text", config, frozen=True))
+            sources[name] = (f"weights.{name}", "text")
     for name, network in reward.networks.items() if reward else ():
-        frozen[name] = network
-        sources[name] = (f"weights.{name}", config.weights[name], name)
-    missing = [key for key, path, _ in sources.values() if not path]
+        modules[name] = Tuned(network)
+        sources[name] = (f"weights.{name}", name)
+    trained = ["generator", "critic"]
+    if config.gan.layers:
+        modules["heads"] = Tuned(_heads(config, score))
+        trained.append("heads")
+    missing = [key for key, _ in sources.values() if not config[key]]
     if missing:
         raise ConfigError(
             f"{', '.join(dict.fromkeys(missing))}: not set; distillation starts from the student of"
             " teacher forcing (init_from), the teacher (weights.score), its VAE and text encoder"
         )
-    if config.gan.layers:
-        trained["heads"] = _heads(config, score)
-    files = {name: weights_file(path, file) for name, (_, path, file) in sources.items()}
-    return common.Networks(trained, frozen, files)
+    files = {name: weights_file(config[key], file) for name, (key, file) in sources.items()}
+    return _assembled(config, modules, trained, files)
+
+
+def _assembled(
+    config: ConfigDict,
+    modules: Mapping[str, Tuned],
+    trained: Sequence[str],
+    files: Mapping[str, Path],
+) -> common.Networks:
+    frozen = {name: net.changing for name, net in modules.items() if name not in trained}
+    weights = {name: path for name, path in files.items() if name in frozen}
+    for name in trained:
+        tuned = modules[name]
+        if tuned.fixed is not None and not shares_teacher(name, tuned):
+            frozen[fixed_name(name)], weights[fixed_name(name)] = tuned.fixed, files[name]
+        if name in files and not tuned.added:
+            weights[name] = files[name]
+    if config.data.text and config.weights.text:
+        weights["text"] = weights_file(config.weights.text, "text")
+    changing = {name: modules[name].changing for name in trained}
+    return common.Networks(changing, frozen, weights, modules)
+
+
+def shares_teacher(name: str, tuned: Tuned) -> bool:
+    """Is this the critic on top of the teacher's own weights?"""
+    return name == "critic" and tuned.added
 
 
 def _heads(config: ConfigDict, score: str) -> Network:
