@@ -32,6 +32,7 @@ LOSS = (  # draws within one loss
     "rollout",
     "before",
     "recycling",
+    "kept_errors",
 )
 DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
 INFERENCE = ("chunk_noise", "clip_noise")

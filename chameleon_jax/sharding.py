@@ -67,16 +67,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """A mesh over all devices.
 
     Args:
-      sizes: size of each of `AXES`; at most one is -1 and takes what is left.
+      sizes: size of each of `AXES`, 1 if it is not named; at most one is -1: it takes what is left.
       devices: default all devices of all processes.
 
     Raises:
       MeshError: unknown axes, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if set(sizes) != set(AXES):
+    if not set(sizes) <= set(AXES):
         raise MeshError(f"mesh has the axes {sorted(sizes)}; expected {', '.join(AXES)}")
-    shape = [int(sizes[axis]) for axis in AXES]
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     known = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or known < 1 or min(shape) < -1:
         found = dict(zip(AXES, shape, strict=True))

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 
 from configs import common, training
 
-VARIANTS = ("runway_tiny", "wan22_5b", "smoke")
+VARIANTS = ("paper", "released", "runway_tiny", "smoke")
 
 
-def get_config(variant: str = "runway_tiny") -> ConfigDict:
+def get_config(variant: str = "paper") -> ConfigDict:
     """One of `VARIANTS`."""
-    return common.choose(variant, runway_tiny, wan22_5b, smoke)
+    return common.choose(variant, paper, released, runway_tiny, smoke)
 
 
 def wan22_5b() -> ConfigDict:
@@ -36,7 +36,7 @@ def wan22_5b() -> ConfigDict:
     config.data.batch = 64  # clips a step, over all processes
     config.loss = {
         "shift": 5.0,  # of the timesteps, towards noise
-        "round_timesteps": True,  # the network gets whole timesteps, as in the released code
+        "round_timesteps": False,  # the network gets exact timesteps
         "weights": "bell",  # by timestep, see training/stages/teacher.py
     }
     config.optimizer = {
@@ -50,15 +50,25 @@ def wan22_5b() -> ConfigDict:
     config.schedule = {
         "name": "halved",
         "peak": 1e-5,
-        "warmup": 100,  # steps
+        "warmup": 200,  # steps
         "halve_at": 1100,  # step from which on half of the peak is used
     }
     return config
 
 
+def released() -> ConfigDict:
+    """The same with the numbers of the authors' code."""
+    config = paper()
+    config.name = "released"
+    config.train.steps = 5000
+    config.loss.round_timesteps = True
+    config.schedule.warmup = 100
+    return config
+
+
 def runway_tiny() -> ConfigDict:
     """The small model, from random weights."""
-    config = training.small(wan22_5b())
+    config = training.small(paper())
     config.train.steps = 4000
     config.data.batch = 4
     config.loss = {"shift": 3.0, "round_timesteps": False, "weights": "none"}

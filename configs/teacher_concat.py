@@ -14,17 +14,17 @@ from ml_collections import ConfigDict
 
 from configs import common, teacher
 
-VARIANTS = ("runway_tiny", "wan22_5b", "smoke")
+VARIANTS = ("paper", "runway_tiny", "smoke")
 
 
-def get_config(variant: str = "runway_tiny") -> ConfigDict:
+def get_config(variant: str = "paper") -> ConfigDict:
     """One of `VARIANTS`."""
-    return common.choose(variant, runway_tiny, wan22_5b, smoke)
+    return common.choose(variant, paper, runway_tiny, smoke)
 
 
-def wan22_5b() -> ConfigDict:
+def paper() -> ConfigDict:
     """The paper's model; all weights are trained ("Chan.-Concat + Full FT")."""
-    return on_channels(teacher.wan22_5b())
+    return on_channels(teacher.paper())
 
 
 def runway_tiny() -> ConfigDict:

@@ -30,7 +30,8 @@ def paper(stage: str) -> ConfigDict:
             "weights": {"vae": "", "text": ""},
             "export_dir": "",  # empty: <workdir>/export
             "export_dtype": "float32",
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: all devices that are left
+            # Devices along each axis, see chameleon_jax/sharding.py; -1: all that are left.
+            "mesh": {"data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
             "data": {
                 "dir": "",  # one folder, or several with commas between
                 "split": "train",
@@ -58,7 +59,7 @@ def paper(stage: str) -> ConfigDict:
                 # What the backward pass computes again, to save memory: "none", "dots",
                 # "attention" or "full", see models/remat.py.
                 "remat": "full",
-                "scan_layers": False,  # one compiled block in a loop: compiles faster
+                "scan_layers": False,  # one compiled block in a loop: compiles many times faster
                 "text": False,  # train the text encoder too
             },
             "optimizer": {},  # of the stage, see training/optim.py

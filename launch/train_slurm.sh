@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a Slurm cluster, one process a GPU:
 #
-#     sbatch launch/train_slurm.sh --config configs/teacher_forcing.py:wan22_5b \
+#     sbatch launch/train_slurm.sh --config configs/teacher_forcing.py:paper \
 #         --config.data.dir=/shared/latents --config.data.tokenizer=/shared/tokenizer.json \
 #         --config.weights.vae=/shared/vae --config.workdir=/shared/runs/student
 #

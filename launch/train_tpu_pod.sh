@@ -2,7 +2,7 @@
 # Train on all hosts of a Cloud TPU slice:
 #
 #     TPU=my-v6e-32 ZONE=us-east5-a launch/train_tpu_pod.sh \
-#         --config configs/teacher_forcing.py:wan22_5b --config.data.dir=/shared/latents \
+#         --config configs/teacher_forcing.py:paper --config.data.dir=/shared/latents \
 #         --config.data.tokenizer=/shared/tokenizer.json --config.weights.vae=/shared/vae \
 #         --config.workdir=/shared/runs/student
 #

@@ -29,17 +29,18 @@ class Program:
     Args:
       name: what is compiled.
       function: the function.
+      mesh: over which the networks split their activations.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]):
-        self._name, self._function = name, function
+    def __init__(self, name: str, function: Callable[..., Any], mesh: Mesh):
+        self._name, self._function, self._mesh = name, function, mesh
         self._compiled: set[Shapes] = set()
 
     def __call__(self, state: State, frozen: ParamTree, batch: Batch, *rest: jax.Array) -> Any:
         shapes = _shapes(batch)
-        if shapes in self._compiled:
-            return self._function(state, frozen, batch, *rest)
-        with _announced(self._name, batch):
+        with jax.set_mesh(self._mesh), contextlib.ExitStack() as said:
+            if shapes not in self._compiled:
+                said.enter_context(_announced(self._name, batch))
             result = self._function(state, frozen, batch, *rest)
         self._compiled.add(shapes)
         return result
@@ -51,14 +52,15 @@ class StepProgram:
     Args:
       name: of the step.
       function: `jax.jit` of (state, frozen, batch) -> (state, metrics).
+      mesh: over which the networks split their activations.
       skip: is called with the seconds that compiling took.
 
     Attributes:
       flops: operations of the last step, over all devices.
     """
 
-    def __init__(self, name: str, function: Any, skip: Callable[[float], None]):
-        self._name, self._function, self._skip = name, function, skip
+    def __init__(self, name: str, function: Any, mesh: Mesh, skip: Callable[[float], None]):
+        self._name, self._function, self._mesh, self._skip = name, function, mesh, skip
         self._compiled: dict[Shapes, tuple[jax.stages.Compiled, Flops]] = {}
         self.flops = Flops()
 
@@ -76,7 +78,8 @@ class StepProgram:
     ) -> tuple[jax.stages.Compiled, Flops]:
         begin = time.monotonic()
         with _announced(f"step '{self._name}'", batch) as costs:
-            traced = self._function.trace(state, frozen, batch)
+            with jax.set_mesh(self._mesh):
+                traced = self._function.trace(state, frozen, batch)
             compiled = traced.lower().compile()
             flops = count_jaxpr(traced.jaxpr)
             costs += [_flops_line(flops), _memory_line(compiled)]
@@ -162,6 +165,8 @@ def compile_stage(
         compiled = jax.jit(
             step, in_shardings=inputs, out_shardings=(places, everywhere), donate_argnums=0
         )
-        steps[name] = StepProgram(name, compiled, skip)
+        steps[name] = StepProgram(name, compiled, mesh, skip)
     evaluate = jax.jit(stage.evaluate, out_shardings=everywhere)
-    return Programs(steps, Program("evaluation", evaluate), Program("preview", stage.preview))
+    return Programs(
+        steps, Program("evaluation", evaluate, mesh), Program("preview", stage.preview, mesh)
+    )

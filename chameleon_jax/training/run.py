@@ -23,6 +23,7 @@ from chameleon_jax.config import ConfigError, save_config
 from chameleon_jax.data.memory import InMemorySource
 from chameleon_jax.data.sources import MatchingSource, Source, open_sources
 from chameleon_jax.errors import need
+from chameleon_jax.models.build import read_sizes
 from chameleon_jax.training import loop
 from chameleon_jax.training.export import export, stored_model
 from chameleon_jax.training.feed import HostBatch, Part
@@ -74,6 +75,7 @@ def run(
         raise ConfigError("train.best is not set: there is no best checkpoint to export")
     config = with_stored_sizes(config)
     mesh = sharding.make_mesh(config.mesh)
+    _check_split(config, mesh)
     stage = make_stage(config)
     if export_only:
         state, step = loop.load_state(config, stage, best=export_best, strict=strict)
@@ -109,6 +111,19 @@ def run(
         outcome = dataclasses.replace(outcome, state=state)
     _export(config, stage, outcome, held_out)
     return outcome
+
+
+def _check_split(config: ConfigDict, mesh: Mesh) -> None:
+    """Raise MeshError if the transformer's activations cannot be split over the mesh."""
+    dit = read_sizes("dit", config.model.dit.to_dict())
+    factor = read_sizes("vae", config.model.vae.to_dict()).spatial_factor
+    _, rows, columns = dit.patch
+    for height, width in (
+        (config.video.height, config.video.width),
+        *config.data.get("buckets", ()),
+    ):
+        tokens = (height // (factor * rows)) * (width // (factor * columns))
+        sharding.check_network(dit.heads, tokens, mesh)
 
 
 def export_folder(config: ConfigDict) -> Path:

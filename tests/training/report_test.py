@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.errors import MissingPackageError
+from chameleon_jax.training.flops import Flops
 from chameleon_jax.training.report import MetricsWriter, Progress, ReportError, keep_until
 
 OURS = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3))

@@ -255,7 +255,7 @@ def test_flow_loss_weights_each_frame():
     shape = (2, 3, 4, 4, 2)
     x0, noise, v = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
     t_bf = jnp.array([[1000.0, 500.0, 4.98], [500.0, 500.0, 500.0]])
-    config = load_config("configs/teacher.py:wan22_5b")
+    config = load_config("configs/teacher.py:paper")
     loss, metrics = common.flow_loss(v, x0, noise, common.loss_weights(config)(t_bf))
     error = np.square(np.asarray(v) - (np.asarray(noise) - np.asarray(x0))).mean((2, 3, 4))
     weights = np.asarray(flow.training_weight_of(t_bf, 5.0))

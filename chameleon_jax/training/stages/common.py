@@ -36,7 +36,7 @@ from chameleon_jax.training.networks import (
 from chameleon_jax.training.stage import Shown, Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
 from chameleon_jax.training.texts import Texts, check_encoder
-from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name, tune
+from chameleon_jax.training.tuning import Tuned, fixed_name, stored, tune
 
 # The arrays of a batch, in the order of context and video.
 LATENTS = ("z_reference", "z_garment", "z_video")
@@ -159,7 +159,7 @@ def transformer(config: ConfigDict) -> Tuned:
             f"conditioning is 'channels': set model.dit.in_channels={wanted[0]} (noisy latents,"
             f" {' and '.join(CONDITIONS)}) and model.dit.out_channels={wanted[1]}"
         )
-    return Tuned(build_widened("dit", config, channels))
+    return stored(Tuned(build_widened("dit", config, channels)))
 
 
 def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence[str]) -> Networks:
@@ -181,7 +181,7 @@ def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence
         if fixed is not None:
             frozen[fixed_name(name)] = fixed
             weights[fixed_name(name)] = weights_file(config.init_from, name)
-        if isinstance(modules[name], TunedLora):
+        if modules[name].added:
             if config.tune.lora:
                 weights[name] = weights_file(config.tune.lora, "lora")
         elif config.init_from:

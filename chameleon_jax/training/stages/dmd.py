@@ -22,12 +22,12 @@ from chameleon_jax.diffusion import flow
 from chameleon_jax.keys import loss_key, training_key
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import TextKV
-from chameleon_jax.training import optim
+from chameleon_jax.training import diagnosis, optim
 from chameleon_jax.training.stage import Stage, Step
 from chameleon_jax.training.stages import common, dmd_loss, dmd_setup, rollouts
 from chameleon_jax.training.stages.dmd_setup import Kind
 from chameleon_jax.training.stages.rewards import make_reward
-from chameleon_jax.training.stages.scores import Clip, Noised, Score, motion
+from chameleon_jax.training.stages.scores import Clip, Noised, Score
 from chameleon_jax.training.stages.teacher_forcing import read_policy, whole_blocks
 from chameleon_jax.training.state import (
     Batch,
@@ -406,14 +406,13 @@ def _named(network: str, metrics: Metrics) -> Metrics:
 
 
 def _about(x: jax.Array, z_video: jax.Array) -> Metrics:
-    """Statistics of the student's latents, of which the data's are 0, 1 and 1."""
+    """The student's latents beside those of the clips, see `diagnosis`."""
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
-    tiny = jnp.finfo(jnp.float32).tiny
-    return {
-        "x/mean": x.mean(),
-        "x/std": x.std(),
-        "x/motion_ratio": motion(x) / jnp.maximum(motion(z_video), tiny),
-    }
+    measures = diagnosis.latent_measures(x, z_video)
+    named = {f"x/{name.removeprefix('latent_')}": value for name, value in measures.items()}
+    # The first latent frame stands for one picture and is unlike the others.
+    moved, true = (diagnosis.motion(z[:, 1:].astype(jnp.float32)).mean() for z in (x, z_video))
+    return named | {"x/motion_ratio": moved / jnp.maximum(true, diagnosis.SMALLEST)}
 
 
 def _flow_error(v: jax.Array, target: jax.Array) -> jax.Array:

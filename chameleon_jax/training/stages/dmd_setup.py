@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from chameleon_jax.config import ConfigError
+from chameleon_jax.config import ConfigError, flatten
 from chameleon_jax.diffusion.rollout import OneStepSampler, make_sampler
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.discriminator import Discriminator, DiscriminatorConfig
@@ -81,13 +81,14 @@ def networks(config: ConfigDict, reward: Reward | None) -> common.Networks:
     if config.gan.layers:
         modules["heads"] = Tuned(_heads(config, score))
         trained.append("heads")
-    missing = [key for key, _ in sources.values() if not config[key]]
+    named = flatten(config)
+    missing = [key for key, _ in sources.values() if not named[key]]
     if missing:
         raise ConfigError(
             f"{', '.join(dict.fromkeys(missing))}: not set; distillation starts from the student of"
             " teacher forcing (init_from), the teacher (weights.score), its VAE and text encoder"
         )
-    files = {name: weights_file(config[key], file) for name, (key, file) in sources.items()}
+    files = {name: weights_file(named[key], file) for name, (key, file) in sources.items()}
     return _assembled(config, modules, trained, files)
 
 

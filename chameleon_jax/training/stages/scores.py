@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.diffusion import flow
@@ -119,11 +118,3 @@ class Score:
         if negative_kv is None:
             return positive
         return guidance(positive, self.clean(dit, clip, noised, negative_kv), scale)
-
-
-def motion(z: jax.Array) -> jax.Array:
-    """Mean size of the change from one latent frame to the next, behind the first: a scalar.
-
-    The first latent frame of a clip stands for one picture and is unlike the others.
-    """
-    return jnp.abs(jnp.diff(z[:, 1:].astype(jnp.float32), axis=1)).mean()

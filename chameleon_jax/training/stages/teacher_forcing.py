@@ -14,7 +14,7 @@ blocks are its own, and after a garment switch with `disentangle` the reference 
 that the network does not know, so that small faults in them are not carried on and multiplied (as
 in GameNGen, arXiv 2408.14837). Noise on the reference has a price: what the noise hides, the
 network does not learn to copy. The paper has none: its distillation, on the model's own streams,
-does this work.
+does this work. `recycling` adds the network's own errors instead, see `recycling`.
 
 Axes: b batch, f latent frames, h w grid, c channels.
 """
@@ -36,6 +36,14 @@ from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import teacher_forcing_forward
 from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import common
+from chameleon_jax.training.stages.recycling import (
+    ERRORS,
+    RECYCLED,
+    TIMES,
+    disturb,
+    read_recycling,
+    with_bank,
+)
 from chameleon_jax.training.state import Batch, Metrics, ParamTree
 
 
@@ -53,6 +61,7 @@ def make_stage(config: ConfigDict) -> Stage:
     weights_of = common.loss_weights(config)
     policy = read_policy(config)
     check_lengths(config, policy.block)
+    recycle = read_recycling(config)
     forward = functools.partial(teacher_forcing_forward, policy=policy)
 
     def loss(
@@ -70,12 +79,25 @@ def make_stage(config: ConfigDict) -> Stage:
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         t_network = common.network_timesteps(t_bf, config)
         history = disturbed(z, config.loss.history_noise, loss_key(key, "history_noise"))
+        if RECYCLED in frozen:
+            history = disturb(
+                recycle,
+                frozen[RECYCLED]["bank"],
+                history,
+                t_bf[:, :: policy.block],
+                frozen[RECYCLED]["step"],
+                loss_key(key, "recycling"),
+            )
         reference = disturbed(
             sample.z_context[:, :1], config.loss.reference_noise, loss_key(key, "reference_noise")
         )
         z_context = jnp.concatenate([reference, sample.z_context[:, 1:]], axis=1)
         v = forward(dit, z_context, history, z_noisy, t_network, sample.text_kv)
-        return common.flow_loss(v, z, noise, weights_of(t_bf))
+        value, metrics = common.flow_loss(v, z, noise, weights_of(t_bf))
+        if RECYCLED in frozen:
+            errors = flow.x0_from_velocity(z_noisy, v, t_bf / 1000) - z
+            metrics |= {ERRORS: errors, TIMES: t_bf[:, :: policy.block]}
+        return value, metrics
 
     def generate(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> jax.Array:
         """Block after block as in a stream, but with the forward pass of training.
@@ -104,7 +126,19 @@ def make_stage(config: ConfigDict) -> Stage:
             video, _ = jax.lax.scan(step, video, (sigmas[:-1], sigmas[1:]))
         return video
 
-    return common.flow_stage(config, "teacher_forcing", nets, loss=loss, generate=generate)
+    stage = common.flow_stage(config, "teacher_forcing", nets, loss=loss, generate=generate)
+    if recycle is None:
+        return stage
+    return with_bank(stage, recycle, chunk_shape(config, policy.block), config.seed)
+
+
+def chunk_shape(config: ConfigDict, block: int) -> tuple[int, int, int, int]:
+    """Latents of a chunk, [f, h, w, c]."""
+    vae = read_sizes("vae", config.model.vae.to_dict())
+    height, width = (
+        side // vae.spatial_factor for side in (config.video.height, config.video.width)
+    )
+    return block, height, width, vae.z_dim
 
 
 def read_policy(config: ConfigDict) -> CachePolicy:
