@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from chameleon_jax.diffusion.wan22 import CAUSAL_SAMPLER
 from configs import common, training
 
 VARIANTS = ("paper", "released", "runway_tiny", "smoke")
@@ -38,6 +39,7 @@ def paper() -> ConfigDict:
         "history_noise": 0.0,  # most noise on the earlier blocks, see stages/teacher_forcing.py
         "reference_noise": 0.0,  # most noise on the reference
     }
+    config.streaming.sampler = dict(CAUSAL_SAMPLER)  # many steps and guidance: not distilled yet
     # The network's own errors on the history, see training/stages/recycling.py.
     config.recycling = {
         "clips": 0.0,  # share of the clips that get some; 0: none, as in the paper

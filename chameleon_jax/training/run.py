@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 EXIT_CODES = {"finished": 0, "time": 0, "SIGINT": 130, "SIGTERM": 143}
 
 
+# Networks of distillation that are of the kind of another one.
+ROLES = {"score": "dit", "score_text": "text"}
+
+
 def run(
     config: ConfigDict,
     *,
@@ -227,15 +231,20 @@ def held_out_batches(config: ConfigDict, stage: Stage) -> list[HostBatch]:
 def with_stored_sizes(config: ConfigDict) -> ConfigDict:
     """The config with the sizes and latent statistics that lie beside the frozen weights.
 
-    Weights may also be given for networks whose sizes are those of another one, as a score's are.
+    A score may be of another size than the student: it gets a group of its own in `model`.
     """
     config = config.copy_and_resolve_references()
     config.unlock()
     for name, path in config.weights.items():
-        if not path or name not in config.model:
+        network = ROLES.get(name, name)
+        if not path or network not in config.model:
             continue
-        sizes = stored_model(path, name)
-        if sizes is not None:
+        sizes = stored_model(path, network)
+        if sizes is None:
+            continue
+        if name in ROLES:
+            config.model[name] = {"network": network, **config.model[network].to_dict(), **sizes}
+        else:
             config.model[name].update(sizes)
     return config
 

@@ -72,7 +72,13 @@ def networks(config: ConfigDict, reward: Reward | None) -> common.Networks:
             )
     else:
         for name in ("text", *(("score_text",) if config.weights.score_text else ())):
-            modules[name] = Tuned(build_network("text", config, frozen=True))
+            sizes = name if name in config.model else "text"
+            if config.model[sizes].length != config.model.text.length:
+                raise ConfigError(
+                    f"the text encoder of weights.{name} reads {config.model[sizes].length} tokens,"
+                    f" that of weights.text {config.model.text.length}; expected as many"
+                )
+            modules[name] = Tuned(build_network(sizes, config, frozen=True))
             sources[name] = (f"weights.{name}", "text")
     for name, network in reward.networks.items() if reward else ():
         modules[name] = Tuned(network)
