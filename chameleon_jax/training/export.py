@@ -21,7 +21,6 @@ from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.state import ParamTree
 from chameleon_jax.weights.tensors import write_tensors
 
-
 STREAMED = ("vae", "dit", "text", "decoder")  # networks of inference
 
 

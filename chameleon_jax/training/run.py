@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
-from chameleon_jax.config import ConfigError, save_config
+from chameleon_jax.config import ConfigError, flatten, save_config
 from chameleon_jax.data.memory import InMemorySource
 from chameleon_jax.data.sources import MatchingSource, Source, open_sources
 from chameleon_jax.errors import need
@@ -183,12 +183,13 @@ def _check_batch(size: int, parts: int, mesh: Mesh) -> None:
 
 def _weights_key(config: ConfigDict, stage: Stage, name: str) -> str:
     """The key of the config that a file of `stage.weights` comes from."""
-    if name not in stage.trained and name not in stage.parts:
-        return f"weights.{name}"
-    lora = config.tune.lora if "tune" in config else ""
-    if lora and stage.weights[name] == weights_file(lora, "lora"):
-        return "tune.lora"
-    return "init_from"
+    named = {"init_from": config.init_from, "tune.lora": flatten(config).get("tune.lora", "")}
+    named |= {f"weights.{key}": path for key, path in config.weights.items()}
+    if name not in stage.trained and name not in stage.parts:  # weights.* are looked at first
+        named = dict(reversed(named.items()))
+    file = stage.weights[name]
+    keys = [key for key, path in named.items() if path and weights_file(path, file.stem) == file]
+    return keys[0]
 
 
 def open_data(config: ConfigDict, split: str) -> Source:
