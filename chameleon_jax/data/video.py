@@ -37,6 +37,7 @@ else:
 MAX_PIXELS = 50_000_000  # of one frame, as for pictures
 MAX_DECODED = 8 * 2**30  # bytes of one decoded clip: 81 frames of 1280 x 704 are 0.2 GiB
 MIN_FPS, MAX_FPS = 0.01, 1000.0
+MAX_PIXEL_ASPECT = 10  # of a pixel's longer side to its shorter one; that of DV is at most 1.5
 MAX_GAP = 10  # seconds from one frame to the next: time stamps that jump further are damaged
 # What cameras write as 23.976, 29.97, 59.94 ... frames a second.
 NTSC_RATES = tuple(Fraction(fps * 1000, 1001) for fps in (24, 30, 48, 60, 120))
@@ -426,6 +427,7 @@ def _decode(
     usual = clock.usual_interval(times) if times else None
     decoded = container.decode(stream)
     if usual is not None:
+        usual = max(usual, 1 / Fraction(MAX_FPS))  # damaged times could ask for millions of frames
         timed = _with_times(decoded, usual)
         decoded = clock.at_regular_times(timed, wanted or usual, last_for=usual)
     arrays: list[np.ndarray] = []
@@ -465,8 +467,8 @@ class _Shown:
     """How the frames of a stream are shown, by its first frame.
 
     Raises:
-      VideoError: a display matrix that does not turn by quarters; too many pixels once they are
-        square.
+      VideoError: a display matrix that does not turn by quarters; pixels that are far from square,
+        or too many once they are square.
     """
 
     def __init__(self, stream: av.VideoStream, first: av.VideoFrame, name: str):
@@ -474,6 +476,12 @@ class _Shown:
         self._aspect = stream.sample_aspect_ratio
         context = stream.codec_context
         self._transfer, self._primaries = context.color_trc, context.color_primaries
+        aspect = self._aspect or 1
+        if max(aspect, 1 / aspect) > MAX_PIXEL_ASPECT:
+            raise VideoError(
+                f"{name}: its pixels have the aspect ratio {aspect}; at most {MAX_PIXEL_ASPECT} is"
+                " read"
+            )
         matrix = [bytes(data) for data in first.side_data if data.type.name == "DISPLAYMATRIX"]
         orientation = read_orientation(matrix[0] if matrix else None)
         if orientation is None:

@@ -72,6 +72,8 @@ def test_pixels_that_are_too_wide_to_be_made_square_are_refused(monkeypatch):
     assert video.read_video(corners()).shape == (3, 32, 48, 3)
     with pytest.raises(VideoError, match="64 x 32 square pixels; at most 2,000 are read"):
         video.read_video(corners(aspect=Fraction(4, 3)))
+    with pytest.raises(VideoError, match="its pixels have the aspect ratio 20; at most 10 is read"):
+        video.read_video(corners(aspect=Fraction(20, 1)))
 
 
 def test_the_cover_is_not_the_video():
