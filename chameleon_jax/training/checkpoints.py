@@ -77,6 +77,10 @@ class Checkpoints:
         _quiet_orbax()
         if read_only:
             return
+        if jax.process_count() > 1:  # now none of them writes
+            if jax.process_index() == 0:
+                self._remove_all_unfinished()
+            multihost_utils.sync_global_devices("unfinished checkpoints are removed")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAnd(keep, lambda: {self.best(), self._protected}),
             cleanup_tmp_directories=self._tidy,  # what a killed run left behind
@@ -119,13 +123,18 @@ class Checkpoints:
         quiet = 0
         deadline = time.monotonic() + 10
         while quiet < 3 and time.monotonic() < deadline:
-            unfinished = list(self.folder.glob(f"*{ocp_utils.TMP_DIR_SUFFIX}"))
-            if not unfinished and not quiet:
+            removed = self._remove_all_unfinished()
+            if not removed and not quiet:
                 return
-            for path in unfinished:
-                shutil.rmtree(path, ignore_errors=True)
-            quiet = 1 if unfinished else quiet + 1
+            quiet = 1 if removed else quiet + 1
             time.sleep(0.1)
+
+    def _remove_all_unfinished(self) -> bool:
+        """Remove the folders that never became checkpoints; was there one?"""
+        unfinished = list(self.folder.glob(f"*{ocp_utils.TMP_DIR_SUFFIX}*"))
+        for path in unfinished:
+            shutil.rmtree(path, ignore_errors=True)
+        return bool(unfinished)
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; one that is being written counts."""

@@ -124,6 +124,26 @@ def test_two_processes_train_what_one_does(tmp_path, unbroken):
 
 
 @pytest.mark.slow
+def test_two_processes_pass_by_a_damaged_checkpoint(tmp_path, unbroken):
+    """Both of them, whichever reads the damaged part; what a killed run left behind is removed."""
+    assert run_two(tmp_path, "6", "mesh.fsdp=2") == ["6 finished"] * 2
+    newest = tmp_path / "checkpoints" / "6"
+    files = sorted((newest / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(files[-1].read_bytes())
+    content[len(content) // 2] ^= 1
+    files[-1].write_bytes(content)
+    left = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    left.mkdir()
+    assert run_two(tmp_path, "6", "mesh.fsdp=2") == ["6 finished"] * 2
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"3", "6", "6.damaged"}
+    for name, value in saved_params(unbroken).items():
+        np.testing.assert_allclose(
+            value, saved_params(tmp_path)[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+@pytest.mark.slow
 def test_ctrl_c_in_one_process_stops_both_at_the_same_step(tmp_path):
     given = ["int=4", "mesh.fsdp=2", "train.log_every=0", "train.checkpoint_every=0"]
     first, second = run_two(tmp_path, "1000000", *given)
