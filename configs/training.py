@@ -54,7 +54,7 @@ def paper(stage: str) -> ConfigDict:
                 # What the backward pass computes again, to save memory: "none", "dots",
                 # "attention" or "full", see models/remat.py.
                 "remat": "full",
-                "scan_layers": False,  # one compiled block in a loop: compiles faster
+                "scan_layers": False,  # one compiled block in a loop: compiles many times faster
                 "text": False,  # train the text encoder too
             },
             "optimizer": {},  # of the stage, see training/optim.py

@@ -1,4 +1,4 @@
-"""A fixture for tests that build many pipelines of the same shapes: each program compiles once."""
+"""Compiling in tests: once for equal programs, and in haste where speed does not matter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# Options for `jit` and `compile`: half of the time. The plan of the memory stays the same, as it is
+# made before these parts of the compiler.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -142,10 +142,8 @@ class WidenedNetwork(Network):
         if mesh is not None:
             place = sharding.param_shardings({WIDENED: params[WIDENED]}, mesh)
             params |= jax.device_put({WIDENED: params[WIDENED]}, place)
-        log.info(
-            "%s reads %d channels: %d more get weights of zero", path, stored.shape[3],
-            shape[3] - stored.shape[3],
-        )  # fmt: skip
+        new = shape[3] - stored.shape[3]
+        log.info("%s reads %d channels; %d new ones start at zero", path, stored.shape[3], new)
         return params
 
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from chameleon_jax.config import ConfigError
+from chameleon_jax.training.stacking import is_stacked
 
 log = logging.getLogger(__name__)
 
@@ -150,12 +151,14 @@ def _check_group(group: str, config: ConfigDict, known: Mapping[str, Sequence[st
 def _matrices(params: Any) -> Any:
     """Which parameters Muon takes: kernels [..., in, out].
 
-    They are matrices from all axes but the last to the last.
+    They are matrices from all axes but the last to the last; stacked ones are as many matrices as
+    there are blocks.
     """
 
     def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
         if not str(path[-1].key).endswith("kernel") or leaf.ndim < 2:
             return None
-        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+        first = 1 if is_stacked(str(path[-1].key)) else 0
+        return MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

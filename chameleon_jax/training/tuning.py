@@ -42,6 +42,7 @@ from chameleon_jax.training.networks import (
     Structure,
     build_network,
 )
+from chameleon_jax.training.stacking import Stacked, unstack
 from chameleon_jax.training.state import ParamTree
 from chameleon_jax.weights.lora import Lora, linear_layers, open_places
 from chameleon_jax.weights.params import check_fit, read_params
@@ -135,18 +136,22 @@ class Tuned:
     """A network of which every parameter changes; and what the other ways have in common.
 
     Attributes:
+      network: the structure of the plain network.
       changing: what the optimiser sees, float32 masters.
       fixed: what does not change, in the computing dtype; None if nothing is left.
+      added: whether what changes comes on top of the weights that training starts from.
     """
+
+    added = False
 
     def __init__(self, network: Network):
         self.changing: Parameters = network
         self.fixed: Parameters | None = None
-        self._network = network
+        self.network = network
 
     def bind(self, changing: Mapping[str, jax.Array], fixed: Params | None = None) -> Any:
         """The network with these parameters. Can be traced."""
-        return self._network.bind({**(fixed or {}), **changing})
+        return self.network.bind({**(fixed or {}), **changing})
 
     def whole(self, changing: Mapping[str, jax.Array], fixed: Params | None = None) -> Params:
         """Parameters of the plain network that computes what `bind` computes, for an export.
@@ -154,7 +159,7 @@ class Tuned:
         Float32 where training changed something.
         """
         parts = {**(fixed or {}), **changing}
-        return {name: parts[name] for name in self._network.shapes}
+        return {name: parts[name] for name in self.network.shapes}
 
     def adapters(self, changing: Mapping[str, jax.Array]) -> ParamTree:
         """What can be exported beside the whole network: tensors of files by the files' names."""
@@ -185,6 +190,8 @@ class TunedLora(Tuned):
       rank: r of the LoRA.
       alpha: its product counts alpha / r.
     """
+
+    added = True
 
     def __init__(self, frozen: Network, rank: int, alpha: float):
         super().__init__(frozen)
@@ -218,6 +225,41 @@ class TunedLora(Tuned):
         return {"lora": {**changing, **alphas}}
 
 
+def stored(tuned: Tuned) -> Tuned:
+    """The same network, with its parameters as they are best kept: see `stacking`.
+
+    They are stacked if the network scans over its blocks.
+    """
+    sizes = getattr(tuned.network.abstract, "config", None)
+    return TunedStack(tuned) if getattr(sizes, "scan_layers", False) else tuned
+
+
+class TunedStack(Tuned):
+    """A network whose blocks are stored stacked; everything else is as in another `Tuned`.
+
+    Args:
+      tuned: the other one.
+    """
+
+    def __init__(self, tuned: Tuned):
+        super().__init__(tuned.network)
+        self._tuned, self.added = tuned, tuned.added
+        self.changing = Stacked(tuned.changing)
+        self.fixed = None if tuned.fixed is None else Stacked(tuned.fixed)
+
+    def bind(self, changing: Mapping[str, jax.Array], fixed: Params | None = None) -> Any:
+        """The network with these parameters. Can be traced."""
+        return self._tuned.bind(unstack(changing), fixed and unstack(fixed))
+
+    def whole(self, changing: Mapping[str, jax.Array], fixed: Params | None = None) -> Params:
+        """Parameters of the plain network, by block."""
+        return self._tuned.whole(unstack(changing), fixed and unstack(fixed))
+
+    def adapters(self, changing: Mapping[str, jax.Array]) -> ParamTree:
+        """What can be exported beside the whole network, by block."""
+        return self._tuned.adapters(unstack(changing))
+
+
 def tune(name: str, config: ConfigDict) -> Tuned:
     """One of the networks of a training config, as group `tune` says that it is trained.
 
@@ -233,7 +275,7 @@ def tune(name: str, config: ConfigDict) -> Tuned:
     if mode not in MODES:
         raise ConfigError(f"tune.mode is {mode!r}; expected one of {', '.join(MODES)}")
     if mode == "full":
-        return Tuned(build_network(name, config))
+        return stored(Tuned(build_network(name, config)))
     if not config.init_from:
         raise ConfigError(
             f"tune.mode is {mode!r}, and init_from is not set: give the weights of which a part"
@@ -241,8 +283,8 @@ def tune(name: str, config: ConfigDict) -> Tuned:
         )
     frozen = build_network(name, config, frozen=True)
     if mode == "attention":
-        return TunedAttention(build_network(name, config), frozen)
-    return TunedLora(frozen, config.tune.rank, config.tune.alpha)
+        return stored(TunedAttention(build_network(name, config), frozen))
+    return stored(TunedLora(frozen, config.tune.rank, config.tune.alpha))
 
 
 def fixed_name(name: str) -> str:

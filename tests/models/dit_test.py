@@ -26,6 +26,7 @@ from chameleon_jax.weights.params import flat_params, param_count, param_shapes,
 from converters.dit import DIFFUSERS_RULES, expected_shapes
 from converters.rules import convert
 from tests import tiny_dit, tiny_wan
+from tests.compiled import QUICKLY
 from tests.dense_masks import teacher_forcing_table
 from tests.tiny_dit import CONFIG, TOKENS, latents, prompt
 
@@ -188,9 +189,6 @@ def test_bidirectional_listens_to_everything():
 
     gradient = jnp.abs(jax.jit(jax.grad(last_frame))(latents(0, 5))).max(axis=(0, 2, 3, 4))
     assert (gradient > 1e-3).all()
-
-
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.mark.parametrize("forward", ["bidirectional", "teacher_forcing"])

@@ -13,10 +13,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from chameleon_jax.attention import core
 from chameleon_jax.models.dit import DiTConfig, bidirectional_forward
 from chameleon_jax.models.remat import POLICIES, remat_name, rematerialized
+from tests.compiled import QUICKLY
 from tests.tiny_dit import CONFIG, prompt, tiny_dit
-
-# The plan of the memory is made before these parts of the compiler.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.mark.slow

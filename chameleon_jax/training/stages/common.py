@@ -30,11 +30,12 @@ from chameleon_jax.training.feed import Feed, HostBatch, Part
 from chameleon_jax.training.networks import (
     Parameters,
     build_network,
+    build_widened,
     weights_file,
 )
 from chameleon_jax.training.stage import Stage, simple_stage
 from chameleon_jax.training.state import Batch, Loss, Metrics, ParamTree
-from chameleon_jax.training.tuning import Tuned, TunedLora, fixed_name
+from chameleon_jax.training.tuning import Tuned, fixed_name, stored, tune
 
 # The arrays of a batch, in the order of context and video.
 LATENTS = ("z_reference", "z_garment", "z_video")
@@ -126,6 +127,33 @@ def networks(config: ConfigDict) -> Networks:
     return assemble(config, modules, ("dit", "text") if config.train.text else ("dit",))
 
 
+def transformer(config: ConfigDict) -> Tuned:
+    """The transformer as `tune` says; for conditions on channels, one that reads more of them.
+
+    Raises:
+      ConfigError: another name as `conditioning`, sizes that do not suit it, or what
+        `tuning.tune` raises.
+    """
+    conditioning = config.get("conditioning", "in_context")
+    if conditioning == "in_context":
+        return tune("dit", config)
+    if conditioning != "channels":
+        raise ConfigError(f"conditioning is {conditioning!r}; expected in_context or channels")
+    if config.tune.mode != "full":
+        raise ConfigError(
+            f"conditioning is 'channels', and tune.mode is {config.tune.mode!r}: the weights of the"
+            " new channels would stay zero; set tune.mode=full"
+        )
+    sizes, channels = config.model.dit, read_sizes("vae", config.model.vae).z_dim
+    wanted = (1 + len(CONDITIONS)) * channels, channels
+    if (sizes.in_channels, sizes.get("out_channels")) != wanted:
+        raise ConfigError(
+            f"conditioning is 'channels': set model.dit.in_channels={wanted[0]} (noisy latents,"
+            f" {' and '.join(CONDITIONS)}) and model.dit.out_channels={wanted[1]}"
+        )
+    return stored(Tuned(build_widened("dit", config, channels)))
+
+
 def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence[str]) -> Networks:
     """The networks of a stage, and the files that they start from.
 
@@ -143,7 +171,7 @@ def assemble(config: ConfigDict, modules: Mapping[str, Tuned], trained: Sequence
         if fixed is not None:
             frozen[fixed_name(name)] = fixed
             weights[fixed_name(name)] = weights_file(config.init_from, name)
-        if isinstance(modules[name], TunedLora):
+        if modules[name].added:
             if config.tune.lora:
                 weights[name] = weights_file(config.tune.lora, "lora")
         elif config.init_from:
