@@ -15,12 +15,14 @@ from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, tokenizer
 from chameleon_jax.data.examples import LatentExamples, RunwayExamples
 from chameleon_jax.diffusion import flow
+from chameleon_jax.inference import Pipeline
 from chameleon_jax.sharding import MeshError
 from chameleon_jax.training.export import inference_config, stored_model
 from chameleon_jax.training.networks import build_network
 from chameleon_jax.training.run import held_out_batches, open_data, run, with_stored_sizes
 from chameleon_jax.training.stages import STAGES, common, make_stage, teacher_forcing
 from chameleon_jax.training.state import TrainState
+from chameleon_jax.weights.params import flat_params
 
 SIZE = (32, 32)
 INFERENCE = {
@@ -118,6 +120,40 @@ def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
     run(settings(data, "teacher_forcing.py:smoke", workdir, *overrides, f"init_from={export}"))
     assert (workdir / "export" / "dit.safetensors").is_file()
     assert (workdir / "previews" / "step_0000004.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_pipeline_reads_what_a_run_of_a_lora_exports(data, tmp_path):
+    base, export = tmp_path / "base", tmp_path / "run" / "export"
+    Pipeline.random(load_config("configs/runway_tiny.py:smoke"), seed=1).save(base)
+    overrides = [
+        f"init_from={base}",
+        f"weights.vae={base}",
+        f"weights.text={base}",
+        "train.text=false",
+        "train.preview_every=0",
+        "train.accumulate=2",
+        "train.remat=attention",
+        "train.scan_layers=true",
+        "tune.mode=lora",
+        "tune.rank=4",
+    ]
+    run(settings(data, "teacher.py:smoke", tmp_path / "run", *overrides))
+    whole = flat_params(Pipeline.from_pretrained(export).dit)
+    pipeline = Pipeline.from_pretrained(base)
+    before = flat_params(pipeline.dit)
+    pipeline.add_lora(export / "lora.safetensors")
+    for name, value in flat_params(pipeline.dit).items():
+        np.testing.assert_allclose(value, whole[name], atol=1e-6)
+        linear = name.startswith("blocks.") and name.endswith(".kernel")
+        assert np.array_equal(value, before[name]) != linear
+
+    again = settings(
+        data, "teacher.py:smoke", tmp_path / "run", *overrides, f"export_dir={tmp_path / 'again'}"
+    )
+    run(again, export_only=True)
+    for name in ("dit.safetensors", "lora.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (export / name).read_bytes()
 
 
 def test_batches_of_several_lengths_come_in_turn(data, tmp_path):

@@ -15,6 +15,7 @@ from chameleon_jax.models.dit import bidirectional_forward
 from chameleon_jax.training import loop
 from chameleon_jax.training.export import export
 from chameleon_jax.training.networks import build_network
+from chameleon_jax.training.run import run
 from chameleon_jax.training.stages import make_stage
 from chameleon_jax.training.tuning import fixed_name, tune
 from chameleon_jax.weights.lora import Lora, merge
@@ -168,7 +169,7 @@ def test_a_lora_is_exported_merged_and_alone(base, tmp_path, scan):
     merged = forward(plain.bind(tuned.whole(changing, fixed)))
     np.testing.assert_allclose(merged, trained, atol=1e-5)
 
-    config = settings(base, "lora")
+    config = settings(base, "lora", f"train.scan_layers={scan}")
     stage = make_stage(config)
     frozen = {fixed_name("dit"): fixed}
     files = stage.exported(stage.init({"dit": changing}), frozen)
@@ -255,3 +256,14 @@ def test_wrong_settings_are_named(base):
     config.unlock()
     del config.tune  # as in the configs of other stages
     assert tune("dit", config).fixed is None
+
+
+def test_weights_that_are_not_there_are_named(base, tmp_path):
+    (tmp_path / "text.safetensors").touch()
+    for overrides, message in {
+        (f"init_from={tmp_path}", f"weights.text={base}"): "init_from: .*dit.safetensors does not",
+        (f"tune.lora={tmp_path}",): "tune.lora: .*lora.safetensors does not exist",
+        (f"weights.text={tmp_path / 'none'}",): "weights.text: .*text.safetensors does not exist",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            run(settings(base, "lora", *overrides, workdir=tmp_path / "run"))
