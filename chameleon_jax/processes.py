@@ -32,6 +32,7 @@ HEARTBEAT = 40  # seconds without a sign of life after which JAX takes a process
 VERDICT = HEARTBEAT + 15  # seconds after which JAX would have said that a process is lost
 CONNECT = 300  # seconds in which all processes must have started
 TOGETHER = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes: all end at the same step
+PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 _GOODBYE = b"."  # what a child says when it ends by its own will
 
 
@@ -135,7 +136,12 @@ def supervise(work: Callable[[], int], waiting_for: str) -> int:
     os.close(writer)
     with _passed_on(child):
         status = _wait(child)
-    said = os.read(reader, 1)
+    said = b""
+    os.set_blocking(
+        reader, False
+    )  # a process that the child has left behind may hold the other end
+    with contextlib.suppress(BlockingIOError):
+        said = os.read(reader, 1)
     os.close(reader)
     return _verdict(os.waitstatus_to_exitcode(status), said == _GOODBYE, waiting_for)
 
@@ -148,16 +154,8 @@ def _be_child(work: Callable[[], int], writer: int) -> None:
         if code in TOGETHER:
             _leave_together()
     except BaseException as error:
-        # Most often a collective that has failed because another process is gone: then JAX is
-        # about to end this one, and its parent says so.
-        print(
-            f"{_who()}{type(error).__name__}: {one_line(error)[:300]} (is another process lost?"
-            f" waiting {VERDICT} s for the answer)",
-            file=sys.stderr,
-            flush=True,
-        )
         if _is_connected():
-            time.sleep(VERDICT)
+            _await_verdict(error)
         traceback.print_exc()
     # Not through the usual exit, which would wait minutes for processes that wait for this one.
     with contextlib.suppress(OSError):
@@ -165,6 +163,20 @@ def _be_child(work: Callable[[], int], writer: int) -> None:
         sys.stderr.flush()
     os.write(writer, _GOODBYE)
     os._exit(code)
+
+
+def _await_verdict(error: BaseException) -> None:
+    """Wait until JAX would have found out that another process is lost, and ended this one.
+
+    Most errors that are nobody's fault here come from a collective in which another one is missing.
+    """
+    what = f"{_who()}{type(error).__name__}: {one_line(error)[:300]}"
+    print(
+        f"{what} (is another process lost? waiting {VERDICT} s for the answer)",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(VERDICT)
 
 
 def _exit_code(work: Callable[[], int]) -> int:
@@ -194,8 +206,9 @@ def _verdict(code: int, by_its_own_will: bool, waiting_for: str) -> int:
             )
         return code if code >= 0 else 128 - code
     _say(
-        f"another process of this run was lost, or did not come ({waiting_for}); its own last lines"
-        " say why. The same command on all hosts resumes the run from its newest checkpoint"
+        f"another process of this run was lost, or did not come ({waiting_for}); JAX's own text is"
+        " above, and the last lines of the other one say why. The same command on all hosts resumes"
+        " the run from its newest checkpoint"
     )
     return LOST
 
@@ -222,6 +235,7 @@ def _passed_on(child: int) -> Iterator[None]:
         signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
     }
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     try:
         yield
     finally:

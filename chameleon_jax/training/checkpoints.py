@@ -286,9 +286,7 @@ class Checkpoints:
                 continue
             if damaged:
                 aside = self._put_aside(list(damaged))
-                log.warning(
-                    "%s; step %d is used instead%s", "; ".join(damaged.values()), step, aside
-                )
+                _warn(f"{'; '.join(damaged.values())}; step {step} is used instead{aside}")
             return step, state, about
         if damaged:
             raise DamagedError(f"{'; '.join(damaged.values())}; no step is intact")
@@ -331,11 +329,9 @@ class Checkpoints:
             about = abouts.read_about(self.folder, step, stage)
             arrays = abouts.stored_arrays(about)
             if arrays is None:
-                log.warning(
-                    "%s: step %d was saved without digests, by version 0.1.0: its arrays are not"
-                    " checked",
-                    self.folder,
-                    step,
+                _warn(
+                    f"{self.folder}: step {step} was saved without digests, by version 0.1.0: its"
+                    " arrays are not checked"
                 )
             else:
                 self._check_fit(step, wanted, arrays)
@@ -480,6 +476,12 @@ def _quiet_orbax() -> None:
 
     hook.of_checkpoints = True
     sys.excepthook, sys.unraisablehook = hook, ignored
+
+
+def _warn(text: str) -> None:
+    """Once, not by every process."""
+    if jax.process_index() == 0:
+        log.warning("%s", text)
 
 
 def _free_name(path: Path) -> Path:

@@ -135,7 +135,7 @@ class Feed(Iterator):
                 raise ConfigError(
                     f"{what}; give it the same data, or resume with these by --resume_with_changes"
                 )
-            log.warning("%s: their order is another, some of this epoch may come again", what)
+            _warn(f"{what}: their order is another, some of this epoch may come again")
         self._count = state["count"]
         for index, (batches, part) in enumerate(zip(self._batches, state["parts"], strict=True)):
             if "batch" in part:
@@ -158,8 +158,14 @@ def _position(loader: Loader, part: dict[str, Any]) -> int:
         text += f"; {left_out} more are left out, for {part['drawn']} do not divide by {size}"
     if len(loader.config.buckets) > 1:
         text += "; with several buckets others of this epoch may be left out or come again"
-    log.warning("%s", text)
+    _warn(text)
     return part["epoch"] * per_epoch + done
+
+
+def _warn(text: str) -> None:
+    """Once, not by every process."""
+    if jax.process_index() == 0:
+        log.warning("%s", text)
 
 
 def crop(
