@@ -47,7 +47,7 @@ def test_rules(path, shape, expected):
 
 def test_one_device_is_a_mesh_too():
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "seq": 1, "tensor": 1}
 
 
 def test_wrong_meshes_are_refused():
@@ -56,8 +56,19 @@ def test_wrong_meshes_are_refused():
         sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 1}, one)
     with pytest.raises(sharding.MeshError, match="at most one -1"):
         sharding.make_mesh({"data": -1, "fsdp": -1, "tensor": 1}, one)
-    with pytest.raises(sharding.MeshError, match="expected data, fsdp, tensor"):
-        sharding.make_mesh({"data": 1}, one)
+    with pytest.raises(sharding.MeshError, match="expected data, fsdp, seq, tensor"):
+        sharding.make_mesh({"data": 1, "rows": 1}, one)
+    assert sharding.make_mesh({}, one).size == 1  # what is not named is 1
+
+
+def test_what_does_not_divide_is_named():
+    mesh = FakeMesh()
+    mesh.shape = {"data": 1, "fsdp": 1, "seq": 2, "tensor": 3}
+    sharding.check_network(24, 880, mesh)
+    with pytest.raises(sharding.MeshError, match="16 attention heads .* seq x tensor = 6 devices"):
+        sharding.check_network(16, 880, mesh)
+    with pytest.raises(sharding.MeshError, match=r"35 tokens .* mesh\.seq = 2; choose"):
+        sharding.check_network(24, 35, mesh)
 
 
 FOUR_DEVICES = """
@@ -123,3 +134,68 @@ def test_batches_are_split_over_data_and_fsdp():
     placed = sharding.put_batch({"x": np.arange(6).reshape(3, 2)}, mesh)["x"]
     assert placed.sharding.spec == sharding.BATCH
     np.testing.assert_array_equal(placed, np.arange(6).reshape(3, 2))
+
+
+EIGHT_DEVICES = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from chameleon_jax import sharding
+from chameleon_jax.attention.policies import Ring
+from chameleon_jax.models import dit as networks
+from tests import tiny_dit
+
+jax.config.update("jax_default_matmul_precision", "highest")
+policy = Ring(frames=8, positions="relative")
+latents = functools.partial(tiny_dit.latents, batch=2)
+context, clean, noisy = latents(0, 2), latents(1, 6), latents(2, 6)
+t_bf, text = jnp.full((2, 6), 700.0), tiny_dit.prompt(2)
+graph, state = nnx.split(tiny_dit.tiny_dit(heads=6, remat="full"))
+forwards = {
+    "bidirectional": lambda d, kv: networks.bidirectional_forward(d, context, noisy, t_bf, kv),
+    "teacher forcing": lambda d, kv: networks.teacher_forcing_forward(
+        d, context, clean, noisy, t_bf, kv, policy=policy
+    ),
+    "self-forcing": lambda d, kv: networks.self_forcing_forward(
+        d, context, clean, noisy, t_bf, kv, policy=policy
+    ),
+}
+
+def differentiate(forward, mesh):
+    def loss(state):
+        dit = nnx.merge(graph, state)
+        return jnp.square(forward(dit, dit.text_kv(text))).mean()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(state).compile()
+        return compiled(state), compiled.as_text()
+
+for name, forward in forwards.items():
+    (value, grads), _ = differentiate(forward, sharding.make_mesh({}, jax.devices()[:1]))
+    for sizes in ({"seq": 2, "tensor": 2, "fsdp": 2}, {"seq": 3}, {"data": 2, "tensor": 3}):
+        mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+        (split_value, split_grads), text_of = differentiate(forward, mesh)
+        np.testing.assert_allclose(split_value, value, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(split_grads), strict=True):
+            np.testing.assert_allclose(np.asarray(b), np.asarray(a), atol=1e-5, err_msg=name)
+        if sizes.get("seq", 1) > 1:  # from tokens to heads and back
+            assert "all-to-all" in text_of, (name, sizes)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_tokens_and_heads_over_devices_compute_what_one_does():
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES],
+        cwd=ROOT,
+        env=env | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "equal"
