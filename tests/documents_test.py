@@ -22,6 +22,7 @@ DOCUMENTS = (
     "docs/checkpoints.md",
     "docs/clusters.md",
     "docs/data.md",
+    "docs/training.md",
     "docs/training_diagnosis.md",
     "chameleon_jax/assets/runway_tiny/MODEL_CARD.md",
 )
