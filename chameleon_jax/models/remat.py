@@ -7,9 +7,9 @@ A block keeps its input; of what it computes a policy says what is kept too:
     attention   what attention gives, the part whose work grows with the square of the tokens
     full        nothing: a third more work, the least memory
 
-At 720p and 81 frames (20,240 tokens) self-attention is nearly half of a forward pass of the 5B
-model, and what it gives 1/12 of the numbers that linear layers give: "attention" saves half of the
-work that "full" does twice, for as much memory as the blocks' inputs take.
+At 720p and 81 frames (20,240 tokens) self-attention is nearly half of the work of a forward pass of
+the 5B model. "attention" does not repeat it, and keeps a sixth of the numbers that "dots" keeps:
+twice as many as the inputs of the blocks, which all of them keep.
 
 A flash kernel hands its backward pass the output and the logarithms of the softmax's sums. Both
 must be kept, or the kernel runs again: TPU kernels name them (`attention.core.KEPT`), those of

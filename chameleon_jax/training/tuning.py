@@ -16,7 +16,12 @@ and alpha 128 on all linear layers of the blocks in the released code:
 
 so that training starts from the network as it was. What does not change has neither master copies
 nor optimiser state: it is kept once, in the computing dtype, as a frozen network of the stage under
-`fixed_name`, and is read from the weights that training starts from.
+`fixed_name`, and is read from the weights that training starts from. At 5B with Adam, without an
+average of the weights:
+
+    full        5000 M change    state 60.0 GB
+    attention   1133 M change    state 13.6 GB, fixed  7.7 GB
+    lora         322 M change    state  3.9 GB, fixed 10.0 GB
 """
 
 from __future__ import annotations
