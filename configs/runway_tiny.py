@@ -31,6 +31,8 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
                 "name": "euler",
                 "steps": 4,
                 "shift": 3.0,
+                "guidance": 1.0,  # of the prompt; above 1 a chunk takes twice the time
+                "negative_prompt": "",
             },
             # All three mechanisms of the paper, section 4.3.
             "switch": {
