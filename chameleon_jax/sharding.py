@@ -9,13 +9,14 @@
 
 A single device is the mesh (1, 1, 1, 1): there is no other code path. Parameters and batches are
 placed by the caller. Networks say how activations are split, with `constrain` and `per_device`;
-these act while a mesh is set (`jax.set_mesh`), and do nothing else. A rule says what would be
+these act while a mesh is set (`activations_over`), and do nothing else. A rule says what would be
 split; an array axis that the mesh axis does not divide stays whole, because a few odd-shaped
 parameters must not forbid a mesh.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -169,6 +170,14 @@ def check_network(heads: int, tokens: int, mesh: Mesh) -> None:
             f"{tokens} tokens of a latent frame do not divide among mesh.seq = {seq}; choose a"
             f" mesh.seq that divides {tokens}"
         )
+
+
+def activations_over(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Split the activations of the networks over a mesh, in what is traced meanwhile.
+
+    What is not traced stays where it is; so does what a program is made of.
+    """
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def is_split() -> bool:

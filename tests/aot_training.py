@@ -105,7 +105,7 @@ def main() -> int:
     name = args.step or stage.next_step(0)
     outputs = jax.tree.map(lambda leaf: leaf.sharding, like), sharding.replicated(mesh)
     begin = time.monotonic()
-    with jax.set_mesh(mesh):
+    with sharding.activations_over(mesh):
         step = jax.jit(stage.steps[name], out_shardings=outputs, donate_argnums=0)
         lowered = step.lower(like, frozen, batch_of(config, mesh))
     traced = time.monotonic()

@@ -144,6 +144,7 @@ from chameleon_jax import sharding
 from chameleon_jax.attention.policies import Ring
 from chameleon_jax.models import dit as networks
 from tests import tiny_dit
+from tests.compiled import QUICKLY
 
 jax.config.update("jax_default_matmul_precision", "highest")
 policy = Ring(frames=8, positions="relative")
@@ -166,9 +167,11 @@ def differentiate(forward, mesh):
         dit = nnx.merge(graph, state)
         return jnp.square(forward(dit, dit.text_kv(text))).mean()
 
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(state).compile()
-        return compiled(state), compiled.as_text()
+    everywhere = sharding.replicated(mesh)
+    with sharding.activations_over(mesh):
+        step = jax.jit(jax.value_and_grad(loss), in_shardings=everywhere)
+        compiled = step.lower(state).compile(QUICKLY)
+    return compiled(jax.device_put(state, everywhere)), compiled.as_text()
 
 for name, forward in forwards.items():
     (value, grads), _ = differentiate(forward, sharding.make_mesh({}, jax.devices()[:1]))

@@ -38,7 +38,7 @@ class Program:
 
     def __call__(self, state: State, frozen: ParamTree, batch: Batch, *rest: jax.Array) -> Any:
         shapes = _shapes(batch)
-        with jax.set_mesh(self._mesh), contextlib.ExitStack() as said:
+        with sharding.activations_over(self._mesh), contextlib.ExitStack() as said:
             if shapes not in self._compiled:
                 said.enter_context(_announced(self._name, batch))
             result = self._function(state, frozen, batch, *rest)
@@ -78,7 +78,7 @@ class StepProgram:
     ) -> tuple[jax.stages.Compiled, Flops]:
         begin = time.monotonic()
         with _announced(f"step '{self._name}'", batch) as costs:
-            with jax.set_mesh(self._mesh):
+            with sharding.activations_over(self._mesh):
                 traced = self._function.trace(state, frozen, batch)
             compiled = traced.lower().compile()
             flops = count_jaxpr(traced.jaxpr)
