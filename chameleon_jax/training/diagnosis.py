@@ -93,15 +93,19 @@ def channel_statistics(z_bfhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def compare(
-    made: Mapping[str, np.ndarray], true: Mapping[str, np.ndarray], chunk: int = 0
+    made: Mapping[str, np.ndarray],
+    true: Mapping[str, np.ndarray],
+    *,
+    first: int = 0,
+    last: int = 0,
 ) -> dict[str, float]:
     """Means of frame measures, and their ratios to those of true clips.
 
     Args:
       made: `frame_measures` of generated clips.
       true: those of true clips, as many and as long.
-      chunk: pixel frames of the first and of the last part of a clip that are also compared on
-        their own; 0, or a clip that is not longer: none.
+      first: pixel frames of the first chunk, which is then also compared on its own.
+      last: those of the last one. Clips that are not longer than one of them have no such parts.
 
     Returns:
       NAME and NAME_ratio of every measure; first/NAME_ratio and last/NAME_ratio. A measure that
@@ -113,13 +117,14 @@ def compare(
         if not values.size:
             continue
         found[name] = float(values.mean())
-        parts = {"": slice(None)}
-        if 0 < chunk < true["contrast"].shape[1]:
-            parts |= {"first/": slice(0, chunk), "last/": slice(-chunk, None)}
-        for part, frames in parts.items():
-            data = float(true[name][:, frames].mean())
+        parts, frames = {"": slice(None)}, true["contrast"].shape[1]
+        if 0 < first < frames and 0 < last < frames:
+            skipped = frames - values.shape[1]  # the first frame has no motion
+            parts |= {"first/": slice(0, first - skipped), "last/": slice(-last, None)}
+        for part, chosen in parts.items():
+            data = float(true[name][:, chosen].mean())
             if data > SMALLEST:
-                found[f"{part}{name}_ratio"] = float(values[:, frames].mean()) / data
+                found[f"{part}{name}_ratio"] = float(values[:, chosen].mean()) / data
     return found
 
 

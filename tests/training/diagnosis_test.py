@@ -71,7 +71,7 @@ def test_a_clip_against_a_true_one():
     true = base + 10 * moves
     amount = np.r_[np.full(6, 10.0), np.full(6, 2.0)]  # stands still in the second half
     made = base + amount[:, None, None, None] * moves
-    found = diagnosis.compare(host(made), host(true), chunk=4)
+    found = diagnosis.compare(host(made), host(true), first=4, last=4)
     assert abs(found["first/motion_ratio"] - 1) < 0.05
     assert 0.15 < found["last/motion_ratio"] < 0.25 < found["motion_ratio"] < 0.75
     assert found["motion"] > 0 and abs(found["contrast_ratio"] - 1) < 0.1
@@ -82,7 +82,7 @@ def test_a_clip_against_a_true_one():
 
 def test_what_does_not_exist_is_left_out():
     picture = clip([10, 20, 30])
-    found = diagnosis.compare(host(picture), host(picture), chunk=4)
+    found = diagnosis.compare(host(picture), host(picture), first=4, last=4)
     assert "motion" not in found and "contrast_ratio" not in found  # one frame, and a flat one
     assert found["colour_ratio"] == 1
     still = diagnosis.compare(host(clip([1, 2, 3], [9, 2, 3])), host(clip([1, 2, 3], [1, 2, 3])))

@@ -36,14 +36,14 @@ def network():
 
 
 def roll_out(policy, exits, *, sampler=FEW, residual=0.0, batch=2):
-    dit = network()
+    dit, states = network(), prompt(batch)
 
     def make(exits):
         return rollouts.roll_out(
             dit,
             policy,
             latents(0, 2, batch),
-            dit.text_kv(prompt(batch)),
+            dit.text_kv(states),
             jax.random.key(5),
             sampler=sampler,
             exits=exits,

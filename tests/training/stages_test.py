@@ -100,8 +100,8 @@ def test_teacher_then_teacher_forcing(data, vae_export, tmp_path):
     norms = [[line[f"grad_norm{of}"] for of in ("", "/dit", "/text")] for line in lines[:1]]
     np.testing.assert_allclose(norms[0][0], np.hypot(*norms[0][1:]), rtol=1e-5)
     (sample,) = [line for line in lines if "sample/motion" in line]
-    assert {f"sample/{name}_ratio" for name in ("motion", "colour", "contrast")} <= sample.keys()
-    assert {"sample/first/motion_ratio", "sample/last/motion_ratio"} <= sample.keys()
+    # Ratios may be missing: what a VAE of four steps decodes can be flat.
+    assert {"sample/colour", "sample/contrast", "sample/latent_shift"} <= sample.keys()
     assert sample["sample/nonfinite"] == 0 and sample["sample/latent_std"] > 0
     assert all("tflops_per_second" in line for line in lines if "steps_per_second" in line)
     export = tmp_path / "teacher" / "export"
@@ -154,6 +154,37 @@ def test_a_pipeline_reads_what_a_run_of_a_lora_exports(data, tmp_path):
     run(again, export_only=True)
     for name in ("dit.safetensors", "lora.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (export / name).read_bytes()
+
+
+class PixelVae:
+    """Four latent channels, of which three are colours; four pixel frames a latent one."""
+
+    def bind(self, params, fixed=None):
+        del params, fixed
+        return self
+
+    def decode(self, z):
+        pixels = jnp.repeat(z[..., :3], 4, axis=1)[:, 3:]
+        return pixels + 0.01 * jnp.arange(pixels.shape[1])[:, None, None, None]
+
+
+def test_previews_are_measured_against_true_clips_and_by_chunk():
+    config = load_config("configs/teacher_forcing.py:smoke", ["preview.samples=2"])
+    nets = common.Networks({}, {}, {}, {"vae": PixelVae()})
+    z = 0.4 * jax.random.normal(jax.random.key(0), (2, 8, 4, 4, 4))
+    batch = {"z_reference": z[:, :1], "z_garment": z[:, 1:2], "z_video": z[:, 2:]}
+
+    def generate(params, frozen, batch, key):  # the second chunk stands still
+        made = batch["z_video"]
+        return made.at[:, 3:].set(made[:, 2:3])
+
+    preview = common.make_preview(config, nets, generate)
+    picture, found = preview({}, {"vae": {}}, batch, jax.random.key(0))
+    assert picture.dtype == np.uint8 and picture.ndim == 3
+    assert found["sample/first/motion_ratio"] > 0.9 and found["sample/last/motion_ratio"] < 0.3
+    assert found["sample/last/motion_ratio"] < found["sample/motion_ratio"] < 0.9
+    assert 0.5 < found["sample/contrast_ratio"] < 2 and found["sample/nonfinite"] == 0
+    assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
 
 
 def test_batches_of_several_lengths_come_in_turn(data, tmp_path):

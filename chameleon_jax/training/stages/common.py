@@ -477,7 +477,8 @@ def make_preview(
     """
     generate = jax.jit(generate)
     compare_latents = jax.jit(diagnosis.latent_measures)
-    chunk = config.cache.block * read_sizes("vae", config.model.vae).temporal_factor
+    factor = read_sizes("vae", config.model.vae).temporal_factor
+    chunk = config.cache.block * factor  # pixel frames; the first latent frame stands for one
 
     @jax.jit
     def decode(frozen: ParamTree, z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -505,7 +506,7 @@ def make_preview(
             blank = np.full_like(reference[index, 0], 255)
             rows.append([reference[index, 0], garment[index, 0], *true[index][shown]])
             rows.append([blank, blank, *made[index][shown]])
-        measures = diagnosis.compare(of_made, of_true, chunk)
+        measures = diagnosis.compare(of_made, of_true, first=chunk - factor + 1, last=chunk)
         measures |= {
             name: float(value) for name, value in to_host(compare_latents(z_made, z_video)).items()
         }
