@@ -129,17 +129,18 @@ def supervise(work: Callable[[], int], waiting_for: str) -> int:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    # No signal may come between the fork and the handler that passes it on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     child = os.fork()
     if not child:
         os.close(reader)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         _be_child(work, writer)
     os.close(writer)
     with _passed_on(child):
         status = _wait(child)
     said = b""
-    os.set_blocking(
-        reader, False
-    )  # a process that the child has left behind may hold the other end
+    os.set_blocking(reader, False)  # what the child has left behind may hold the other end
     with contextlib.suppress(BlockingIOError):
         said = os.read(reader, 1)
     os.close(reader)

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from chameleon_jax.config import ConfigError
+from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data.loader import DataError, LoaderConfig
 from chameleon_jax.training.feed import Feed, Part, crop
+from chameleon_jax.training.stages import vae
 
 
 class Numbers:
@@ -174,6 +175,18 @@ def test_broken_records_are_counted_beyond_a_restart():
     with pytest.raises(DataError, match="3 of 200 records are broken, more than 1%; the last: rec"):
         for _ in range(100):
             next(again)
+
+
+def test_pictures_of_the_vae_are_the_same_for_any_number_of_processes(monkeypatch):
+    """References, garments, crops and mirrored ones stay where they are in the batch."""
+    config = load_config("configs/vae.py:smoke", ["data.crops=((1, 16, 24, 12),)"])
+    whole = next(vae.batches(config, Numbers()))["video"]
+    parts = []
+    for process in range(4):  # three clips each: four would hide a count that begins anew
+        set_processes(monkeypatch, process, 4)
+        parts.append(next(vae.batches(config, Numbers()))["video"])
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert whole.shape == (12, 1, 16, 24, 3)
 
 
 def test_does_not_go_on_with_other_kinds():
