@@ -49,6 +49,7 @@ INTERVAL = Range(0)  # in steps; 0: never
 SHARE = Range(0, 1)
 DECAY = Range(0, 1, below=True)  # of an exponential average
 POSITIVE = Range(0, above=True)
+TIMESTEP = Range(0, 1000)
 
 # Groups that a config does not have are not asked for.
 RANGES = {
@@ -94,6 +95,21 @@ RANGES = {
     "loss.gradient": Range(0),
     "loss.laplacian": Range(0),
     "loss.kl": Range(0),
+    "loss.steps": COUNT,
+    "loss.guidance": Range(0),
+    "recycling.clips": SHARE,
+    "recycling.chunks": SHARE,
+    "recycling.levels": COUNT,
+    "recycling.size": COUNT,
+    "recycling.warmup": Range(0),
+    "scores.guidance": Range(0),
+    "scores.low": TIMESTEP,
+    "scores.high": TIMESTEP,
+    "reward.tau": POSITIVE,
+    "gan.hidden": COUNT,
+    "gan.weight": Range(0),
+    "gan.critic_weight": Range(0),
+    "critic.every": COUNT,
     "preview.samples": COUNT,
     "preview.frames": COUNT,
     "preview.steps": COUNT,
@@ -103,6 +119,12 @@ RANGES = {
     "alarms.colour": Range(0),
     "alarms.checks": COUNT,
     "alarms.arm_after": Range(0),
+}
+# The critic of distillation has groups of its own.
+RANGES |= {
+    f"critic.{key}": bounds
+    for key, bounds in RANGES.items()
+    if key.startswith(("optimizer.", "schedule."))
 }
 # Keys whose value is a tuple of tuples of whole numbers above 0.
 TABLES = {

@@ -186,8 +186,8 @@ def test_strict_refuses(run):
 def test_a_checkpoint_of_the_first_version_is_read_with_a_warning(run, caplog):
     """It has no digests."""
     path = about.about_path(run / "checkpoints", 6)
-    plain = about.read_about(run / "checkpoints", 6, "toy")
-    plain.pop("arrays")
+    today = about.read_about(run / "checkpoints", 6, "toy")
+    plain = {key: today[key] for key in ("stage", "config", "data")}
     path.write_text(json.dumps(plain))
     with caplog.at_level("WARNING", logger="chameleon_jax"):
         _, step = load(run)

@@ -251,6 +251,11 @@ def test_a_lora_for_both_lies_on_weights_that_are_there_once(tokenizer):
             "rollout.kinds=((0,1),)",
             r"rollout\.kinds has \(0, 1\); a switch needs at least one chunk",
         ),
+        (
+            "rollout.kinds=((0,),)",
+            r"rollout\.kinds has the entry \(0,\); expected \(chunks in front",
+        ),
+        ("rollout.exit=last", "rollout.exit is 'last'; expected shared"),
         ("rollout.kinds=((0,0),(0,0))", "expected different kinds"),
         ("data.batch=1", "a batch has one clip: the new garment is that of another one"),
         ("streaming.sampler.name=euler", "sampler.timesteps: the sampler 'euler' has no such"),

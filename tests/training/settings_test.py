@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from chameleon_jax.config import ConfigError, load_config
@@ -80,11 +82,29 @@ def test_a_workdir_that_is_a_file_is_named(tmp_path):
         check_settings(settings(tmp_path, f"workdir={tmp_path}", f"export_dir={nested}"))
 
 
-@pytest.mark.parametrize("stage", ["vae", "teacher", "teacher_concat", "teacher_forcing"])
-@pytest.mark.parametrize("variant", ["runway_tiny", "wan22_5b", "smoke"])
-def test_our_own_values_pass(tmp_path, stage, variant):
+@pytest.mark.parametrize(
+    "stage", ["vae", "teacher", "teacher_concat", "teacher_forcing", "consistency", "dmd"]
+)
+def test_our_own_values_pass(tmp_path, stage):
     given = [f"workdir={tmp_path}", "data.dir=data"]
-    check_settings(load_config(f"configs/{stage}.py:{variant}", given))
+    for variant in importlib.import_module(f"configs.{stage}").VARIANTS:
+        check_settings(load_config(f"configs/{stage}.py:{variant}", given))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("critic.every=0", "critic.every is 0; expected 1 or more"),
+        ("critic.schedule.peak=0", r"critic.schedule.peak is 0.*; expected above 0"),
+        ("scores.high=2000", "scores.high is 2000.0; expected 0 to 1000"),
+        ("reward.tau=0", r"reward.tau is 0.*; expected above 0"),
+        ("gan.weight=-1", r"gan.weight is -1.*; expected 0 or more"),
+    ],
+)
+def test_values_of_distillation_are_checked(tmp_path, override, message):
+    given = [f"workdir={tmp_path}", "data.dir=data", override]
+    with pytest.raises(ConfigError, match=message):
+        check_settings(load_config("configs/dmd.py:smoke", given))
 
 
 def test_ranges_say_what_they_hold():

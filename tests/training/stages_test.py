@@ -15,6 +15,7 @@ from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.data import records, tokenizer
 from chameleon_jax.data.examples import LatentExamples, RunwayExamples
 from chameleon_jax.diffusion import flow
+from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference import Pipeline
 from chameleon_jax.sharding import MeshError
 from chameleon_jax.training.export import inference_config, stored_model
@@ -368,27 +369,45 @@ def test_unknown_stages_are_refused(data, tmp_path):
         run(settings(data, "teacher.py:smoke", tmp_path, "stage=sft"))
 
 
-@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_concat", "teacher_forcing"])
-@pytest.mark.parametrize("size", ["runway_tiny", "wan22_5b", "smoke"])
-def test_every_config_describes_a_run(file, size):
+FILES = ("vae", "teacher", "teacher_concat", "teacher_forcing", "consistency", "dmd")
+RUNS = [
+    (file, variant)
+    for file in FILES
+    for variant in importlib.import_module(f"configs.{file}").VARIANTS
+]
+
+
+@pytest.mark.parametrize(("file", "variant"), RUNS)
+def test_every_config_describes_a_run(file, variant):
     config = load_config(
-        f"configs/{file}.py:{size}", ["workdir=x", "data.dir=y", "weights.vae=z", "weights.text=z"]
+        f"configs/{file}.py:{variant}",
+        ["workdir=x", "data.dir=y", "weights.vae=z", "weights.text=z"],
     )
     assert config.stage in STAGES
     for name in ("vae", "dit", "text"):
         assert build_network(name, config).shapes
     # What is exported is a config of inference, at the size that was trained.
     exported = inference_config(config).to_dict()
+    size = next((size for size in ("smoke", "runway_tiny") if size in variant), "wan22_5b")
     inference = load_config(INFERENCE[size]).to_dict()
-    assert exported.keys() == inference.keys() and exported["sampler"] == inference["sampler"]
-    assert exported["model"] == config.model.to_dict()
+    assert exported.keys() == inference.keys()
+    networks = {name: config.model[name].to_dict() for name in ("vae", "dit", "text")}
+    assert exported["model"] == networks
     assert exported["video"] == config.video.to_dict() | {"frames": inference["video"]["frames"]}
+    # How it is sampled: in few steps where these are trained, before that in many.
+    names = {
+        "teacher_forcing": {"unipc", "euler"},
+        "consistency": {"few_step"},
+        "dmd": {"few_step"},
+    }
+    assert exported["sampler"]["name"] in names.get(file, {inference["sampler"]["name"]})
+    make_sampler(**exported["sampler"])
 
 
-@pytest.mark.parametrize("file", ["vae", "teacher", "teacher_concat", "teacher_forcing"])
+@pytest.mark.parametrize("file", FILES)
 def test_variants_of_the_configs(file):
     module = importlib.import_module(f"configs.{file}")
     for variant in module.VARIANTS:
         assert module.get_config(variant).name == variant
-    with pytest.raises(ConfigError, match="no variant 'tiny'; expected one of runway_tiny, "):
+    with pytest.raises(ConfigError, match="no variant 'tiny'; expected one of "):
         module.get_config("tiny")

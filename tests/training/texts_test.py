@@ -138,7 +138,7 @@ def test_weights_of_the_encoder_are_exported_but_not_loaded(data):
     without, given = (
         common.networks(settings(data, stored, *more)) for more in ((), (f"weights.text={data}",))
     )
-    assert set(without.all) == set(given.all) == {"dit"}
+    assert set(without.modules) == set(given.modules) == {"dit"}
     assert without.copied == () and given.copied == ("text",)
 
 

@@ -150,6 +150,7 @@ class Distillation:
         self.reward = make_reward(config) if config.reward.name else None
         self.nets = dmd_setup.networks(config, self.reward)
         self.policy, self.sampler = read_policy(config), dmd_setup.read_sampler(config)
+        self.shared_exit = dmd_setup.shares_exit(config)
         self.score = Score(config.scores.causal, self.policy)
         self.frames_per_latent = read_sizes("vae", config.model.vae.to_dict()).temporal_factor
         # The released code's "t = 0" is the last row of its table, which is not clean.
@@ -185,7 +186,7 @@ class Distillation:
             loss_key(key, "exits"),
             self.sampler,
             before + chunks,
-            shared=self.config.rollout.exit == "shared",
+            shared=self.shared_exit,
             before=before,
         )
         made = self._roll_out(params, z_context, text_kv, loss_key(key, "rollout"), exits)

@@ -146,6 +146,13 @@ def read_kinds(config: ConfigDict) -> tuple[Kind, ...]:
     Raises:
       ConfigError: not pairs of counts, or a switch without anything in front of it.
     """
+    for entry in config.rollout.kinds:
+        whole = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if not whole or not all(type(count) is int and count >= 0 for count in entry):
+            raise ConfigError(
+                f"rollout.kinds has the entry {entry!r}; expected (chunks in front, switches),"
+                " whole numbers of at least 0"
+            )
     kinds = tuple(Kind(*entry) for entry in config.rollout.kinds)
     if not kinds or len(set(kinds)) != len(kinds):
         raise ConfigError(f"rollout.kinds is {config.rollout.kinds}; expected different kinds")
@@ -162,6 +169,20 @@ def read_kinds(config: ConfigDict) -> tuple[Kind, ...]:
             " another one; set data.batch to 2 or more"
         )
     return kinds
+
+
+def shares_exit(config: ConfigDict) -> bool:
+    """Is the exit step of a roll-out one for all chunks?
+
+    Raises:
+      ConfigError: neither "shared" nor "chunk".
+    """
+    if config.rollout.exit not in ("shared", "chunk"):
+        raise ConfigError(
+            f"rollout.exit is {config.rollout.exit!r}; expected shared (one draw for all chunks) or"
+            " chunk (one for each)"
+        )
+    return config.rollout.exit == "shared"
 
 
 def read_sampler(config: ConfigDict) -> OneStepSampler:
