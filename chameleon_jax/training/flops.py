@@ -50,7 +50,8 @@ COUNTED = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "co
 # Free ones that JAX does not list among its standard primitives.
 FREE = frozenset(
     {"CheckpointName", "all_gather_invariant", "broadcast_to", "check", "dce_sink",
-     "debug_callback", "debug_print", "empty", "empty_ref", "free_ref", "freeze", "from_edtype", "inspect_sharding",
+     "debug_callback", "debug_print", "empty", "empty_ref", "free_ref", "freeze", "from_edtype",
+     "inspect_sharding",
      "layout_constraint", "multiple_of", "new_ref", "optimization_barrier", "pbroadcast",
      "platform_index", "preduced", "psum_invariant", "pvary", "random_clone", "random_unwrap",
      "random_wrap", "reciprocal", "reduce_scatter", "reshard", "scatter-sub", "split", "stack",
