@@ -31,7 +31,7 @@ from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.training.feed import Feed, HostBatch
 from chameleon_jax.training.networks import Parameters, Params
 from chameleon_jax.training.profile import Profile, Steps
-from chameleon_jax.training.programs import Program, compile_stage
+from chameleon_jax.training.programs import Programs, compile_stage
 from chameleon_jax.training.report import (
     MetricsWriter,
     Progress,
@@ -106,7 +106,6 @@ def train(
         state, step, before = _start(config, stage, like, checkpoints, mesh, strict=strict)
         if before:
             feed.set_state(before["data"], allow_changes=resume_with_changes)
-        about = {"stage": stage.name, "config": describe(config)}
         alarms = Alarms(config.alarms, before.get("alarms"))
         with (
             MetricsWriter(workdir, step, before.get("seconds", 0.0)) as writer,
@@ -122,6 +121,8 @@ def train(
                 watch=alarms.see,
             )
             programs = compile_stage(stage, like, frozen, mesh, progress.skip)
+            watch = _Watch(config, programs, frozen, held_out, writer, progress, alarms)
+            about = {"stage": stage.name, "config": describe(config)}
             reason = "finished"
             while step < limits.steps:
                 batch = sharding.put_batch(next(feed), mesh)
@@ -130,20 +131,8 @@ def train(
                 step += 1
                 samples = len(next(iter(batch.values())))
                 progress.add(step, metrics, samples, program.flops, feed.counts())
-                score: float | None = None
-                if held_out and is_due(step, limits.eval_every, limits.steps):
-                    with progress.paused():
-                        values = _evaluate(programs.evaluate, state, frozen, held_out, config.seed)
-                        writer.scalars(step, check_finite(step, values))
-                    score = values[limits.best] if limits.best else None
-                if is_due(step, limits.preview_every, limits.steps):
-                    with progress.paused():
-                        shown = held_out[0] if held_out else batch
-                        key = training_key(config.seed, "preview")
-                        picture, values = programs.preview(state, frozen, shown, key)
-                        writer.picture(step, picture)
-                        writer.scalars(step, check_finite(step, values))
-                        alarms.see(step, values)
+                score = watch.evaluate(step, state)
+                watch.preview(step, state, batch)
                 checkpoints.check()
                 last = step == limits.steps
                 reason = "finished" if last else stop.reason(step, limits.max_minutes)
@@ -154,14 +143,61 @@ def train(
                 if save or alarms.fired:
                     _heed(alarms, checkpoints, step)
                 if save:
-                    beside = {"alarms": alarms.get_state(), "seconds": writer.seconds}
-                    about_step = about | {"data": feed.get_state()} | beside
-                    checkpoints.save(step, state, about_step, score)
+                    now = {"data": feed.get_state(), **watch.get_state()}
+                    checkpoints.save(step, state, about | now, score)
                 if reason:
                     break
             checkpoints.wait()
     log.info("stopped at step %d: %s", step, reason)
     return Outcome(state, step, reason, frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """What is measured and shown at intervals."""
+
+    config: ConfigDict
+    programs: Programs
+    frozen: ParamTree
+    held_out: Sequence[Batch]
+    writer: MetricsWriter
+    progress: Progress
+    alarms: Alarms
+
+    def evaluate(self, step: int, state: State) -> float | None:
+        """If it is due, the means over the held-out batches, always with the same random numbers.
+
+        Returns:
+          The metric that says which checkpoint is the best, if it was measured.
+        """
+        limits, seed = self.config.train, self.config.seed
+        if not self.held_out or not is_due(step, limits.eval_every, limits.steps):
+            return None
+        with self.progress.paused():
+            metrics = [
+                self.programs.evaluate(state, self.frozen, batch, training_key(seed, "eval", index))
+                for index, batch in enumerate(self.held_out)
+            ]
+            values = held_out_means(metrics)
+            self.writer.scalars(step, check_finite(step, values))
+        return values[limits.best] if limits.best else None
+
+    def preview(self, step: int, state: State, batch: Batch) -> None:
+        """If it is due, a picture and its measures: of a held-out batch, or else of this one."""
+        limits = self.config.train
+        if not is_due(step, limits.preview_every, limits.steps):
+            return
+        with self.progress.paused():
+            shown = self.held_out[0] if self.held_out else batch
+            key = training_key(self.config.seed, "preview")
+            picture, values = self.programs.preview(state, self.frozen, shown, key)
+            self.writer.picture(step, picture)
+            self.writer.scalars(step, check_finite(step, values))
+            self.alarms.see(step, values)
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON values."""
+        return {"alarms": self.alarms.get_state(), "seconds": self.writer.seconds}
 
 
 def _heed(alarms: Alarms, checkpoints: Checkpoints, step: int) -> None:
@@ -241,17 +277,6 @@ def load_parts(config: ConfigDict, stage: Stage) -> ParamTree:
     """
     mesh = sharding.make_mesh(config.mesh)
     return {name: _load(stage, name, stage.frozen[name], mesh) for name in stage.parts}
-
-
-def _evaluate(
-    program: Program, state: State, frozen: ParamTree, batches: Sequence[Batch], seed: int
-) -> dict[str, float]:
-    """Mean metrics over held-out batches, always with the same random numbers."""
-    metrics = [
-        program(state, frozen, batch, training_key(seed, "eval", index))
-        for index, batch in enumerate(batches)
-    ]
-    return held_out_means(metrics)
 
 
 def _blueprint(stage: Stage, mesh: Mesh) -> State:

@@ -37,14 +37,16 @@ def settings(tokenizer, *overrides: str):
 
 def random_params(nets, seed: int):
     """All networks; none of them says zero, as a new head would."""
-    params = {}
-    for index, (name, network) in enumerate(sorted(nets.items())):
-        fresh = network.init(jax.random.key(seed + index))
-        keys = jax.random.split(jax.random.key(seed + 50 + index), len(fresh))
-        params[name] = {
-            path: value + 0.1 * jax.random.normal(key, value.shape, value.dtype)
-            for key, (path, value) in zip(keys, fresh.items(), strict=True)
-        }
+    rng, params = np.random.default_rng(seed), {}
+    for name, network in sorted(nets.items()):
+        params[name] = {}
+        for path, leaf in network.shapes.items():
+            noise = rng.standard_normal(leaf.shape)
+            if len(leaf.shape) > 1:
+                value = noise * np.prod(leaf.shape[:-1]) ** -0.5
+            else:
+                value = 0.1 * noise + (not path.endswith("bias"))
+            params[name][path] = jnp.asarray(value, leaf.dtype)
     return params
 
 
@@ -172,7 +174,7 @@ def test_the_middle_of_a_stream_becomes_a_clip(plain):
     )
     assert made.rollout.z.shape[1] == 9
     x = made.rollout.z[:, -6:]
-    clip, free = parts.clip_of(params, LONG, made, x)
+    clip, free = parts.clip_of(params, made, x)
     np.testing.assert_array_equal(free, [0, 1, 1, 1, 1, 1])
     np.testing.assert_array_equal(clip.z[:, 1:], x[:, 1:])
     vae = parts.nets.bind("vae", params)
@@ -180,7 +182,7 @@ def test_the_middle_of_a_stream_becomes_a_clip(plain):
     assert jnp.abs(clip.z[:, 0] - x[:, 0]).max() > 0.01
     # Causal scores see the stream itself.
     causal = dmd.Distillation(_changed(parts.config, "scores.causal", True))
-    clip, free = causal.clip_of(params, LONG, made, x)
+    clip, free = causal.clip_of(params, made, x)
     np.testing.assert_array_equal(free, 1)
     np.testing.assert_array_equal(clip.history, made.rollout.z)
     np.testing.assert_array_equal(clip.z, x)
@@ -217,7 +219,7 @@ def test_heads_on_the_critic(tokenizer):
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def lengths():
         made = parts.make(params, PLAIN, batch, key)
-        clip, _ = parts.clip_of(params, PLAIN, made, made.rollout.z)
+        clip, _ = parts.clip_of(params, made, made.rollout.z)
         noised = parts.noised(clip.z, key)
         g = dmd.dmd_loss.dmd_gradient(clip.z, *parts.compare(params, batch, clip, noised))
         push, _ = parts._adversarial_gradient(params, batch, clip, noised, g)

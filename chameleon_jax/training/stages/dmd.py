@@ -43,11 +43,24 @@ State = dict[str, TrainState]  # "generator" and "critic"
 
 
 class Made(NamedTuple):
-    """A roll-out in its setting."""
+    """A roll-out in its setting.
 
-    z_context: jax.Array  # condition frames, those after the last switch
-    text_kv: TextKV  # of the student
+    Attributes:
+      data: the clip of the data set whose conditions it starts from; whole chunks.
+      z_context: its condition frames, those after the last switch.
+      text_kv: of the student.
+      rollout: what the student made; as many frames as `data` are trained, the last ones.
+    """
+
+    data: Clip
+    z_context: jax.Array
+    text_kv: TextKV
     rollout: rollouts.Rollout
+
+    @property
+    def frames(self) -> int:
+        """Latent frames that are trained."""
+        return self.data.z.shape[1]
 
 
 def make_stage(config: ConfigDict) -> Stage:
@@ -171,10 +184,9 @@ class Distillation:
 
     def make(self, params: ParamTree, kind: Kind, batch: Batch, key: jax.Array) -> Made:
         """A roll-out of a kind with exit steps drawn, without gradient."""
-        z_context, z_video = common.latents(self.nets, params, batch)
-        text_kv = self._generator_kv(params, batch)
-        chunks = whole_blocks(z_video, self.policy.block).shape[1] // self.policy.block
-        before = kind.before
+        data = self._clip_of_data(params, batch)
+        z_context, text_kv = data.z_context, self._generator_kv(params, batch)
+        chunks, before = data.z.shape[1] // self.policy.block, kind.before
         for switch in range(kind.switches):
             switch_key = jax.random.fold_in(loss_key(key, "before"), switch)
             exits = rollouts.last_exits(self.sampler, kind.before)
@@ -190,7 +202,12 @@ class Distillation:
             before=before,
         )
         made = self._roll_out(params, z_context, text_kv, loss_key(key, "rollout"), exits)
-        return Made(z_context, text_kv, made)
+        return Made(data, z_context, text_kv, made)
+
+    def _clip_of_data(self, params: ParamTree, batch: Batch) -> Clip:
+        z_context, z_video = common.latents(self.nets, params, batch)
+        z = whole_blocks(z_video, self.policy.block)
+        return Clip(z_context, z, z)
 
     def _generator_kv(self, params: ParamTree, batch: Batch) -> TextKV:
         states = common.text_states(self.nets, params, batch)
@@ -215,9 +232,7 @@ class Distillation:
             residual=self.residual,
         )
 
-    def clip_of(
-        self, params: ParamTree, kind: Kind, made: Made, x: jax.Array
-    ) -> tuple[Clip, jax.Array]:
+    def clip_of(self, params: ParamTree, made: Made, x: jax.Array) -> tuple[Clip, jax.Array]:
         """The trained frames as a clip that the scores know, and which of them have a gradient.
 
         A bidirectional score knows clips that begin with the latent of a single picture. Where the
@@ -227,7 +242,6 @@ class Distillation:
 
         Args:
           params: of all networks.
-          kind: of the roll-out.
           made: the roll-out.
           x: its last frames, [b, f, h, w, c].
 
@@ -288,17 +302,15 @@ class Distillation:
         """Where the student should go, as a loss; see `state.descend` for the arguments."""
         everything = params | fixed
         made = self.make(everything, kind, batch, key)
-        _, z_video = common.latents(self.nets, everything, batch)
-        frames = whole_blocks(z_video, self.policy.block).shape[1]
         student = self.bind("generator", everything)
         x = rollouts.predict(
-            student, self.policy, made.z_context, made.text_kv, made.rollout, frames
+            student, self.policy, made.z_context, made.text_kv, made.rollout, made.frames
         )
-        clip, free = self.clip_of(everything, kind, made, jax.lax.stop_gradient(x))
+        clip, free = self.clip_of(everything, made, jax.lax.stop_gradient(x))
         noised = self.noised(clip.z, key)
         fake, real = self.compare(everything, batch, clip, noised)
         g = dmd_loss.dmd_gradient(clip.z, fake, real)
-        metrics = dmd_loss.gap(clip.z, fake, real) | _about(x, z_video)
+        metrics = dmd_loss.gap(clip.z, fake, real) | _about(x, made.data.z)
         if self.config.gan.layers:
             push, of_heads = self._adversarial_gradient(everything, batch, clip, noised, g)
             g, metrics = g + push, metrics | of_heads
@@ -354,10 +366,8 @@ class Distillation:
         """Flow matching on the student's own videos; pixels are only decoded for switches."""
         everything = params | fixed
         made = self.make(everything, kind, batch, key)
-        z_context, z_video = common.latents(self.nets, everything, batch)
-        z_video = whole_blocks(z_video, self.policy.block)
-        x = jax.lax.stop_gradient(made.rollout.z[:, -z_video.shape[1] :])
-        clip, _ = self.clip_of(everything, kind, made, x)
+        x = jax.lax.stop_gradient(made.rollout.z[:, -made.frames :])
+        clip, _ = self.clip_of(everything, made, x)
         noised = self.noised(clip.z, key)
         target = flow.velocity(clip.z, noised.noise)
         if not self.config.gan.layers:
@@ -366,9 +376,8 @@ class Distillation:
             v = self.score.velocity(critic, clip, noised, critic.text_kv(states))
             return _flow_error(v, target), {}
         fake_logits, v = self._look(everything, batch, clip, noised)
-        data = Clip(z_context, z_video, z_video)
-        data_noised = noised._replace(x=flow.add_noise(z_video, noised.noise, noised.t_bf / 1000))
-        real_logits, _ = self._look(everything, batch, data, data_noised)
+        true = noised._replace(x=flow.add_noise(made.data.z, noised.noise, noised.t_bf / 1000))
+        real_logits, _ = self._look(everything, batch, made.data, true)
         of_heads, _ = dmd_loss.adversarial_losses(real_logits, fake_logits)
         loss = _flow_error(v, target)
         right = jnp.concatenate([real_logits > 0, fake_logits < 0]).mean()
@@ -385,20 +394,18 @@ class Distillation:
     ) -> jax.Array:
         """Latents of a stream with all of its steps, for previews."""
         everything = params | frozen
-        z_context, z_video = common.latents(self.nets, everything, batch)
-        chunks = z_video.shape[1] // self.policy.block
-        text_kv = self._generator_kv(everything, batch)
-        exits = rollouts.last_exits(self.sampler, chunks)
-        return self._roll_out(everything, z_context, text_kv, key, exits).z
+        data, text_kv = self._clip_of_data(everything, batch), self._generator_kv(everything, batch)
+        exits = rollouts.last_exits(self.sampler, data.z.shape[1] // self.policy.block)
+        return self._roll_out(everything, data.z_context, text_kv, key, exits).z
 
     def held_out(self, params: ParamTree, batch: Batch, key: jax.Array) -> Metrics:
         """Streams of held-out conditions against the scores, and against the clips themselves."""
         x = self.generate(params, {}, batch, loss_key(key, "rollout"))
-        z_context, z_video = common.latents(self.nets, params, batch)
-        clip = Clip(z_context, x, x)
+        data = self._clip_of_data(params, batch)
+        clip = data._replace(z=x, history=x)
         noised = self.noised(x, key)
         fake, real = self.compare(params, batch, clip, noised)
-        return dmd_loss.gap(x, fake, real) | _about(x, z_video)
+        return dmd_loss.gap(x, fake, real) | _about(x, data.z)
 
 
 def _named(network: str, metrics: Metrics) -> Metrics:
