@@ -533,12 +533,12 @@ def test_mechanisms_from_text():
 def test_guidance_streams_over_two_caches(pipeline):
     """Guidance by a prompt that says the same changes nothing; by another one it does."""
     plain = chunks(started(pipeline), 2)
-    same_prompt = make_pipeline("sampler.guidance=3", "sampler.negative_prompt='she walks'")
+    same_prompt = make_pipeline("sampler.guidance=3", "sampler.negative_prompt=she walks")
     session = started(same_prompt)
     assert session._state.cache.k[0].shape[0] == 2
     for a, b in zip(plain, chunks(session, 2), strict=True):
         assert np.abs(a.astype(int) - b).max() <= 1  # rounding of the sum
-    other = make_pipeline("sampler.guidance=3", "sampler.negative_prompt='a red coat'")
+    other = make_pipeline("sampler.guidance=3", "sampler.negative_prompt=a red coat")
     session = started(other)
     guided = chunks(session, 2)
     assert np.abs(plain[1].astype(int) - guided[1]).max() > 3
