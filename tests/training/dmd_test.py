@@ -196,12 +196,13 @@ def _changed(config, key, value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["both", "both 1+0"])
+@pytest.mark.parametrize("step", ["critic", "both 1+0"])
 def test_causal_scores(tokenizer, step):
+    """Of a whole stream from its start, and of the end of a longer one."""
     config = settings(tokenizer, "scores.causal=true", "rollout.kinds=((0,0),(1,0))")
     _, _, state, after, metrics = taken(config, step)
     assert all(np.isfinite(value) for value in metrics.values())
-    for name in ("generator", "critic"):
+    for name in ("critic",) if step == "critic" else ("generator", "critic"):
         assert changed(state[name].params, after[name].params)
 
 
