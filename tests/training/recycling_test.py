@@ -7,9 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from chameleon_jax.training.stages import recycling
+from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.training.stages import recycling, teacher_forcing
 from chameleon_jax.training.stages.recycling import Recycling
+from tests.compiled import QUICKLY
+from tests.training.dmd_test import changed, random_batch, random_params
 
 ALL = Recycling(clips=1.0, chunks=1.0, levels=4, size=2, warmup=0)
 SHAPE = (3, 1, 1, 1)  # latents of a chunk
@@ -55,3 +59,40 @@ def test_shares_of_clips_and_chunks():
     of_clips = changed[:, :, 0].max(axis=1)
     np.testing.assert_allclose(changed.mean(), 0.25, atol=0.04)
     np.testing.assert_allclose(of_clips.mean(), 0.5 * (1 - 0.5**4), atol=0.07)
+
+
+def settings(*overrides: str):
+    small = ["video.height=16", "video.width=16", "train.preview_every=0", "train.text=false"]
+    given = ["workdir=x", "data.dir=y", "weights.vae=unread", "weights.text=unread"]
+    return load_config("configs/teacher_forcing.py:smoke", [*given, *small, *overrides])
+
+
+def test_a_stage_keeps_its_errors_and_uses_them():
+    """The second step of the same batch: its history holds what the first has kept."""
+    config = settings("recycling.clips=1", "recycling.warmup=1", "recycling.levels=1")
+    stage = teacher_forcing.make_stage(config)
+    plain = teacher_forcing.make_stage(settings())
+    params, frozen = random_params(stage.trained, 0), random_params(stage.frozen, 100)
+    batch = random_batch(config)
+    step = jax.jit(stage.steps["teacher_forcing"], compiler_options=QUICKLY)
+    without = jax.jit(plain.steps["teacher_forcing"], compiler_options=QUICKLY)
+    state, usual = stage.init(params), plain.init(params)
+    assert state["bank"].shape == (1, config.recycling.size, 3, 2, 2, 4)
+    for number in range(2):
+        state, metrics = step(state, frozen, batch)
+        usual, expected = without(usual, frozen, batch)
+        assert set(metrics) == set(expected)
+        same = np.isclose(metrics["loss"], expected["loss"], rtol=1e-5)
+        assert same == (number == 0)  # in the first step there is nothing to use yet
+    assert np.abs(state["bank"]).max() > 0.01
+    assert changed(state["model"].params, usual.params)
+    assert set(stage.exported(state, frozen)) == set(plain.exported(usual, frozen))
+
+
+def test_what_recycling_cannot_do_is_named():
+    for override, message in (
+        ("train.accumulate=2", "needs the whole batch at once, and train.accumulate is 2"),
+        ("data.buckets=((16,16),(32,32))", "recycling.clips needs clips of one size"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            teacher_forcing.make_stage(settings("recycling.clips=1", override))
