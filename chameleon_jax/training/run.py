@@ -183,10 +183,13 @@ def _check_batch(size: int, parts: int, mesh: Mesh) -> None:
 
 def _weights_key(config: ConfigDict, stage: Stage, name: str) -> str:
     """The key of the config that a file of `stage.weights` comes from."""
-    named = {"init_from": config.init_from, "tune.lora": flatten(config).get("tune.lora", "")}
-    named |= {f"weights.{key}": path for key, path in config.weights.items()}
-    if name not in stage.trained and name not in stage.parts:  # weights.* are looked at first
-        named = dict(reversed(named.items()))
+    named = {f"weights.{key}": path for key, path in config.weights.items()}
+    starts = {"init_from": config.init_from, "tune.lora": flatten(config).get("tune.lora", "")}
+    own = f"weights.{name}"
+    if own in named:  # several keys may name one folder
+        named = {own: named[own], **named, **starts}
+    else:
+        named = {**starts, **named}
     file = stage.weights[name]
     keys = [key for key, path in named.items() if path and weights_file(path, file.stem) == file]
     return keys[0]

@@ -28,7 +28,12 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
             "unknown config key 'train.step'; the nearest is 'train.steps'",
         ),
         (
-            ["--config.workdir=x", "--config.data.dir=/nowhere", "--config.weights.vae=y"],
+            [
+                "--config.workdir=x",
+                "--config.data.dir=/nowhere",
+                "--config.weights.vae=y",
+                "--config.weights.text=y",
+            ],
             "weights.vae: y/vae.safetensors does not exist",
         ),
         (
