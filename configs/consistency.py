@@ -43,14 +43,7 @@ def wan22_5b() -> ConfigDict:
         "history_noise": 0.0,  # most noise on the earlier blocks, see stages/teacher_forcing.py
     }
     config.streaming.sampler = dict(SAMPLER) | {"round_timesteps": False, "first": ()}
-    config.optimizer = {
-        "name": "adamw",
-        "b1": 0.0,  # no first moment
-        "b2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 0.01,
-        "clip": 10.0,  # norm of the gradient
-    }
+    config.optimizer = training.adamw_without_momentum()
     config.schedule = {"name": "constant", "peak": 2e-6, "warmup": 0}
     config.ema.decay = 0.99  # of the target
     return config

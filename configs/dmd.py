@@ -70,11 +70,11 @@ def paper() -> ConfigDict:
         "critic_weight": 0.03,  # of the heads' loss beside that of the critic
     }
     config.weights.update(score="", score_text="", reward="")
-    config.optimizer = _adam()
+    config.optimizer = training.adamw_without_momentum()
     config.schedule = {"name": "constant", "peak": 2e-6, "warmup": 0}
     config.critic = {
         "every": 5,  # steps of the critic for each step of the student
-        "optimizer": _adam(),
+        "optimizer": training.adamw_without_momentum(),
         "schedule": {"name": "constant", "peak": 4e-7, "warmup": 0},
     }
     config.ema.update(decay=0.99, start=40)  # in steps of the student: from step 200 on
@@ -132,14 +132,3 @@ def smoke() -> ConfigDict:
     config.alarms.update(contrast=0.0, motion=0.0, colour=0.0)
     config.streaming.sampler = runway_tiny().streaming.sampler
     return config
-
-
-def _adam() -> dict[str, float | str]:
-    return {
-        "name": "adamw",
-        "b1": 0.0,  # no first moment
-        "b2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 0.01,
-        "clip": 10.0,  # norm of the gradient
-    }

@@ -48,14 +48,7 @@ def paper() -> ConfigDict:
         "size": 16,  # errors that are kept of each level
         "warmup": 50,  # steps before the first is used
     }
-    config.optimizer = {
-        "name": "adamw",
-        "b1": 0.0,  # no first moment
-        "b2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 0.01,
-        "clip": 10.0,  # norm of the gradient
-    }
+    config.optimizer = training.adamw_without_momentum()
     config.schedule = {"name": "constant", "peak": 1e-6, "warmup": 0}
     return config
 

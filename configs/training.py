@@ -101,6 +101,20 @@ def captioned(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def adamw_without_momentum() -> ConfigDict:
+    """The optimiser of all stages behind the teacher, in the paper and in the released code."""
+    return ConfigDict(
+        {
+            "name": "adamw",
+            "b1": 0.0,  # no first moment
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip": 10.0,  # norm of the gradient
+        }
+    )
+
+
 def small(config: ConfigDict) -> ConfigDict:
     """The same for the small model, on a CPU: 128x80, 33 frames at 16 frames/s."""
     config.name = "runway_tiny"

@@ -113,20 +113,22 @@ print("equal")
 """
 
 
-def test_four_devices_compute_what_one_does():
+def run_on(devices: int, script: str) -> None:
+    """Run a script on so many fake devices; it prints "equal" at its end."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": ".",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     done = subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES],
-        cwd=ROOT,
-        env=env | {"PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "equal"
+
+
+def test_four_devices_compute_what_one_does():
+    run_on(4, FOUR_DEVICES)
 
 
 def test_batches_are_split_over_data_and_fsdp():
@@ -189,16 +191,4 @@ print("equal")
 
 @pytest.mark.slow
 def test_tokens_and_heads_over_devices_compute_what_one_does():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        cwd=ROOT,
-        env=env | {"PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "equal"
+    run_on(8, EIGHT_DEVICES)
