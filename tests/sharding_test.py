@@ -177,7 +177,7 @@ def differentiate(forward, mesh):
 
 for name, forward in forwards.items():
     (value, grads), _ = differentiate(forward, sharding.make_mesh({}, jax.devices()[:1]))
-    for sizes in ({"seq": 2, "tensor": 2, "fsdp": 2}, {"seq": 3}, {"data": 2, "tensor": 3}):
+    for sizes in ({"seq": 2, "tensor": 3}, {"seq": 3, "fsdp": 2}, {"data": 2, "tensor": 3}):
         mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         (split_value, split_grads), text_of = differentiate(forward, mesh)
         np.testing.assert_allclose(split_value, value, rtol=1e-5)
