@@ -41,7 +41,13 @@ CONFIG = "configs/teacher.py"
 
 def define_flags(parser: cli.Parser) -> None:
     """The flags of this command."""
-    others = ("configs/vae.py", "configs/teacher_concat.py", "configs/teacher_forcing.py")
+    others = (
+        "configs/vae.py",
+        "configs/teacher_concat.py",
+        "configs/teacher_forcing.py",
+        "configs/consistency.py",
+        "configs/dmd.py",
+    )
     parser.config_flag((CONFIG, ""), others=others)
     parser.switch("distributed", "join the processes of all hosts of this cluster", default=False)
     parser.flag("coordinator", "join the processes that meet here: process 0", metavar="HOST:PORT")
