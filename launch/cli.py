@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from chameleon_jax import parsing, places
+from chameleon_jax import interrupts, parsing, places
 from chameleon_jax.errors import UserError, one_line
 
 OUTPUT_CLOSED = 141  # as the shell says of a program that the closed pipe has ended
@@ -326,7 +326,8 @@ def finish(command: Callable[[], int | None], *, interrupted: str = "") -> NoRet
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = command() or 0
+        with interrupts.noticed():
+            code = command() or 0
         sys.stdout.flush()
     except UserError as error:
         code = _report(str(error) if error.keeps_lines else one_line(error))

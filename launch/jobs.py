@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from chameleon_jax import files, machine, places
+from chameleon_jax import files, interrupts, machine, places
 from chameleon_jax.config import load_config, override
 from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.inference.settings import NETWORKS
@@ -180,7 +180,7 @@ class Interrupt:
 
     def _handle(self, *_: object) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            interrupts.interrupt()
         self.requested = True
 
 

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from chameleon_jax import interrupts
+
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +46,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._asked:
-            raise KeyboardInterrupt
+            interrupts.interrupt()
         self._asked = signal.Signals(number).name
         log.warning("%s: saving after this step; once more stops at once", self._asked)
         if jax.process_count() > 1:
