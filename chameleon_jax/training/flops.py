@@ -15,14 +15,17 @@ products of the backward pass are twice those of the forward pass, so model = 3 
 
 Attention kernels are known by name and counted from their shapes as dense attention over all keys
 they are given: masks and lengths within a kernel are not looked at. Their backward kernels compute
-the logits again, which counts as hardware alone. What cannot be counted (another custom kernel, a
-loop of unknown length around a product) is named in `unknown`: then the figures are too small.
+the logits again, which counts as hardware alone. A loop whose length is drawn counts as often as
+`times` says around it. What cannot be counted (another custom kernel, a loop of unknown length
+around a product) is named in `unknown`: then the figures are too small.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+LOOPED = "mean_length"  # the name around a loop, with how often it goes round
 RECOMPUTED = "rematted_computation"  # JAX names so what a checkpoint computes again
 
 # Primitives that only call a function.
@@ -103,9 +107,14 @@ class Flops:
             self.model + other.model, self.hardware + other.hardware, self.unknown | other.unknown
         )
 
-    def times(self, count: int) -> Flops:
+    def times(self, count: float) -> Flops:
         """So many times the same."""
         return Flops(count * self.model, count * self.hardware, self.unknown)
+
+
+def times(mean: float) -> contextlib.AbstractContextManager[None]:
+    """Around a loop (`fori_loop`, `while_loop`): how often it goes round on average."""
+    return jax.named_scope(f"{LOOPED}_{mean:.6g}")
 
 
 def count(function: Callable[..., Any], *args: Any) -> Flops:
@@ -168,6 +177,9 @@ def _loop(eqn: JaxprEqn, again: bool) -> Flops:
     """A loop whose length is not known before it runs; it may go round without a product."""
     parts = [_sum_of(eqn.params[key], again) for key in ("cond_jaxpr", "body_jaxpr")]
     once = parts[0] + parts[1]
+    mean = re.fullmatch(f".*{LOOPED}_([^/()]+)[()]*", str(eqn.source_info.name_stack))
+    if mean:
+        return once.times(float(mean[1]))
     if once.hardware or once.unknown:
         return Flops(unknown=once.unknown | {"while"})
     return Flops()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.training import flops
 from chameleon_jax.training.stages import dmd, dmd_setup, rollouts
 from chameleon_jax.training.stages.dmd_setup import Kind
 from tests.compiled import QUICKLY
@@ -117,6 +118,20 @@ def test_both_learn_in_a_step_of_the_student(tokenizer):
     moments = [m for m in jax.tree.leaves(after["generator"].opt_state) if m.ndim]
     size = sum(m.size for m in moments)
     assert size == sum(p.size for p in jax.tree.leaves(after["generator"].params))
+
+
+@pytest.mark.parametrize("name", ["critic", "both 1+1"])
+def test_the_operations_of_a_step_are_counted(tokenizer, name):
+    """Though the length of a roll-out is drawn: it counts by its mean."""
+    config = settings(tokenizer)
+    stage = dmd.make_stage(config)
+    trained, frozen = (
+        jax.eval_shape(lambda nets=nets: random_params(nets, 0))
+        for nets in (stage.trained, stage.frozen)
+    )
+    state, batch = jax.eval_shape(stage.init, trained), random_batch(config)
+    counted = flops.count(stage.steps[name], state, frozen, batch)
+    assert not counted.unknown and counted.model > 0
 
 
 def test_steps_come_in_turn(tokenizer):

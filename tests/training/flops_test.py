@@ -183,6 +183,28 @@ def test_a_loop_of_unknown_length_is_said_if_there_is_a_product_in_it():
     assert flops.count(loop(lambda x: x + 1), X) == Flops()
 
 
+def test_a_loop_of_drawn_length_counts_by_its_mean():
+    def loop(n, x):
+        with flops.times(2.5):
+            x = jax.lax.fori_loop(0, n, lambda _, x: x @ W, x)
+        return jax.lax.stop_gradient(x)
+
+    counted = Flops(2.5 * PRODUCT, 2.5 * PRODUCT)
+    assert flops.count(loop, 3, X) == counted
+    assert flops.count(jax.vmap(loop, (None, 0)), 3, X[None]) == counted
+    differentiated = jax.grad(lambda w: (jax.jit(loop)(3, X) @ w).sum())
+    assert flops.count(differentiated, W) == counted + Flops(PRODUCT, PRODUCT).times(2)
+
+    def inner(n, x):  # a loop of unknown length inside stays unknown
+        with flops.times(2.5):
+            return jax.lax.fori_loop(0, 2, lambda _, x: jax.lax.fori_loop(0, n, step, x), x)
+
+    def step(_, x):
+        return x @ W
+
+    assert flops.count(inner, 3, X).unknown == {"while"}
+
+
 def test_linear_algebra_is_not_passed_over():
     assert flops.count(jnp.linalg.inv, W).unknown
     assert flops.count(jnp.linalg.cholesky, W).unknown == {"cholesky"}

@@ -50,7 +50,9 @@ def roll_out(policy, exits, *, sampler=FEW, residual=0.0, batch=2):
             residual=residual,
         )
 
-    return jax.jit(make, compiler_options=QUICKLY)(jnp.asarray(exits, jnp.int32))
+    if isinstance(exits, list):
+        exits = rollouts.Exits(jnp.asarray(exits, jnp.int32), mean=1.0)
+    return jax.jit(make, compiler_options=QUICKLY)(exits)
 
 
 @pytest.mark.parametrize("sampler", [FEW, FIRST], ids=["few", "more for the first chunk"])
@@ -139,13 +141,16 @@ def test_exits_are_drawn_evenly_and_chunks_in_front_take_all_steps():
         static_argnames="shared",
     )
     keys = [jax.random.key(i) for i in range(200)]
-    each = np.array([draw(key, shared=False) for key in keys])
+    drawn = [draw(key, shared=False) for key in keys]
+    each = np.array([exits.steps for exits in drawn])
+    assert drawn[0].mean == (3 + 3 * 0.5) / 4 and abs(each.mean() - drawn[0].mean) < 0.08
     assert (each[:, 0] == 3).all()  # in front: the last of the four steps of a first chunk
     assert set(each[:, 1:].ravel()) == {0, 1}
     assert abs(each[:, 1:].mean() - 0.5) < 0.08
-    together = np.array([draw(key, shared=True) for key in keys])
+    together = np.array([draw(key, shared=True).steps for key in keys])
     assert (together[:, 1:] == together[:, 1:2]).all() and np.ptp(together[:, 1]) == 1
-    first = np.array([rollouts.draw_exits(key, FIRST, 2, shared=True) for key in keys[:60]])
+    first = [rollouts.draw_exits(key, FIRST, 2, shared=True).steps for key in keys[:60]]
+    first = np.array(first)
     assert set(first[:, 0]) == {0, 1, 2, 3}
     np.testing.assert_array_equal(first[:, 0] // 2, first[:, 1])  # one draw, two schedules
 

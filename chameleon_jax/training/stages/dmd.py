@@ -219,7 +219,7 @@ class Distillation:
         z_context: jax.Array,
         text_kv: TextKV,
         key: jax.Array,
-        exits: jax.Array,
+        exits: rollouts.Exits,
     ) -> rollouts.Rollout:
         return rollouts.roll_out(
             self.bind("generator", params),

@@ -16,6 +16,8 @@ Axes: b batch, f latent frames, h w grid, c channels.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +30,22 @@ from chameleon_jax.data.images import to_model
 from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.rollout import OneStepSampler, forward, new_cache, prefill
 from chameleon_jax.models.dit import DiT, TextKV, self_forcing_forward
+from chameleon_jax.training import flops
 from chameleon_jax.training.stages.common import decode_clip
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["steps"], meta_fields=["mean"])
+@dataclasses.dataclass(frozen=True)
+class Exits:
+    """Which denoising step is the last one of each chunk.
+
+    Attributes:
+      steps: int32 [chunks], the first step of a chunk is 0.
+      mean: of `steps`, over all draws and chunks; the operations of a roll-out are counted by it.
+    """
+
+    steps: jax.Array
+    mean: float
 
 
 class Rollout(NamedTuple):
@@ -54,15 +71,16 @@ def chunk_steps(sampler: OneStepSampler, chunk: int) -> int:
     return sampler.opening - 1 if sampler.opening and chunk == 0 else sampler.steps
 
 
-def last_exits(sampler: OneStepSampler, chunks: int) -> jax.Array:
-    """The last step of every chunk, int32 [chunks]: what a stream takes."""
-    return jnp.array([chunk_steps(sampler, chunk) - 1 for chunk in range(chunks)], jnp.int32)
+def last_exits(sampler: OneStepSampler, chunks: int) -> Exits:
+    """The last step of every chunk: what a stream takes."""
+    last = [chunk_steps(sampler, chunk) - 1 for chunk in range(chunks)]
+    return Exits(jnp.array(last, jnp.int32), sum(last) / chunks)
 
 
 def draw_exits(
     key: jax.Array, sampler: OneStepSampler, chunks: int, *, shared: bool, before: int = 0
-) -> jax.Array:
-    """Exit steps, uniform over the sampler's steps, int32 [chunks].
+) -> Exits:
+    """Exit steps, uniform over the sampler's steps.
 
     They are the same for the whole batch, or all devices would wait for the longest roll-out.
 
@@ -73,10 +91,12 @@ def draw_exits(
       shared: one draw for all chunks, as published; else one for each.
       before: chunks in front that only lead up to the others: they take all steps.
     """
+    last = [chunk_steps(sampler, chunk) - 1 for chunk in range(chunks)]
+    mean = (sum(last[:before]) + sum(last[before:]) / 2) / chunks
+    last = jnp.array(last, jnp.int32)
     draw = jax.random.uniform(key, () if shared else (chunks,))
-    steps = jnp.array([chunk_steps(sampler, chunk) for chunk in range(chunks)], jnp.int32)
-    exits = jnp.floor(draw * steps).astype(jnp.int32)
-    return jnp.where(jnp.arange(chunks) < before, steps - 1, exits)
+    drawn = jnp.floor(draw * (last + 1)).astype(jnp.int32)
+    return Exits(jnp.where(jnp.arange(chunks) < before, last, drawn), mean)
 
 
 def roll_out(
@@ -87,7 +107,7 @@ def roll_out(
     key: jax.Array,
     *,
     sampler: OneStepSampler,
-    exits: jax.Array,
+    exits: Exits,
     residual: float = 0.0,
 ) -> Rollout:
     """Make a video chunk by chunk against the cache; nothing here has a gradient.
@@ -99,13 +119,13 @@ def roll_out(
       text_kv: from `dit.text_kv`.
       key: of all noise.
       sampler: of the stream.
-      exits: which step is the last one of each chunk, int32 [chunks].
+      exits: which step is the last one of each chunk.
       residual: noise level that the clean pass adds, see `dmd`; 0 as in a stream.
 
     Raises:
       PositionError: more chunks than the policy's positions reach.
     """
-    chunks = exits.shape[0]
+    chunks = exits.steps.shape[0]
     policy.check_length(chunks - 1)
     graph, state = nnx.split(dit)
     state, z_context, text_kv = jax.lax.stop_gradient((state, z_context, text_kv))
@@ -137,7 +157,8 @@ def roll_out(
             v, cache = forward(dit, cache, x, times(row), text_kv)
             return sampler.step(row, None, x, v, draw)[0], cache
 
-        noisy, cache = jax.lax.fori_loop(0, exit_step, step, (draw(0), cache))
+        with flops.times(exits.mean):
+            noisy, cache = jax.lax.fori_loop(0, exit_step, step, (draw(0), cache))
         row = row_of(first + exit_step)
         v, cache = forward(dit, cache, noisy, times(row), text_kv)
         z = flow.x0_from_velocity(noisy, v, row.sigma)
@@ -149,7 +170,7 @@ def roll_out(
         return close_chunk(cache), Rollout(z, history, noisy, times(row), sigma_bf)
 
     cache = prefill(dit, new_cache(dit, policy, b, (height, width)), z_context, text_kv)
-    _, made = jax.lax.scan(make_chunk, cache, (jnp.arange(chunks), exits))
+    _, made = jax.lax.scan(make_chunk, cache, (jnp.arange(chunks), exits.steps))
     return jax.tree.map(_joined, made)
 
 
