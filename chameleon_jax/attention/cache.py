@@ -24,19 +24,35 @@ LayerCache = tuple[jax.Array, jax.Array]  # k, v: [b, frames * tokens, n, d]
 
 
 @struct.dataclass
+class Stacked:
+    """The caches of all layers together, for a loop of the compiler over layers.
+
+    Attributes:
+      arrays: k and v of all layers, [layers, b, frames * tokens, n, d] each.
+      changes: does attention write into them? Then the loop passes them on from layer to layer and
+        changes them in place; else each layer reads its own, which costs nothing in a backward
+        pass. Static.
+    """
+
+    arrays: LayerCache
+    changes: bool = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class KVCache:
     """The cache as a value (a pytree). Donate it to the program that returns its successor.
 
     Attributes:
-      k: keys per layer, [b, frames * tokens, n, d] each; unrotated if the policy says so.
-      v: values per layer, same shape.
+      k: keys per layer, [b, frames * tokens, n, d] each; unrotated if the policy says so. Or, see
+        `Stacked`, those of all layers in one array.
+      v: values, as `k`.
       state: counters of the policy; traced.
       policy: which frames are kept; static.
       grid: rows and columns of tokens in a frame; static.
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[jax.Array, ...] | jax.Array
+    v: tuple[jax.Array, ...] | jax.Array
     state: State
     policy: CachePolicy = struct.field(pytree_node=False)
     grid: tuple[int, int] = struct.field(pytree_node=False)
@@ -47,9 +63,11 @@ class KVCache:
         return self.grid[0] * self.grid[1]
 
     @property
-    def layers(self) -> tuple[LayerCache, ...]:
-        """(k, v) of each layer."""
-        return tuple(zip(self.k, self.v, strict=True))
+    def layers(self) -> tuple[LayerCache, ...] | Stacked:
+        """(k, v) of each layer, as the transformer takes them."""
+        if isinstance(self.k, tuple):
+            return tuple(zip(self.k, self.v, strict=True))
+        return Stacked((self.k, self.v), changes=True)
 
     @property
     def chunk(self) -> jax.Array:
@@ -61,9 +79,13 @@ class KVCache:
         """Frames held between two chunks, the context included, int32 scalar."""
         return self.policy.held(self.state)
 
-    def with_layers(self, layers: tuple[LayerCache, ...]) -> KVCache:
+    def with_layers(self, layers: tuple[LayerCache, ...] | Stacked) -> KVCache:
         """The same counters over other buffers."""
-        return self.replace(k=tuple(k for k, _ in layers), v=tuple(v for _, v in layers))
+        if isinstance(layers, Stacked):
+            k, v = layers.arrays
+        else:
+            k, v = (tuple(part) for part in zip(*layers, strict=True))
+        return self.replace(k=k, v=v)
 
 
 def init_cache(
@@ -74,6 +96,8 @@ def init_cache(
     heads: int,
     head_dim: int,
     dtype: jnp.dtype = jnp.float32,
+    *,
+    stacked: bool = False,
 ) -> KVCache:
     """An empty cache; its condition frames must be prefilled before the first chunk.
 
@@ -84,8 +108,12 @@ def init_cache(
       grid: rows and columns of tokens in a latent frame: its height and width over the patch.
       heads, head_dim: of the transformer.
       dtype: of keys and values: the transformer's computing dtype.
+      stacked: all layers in one array, for a transformer with `scan_layers`.
     """
     shape = (batch, policy.frames * grid[0] * grid[1], heads, head_dim)
+    if stacked:
+        k, v = (jnp.zeros((layers, *shape), dtype) for _ in range(2))
+        return KVCache(k, v, policy.start(), policy, tuple(grid))
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
     return KVCache(k, v, policy.start(), policy, tuple(grid))
 

@@ -143,7 +143,7 @@ def split_teacher_forcing(
             jnp.concatenate([past, own], axis=1)
             for past, own in zip(layer_cache, (k, v), strict=True)
         )
-        return layout.look(q, keys, values, history), layer_cache
+        return layout.look(q, keys, values, history), None
 
     return attend_history, attend_noisy
 

@@ -293,9 +293,9 @@ def new_cache(dit: DiT, policy: CachePolicy, batch: int, latent_size: tuple[int,
     if height % i or width % j:
         raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {i}x{j}")
     grid = (height // i, width // j)
-    return init_cache(
-        policy, dit.config.layers, batch, grid, dit.config.heads, dit.config.head_dim, dit.dtype
-    )
+    config = dit.config
+    sizes = config.layers, batch, grid, config.heads, config.head_dim
+    return init_cache(policy, *sizes, dit.dtype, stacked=config.scan_layers)
 
 
 def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> KVCache:
@@ -394,7 +394,7 @@ def denoise_chunk(
       ValueError: neither a key nor noise, noise of another shape, or guidance over an odd batch.
     """
     (height, width), (_, i, j) = cache.grid, dit.config.patch
-    streams = cache.k[0].shape[0]
+    streams = jax.tree.leaves(cache.k)[0].shape[-4]
     guides = sampler.guidance != 1
     if guides and streams % 2:
         raise ValueError(

@@ -32,6 +32,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from chameleon_jax.attention.cache import Stacked
 from chameleon_jax.attention.core import Attend, bidirectional, cross_attention, tapped
 from chameleon_jax.attention.masks import split_teacher_forcing, teacher_forcing
 from chameleon_jax.attention.policies import CachePolicy
@@ -41,6 +42,7 @@ from chameleon_jax.sharding import HEADS, TOKENS, TOKENS_OF_HEADS, constrain
 
 KV = tuple[jax.Array, jax.Array]  # k, v [b, s, n, d]
 TextKV = tuple[KV, ...]  # of every layer
+Cache = tuple[Any, ...] | Stacked | None  # what self-attention is handed, for every layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class DiTConfig:
     freq_width: int = 256  # channels of the sinusoid of t
     eps: float = 1e-6  # added to variances and mean squares in the norms
     remat: str = "none"  # what the backward pass computes again, see models/remat.py
-    scan_layers: bool = False  # one compiled block in a loop: compiles faster; only without a cache
+    scan_layers: bool = False  # one compiled block in a loop: compiles faster
     attention: str | None = None  # "cudnn", "splash", "xla"; None chooses by platform
 
     def __post_init__(self):
@@ -372,10 +374,10 @@ class DiT(nnx.Module):
         t_bf: jax.Array,
         text_kv: TextKV,
         attend: Attend,
-        cache: tuple[Any, ...] | None = None,
+        cache: Cache = None,
         *,
         decoded: slice = slice(None),
-    ) -> tuple[jax.Array, tuple[Any, ...] | None]:
+    ) -> tuple[jax.Array, Cache]:
         """Velocity of latent frames.
 
         Args:
@@ -383,12 +385,14 @@ class DiT(nnx.Module):
           t_bf: timestep of every frame, in [0, 1000]; 0 is clean.
           text_kv: from `text_kv`.
           attend: self-attention, see attention/core.py.
-          cache: what `attend` is handed, layer by layer, or None.
+          cache: what `attend` is handed, layer by layer: a tuple, `Stacked` (only with
+            `scan_layers`), or None.
           decoded: the frames whose velocity is wanted.
 
         Returns:
           v [b, frames decoded, h, w, c] in the computing dtype, and the layers' caches as `attend`
-          left them (None without a cache).
+          left them (`Stacked` if they came so, or came as None with `scan_layers`; None if it left
+          nothing).
 
         Raises:
           ValueError: if shapes do not fit.
@@ -412,20 +416,15 @@ class DiT(nnx.Module):
         return rearrange(v, "b f (h w) (i j c) -> b f (h i) (w j) c", h=h // i, i=i, j=j), cache
 
     def _run_blocks(
-        self,
-        x: jax.Array,
-        e0: jax.Array,
-        text_kv: TextKV,
-        attend: Attend,
-        cache: tuple[Any, ...] | None,
-    ) -> tuple[jax.Array, tuple[Any, ...] | None]:
-        """All blocks, as a loop of the compiler (scan, without a cache only) or of Python.
+        self, x: jax.Array, e0: jax.Array, text_kv: TextKV, attend: Attend, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """All blocks, as a loop of the compiler (scan) or of Python.
 
         Possibly recomputed in the backward pass (remat).
         """
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
-        def function(graph: nnx.GraphDef):
+        def function(graph: nnx.GraphDef) -> Any:
             def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
                 return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
 
@@ -433,24 +432,46 @@ class DiT(nnx.Module):
 
         # One, unless layers were changed, see lora.attach.
         applies = {graph: function(graph) for graph in graphs}
-        if cache is None and self.config.scan_layers:
+        if self.config.scan_layers and not isinstance(cache, tuple):
             if len(applies) > 1:
                 raise ValueError(
                     "scan_layers needs blocks of one form; merge the LoRA, or leave scan_layers off"
                 )
-            (apply,) = applies.values()
-            stacked = jax.tree.map(
+            layers = jax.tree.map(
                 lambda *leaves: jnp.stack(leaves), *zip(states, text_kv, strict=True)
             )
-            x, _ = jax.lax.scan(
-                lambda x, layer: (apply(layer[0], x, layer[1], None)[0], None), x, stacked
-            )
-            return x, None
-        layers = []
-        for index, (graph, state, kv) in enumerate(zip(graphs, states, text_kv, strict=True)):
-            x, layer = applies[graph](state, x, kv, None if cache is None else cache[index])
-            layers.append(layer)
-        return x, None if cache is None else tuple(layers)
+            return _scan(*applies.values(), x, layers, cache)
+        caches = cache or (None,) * len(graphs)
+        left = []
+        for graph, state, kv, layer_cache in zip(graphs, states, text_kv, caches, strict=True):
+            x, layer_cache = applies[graph](state, x, kv, layer_cache)
+            left.append(layer_cache)
+        return x, tuple(left) if jax.tree.leaves(left) else None
+
+
+def _scan(
+    apply: Any, x: jax.Array, layers: tuple[nnx.State, KV], cache: Stacked | None
+) -> tuple[jax.Array, Stacked | None]:
+    """One block after the other in a loop of the compiler; its arguments are stacked."""
+    passed, own = None, None if cache is None else cache.arrays
+    if cache is not None and cache.changes:
+        passed, own = own, None
+
+    def block(carry: tuple[jax.Array, Any], layer: Any) -> tuple[tuple[jax.Array, Any], Any]:
+        (x, passed), (index, (state, kv), own) = carry, layer
+        if passed is None:
+            x, left = apply(state, x, kv, own)
+            return (x, None), left
+        own = jax.tree.map(lambda array: array[index], passed)
+        x, own = apply(state, x, kv, own)
+        passed = jax.tree.map(lambda array, layer: array.at[index].set(layer), passed, own)
+        return (x, passed), None
+
+    numbers = jnp.arange(len(jax.tree.leaves(layers)[0]))
+    (x, passed), left = jax.lax.scan(block, (x, passed), (numbers, layers, own))
+    if passed is not None:
+        return x, Stacked(passed, changes=True)
+    return x, None if left is None else Stacked(left, changes=False)
 
 
 def bidirectional_forward(
@@ -648,9 +669,8 @@ def self_forcing_forward(
     constant, constant_kv = jax.lax.stop_gradient((state, text_kv))
     past = z_context, z_clean[:, : video - policy.block]
     x = jax.lax.stop_gradient(jnp.concatenate([z.astype(z_noisy.dtype) for z in past], axis=1))
-    nothing = (None,) * config.layers
     _, cache = nnx.merge(graph, constant)(
-        x, jnp.zeros(x.shape[:2]), constant_kv, attend_history, nothing, decoded=slice(0)
+        x, jnp.zeros(x.shape[:2]), constant_kv, attend_history, decoded=slice(0)
     )
     return dit(z_noisy, t_bf, text_kv, attend_noisy, cache)[0]
 

@@ -110,6 +110,26 @@ def test_streaming_equals_teacher_forcing(layout):
     assert expected.std() > 0.5
 
 
+@pytest.mark.parametrize("layout", ["short", "relative, half a chunk"])
+def test_layers_in_a_loop_of_the_compiler_stream_the_same(layout):
+    """With the caches of all layers in one array; changed in place, and through a refresh too."""
+    plain, looped = shared(layout), Stream(LAYOUTS[layout], scan_layers=True)
+    caches = [plain.started(), looped.started()]
+    assert isinstance(caches[1].k, jax.Array) and caches[1].k.shape[0] == len(caches[0].k)
+    for number in range(5):
+        key = jax.random.key(number)
+        (expected, ours), caches = zip(
+            *(stream.chunk(c, key) for stream, c in zip((plain, looped), caches, strict=True)),
+            strict=True,
+        )
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+        if number == 2:
+            streams = zip((plain, looped), caches, strict=True)
+            caches = [stream.prefill(cache, latents(7, 2)) for stream, cache in streams]
+    np.testing.assert_allclose(caches[1].k, jnp.stack(caches[0].k), atol=1e-5)
+    np.testing.assert_allclose(caches[1].v, jnp.stack(caches[0].v), atol=1e-5)
+
+
 def test_cached_equals_uncached_block_causal():
     stream = shared("short")
     context, clean = latents(0, 2), latents(1, 9)

@@ -18,6 +18,7 @@ from chameleon_jax.models.dit import (
     DiT,
     DiTConfig,
     bidirectional_forward,
+    self_forcing_forward,
     teacher_forcing_forward,
     timestep_embedding,
 )
@@ -120,6 +121,7 @@ def test_timestep_embedding_by_hand():
 CONTEXT, CLEAN, NOISY = latents(0, 2), latents(1, 9), latents(2, 9)
 # Nothing is forgotten in clips of three chunks.
 teacher_forced = functools.partial(teacher_forcing_forward, policy=Ring())
+self_forced = functools.partial(self_forcing_forward, policy=Ring())
 BLOCK_TIMES = jnp.repeat(jnp.array([[900.0, 400.0, 37.0]]), 3, axis=1)
 
 
@@ -191,7 +193,7 @@ def test_bidirectional_listens_to_everything():
     assert (gradient > 1e-3).all()
 
 
-@pytest.mark.parametrize("forward", ["bidirectional", "teacher_forcing"])
+@pytest.mark.parametrize("forward", ["bidirectional", "teacher_forcing", "self_forcing"])
 def test_scan_and_remat_change_nothing(forward):
     """Neither the output nor any gradient; the parameters are the same ones, stored per layer."""
     states = nnx.split(tiny_dit.tiny_dit())[1]
@@ -208,7 +210,8 @@ def test_scan_and_remat_change_nothing(forward):
             if forward == "bidirectional":
                 v = bidirectional_forward(dit, CONTEXT, NOISY[:, :3], BLOCK_TIMES[:, :3], kv)
             else:
-                v = teacher_forced(dit, CONTEXT, CLEAN[:, :6], NOISY[:, :6], BLOCK_TIMES[:, :6], kv)
+                form = teacher_forced if forward == "teacher_forcing" else self_forced
+                v = form(dit, CONTEXT, CLEAN[:, :6], NOISY[:, :6], BLOCK_TIMES[:, :6], kv)
             return jnp.square(v).sum(), v
 
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(states, prompt())

@@ -31,12 +31,12 @@ CHUNKS = 4
 
 
 @functools.cache
-def network():
-    return tiny_dit.tiny_dit()
+def network(scan_layers=False):
+    return tiny_dit.tiny_dit(scan_layers=scan_layers)
 
 
-def roll_out(policy, exits, *, sampler=FEW, residual=0.0, batch=2):
-    dit, states = network(), prompt(batch)
+def roll_out(policy, exits, *, sampler=FEW, residual=0.0, batch=2, scan_layers=False):
+    dit, states = network(scan_layers), prompt(batch)
 
     def make(exits):
         return rollouts.roll_out(
@@ -102,6 +102,8 @@ def sequential(dit, policy, made, text_kv, z_context):
 def test_one_forward_pass_has_the_gradient_of_the_sequential_form(name, window):
     policy, residual = POLICIES[name], 0.005 if name == "everything is kept" else 0.0
     made = roll_out(policy, [2, 0, 1, 2], residual=residual)
+    looped = roll_out(policy, [2, 0, 1, 2], residual=residual, scan_layers=True)
+    np.testing.assert_allclose(looped.z, made.z, atol=1e-5)
     graph, state = nnx.split(network())
     direction = jax.random.normal(jax.random.key(9), made.z.shape)[:, -3 * window :]
     states, z_context = prompt(2), latents(0, 2, 2)
