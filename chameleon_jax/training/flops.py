@@ -41,8 +41,8 @@ RECOMPUTED = "rematted_computation"  # JAX names so what a checkpoint computes a
 # Primitives that only call a function.
 CALLS = frozenset(
     {"call", "checkpoint", "closed_call", "composite", "core_call", "custom_jvp_call", "custom_lin",
-     "custom_partitioning", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "jit",
-     "pjit", "remat", "remat2", "run_state"}
+     "custom_partitioning", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
+     "eval_jaxpr", "jit", "pjit", "remat", "remat2", "run_state", "RematTraced"}
 )  # fmt: skip
 # Primitives whose work is not elementwise, and that have no formula here.
 UNCOUNTED = frozenset(
@@ -140,8 +140,9 @@ def _sum_of(jaxpr: ClosedJaxpr | Jaxpr, again: bool) -> Flops:
 
 def _of(eqn: JaxprEqn, again: bool) -> Flops:
     name, params = eqn.primitive.name, eqn.params
-    if name == "call_hi_primitive":  # how some versions write what is only a mark
-        name = type(params.get("_prim")).__name__
+    if name == "call_hi_primitive":  # how some versions write marks and checkpoints
+        primitive = params.get("_prim")
+        name, params = type(primitive).__name__, getattr(primitive, "params", {})
     if name in ELEMENTWISE:
         return Flops()
     again = again or RECOMPUTED in str(eqn.source_info.name_stack)

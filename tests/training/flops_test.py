@@ -92,6 +92,8 @@ def test_what_a_checkpoint_computes_again_is_not_of_the_model(scan_layers, check
     again = tiny_dit.CONFIG.layers * block_by_hand(2, 5 * tiny_dit.TOKENS, 12)
     assert gradients[True].hardware == gradients[True].model + again
     assert not gradients[True].unknown
+    alone = flops.count(loss, state, *dit_inputs())
+    assert alone.model == alone.hardware > 0 and not alone.unknown
 
 
 def test_teacher_forcing_costs_what_its_mask_leaves():
@@ -212,7 +214,8 @@ def test_linear_algebra_is_not_passed_over():
 
 def test_the_parts_of_a_shard_map_are_all_counted():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    abstract = jax.sharding.AbstractMesh((3, 4), ("a", "b"))
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    abstract = jax.sharding.AbstractMesh((3, 4), ("a", "b"), axis_types=automatic)
     for over, parts in ((mesh, 1), (abstract, 12)):
         axis = P(over.axis_names[0])
         split = jax.shard_map(lambda x: x @ W, mesh=over, in_specs=axis, out_specs=axis)
