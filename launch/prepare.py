@@ -41,6 +41,7 @@ A clip is a person in motion, their picture in another garment, and the garment.
     python -m launch.prepare runway --out data/runway --clips 4000 --workers 2
     python -m launch.prepare runway --out data/runway --clips 200 --seed_start 800000
     python -m launch.prepare runway --out data/tops --match 'sways gently|waves' --slot top
+    python -m launch.prepare runway --out data/mirror --world mirror
 
 Seeds below 800,000 are the train split, below 900,000 the validation split, the others the test
 split. `--clips` counts what is rendered, `--match` and `--slot` choose among the seeds. It can be
@@ -107,6 +108,12 @@ def runway_flags(parser: cli.Parser) -> None:
         "only clips whose garment is worn there: top, bottom, dress or outer",
         default="",
         metavar="SLOT",
+    )
+    parser.flag(
+        "world",
+        "what clips are drawn from: open (everything), or mirror (people before a mirror, in tops)",
+        default="open",
+        metavar="NAME",
     )
     parser.flag(
         "workers",
@@ -237,6 +244,7 @@ def prepare_runway(values: cli.Values) -> None:
         fps=values.fps,
         match=values.match,
         slot=values.slot,
+        world=values.world,
     )
     if values.match or values.slot:
         print(f"choosing {values.clips} clips ...", file=sys.stderr)

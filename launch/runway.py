@@ -79,6 +79,9 @@ def _clip_flags(parser: cli.Parser) -> None:
     frames = cli.whole_number(1, MAX_FRAMES)
     parser.flag("frames", "frames a clip", kind=frames, default=81, metavar="N")
     parser.flag("fps", "frames per second", kind=cli.number(above=0), default=16.0)
+    parser.flag(
+        "world", "what clips are drawn from: open or mirror", default="open", metavar="NAME"
+    )
 
 
 def _seeds(text: str) -> list[int]:
@@ -103,7 +106,7 @@ def sheet(values: cli.Values) -> None:
     size = (values.height, values.width)
     rows = []
     for seed in tqdm(values.seeds, unit=" rows", file=sys.stderr, dynamic_ncols=True):
-        row, captions = sheet_row(seed, values.frames, size, values.fps)
+        row, captions = sheet_row(seed, values.frames, size, values.fps, values.world)
         rows.append(row)
         tqdm.write(f"{seed}: {captions}", file=sys.stdout)
     picture = Image.fromarray(np.concatenate(rows))
@@ -116,7 +119,9 @@ def sheet(values: cli.Values) -> None:
     print(f"{out}: {len(rows)} rows, {picture.width} x {picture.height} pixels")
 
 
-def sheet_row(seed: int, frames: int, size: tuple[int, int], fps: float) -> tuple[np.ndarray, str]:
+def sheet_row(
+    seed: int, frames: int, size: tuple[int, int], fps: float, world: str
+) -> tuple[np.ndarray, str]:
     """reference | garment | frames | other garment | the same frames, uint8 [h, w, 3]; and what
     the clip shows, in words.
     """
@@ -124,13 +129,13 @@ def sheet_row(seed: int, frames: int, size: tuple[int, int], fps: float) -> tupl
 
     from chameleon_jax import runway
 
-    triplet = runway.render_triplet(seed, frames, size, fps)
-    spec = runway.sample_spec(seed, frames=frames, size=size, fps=fps)
+    triplet = runway.render_triplet(seed, frames, size, fps, world)
+    spec = runway.sample_spec(seed, frames=frames, size=size, fps=fps, world=world)
     shown = np.linspace(0, frames - 1, SHOWN).round().astype(int)
     other = runway.render_clip(
         spec.with_garment(spec.reference_garment), only=shown.tolist()
     ).frames
-    picture = runway.garment_picture(spec.reference_garment, size)
+    picture = runway.garment_picture(spec.reference_garment, size, world=world)
     groups = [triplet.reference, triplet.garment, *triplet.video[shown], picture, *other]
     gap = np.full((size[0], GAP, 3), 255, np.uint8)
     columns = [part for group in groups for part in (group, gap)]
@@ -147,7 +152,7 @@ def bench(values: cli.Values) -> None:
 
     print(f"rendering in {values.workers} processes ...", file=sys.stderr, flush=True)
     size = (values.height, values.width)
-    clip = (values.frames, size, values.fps)
+    clip = (values.frames, size, values.fps, values.world)
     firsts = [1000 * worker for worker in range(values.workers)]
     pool = concurrent.futures.ProcessPoolExecutor(
         values.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_ctrl_c
@@ -182,14 +187,14 @@ def bench(values: cli.Values) -> None:
     print(json.dumps(result))
 
 
-def render_some(job: tuple[int, int, int, tuple[int, int], float]) -> float:
+def render_some(job: tuple[int, int, int, tuple[int, int], float, str]) -> float:
     """Render `count` triplets from seed `first` on; returns the processor time."""
     from chameleon_jax import runway
 
-    first, count, frames, size, fps = job
+    first, count, frames, size, fps, world = job
     start = time.process_time()
     for seed in range(first, first + count):
-        runway.render_triplet(seed, frames, size, fps)
+        runway.render_triplet(seed, frames, size, fps, world)
     return time.process_time() - start
 
 

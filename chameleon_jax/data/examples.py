@@ -67,11 +67,13 @@ class RunwayExamples:
       crf: quality of the stored clip; 12 keeps 41 dB on 128 x 80 pixels.
       match: regular expression; only clips with a caption in which it is found. Empty: all.
       slot: only clips whose garment is worn there: top, bottom, dress or outer. Empty: all.
-      render: called as render(seed, frames, size, fps); None is
+      world: what clips are drawn from, a name from `chameleon_jax.runway.worlds`.
+      render: called as render(seed, frames, size, fps, world); None is
         `chameleon_jax.runway.render_triplet`.
 
     Raises:
       ExampleError: a number, an expression or a slot that cannot be.
+      WorldError: there is no such world.
       VideoError: an impossible fps.
       MissingPackageError: PyAV is not installed, or numba, which the renderer needs.
     """
@@ -82,6 +84,7 @@ class RunwayExamples:
     crf: int = 12
     match: str = ""
     slot: str = ""
+    world: str = "open"
     render: Callable[..., Any] | None = None
 
     def __post_init__(self):
@@ -89,6 +92,9 @@ class RunwayExamples:
 
         if self.render is None:
             need("numba", "runway")
+            from chameleon_jax.runway.worlds import world_of
+
+            world_of(self.world)
         frame_rate(self.fps)
         if self.frames < 1 or min(self.size) < 1:
             raise ExampleError(
@@ -139,7 +145,7 @@ class RunwayExamples:
         """Whether the clip of a seed is one of those that `match` and `slot` ask for."""
         from chameleon_jax.runway import sample_spec
 
-        spec = sample_spec(seed, frames=self.frames, size=self.size, fps=self.fps)
+        spec = sample_spec(seed, frames=self.frames, size=self.size, fps=self.fps, world=self.world)
         chosen = captions.mentions(spec.captions(), captions.compile_match(self.match))
         return chosen and self.slot in ("", spec.slot)
 
@@ -147,7 +153,9 @@ class RunwayExamples:
         render = self.render or _renderer()
         for seed in keys:
             try:
-                triplet = render(seed, frames=self.frames, size=self.size, fps=self.fps)
+                triplet = render(
+                    seed, frames=self.frames, size=self.size, fps=self.fps, world=self.world
+                )
                 yield seed, self.record(seed, triplet)
             except Exception:
                 # One scene that cannot be drawn must not cost a night's run; the writer counts.
@@ -187,6 +195,8 @@ class RunwayExamples:
             recipe["match"] = self.match
         if self.slot:
             recipe["slot"] = self.slot
+        if self.world != "open":
+            recipe["world"] = self.world
         return recipe
 
     def digest(self, keys: Sequence[int]) -> str:

@@ -30,6 +30,7 @@ _FRAMING = {
 _COMES_CLOSER = ("walk", "walk_turn", "approach")
 _CAMERA = {
     "static": "The camera stands still.",
+    "fixed": "The camera stands still.",
     "dolly": "The camera moves slowly {dolly}.",
     "pan": "The camera drifts to the {side}.",
     "orbit": "The camera circles slowly to the {side}.",
@@ -47,6 +48,7 @@ _GESTURE = {
     "chest": ("brings one hand to {their} chest", "takes one hand from {their} chest"),
     "hair": ("touches {their} hair", "takes one hand from {their} hair"),
     "pockets": ("puts both hands to {their} pockets", "takes both hands from {their} pockets"),
+    "collar": ("puts one hand to {their} collar", "takes one hand from {their} collar"),
     "front": ("reaches forward with one arm", "lowers the arm that reached forward"),
 }
 _HEAD = {
@@ -54,6 +56,7 @@ _HEAD = {
     "nod": "nods",
     "look": "looks to {their} {side}",
     "glance_down": "glances down",
+    "smile": "smiles",
 }
 
 
@@ -68,6 +71,8 @@ _LOCOMOTION = {
     "sidestep": "steps to {their} {side}",
     "squat": "bends {their} knees and squats",
     "approach": "walks up to the camera and stops",
+    "shift": "shifts {their} weight to {their} {side}",
+    "half_turn": "turns a little to {their} {side}",
 }
 
 

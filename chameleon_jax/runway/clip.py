@@ -15,7 +15,6 @@ Legend: t frames, h w pixels, j joints.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from chameleon_jax.runway.figure import Figure, PersonSpec, ShoeSpec, sample_per
 from chameleon_jax.runway.garments import (
     SKIRTS,
     GarmentSpec,
+    belongs_to,
     describe,
     held_out,
     sample_garment,
@@ -36,12 +36,11 @@ from chameleon_jax.runway.garments import (
 from chameleon_jax.runway.hair import HairSpec
 from chameleon_jax.runway.motion import MotionSpec, sample_motion
 from chameleon_jax.runway.scene import CameraSpec, SceneSpec, sample_camera, sample_scene
+from chameleon_jax.runway.worlds import World, draw, world_of
 from chameleon_jax.splits import SPLITS, split_of
 
 VIDEO_SAMPLES, PICTURE_SAMPLES = 2, 3  # sub-samples per pixel and axis
 _HELD_OUT_TARGETS = 0.5  # share of validation clips whose garment was never seen in training
-# Relative frequency with which the garment of a slot becomes the one that the triplet is about.
-_TARGET_SHARES = {"dress": 1.0, "top": 0.7, "bottom": 0.3, "outer": 0.6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +55,7 @@ class ClipSpec:
       styling: how they are worn.
       slot: the slot whose garment the triplet is about.
       reference_garment: what the person wears in that slot in the reference picture.
+      world: name of the world that it was drawn from, see `worlds`.
     """
 
     seed: int
@@ -71,6 +71,7 @@ class ClipSpec:
     styling: Styling
     slot: str
     reference_garment: GarmentSpec
+    world: str = "open"
 
     def __repr__(self) -> str:
         return (
@@ -129,6 +130,7 @@ class ClipSpec:
             styling=Styling(**values["styling"]),
             slot=values["slot"],
             reference_garment=GarmentSpec.from_json(values["reference_garment"]),
+            world=values.get("world", "open"),
         )
 
 
@@ -206,6 +208,7 @@ def sample_spec(
     size: tuple[int, int] = (128, 80),
     fps: float = 16,
     split: str | None = None,
+    world: str = "open",
 ) -> ClipSpec:
     """Draw a clip.
 
@@ -213,10 +216,12 @@ def sample_spec(
       seed: decides everything but the arguments below.
       frames, size, fps: length, (height, width) in pixels, frames per second.
       split: draw the garments as this split does; None takes the seed's own.
+      world: name of the world to draw from, see `worlds`.
 
     Raises:
       ValueError: an argument is outside of its range.
     """
+    drawn_from = world_of(world)
     if split is None:
         split = split_of(seed)
     if split not in SPLITS:
@@ -227,7 +232,9 @@ def sample_spec(
             " in height and width, and fps above 0"
         )
     person = sample_person(_stream(seed, "person"))
-    outfit, styling, slot, reference = _sample_outfit(_stream(seed, "outfit"), person, split)
+    outfit, styling, slot, reference = _sample_outfit(
+        _stream(seed, "outfit"), person, split, drawn_from
+    )
     return ClipSpec(
         seed=seed,
         split=split,
@@ -235,13 +242,14 @@ def sample_spec(
         size=(int(size[0]), int(size[1])),
         fps=fps,
         person=person,
-        motion=sample_motion(_stream(seed, "motion")),
-        scene=sample_scene(_stream(seed, "scene")),
-        camera=sample_camera(_stream(seed, "camera")),
+        motion=sample_motion(_stream(seed, "motion"), drawn_from),
+        scene=sample_scene(_stream(seed, "scene"), drawn_from),
+        camera=sample_camera(_stream(seed, "camera"), drawn_from),
         outfit=outfit,
         styling=styling,
         slot=slot,
         reference_garment=reference,
+        world=world,
     )
 
 
@@ -268,22 +276,26 @@ def render_clip(
 
 
 def render_triplet(
-    seed: int, frames: int = 81, size: tuple[int, int] = (128, 80), fps: float = 16
+    seed: int,
+    frames: int = 81,
+    size: tuple[int, int] = (128, 80),
+    fps: float = 16,
+    world: str = "open",
 ) -> Triplet:
     """Render the triplet of a seed: a clip, its person in another garment, its garment alone.
 
     Args:
-      seed, frames, size, fps: see `sample_spec`.
+      seed, frames, size, fps, world: see `sample_spec`.
 
     Raises:
       ValueError: see `sample_spec`.
     """
-    spec = sample_spec(seed, frames=frames, size=size, fps=fps)
+    spec = sample_spec(seed, frames=frames, size=size, fps=fps, world=world)
     clip_renderer = ClipRenderer(spec)
     return Triplet(
         video=clip_renderer.clip(spec, range(spec.frames), samples=VIDEO_SAMPLES).frames,
         reference=clip_renderer.reference(spec),
-        garment=renderer.garment_picture(spec.garment, spec.size, PICTURE_SAMPLES),
+        garment=renderer.garment_picture(spec.garment, spec.size, PICTURE_SAMPLES, world),
         captions=spec.captions(),
         spec=spec.to_json(),
     )
@@ -363,7 +375,7 @@ def _stream(seed: int, purpose: str) -> np.random.Generator:
 
 
 def _sample_outfit(
-    rng: np.random.Generator, person: PersonSpec, split: str
+    rng: np.random.Generator, person: PersonSpec, split: str, world: World
 ) -> tuple[dict[str, GarmentSpec], Styling, str, GarmentSpec]:
     """Draw garments by slot and how they are worn.
 
@@ -372,36 +384,42 @@ def _sample_outfit(
       the reference picture in that slot.
     """
     skirts = 0.15 + 1.7 * person.phenotype["gender"] if person.feminine else 0.05
-    in_dress = bool(rng.random() < 0.30) and person.feminine
-    layered = bool(rng.random() < 0.12) and not in_dress
+    in_dress = bool(rng.random() < world.dresses) and person.feminine
+    layered = bool(rng.random() < world.layers) and not in_dress
     slots = ["dress"] if in_dress else ["top", "bottom"]
     if layered:
         slots.append("outer")
-    shares = np.array([_TARGET_SHARES[slot] for slot in slots])
-    slot = str(rng.choice(slots, p=shares / shares.sum()))
+    slot = draw(rng, {name: world.targets[name] for name in slots if name in world.targets})
     target_held_out = split == "validation" and bool(rng.random() < _HELD_OUT_TARGETS)
 
-    draw: Callable[..., GarmentSpec] = functools.partial(sample_garment, rng, skirts=skirts)
-    outfit = {name: draw(name, accept=_seen_in_training) for name in slots}
+    def draw_garment(name: str, accept: Callable[[GarmentSpec], bool]) -> GarmentSpec:
+        def fits(garment: GarmentSpec) -> bool:
+            return belongs_to(garment, world) and accept(garment)
+
+        return sample_garment(rng, name, skirts, fits)
+
+    outfit = {name: draw_garment(name, _seen_in_training) for name in slots}
     if target_held_out:
-        outfit[slot] = draw(slot, accept=held_out)
+        outfit[slot] = draw_garment(slot, held_out)
     if not in_dress and slot != "bottom":
-        outfit["bottom"] = _matching_bottom(outfit["top"], outfit["bottom"], draw)
+        outfit["bottom"] = _matching_bottom(outfit["top"], outfit["bottom"], draw_garment)
     target = outfit[slot]
 
     def fits_reference(garment: GarmentSpec) -> bool:
         return _seen_in_training(garment) and _look_different(garment, target)
 
-    reference = draw(slot, accept=fits_reference)
+    reference = draw_garment(slot, fits_reference)
     if in_dress:
         return outfit, Styling(), slot, reference
-    share_tucked = 0.85 if outfit["bottom"].type in SKIRTS else 0.2
+    share_tucked = 0.85 if outfit["bottom"].type in SKIRTS else world.tucked
     styling = Styling(tucked=bool(rng.random() < share_tucked), layered=layered)
     return outfit, styling, slot, reference
 
 
 def _matching_bottom(
-    top: GarmentSpec, bottom: GarmentSpec, draw: Callable[..., GarmentSpec]
+    top: GarmentSpec,
+    bottom: GarmentSpec,
+    draw_garment: Callable[[str, Callable[[GarmentSpec], bool]], GarmentSpec],
 ) -> GarmentSpec:
     """A bottom that is easy to distinguish from the top; drawn again if the given one is not.
 
@@ -412,7 +430,7 @@ def _matching_bottom(
         one_is_plain = "plain" in (garment.pattern, top.pattern)
         return _seen_in_training(garment) and one_is_plain and garment.colours[0] != top.colours[0]
 
-    return bottom if fits(bottom) else draw("bottom", accept=fits)
+    return bottom if fits(bottom) else draw_garment("bottom", fits)
 
 
 def _seen_in_training(garment: GarmentSpec) -> bool:

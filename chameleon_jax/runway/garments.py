@@ -15,6 +15,7 @@ import numpy as np
 
 from chameleon_jax.runway import patterns, prints
 from chameleon_jax.runway.colours import GARMENT_COLOURS, luma
+from chameleon_jax.runway.worlds import World
 
 SLOTS = ("top", "bottom", "dress", "outer")
 HELD_OUT_SHARE = 0.05
@@ -184,6 +185,17 @@ class GarmentSpec:
         fields = dict(values)
         fields["colours"] = tuple(fields["colours"])
         return cls(**fields)
+
+
+def belongs_to(garment: GarmentSpec, world: World) -> bool:
+    """Whether a world has garments of this type and pattern."""
+    types, known = world.types.get(garment.slot), world.patterns.get(garment.slot)
+    fine = garment.pattern != "plain" and garment.period < world.least_period
+    return (
+        (types is None or garment.type in types)
+        and (known is None or garment.pattern in known)
+        and not fine
+    )
 
 
 def held_out(garment: GarmentSpec) -> bool:

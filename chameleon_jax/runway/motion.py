@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
 from chameleon_jax.runway.body import Person, Pose
+from chameleon_jax.runway.worlds import World, draw
 
 # Key poses of an arm: abduction, forward flexion, humeral twist, elbow, pronation; wrist flexion,
 # deviation.
@@ -29,38 +30,43 @@ ARM_POSES = {
     "hair": (0.90, 1.50, 0.15, 2.25, 0.30, 0.2, 0.0),
     "pocket": (0.32, -0.12, 0.45, 0.65, 0.50, 0.0, 0.0),
     "open": (0.55, 0.35, -0.20, 0.90, -0.70, 0.0, 0.0),
+    "collar": (0.35, 0.80, 1.05, 2.30, 0.60, 0.1, 0.0),
     "belly": (0.22, 0.20, 0.90, 1.45, 0.60, 0.0, 0.0),
 }
-# Gesture: key poses of the leading and of the other arm, share among clips.
+# Gesture: key poses of the leading and of the other arm.
 GESTURES = {
-    "none": ("relax", "relax", 0.12),
-    "hip": ("hip", "relax", 0.11),
-    "hips": ("hip", "hip", 0.11),
-    "wave": ("wave", "relax", 0.11),
-    "up": ("up", "up", 0.08),
-    "side": ("side", "side", 0.08),
-    "open": ("open", "open", 0.10),
-    "chest": ("chest", "relax", 0.07),
-    "hair": ("hair", "relax", 0.08),
-    "pockets": ("pocket", "pocket", 0.08),
-    "front": ("front", "belly", 0.06),
+    "none": ("relax", "relax"),
+    "hip": ("hip", "relax"),
+    "hips": ("hip", "hip"),
+    "wave": ("wave", "relax"),
+    "up": ("up", "up"),
+    "side": ("side", "side"),
+    "open": ("open", "open"),
+    "chest": ("chest", "relax"),
+    "hair": ("hair", "relax"),
+    "pockets": ("pocket", "pocket"),
+    "front": ("front", "belly"),
+    "collar": ("collar", "relax"),
 }
-LOCOMOTION = {
-    "stand": 0.10,
-    "sway": 0.10,
-    "walk": 0.16,
-    "walk_turn": 0.12,
-    "turn": 0.13,
-    "spin": 0.12,
-    "sidestep": 0.09,
-    "squat": 0.07,
-    "approach": 0.11,
-}
-HEADS = ("none", "tilt", "nod", "look", "glance_down")
+LOCOMOTION = (
+    "stand",
+    "sway",
+    "walk",
+    "walk_turn",
+    "turn",
+    "spin",
+    "sidestep",
+    "squat",
+    "approach",
+    "shift",
+    "half_turn",
+)
+HEADS = ("none", "tilt", "nod", "look", "glance_down", "smile")
 
 # Seconds of the path before and after the clip, so that a foot may be in the middle of a step when
 # the clip starts or ends.
 _MARGIN = 0.75
+HALF_TURN = 0.27  # of a turn: 12 to 24 degrees
 _FINE = 4  # planner samples per frame
 _TOE_OFF, _HEEL_STRIKE = 0.75, -0.30  # pitch of the foot when it leaves the ground and lands
 
@@ -71,7 +77,7 @@ class MotionSpec:
 
     Attributes:
       locomotion, gesture, head: names from `LOCOMOTION`, `GESTURES`, `HEADS`.
-      side: +1 if turns, steps and looks go to the person's left, -1 to the right.
+      side: +1 if turns, steps, shifts and looks go to the person's left, -1 to the right.
       lead: which arm leads, 0 left, 1 right.
       start, move, hold: seconds until the gesture starts, to reach it, and to hold it.
       posed: the clip begins in the gesture, which ends at `start`.
@@ -121,13 +127,13 @@ class Motion:
         return Pose(**{name: getattr(self, name)[frame] for name in names})
 
 
-def sample_motion(rng: np.random.Generator) -> MotionSpec:
-    """Draw a motion."""
-    gesture = str(rng.choice(list(GESTURES), p=_shares(share for _, _, share in GESTURES.values())))
+def sample_motion(rng: np.random.Generator, world: World) -> MotionSpec:
+    """Draw a motion of a world."""
+    gesture = draw(rng, world.gestures)
     return MotionSpec(
-        locomotion=str(rng.choice(list(LOCOMOTION), p=_shares(LOCOMOTION.values()))),
+        locomotion=draw(rng, world.locomotion),
         gesture=gesture,
-        head=str(rng.choice(HEADS)),
+        head=str(rng.choice(world.heads)),
         side=int(rng.choice([-1, 1])),
         lead=int(rng.integers(2)),
         start=round(float(rng.uniform(0.3, 1.5)), 3),
@@ -193,7 +199,7 @@ def animate(spec: MotionSpec, person: Person, frames: int, fps: float) -> Motion
         arms=arms,
         wrists=wrists,
         feet=feet,
-        expression=_face(rng, time),
+        expression=_face(spec, rng, time),
         path=np.stack([x, z, yaw], 1),
         fps=fps,
     )
@@ -203,12 +209,6 @@ def smootherstep(x: np.ndarray | float) -> np.ndarray:
     """Quintic ease from 0 to 1: position, speed and acceleration are continuous."""
     x = np.clip(x, 0, 1)
     return x * x * x * (x * (6 * x - 15) + 10)
-
-
-def _shares(weights: Iterable[float]) -> np.ndarray:
-    """Weights scaled so that their sum is one."""
-    weights = np.array(list(weights))
-    return weights / weights.sum()
 
 
 def _blur(values: np.ndarray, seconds: float, rate: float) -> np.ndarray:
@@ -251,6 +251,14 @@ def _path(
             yaw = angle * (there - returns * back)
         elif kind == "spin":
             yaw = spec.side * 2 * np.pi * smootherstep((t - 0.3) / max(whole - 0.6, 3.2))
+        elif kind == "half_turn":
+            there = smootherstep((t - 0.3) / 1.5)
+            back = smootherstep((t - max(0.55 * whole, 1.9)) / 1.5)
+            yaw = HALF_TURN * angle * (there - returns * back)
+        elif kind == "shift":
+            there = smootherstep((t - 0.3) / 1.2)
+            back = smootherstep((t - max(0.55 * whole, 1.7)) / 1.2)
+            x = spec.side * 0.055 * (there - returns * back)
         elif kind == "sidestep":
             there = smootherstep((t - 0.3) / 1.4)
             back = smootherstep((t - max(0.55 * whole, 1.7)) / 1.4)
@@ -388,7 +396,7 @@ def _arm_motion(
     up = smootherstep((time - spec.start) / spec.move)
     down = smootherstep((time - spec.start - spec.move - spec.hold) / spec.move)
     engaged = 1 - up if spec.posed else up * (1 - down)
-    leading, other, _ = GESTURES[spec.gesture]
+    leading, other = GESTURES[spec.gesture]
     for side in (0, 1):
         name = leading if side == spec.lead else other
         share = np.zeros(len(time)) if name == "relax" else engaged
@@ -406,14 +414,16 @@ def _arm_motion(
     return arms, wrists
 
 
-def _face(rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
-    """Expression weights [t, 6]: a smile that changes once, and a few blinks."""
+def _face(spec: MotionSpec, rng: np.random.Generator, time: np.ndarray) -> np.ndarray:
+    """Expression weights [t, 6]: a smile that changes once or is put on, and a few blinks."""
     blinks = rng.uniform(0.5, 3.0, 3).cumsum()
     smile = rng.uniform(0, 0.55)
     later = smile * rng.uniform(0, 1)
     wide = rng.uniform(0, 0.35)
     change = rng.uniform(0.5, 3.5)
     blink = np.exp(-(((time[:, None] - blinks) / 0.07) ** 2)).max(1)
+    if spec.head == "smile":
+        smile, later, change = 0.3 * smile, 0.95, spec.start
     smiling = smile + (later - smile) * smootherstep((time - change) / 0.8)
     brows, jaw, squint = 0.12 + 0.1 * smiling, np.zeros_like(time), 0.5 * smiling
     return np.stack([smiling, blink, brows, jaw, squint, wide * (1 - blink)], 1)

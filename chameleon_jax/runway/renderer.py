@@ -19,6 +19,7 @@ from chameleon_jax.runway.garments import GarmentSpec
 from chameleon_jax.runway.motion import Motion
 from chameleon_jax.runway.scene import Camera
 from chameleon_jax.runway.shading import shade_surfaces
+from chameleon_jax.runway.worlds import World, world_of
 
 SHADOW_EDGE = 256
 _SHADOW_SPAN = 2.7  # metres that the shadow map covers, for a person of 1.72 m
@@ -288,7 +289,9 @@ def cloth_swing(motion: Motion) -> np.ndarray:
     return np.clip(out, -0.35, 0.35)
 
 
-def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 3) -> np.ndarray:
+def garment_picture(
+    garment: GarmentSpec, size: tuple[int, int], samples: int = 3, world: str = "open"
+) -> np.ndarray:
     """The garment alone, worn by nobody, on white: uint8 [h, w, 3].
 
     It is cut for the mean body, so it does not depend on the person, the pose or the light of a
@@ -298,21 +301,32 @@ def garment_picture(garment: GarmentSpec, size: tuple[int, int], samples: int = 
       garment: what to draw.
       size: height and width in pixels.
       samples: sub-samples per pixel and axis.
+      world: says at which scale, see `worlds`.
     """
     model = _mean_figure().dress({garment.slot: garment}, Styling())
     renderer = Renderer(model, size, samples)
-    joints = renderer.pose(body.resting_pose(foot_gap=0.13, arms_out=0.38), np.zeros(3))
+    worn = world_of(world).worn_scale
+    arms_out = 0.20 if worn else 0.38  # at the scale of a clip, stretched sleeves have no room
+    joints = renderer.pose(body.resting_pose(foot_gap=0.13, arms_out=arms_out), np.zeros(3))
     seen = np.unique(model.triangles)
     points = renderer.points[seen[model.keep[seen] >= 0]]
     low, high = points.min(0), points.max(0)
     height, width = size
     extent = high - low
     span = _PICTURE_MARGIN * max(extent[1], extent[0] * height / width)
+    if worn:
+        span = max(span, worn_span(world_of(world), size))
     centre, distance = 0.5 * (low + high).astype(np.float64), 6.0
     eye = centre + np.array([0, 0, distance])
     camera = scene.look_at(eye, centre, height * distance / span, size)
     setting = Setting(scene.picture_light(), scene.blank_backdrop())
     return renderer.draw(camera, setting, joints).image
+
+
+def worn_span(world: World, size: tuple[int, int]) -> float:
+    """Height in metres of what a camera of a world sees, for a person of 1.72 m."""
+    spans = [high - low for low, high in (scene.FRAMINGS[name] for name in world.framings)]
+    return max(*spans, world.room * size[0] / size[1])
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from chameleon_jax.runway import backdrop, colours, looks
 from chameleon_jax.runway.body import Person
 from chameleon_jax.runway.drape import SOLE
 from chameleon_jax.runway.motion import Motion, MotionSpec
+from chameleon_jax.runway.worlds import World, draw
 
 PLACES = ("studio", "room", "street", "park")
 # Lowest and highest point in the picture, metres for a person of 1.72 m.
@@ -22,7 +23,7 @@ FRAMINGS = {
     "knee": (0.44, 1.82),
     "thigh": (0.70, 1.82),
 }
-MOVES = ("static", "dolly", "pan", "orbit", "handheld")
+MOVES = ("static", "dolly", "pan", "orbit", "handheld", "fixed")
 DISTANCE = 3.6  # of the camera, metres for a person of 1.72 m
 _USUAL_HAIR = 0.03  # thickness that the framings have room for
 # Width of the picture that the arms of a gesture need, metres for a person of 1.72 m.
@@ -82,15 +83,18 @@ class CameraSpec:
     """A camera and its movement.
 
     Attributes:
-      framing, move: names from `FRAMINGS` and `MOVES`.
+      framing, move: names from `FRAMINGS` and `MOVES`. A static camera keeps the body in the
+        middle, a fixed one does not move at all.
       amounts: offset of the camera (x, y), amount of the movement, and three phases, in [-1, 1].
       follow: how much it follows a walk, 0 to 1.
+      room: least width of the picture in metres, for a person of 1.72 m; 0: what the arms need.
     """
 
     framing: str
     move: str
     amounts: tuple[float, float, float, float, float, float]
     follow: float
+    room: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -117,9 +121,9 @@ class Camera:
         return k @ np.concatenate([self.rotation, -self.rotation @ self.eye[:, None]], 1)
 
 
-def sample_scene(rng: np.random.Generator) -> SceneSpec:
-    """Draw a place and its light."""
-    place = str(rng.choice(PLACES, p=[0.4, 0.28, 0.2, 0.12]))
+def sample_scene(rng: np.random.Generator, world: World) -> SceneSpec:
+    """Draw a place of a world, and its light."""
+    place = draw(rng, world.places)
     if place == "street":
         walls = _STONES
     elif place == "park":
@@ -139,13 +143,14 @@ def sample_scene(rng: np.random.Generator) -> SceneSpec:
     )
 
 
-def sample_camera(rng: np.random.Generator) -> CameraSpec:
-    """Draw a camera."""
+def sample_camera(rng: np.random.Generator, world: World) -> CameraSpec:
+    """Draw a camera of a world."""
     return CameraSpec(
-        framing=str(rng.choice(list(FRAMINGS), p=[0.45, 0.35, 0.2])),
-        move=str(rng.choice(MOVES, p=[0.4, 0.2, 0.12, 0.14, 0.14])),
+        framing=draw(rng, world.framings),
+        move=draw(rng, world.moves),
         amounts=tuple(round(float(x), 4) for x in rng.uniform(-1, 1, 6)),
-        follow=float(rng.choice([0.0, 0.6, 0.8, 1.0])),
+        follow=float(rng.choice(world.follows)),
+        room=world.room,
     )
 
 
@@ -280,7 +285,7 @@ def make_cameras(
     low, high = (edge * unit for edge in FRAMINGS[spec.framing])
     high += max(0.0, hair - _USUAL_HAIR) * unit
     span, middle = high - low, 0.5 * (low + high)
-    room = _ROOM_FOR_ARMS.get(action.gesture, _LEAST_ROOM) * unit
+    room = (spec.room or _ROOM_FOR_ARMS.get(action.gesture, _LEAST_ROOM)) * unit
     if span * width / height < room:
         wider = room * height / width
         middle = high - 0.5 * wider
@@ -290,10 +295,11 @@ def make_cameras(
     distance = DISTANCE * unit
     focal = height * distance / span
     nearest = float(z.max())
-    beside = 0.9 * _blur(x, 0.56, motion.fps)
+    moves = spec.move != "fixed"
+    beside = moves * 0.9 * _blur(x, 0.56, motion.fps)
     along = nearest + spec.follow * (_mean(z, 2.0, motion.fps) - nearest)
     share = np.linspace(-1, 1, len(motion)) if len(motion) > 1 else np.zeros(1)
-    a = spec.amounts
+    a = spec.amounts if moves else (0.0,) * len(spec.amounts)
     cameras = []
     for frame, u in enumerate(share):
         target = np.array([beside[frame], middle, along[frame]])

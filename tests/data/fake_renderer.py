@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 
 
-def render(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleNamespace:
+def render(
+    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+) -> SimpleNamespace:
     """A triplet whose colours follow from the seed."""
     height, width = size
     video = np.full((frames, height, width, 3), 200, np.uint8)
@@ -29,19 +31,25 @@ def render(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleN
     )
 
 
-def slow(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleNamespace:
+def slow(
+    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+) -> SimpleNamespace:
     """Like `render`, but slow enough to be killed on the way."""
     time.sleep(0.1)
     return render(seed, frames, size, fps)
 
 
-def broken(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleNamespace:
+def broken(
+    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+) -> SimpleNamespace:
     """Like `render`, but every fourth seed fails."""
     if seed % 4 == 1:
         raise ArithmeticError("no such person")
     return render(seed, frames, size, fps)
 
 
-def deadly(seed: int, frames: int, size: tuple[int, int], fps: float) -> SimpleNamespace:
+def deadly(
+    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+) -> SimpleNamespace:
     """Ends its process, as a lack of memory would."""
     os._exit(7)

@@ -60,6 +60,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
             ["runway", "--out", "OUT", "--slot", "hat"],
             "slot 'hat'; expected one of top, bottom, dress, outer",
         ),
+        (
+            ["runway", "--out", "OUT", "--world", "moon"],
+            "world is 'moon'; expected one of open, mirror",
+        ),
         (["latents", "--out", "OUT"], "required: --data, --weights"),
         (["text", "--out", "OUT"], "required: --data, --weights, --tokenizer"),
         (["text", "--out", "OUT", "--dtype", "int8"], "--dtype: 'int8': expected"),
@@ -76,22 +80,29 @@ def test_wrong_use_is_one_line_and_exit_code_two(tmp_path, capsys, arguments, ex
     assert not (tmp_path / "out").exists()
 
 
-def test_runway_command_renders_the_split_of_its_seeds(tmp_path):
+@pytest.mark.parametrize("world", ["open", "mirror"])
+def test_runway_command_renders_the_split_of_its_seeds(tmp_path, world):
     out = str(tmp_path / "clips")
-    small = ["--frames", "5", "--size", "64x40", "--fps", "8"]
+    small = ["--frames", "5", "--size", "64x40", "--fps", "8", "--world", world]
     done = run(
         "runway", "--out", out, "--clips", "2", "--seed_start", "800000", "--workers", "0", *small
     )
     assert done.returncode == 0, done.stderr
     assert "2 clips in split validation" in done.stderr and "2/2 records" in done.stderr
     source = sources.RecordSource(out, "validation")
-    triplet = render_triplet(800_001, frames=5, size=(64, 40), fps=8)
+    triplet = render_triplet(800_001, frames=5, size=(64, 40), fps=8, world=world)
     sample = source.load(1, 5, (64, 40))
     assert sample["seed"] == 800_001 and sample["fps"] == 8
     np.testing.assert_array_equal(sample["reference"], triplet.reference)
     np.testing.assert_array_equal(sample["garment"], triplet.garment)
     assert np.abs(sample["video"].astype(int) - triplet.video).mean() < 3
     assert sample["captions"]["dynamic"] == triplet.captions["dynamic"]
+    # A set of one world is not continued with another.
+    small[-1] = "open" if world == "mirror" else "mirror"
+    other = run(
+        "runway", "--out", out, "--clips", "2", "--seed_start", "800000", "--workers", "0", *small
+    )
+    assert other.returncode == 2 and "world" in other.stderr
 
 
 def test_latents_command_encodes_with_the_vae_of_the_config(tmp_path, monkeypatch):
