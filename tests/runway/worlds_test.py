@@ -114,7 +114,7 @@ def test_the_garment_fills_much_of_the_picture_at_the_scale_of_its_own_picture()
         assert alone[[0, -1]].sum() == alone[:, [0, -1]].sum() == 0  # nothing is cut off
     assert 0.2 < np.mean(shares) < 0.4
     assert 0.85 < np.mean(ratios) < 1.05
-    assert np.mean(fitted) > 1.1
+    assert max(fitted) > 1.4  # narrow ones are shown larger where they fill the picture
 
 
 def test_the_new_motions_do_what_they_are_called():
