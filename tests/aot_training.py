@@ -1,6 +1,7 @@
 """Compile a training step of the published size for a slice of TPUs, and print its memory as JSON.
 
     python tests/aot_training.py v5p:4x4x4 teacher_forcing
+    python tests/aot_training.py v6e:8x8 consistency:wan22_5b
     python tests/aot_training.py v6e:8x8 dmd --step critic --set mesh.seq=2 --set train.remat=full
 
 The chips need not be in this machine; needs pip install 'jax[tpu]'. Latents and text states come
@@ -50,12 +51,15 @@ class StoredTexts:
 
 
 def build(stage: str, changes: list[str]) -> tuple[Any, Any]:
-    """The config `paper` of a stage, and the stage, without any file."""
+    """The config of a stage, `paper` unless a variant is named, and the stage, without any file."""
+    stage, _, variant = stage.partition(":")
     common.Texts, common.check_stored_text = StoredTexts, lambda config: None
     names = ["vae", "text", *(("score", "reward") if stage == "dmd" else ())]
     given = ["workdir=x", "data.dir=y", "data.text=z", "init_from=w"]
     given += [f"weights.{name}=w" for name in names]
-    config = load_config(f"configs/{stage}.py", [*given, "train.scan_layers=true", *changes])
+    config = load_config(
+        f"configs/{stage}.py:{variant or 'paper'}", [*given, "train.scan_layers=true", *changes]
+    )
     with config.unlocked():
         config.model.dit.attention = "splash"
     return config, make_stage(config)
@@ -82,7 +86,7 @@ def batch_of(config: Any, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("topology", help="e.g. v5p:4x4x4, v6e:8x8")
-    parser.add_argument("stage", help="teacher, teacher_forcing, consistency, dmd")
+    parser.add_argument("stage", help="teacher, teacher_forcing, consistency:VARIANT, dmd")
     parser.add_argument("--step", default="", help="of several, e.g. both or critic")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the config")
     args = parser.parse_args()

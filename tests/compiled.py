@@ -1,4 +1,4 @@
-"""Compiling in tests: once for equal programs, and in haste where speed does not matter."""
+"""Compiling in tests: once for equal programs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import os
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-
-# Options for `jit` and `compile`: half of the time. The plan of the memory stays the same, as it is
-# made before these parts of the compiler.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="package", autouse=True)

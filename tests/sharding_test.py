@@ -146,7 +146,6 @@ from chameleon_jax import sharding
 from chameleon_jax.attention.policies import Ring
 from chameleon_jax.models import dit as networks
 from tests import tiny_dit
-from tests.compiled import QUICKLY
 
 jax.config.update("jax_default_matmul_precision", "highest")
 policy = Ring(frames=8, positions="relative")
@@ -172,7 +171,7 @@ def differentiate(forward, mesh):
     everywhere = sharding.replicated(mesh)
     with sharding.activations_over(mesh):
         step = jax.jit(jax.value_and_grad(loss), in_shardings=everywhere)
-        compiled = step.lower(state).compile(QUICKLY)
+        compiled = step.lower(state).compile()
     return compiled(jax.device_put(state, everywhere)), compiled.as_text()
 
 for name, forward in forwards.items():

@@ -27,7 +27,6 @@ from chameleon_jax.weights.params import flat_params, param_count, param_shapes,
 from converters.dit import DIFFUSERS_RULES, expected_shapes
 from converters.rules import convert
 from tests import tiny_dit, tiny_wan
-from tests.compiled import QUICKLY
 from tests.dense_masks import teacher_forcing_table
 from tests.tiny_dit import CONFIG, TOKENS, latents, prompt
 
@@ -218,7 +217,7 @@ def test_scan_and_remat_change_nothing(forward):
         # the ways really differ: a loop for scan, a barrier against reuse for remat
         assert ("stablehlo.while" in lowered.as_text()) == way["scan_layers"]
         assert ("optimization_barrier" in lowered.as_text()) == (way["remat"] != "none")
-        results[str(way)] = jax.tree.leaves(lowered.compile(QUICKLY)(states, prompt()))
+        results[str(way)] = jax.tree.leaves(lowered.compile()(states, prompt()))
     plain = results.pop(str(ways[0]))
     for leaves in results.values():
         for ours, expected in zip(leaves, plain, strict=True):

@@ -14,7 +14,6 @@ from chameleon_jax.keys import loss_key, training_key
 from chameleon_jax.models.dit import teacher_forcing_forward
 from chameleon_jax.training.stages import common, consistency
 from chameleon_jax.training.stages.teacher_forcing import read_policy
-from tests.compiled import QUICKLY
 from tests.training.dmd_test import changed, random_batch, random_params, tokenizer  # noqa: F401
 
 
@@ -32,7 +31,7 @@ def test_the_loss_by_hand_and_what_a_step_changes(tokenizer):  # noqa: F811
     params, frozen = random_params(stage.trained, 0), random_params(stage.frozen, 100)
     batch = random_batch(config)
     state = stage.init(params)
-    step = jax.jit(stage.steps["consistency"], compiler_options=QUICKLY)
+    step = jax.jit(stage.steps["consistency"])
     after, metrics = step(state, frozen, batch)
     assert changed(state.params, after.params) and changed(state.ema, after.ema)
 
@@ -52,7 +51,6 @@ def test_the_loss_by_hand_and_what_a_step_changes(tokenizer):  # noqa: F811
             lambda x, t: teacher_forcing_forward(
                 dit, z_context, z, x, t, dit.text_kv(states), policy=read_policy(config)
             ),
-            compiler_options=QUICKLY,
         )
         return forward(x, 1000 * jnp.asarray(sigma))
 

@@ -13,7 +13,6 @@ from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.training import flops
 from chameleon_jax.training.stages import dmd, dmd_setup, rollouts
 from chameleon_jax.training.stages.dmd_setup import Kind
-from tests.compiled import QUICKLY
 
 PLAIN, LONG, SWITCHED = Kind(0, 0), Kind(1, 0), Kind(1, 1)
 TEXTS = [f"A person in garment {i}. Walks {i} steps." for i in range(20)]
@@ -79,7 +78,7 @@ def taken(config, name: str, poisoned: str = ""):
     if poisoned:
         frozen[poisoned] = jax.tree.map(lambda p: p * jnp.nan, frozen[poisoned])
     state = stage.init(trained)
-    step = jax.jit(stage.steps[name], compiler_options=QUICKLY)
+    step = jax.jit(stage.steps[name])
     after, metrics = step(state, frozen, random_batch(config))
     return stage, frozen, state, after, metrics
 
@@ -152,7 +151,7 @@ def test_a_student_that_the_critic_cannot_tell_from_the_teacher_stays(plain):
         return parts.generator_loss(PLAIN, {"generator": student}, fixed, batch, jax.random.key(3))
 
     try:
-        differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICKLY)
+        differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (value, metrics), grads = differentiate(equal["generator"])
     finally:
         parts.negative = guided
@@ -163,7 +162,7 @@ def test_a_student_that_the_critic_cannot_tell_from_the_teacher_stays(plain):
 def test_after_a_switch_the_reference_is_the_last_frame_in_another_garment(plain):
     parts, params, batch = plain
     vae = parts.nets.bind("vae", params)
-    made = jax.jit(functools.partial(parts.make, kind=SWITCHED), compiler_options=QUICKLY)(
+    made = jax.jit(functools.partial(parts.make, kind=SWITCHED))(
         params=params, batch=batch, key=jax.random.key(4)
     )
     np.testing.assert_array_equal(made.z_context[:, 1], batch["z_garment"][::-1, 0])
@@ -173,7 +172,6 @@ def test_after_a_switch_the_reference_is_the_last_frame_in_another_garment(plain
     exits = rollouts.last_exits(parts.sampler, 1)
     first = jax.jit(
         lambda: parts._roll_out(params, context, made.text_kv, key, exits),
-        compiler_options=QUICKLY,
     )()
     expected = rollouts.last_frame(vae, first.z)
     np.testing.assert_allclose(made.z_context[:, :1], expected, atol=1e-4)
@@ -184,7 +182,7 @@ def test_after_a_switch_the_reference_is_the_last_frame_in_another_garment(plain
 def test_the_middle_of_a_stream_becomes_a_clip(plain):
     """Its first latent is of one picture, the last one shown by then, and has no gradient."""
     parts, params, batch = plain
-    made = jax.jit(functools.partial(parts.make, kind=LONG), compiler_options=QUICKLY)(
+    made = jax.jit(functools.partial(parts.make, kind=LONG))(
         params=params, batch=batch, key=jax.random.key(5)
     )
     assert made.rollout.z.shape[1] == 9
@@ -232,7 +230,7 @@ def test_heads_on_the_critic(tokenizer):
     params = random_params({**parts.nets.trained, **parts.nets.frozen}, 0)
     batch, key = random_batch(config), jax.random.key(6)
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def lengths():
         made = parts.make(params, PLAIN, batch, key)
         clip, _ = parts.clip_of(params, made, made.rollout.z)

@@ -26,8 +26,6 @@ from chameleon_jax.training.networks import build_network
 from chameleon_jax.weights.params import save_params
 
 ROOT = Path(__file__).parents[2]
-# Programs run for milliseconds here: those that are not optimised compile several times as fast.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def inputs(tmp_path_factory) -> list[str]:
 def start(overrides, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "launch.train", "--config=configs/teacher_forcing.py:smoke"]
     command += [f"--config.{override}" for override in overrides]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [*command, *flags], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True

@@ -12,7 +12,6 @@ import pytest
 from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.training.stages import recycling, teacher_forcing
 from chameleon_jax.training.stages.recycling import Recycling
-from tests.compiled import QUICKLY
 from tests.training.dmd_test import changed, random_batch, random_params
 
 ALL = Recycling(clips=1.0, chunks=1.0, levels=4, size=2, warmup=0)
@@ -74,8 +73,8 @@ def test_a_stage_keeps_its_errors_and_uses_them():
     plain = teacher_forcing.make_stage(settings())
     params, frozen = random_params(stage.trained, 0), random_params(stage.frozen, 100)
     batch = random_batch(config)
-    step = jax.jit(stage.steps["teacher_forcing"], compiler_options=QUICKLY)
-    without = jax.jit(plain.steps["teacher_forcing"], compiler_options=QUICKLY)
+    step = jax.jit(stage.steps["teacher_forcing"])
+    without = jax.jit(plain.steps["teacher_forcing"])
     state, usual = stage.init(params), plain.init(params)
     assert state["bank"].shape == (1, config.recycling.size, 3, 2, 2, 4)
     for number in range(2):

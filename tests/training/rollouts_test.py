@@ -16,7 +16,6 @@ from chameleon_jax.diffusion import flow, rollout
 from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.training.stages import rollouts
 from tests import tiny_dit
-from tests.compiled import QUICKLY
 from tests.tiny_dit import LATENT, latents, prompt
 
 FEW = make_sampler("few_step", timesteps=(1000, 750, 500), round_timesteps=False)
@@ -52,7 +51,7 @@ def roll_out(policy, exits, *, sampler=FEW, residual=0.0, batch=2, scan_layers=F
 
     if isinstance(exits, list):
         exits = rollouts.Exits(jnp.asarray(exits, jnp.int32), mean=1.0)
-    return jax.jit(make, compiler_options=QUICKLY)(exits)
+    return jax.jit(make)(exits)
 
 
 @pytest.mark.parametrize("sampler", [FEW, FIRST], ids=["few", "more for the first chunk"])
@@ -122,7 +121,6 @@ def test_one_forward_pass_has_the_gradient_of_the_sequential_form(name, window):
     differentiate = jax.jit(
         jax.value_and_grad(value, argnums=(1, 2), has_aux=True),
         static_argnums=0,
-        compiler_options=QUICKLY,
     )
     (_, x), found = differentiate(at_once, state, states)
     (_, expected_x), expected = differentiate(one_by_one, state, states)

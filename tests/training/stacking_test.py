@@ -18,7 +18,6 @@ from chameleon_jax.training.stacking import stack, unstack
 from chameleon_jax.training.tuning import Tuned, TunedLora, TunedStack, stored
 from chameleon_jax.weights.params import save_params
 from chameleon_jax.weights.random import fill_randomly
-from tests.compiled import QUICKLY
 
 SIZES = DiTConfig(
     in_channels=4, width=64, ffn=256, heads=2, layers=4, text_width=16, text_length=4, remat="full"
@@ -52,7 +51,7 @@ def compiled_step(tuned: Tuned, shapes):
         grads = jax.grad(lambda params: loss(tuned.bind(params)))(params)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
 
-    return jax.jit(step, donate_argnums=0).lower(shapes).compile(QUICKLY)
+    return jax.jit(step, donate_argnums=0).lower(shapes).compile()
 
 
 def test_networks_that_scan_are_stored_stacked(file):

@@ -22,7 +22,6 @@ from chameleon_jax.weights.lora import Lora, merge
 from chameleon_jax.weights.params import WeightsError, save_params
 from chameleon_jax.weights.random import fill_randomly
 from chameleon_jax.weights.tensors import read_tensors
-from tests.compiled import QUICKLY
 from tests.training.toy import ToyFeed
 
 MODES = ("full", "attention", "lora")
@@ -107,7 +106,7 @@ def after_steps(base, mode: str, count: int = 2):
         for name, net in stage.trained.items()
     }
     state = stage.init(params)
-    step = jax.jit(stage.steps["teacher"], compiler_options=QUICKLY)
+    step = jax.jit(stage.steps["teacher"])
     for _ in range(count):
         state, metrics = step(state, frozen, batch())
         assert np.isfinite(metrics["loss"])
