@@ -191,6 +191,19 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec) if is_split() else x
 
 
+def constrain_samples(x: jax.Array) -> jax.Array:
+    """Each device keeps its own samples of [b, ...]; as it is if there are not enough for all.
+
+    Without it the compiler may rather move activations than a kernel whose channels are split over
+    the same devices: then each holds the videos of the whole batch.
+    """
+    if not is_split():
+        return x
+    shape = jax.sharding.get_abstract_mesh().shape
+    devices = math.prod(shape[axis] for axis in SAMPLES)
+    return x if x.shape[0] % devices else constrain(x, BATCH)
+
+
 def per_device(
     function: Callable[..., jax.Array], inputs: Sequence[PartitionSpec], output: PartitionSpec
 ) -> Callable[..., jax.Array]:

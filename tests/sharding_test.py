@@ -192,3 +192,49 @@ print("equal")
 @pytest.mark.slow
 def test_tokens_and_heads_over_devices_compute_what_one_does():
     run_on(8, EIGHT_DEVICES)
+
+
+VAE_OVER_DEVICES = """
+import math, re
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from chameleon_jax import sharding
+from chameleon_jax.models.vae import Vae, VaeConfig
+
+config = VaeConfig(
+    z_dim=4, enc_width=16, dec_width=16, width_mult=(1, 2, 2), enc_blocks=1, dec_blocks=1,
+    temporal_down=(True, True), conv=CONV,
+)
+vae = Vae(config, rngs=nnx.Rngs(0))
+graph, state = nnx.split(vae)
+x = jax.random.uniform(jax.random.key(0), (8, 5, 32, 32, 3), minval=-1)
+
+def run(state, x):
+    vae = nnx.merge(graph, state)
+    return vae.decode(vae.encode(x)[..., :4], clamp=False)
+
+expected = jax.jit(run)(state, x)
+mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, jax.devices())
+places = jax.tree.map(
+    lambda leaf: sharding.NamedSharding(mesh, sharding.spec_of("kernel", leaf.shape, mesh)), state
+)
+assert any("fsdp" in place.spec for place in jax.tree.leaves(places))
+batch = sharding.NamedSharding(mesh, sharding.BATCH)
+with sharding.activations_over(mesh):
+    compiled = jax.jit(run, in_shardings=(places, batch)).lower(state, x).compile()
+made = compiled(jax.device_put(state, places), jax.device_put(x, batch))
+np.testing.assert_allclose(made, expected, atol=1e-4)
+assert made.sharding.spec[0] == sharding.SAMPLES
+# What is gathered are kernels, never the activations of other devices' samples.
+largest = max(leaf.size for leaf in jax.tree.leaves(state))
+shapes = re.findall(r"= f32\\[([0-9,]+)\\][^=]*? all-gather", compiled.as_text())
+sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+assert sizes and max(sizes) <= largest, (max(sizes), largest)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conv", ["conv3d", "stacked"])
+def test_the_vae_over_devices_moves_kernels_and_no_videos(conv):
+    run_on(8, VAE_OVER_DEVICES.replace("CONV", repr(conv)))

@@ -22,6 +22,7 @@ from flax import nnx
 from chameleon_jax.attention.core import attention
 from chameleon_jax.models.checks import check_positive, check_sizes
 from chameleon_jax.models.dit import MLP, LayerNorm
+from chameleon_jax.sharding import constrain_samples
 
 # Of the colours on which CLIP was trained, for pixels in [0, 1].
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -208,7 +209,7 @@ class ClipVision(nnx.Module):
         first = jnp.broadcast_to(first, (x_bhwc.shape[0], 1, self.config.width))
         x_blm = self.norm_in(jnp.concatenate([first, patches], axis=1) + positions)
         for block in self.blocks:
-            x_blm = block(x_blm)
+            x_blm = block(constrain_samples(x_blm))
         return self.proj(self.norm_out(x_blm[:, 0]))
 
 

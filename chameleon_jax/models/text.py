@@ -18,6 +18,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from chameleon_jax.sharding import constrain_samples
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -224,5 +226,5 @@ class TextEncoder(nnx.Module):
         )
         x_blm = self.token_embedding(ids_bl)
         for block in self.blocks:
-            x_blm = block(x_blm, mask_bl, buckets_ls)
+            x_blm = block(constrain_samples(x_blm), mask_bl, buckets_ls)
         return jnp.where(mask_bl[:, :, None], self.norm(x_blm), 0)
