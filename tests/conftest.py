@@ -9,7 +9,7 @@ import jax
 import pytest
 
 # Thousands of programs are compiled here and run once. Those that are hardly optimised compute the
-# same and compile in less than half of the time; commands that tests start compile so, too.
+# same and compile in about half of the time; commands that tests start compile so, too.
 QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 jax.config.update(QUICK.lower(), os.environ.setdefault(QUICK, "1") == "1")
 jax.config.update("jax_default_matmul_precision", "highest")  # on every backend

@@ -63,6 +63,11 @@ class KVCache:
         return self.grid[0] * self.grid[1]
 
     @property
+    def streams(self) -> int:
+        """Streams side by side."""
+        return jax.tree.leaves(self.k)[0].shape[-4]
+
+    @property
     def layers(self) -> tuple[LayerCache, ...] | Stacked:
         """(k, v) of each layer, as the transformer takes them."""
         if isinstance(self.k, tuple):

@@ -394,7 +394,7 @@ def denoise_chunk(
       ValueError: neither a key nor noise, noise of another shape, or guidance over an odd batch.
     """
     (height, width), (_, i, j) = cache.grid, dit.config.patch
-    streams = jax.tree.leaves(cache.k)[0].shape[-4]
+    streams = cache.streams
     guides = sampler.guidance != 1
     if guides and streams % 2:
         raise ValueError(

@@ -72,7 +72,7 @@ _LOCOMOTION = {
     "squat": "bends {their} knees and squats",
     "approach": "walks up to the camera and stops",
     "shift": "shifts {their} weight to {their} {side}",
-    "half_turn": "turns a little to {their} {side}",
+    "slight_turn": "turns a little to {their} {side}",
 }
 
 

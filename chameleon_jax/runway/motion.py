@@ -59,14 +59,14 @@ LOCOMOTION = (
     "squat",
     "approach",
     "shift",
-    "half_turn",
+    "slight_turn",
 )
 HEADS = ("none", "tilt", "nod", "look", "glance_down", "smile")
 
 # Seconds of the path before and after the clip, so that a foot may be in the middle of a step when
 # the clip starts or ends.
 _MARGIN = 0.75
-HALF_TURN = 0.27  # of a turn: 12 to 24 degrees
+SLIGHT = 0.27  # of a turn: 12 to 24 degrees
 _FINE = 4  # planner samples per frame
 _TOE_OFF, _HEEL_STRIKE = 0.75, -0.30  # pitch of the foot when it leaves the ground and lands
 
@@ -251,10 +251,10 @@ def _path(
             yaw = angle * (there - returns * back)
         elif kind == "spin":
             yaw = spec.side * 2 * np.pi * smootherstep((t - 0.3) / max(whole - 0.6, 3.2))
-        elif kind == "half_turn":
+        elif kind == "slight_turn":
             there = smootherstep((t - 0.3) / 1.5)
             back = smootherstep((t - max(0.55 * whole, 1.9)) / 1.5)
-            yaw = HALF_TURN * angle * (there - returns * back)
+            yaw = SLIGHT * angle * (there - returns * back)
         elif kind == "shift":
             there = smootherstep((t - 0.3) / 1.2)
             back = smootherstep((t - max(0.55 * whole, 1.7)) / 1.2)
