@@ -37,6 +37,8 @@ def paper(stage: str) -> ConfigDict:
                 "split": "train",
                 "validation": "validation",  # split of the held-out batches; empty: `split`
                 "match": "",  # regular expression: only clips with a caption that matches
+                # Exact labels to read with the pixels, see chameleon_jax/data/labels.py.
+                "labels": (),
                 "in_memory": False,  # read everything once, before training
                 "tokenizer": "",  # tokenizer.json of the text encoder
                 "threads": 2,  # that read ahead

@@ -44,6 +44,9 @@ def wan22_5b() -> ConfigDict:
         "gradient": 0.25,
         "laplacian": 0.0,
         "kl": 1e-5,
+        "garment": 1.0,  # a pixel of the garment counts so many times as others; needs data.labels
+        "head": 1.0,
+        "shifted": 0.0,  # share of pictures decoded from latents shifted by parts of a latent pixel
         "inflate": False,  # start as a network of pictures; false: the weights know clips
         "encoder": True,  # false: train the decoder alone
     }

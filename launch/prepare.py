@@ -115,6 +115,12 @@ def runway_flags(parser: cli.Parser) -> None:
         default="open",
         metavar="NAME",
     )
+    parser.switch(
+        "labels",
+        "store exact labels, too: what each pixel shows, where on the garment's picture it comes"
+        " from, and the joints",
+        default=False,
+    )
     parser.flag(
         "workers",
         "rendering processes; 0 renders in this one",
@@ -245,6 +251,7 @@ def prepare_runway(values: cli.Values) -> None:
         match=values.match,
         slot=values.slot,
         world=values.world,
+        labels=values.labels,
     )
     if values.match or values.slot:
         print(f"choosing {values.clips} clips ...", file=sys.stderr)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from chameleon_jax.data import captions, images
+from chameleon_jax.data import captions, images, labels
 from chameleon_jax.data.sources import Source, import_tfds, latent_frames
 from chameleon_jax.errors import UserError, need
 from chameleon_jax.splits import SPLITS, split_of
@@ -68,7 +68,8 @@ class RunwayExamples:
       match: regular expression; only clips with a caption in which it is found. Empty: all.
       slot: only clips whose garment is worn there: top, bottom, dress or outer. Empty: all.
       world: what clips are drawn from, a name from `chameleon_jax.runway.worlds`.
-      render: called as render(seed, frames, size, fps, world); None is
+      labels: store the exact labels of each clip, too, see `labels`.
+      render: called as render(seed, frames, size, fps, world, ground_truth); None is
         `chameleon_jax.runway.render_triplet`.
 
     Raises:
@@ -85,6 +86,7 @@ class RunwayExamples:
     match: str = ""
     slot: str = ""
     world: str = "open"
+    labels: bool = False
     render: Callable[..., Any] | None = None
 
     def __post_init__(self):
@@ -154,7 +156,12 @@ class RunwayExamples:
         for seed in keys:
             try:
                 triplet = render(
-                    seed, frames=self.frames, size=self.size, fps=self.fps, world=self.world
+                    seed,
+                    frames=self.frames,
+                    size=self.size,
+                    fps=self.fps,
+                    world=self.world,
+                    ground_truth=self.labels,
                 )
                 yield seed, self.record(seed, triplet)
             except Exception:
@@ -171,7 +178,8 @@ class RunwayExamples:
             raise ExampleError(
                 f"seed {seed}: the renderer made {triplet.video.shape}; expected {shape}"
             )
-        return {
+        known = labels.of_clip(triplet.clip, triplet.spec["slot"]) if self.labels else {}
+        return known | {
             "video": encode_video(triplet.video, self.fps, crf=self.crf, yuv444p=True),
             "reference": images.encode_image(triplet.reference),
             "garment": images.encode_image(triplet.garment),
@@ -197,7 +205,17 @@ class RunwayExamples:
             recipe["slot"] = self.slot
         if self.world != "open":
             recipe["world"] = self.world
+        if self.labels:
+            recipe["labels"] = list(labels.NAMES)
         return recipe
+
+    def features(self) -> Any:
+        """Features of the records, see `clip_features`."""
+        if not self.labels:
+            return clip_features()
+        from chameleon_jax.runway import asset
+
+        return clip_features(self.frames, self.size, len(asset.load().bones))
 
     def digest(self, keys: Sequence[int]) -> str:
         """See `Examples`."""
@@ -322,15 +340,26 @@ class LatentExamples:
         return hashed.hexdigest()[:16]
 
 
-def clip_features() -> Any:
+def clip_features(frames: int = 0, size: tuple[int, int] = (0, 0), joints: int = 0) -> Any:
     """Features of `runway_garment`, a `tfds.features.FeaturesDict`.
 
     Pictures and clip are encoded bytes, captions and scene JSON text.
+
+    Args:
+      frames, size: of the clips, in pixels; needed if there are labels.
+      joints: of the labels; 0: the records have no labels.
     """
     tfds = import_tfds()
     encoded = tfds.features.Tensor(shape=(), dtype=np.bytes_)
+    packed = functools.partial(tfds.features.Tensor, encoding=tfds.features.Encoding.ZLIB)
+    known = {
+        "labels": packed(shape=(frames, *size), dtype=np.uint8),
+        "origin": packed(shape=(frames, *size, 2), dtype=np.uint8),
+        "joints": packed(shape=(frames, joints, 2), dtype=np.float16),
+    }
     return tfds.features.FeaturesDict(
-        {
+        (known if joints else {})
+        | {
             "video": encoded,
             "reference": encoded,
             "garment": encoded,

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from chameleon_jax.data.buckets import nearest_bucket
-from chameleon_jax.data.sources import Source, SourceError, latent_frames, size_text
+from chameleon_jax.data.labels import KINDS
+from chameleon_jax.data.sources import (
+    Source,
+    SourceError,
+    first_frame,
+    latent_frames,
+    size_text,
+)
 
 
 class InMemorySource:
@@ -89,8 +96,9 @@ class InMemorySource:
         if self.kind == "latents":
             wanted = latent_frames(frames, self.frames_per_latent)
             return record | {"z_video": record["z_video"][:wanted]}
-        first = int(start * (self.frames - frames + 1))
-        return record | {"video": record["video"][first : first + frames]}
+        first = first_frame(start, self.frames, frames)
+        moving = [name for name in ("video", *KINDS) if name in record]
+        return record | {name: record[name][first : first + frames] for name in moving}
 
     def _record(self, index: int) -> dict[str, Any]:
         record = self._records[index]

@@ -34,7 +34,6 @@ from chameleon_jax.data.examples import (
     Examples,
     LatentExamples,
     RunwayExamples,
-    clip_features,
     latent_features,
 )
 from chameleon_jax.data.shards import ShardError, array_record, count_records
@@ -87,7 +86,7 @@ def prepare_runway(
         split,
         examples.seeds(seed_start, clips),
         examples,
-        clip_features(),
+        examples.features(),
         name="runway_garment",
         shard_size=shard_size,
         workers=workers,

@@ -13,6 +13,7 @@ A source has
 and a length. What `load` gives:
 
   pixels   video uint8 [t, h, w, 3], reference and garment uint8 [h, w, 3], captions, fps, seed
+           with the labels that were asked for, see `labels`, of the same frames
   latents  z_video [f, h, w, c], z_reference and z_garment [1, h, w, c], all float16, captions, fps,
            seed
 
@@ -82,15 +83,16 @@ class RecordSource:
     Args:
       folder: holds dataset_info.json.
       split: name of the split.
+      labels: names of labels to give with the pixels, see `labels.KINDS`.
 
     Raises:
       MissingPackageError: records of pixels need PyAV.
       NoSplitError: there is no such split.
-      SourceError: no finished set there, or more than 1 % of the records are in shards that cannot
-        be opened.
+      SourceError: no finished set there, one without these labels, or more than 1 % of the records
+        are in shards that cannot be opened.
     """
 
-    def __init__(self, folder: str | os.PathLike, split: str = "train"):
+    def __init__(self, folder: str | os.PathLike, split: str = "train", labels: Sequence[str] = ()):
         self.folder, self.split = Path(folder), split
         info = read_info(self.folder)
         meta = dict(info.metadata or {})
@@ -114,6 +116,13 @@ class RecordSource:
             self.frames_per_latent = meta.get("frames_per_latent", FRAMES_PER_LATENT_BEFORE)
         else:
             need("av", "video")  # missing, it would make every record look broken
+        self.labels = tuple(labels)
+        lacking = [name for name in self.labels if name not in info.features]
+        if lacking:
+            raise SourceError(
+                f"{folder}: its records have no {', '.join(lacking)}; render them with `prepare"
+                " runway --labels`, or set data.labels=()"
+            )
         shards = info.splits[split]
         self._features = info.features
         self._shards = Shards(shards.filepaths, shards.shard_lengths)
@@ -165,7 +174,23 @@ class RecordSource:
             "video": fit_frames(read_clip(raw["video"], frames, start).frames, size),
             "reference": images.prepare_training_frame(raw["reference"], size),
             "garment": images.prepare_training_garment(raw["garment"], size),
-        } | common
+        } | (self._labels(raw, frames, size, start) | common)
+
+    def _labels(
+        self, raw: dict[str, Any], frames: int, size: tuple[int, int], start: float
+    ) -> dict[str, np.ndarray]:
+        """The labels of the frames that `read_clip` gives."""
+        found = {}
+        for name in self.labels:
+            stored = raw[name]
+            if name != "joints" and stored.shape[1:3] != tuple(size):
+                raise SourceError(
+                    f"{self.folder}: labels of {size_text(self.sizes)} pixels cannot be resized to"
+                    f" {size[0]}x{size[1]}"
+                )
+            first = first_frame(start, len(stored), frames)
+            found[name] = stored[first : first + frames]
+        return found
 
     def _latents(
         self, raw: dict[str, Any], index: int, frames: int, size: tuple[int, int]
@@ -429,22 +454,25 @@ class BucketSource(ChosenSource):
 
 
 def open_sources(
-    folders: str | os.PathLike | Sequence[str | os.PathLike], split: str = "train"
+    folders: str | os.PathLike | Sequence[str | os.PathLike],
+    split: str = "train",
+    labels: Sequence[str] = (),
 ) -> Source:
     """Open one or several folders: records, or clips where there is a table.
 
     The split of several folders is what those have that have it: one that was made for training
-    only adds nothing to the validation split.
+    only adds nothing to the validation split. All must have the `labels` that are asked for, see
+    `labels.KINDS`.
 
     Raises:
-      SourceError: a folder is missing or unreadable, or none has the split.
+      SourceError: a folder is missing or unreadable, none has the split, or one has no such labels.
     """
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     parts: list[Source] = []
     without: list[NoSplitError] = []
     for folder in folders:
         try:
-            parts.append(_open_source(Path(folder), split))
+            parts.append(_open_source(Path(folder), split, labels))
         except NoSplitError as error:
             without.append(error)
     if not parts:
@@ -452,16 +480,22 @@ def open_sources(
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
 
-def _open_source(path: Path, split: str) -> Source:
+def _open_source(path: Path, split: str, labels: Sequence[str]) -> Source:
     if not path.exists():
         raise SourceError(f"{path}: no such folder")
     if path.is_file():
-        return DirectorySource(path)
+        return _open_table(path, labels)
     try:
         has_table = any(file.suffix in tables.SUFFIXES for file in path.iterdir())
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return DirectorySource(path) if has_table else RecordSource(path, split)
+    return _open_table(path, labels) if has_table else RecordSource(path, split, labels)
+
+
+def _open_table(path: Path, labels: Sequence[str]) -> DirectorySource:
+    if labels:
+        raise SourceError(f"{path}: clips with a table have no labels; set data.labels=()")
+    return DirectorySource(path)
 
 
 def read_clip(
@@ -482,8 +516,13 @@ def read_clip(
     clip = video.read_clip(source, fps=fps)
     if len(clip.frames) < frames:
         raise SourceError(f"a clip of {len(clip.frames)} frames; {frames} are needed")
-    first = int(start * (len(clip.frames) - frames + 1))
+    first = first_frame(start, len(clip.frames), frames)
     return dataclasses.replace(clip, frames=clip.frames[first : first + frames])
+
+
+def first_frame(start: float, there: int, frames: int) -> int:
+    """Number of the first of `frames` frames that begin at a share `start` of what is possible."""
+    return int(start * (there - frames + 1))
 
 
 def _shown_size(path: Path) -> tuple[int, int] | str:

@@ -147,6 +147,9 @@ class Clip:
       joints: [t, j, 3], metres; names in `asset.load().bones`.
       joints_2d: [t, j, 2], x and y in pixels, centres at .5.
       cameras: [t, 3, 4], world to homogeneous pixels.
+      origin: float32 [t, h, w, 2], what place of its own picture each pixel of the clip's garment
+        shows: x and y as shares of the picture's width and height. NaN elsewhere, and where the
+        picture does not show that place, such as the back.
     """
 
     frames: np.ndarray
@@ -156,6 +159,7 @@ class Clip:
     joints: np.ndarray | None = None
     joints_2d: np.ndarray | None = None
     cameras: np.ndarray | None = None
+    origin: np.ndarray | None = None
 
     def __repr__(self) -> str:
         truth = "with" if self.touched is not None else "without"
@@ -183,6 +187,7 @@ class Triplet:
       garment: uint8 [h, w, 3], the garment of the video, alone on white.
       captions: see `captions.captions`.
       spec: what it was made from, as JSON.
+      clip: the video with its ground truth, if that was asked for.
     """
 
     video: np.ndarray
@@ -190,6 +195,7 @@ class Triplet:
     garment: np.ndarray
     captions: Captions
     spec: dict[str, Any]
+    clip: Clip | None = None
 
     def __repr__(self) -> str:
         extent = _extent(len(self.video), self.video.shape[1:3])
@@ -281,23 +287,27 @@ def render_triplet(
     size: tuple[int, int] = (128, 80),
     fps: float = 16,
     world: str = "open",
+    ground_truth: bool = False,
 ) -> Triplet:
     """Render the triplet of a seed: a clip, its person in another garment, its garment alone.
 
     Args:
       seed, frames, size, fps, world: see `sample_spec`.
+      ground_truth: keep the ground truth of the video, too.
 
     Raises:
       ValueError: see `sample_spec`.
     """
     spec = sample_spec(seed, frames=frames, size=size, fps=fps, world=world)
     clip_renderer = ClipRenderer(spec)
+    clip = clip_renderer.clip(spec, range(spec.frames), ground_truth=ground_truth)
     return Triplet(
-        video=clip_renderer.clip(spec, range(spec.frames), samples=VIDEO_SAMPLES).frames,
+        video=clip.frames,
         reference=clip_renderer.reference(spec),
         garment=renderer.garment_picture(spec.garment, spec.size, PICTURE_SAMPLES, world),
         captions=spec.captions(),
         spec=spec.to_json(),
+        clip=clip if ground_truth else None,
     )
 
 
@@ -336,13 +346,16 @@ class ClipRenderer:
         model = self.figure.dress(spec.outfit, spec.styling)
         frame_renderer = renderer.Renderer(model, spec.size, samples)
         setting = renderer.Setting(self.light, self.backdrop, shadows)
-        images, drawn = [], []
+        images, drawn, origins = [], [], []
+        if ground_truth:
+            origin = renderer.picture_positions(spec.garment, model, spec.size, spec.world)
         for t in frames:
             joints = frame_renderer.pose(self.motion.pose(t), self.swing[t])
             frame = frame_renderer.draw(self.cameras[t], setting, joints, ground_truth)
             images.append(frame.image)
             if ground_truth:
                 drawn.append(frame)
+                origins.append(frame_renderer.traced(origin))
         if not ground_truth:
             return Clip(np.stack(images))
         joints = np.stack([frame.joints for frame in drawn])
@@ -355,6 +368,7 @@ class ClipRenderer:
             joints=joints,
             joints_2d=project(joints, cameras),
             cameras=cameras,
+            origin=np.stack(origins).astype(np.float32),
         )
 
     def reference(self, spec: ClipSpec) -> np.ndarray:

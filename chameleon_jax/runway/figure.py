@@ -209,6 +209,8 @@ class Model:
         does not.
       starts, neighbours, rest_lengths: edges of the vertices that wrinkle.
       cloths: `looks.CLOTH` records by part.
+      template: per vertex, its number in the templates of its layer: the same garment has the same
+        numbers on every body.
       expression_index, expression_offsets: vertices that the face moves, offsets [6, n, 3].
     """
 
@@ -233,6 +235,7 @@ class Model:
         self.attributes, self.keep = join("attributes", np.float32), join("keep", np.float32)
         self.sway, self.wrinkle = join("sway", np.float32), join("wrinkle", np.float32)
         self.triangles, self.normal_triangles = _join_triangles(picked)
+        self.template = _template_numbers(layers, picked)
         counts = [len(pick.triangles) for pick in picked]
         self.part = np.repeat([mesh.part for mesh in meshes], counts).astype(np.uint8)
         self.layers, self.covers = [], []
@@ -294,6 +297,18 @@ class _Pick:
         number = np.cumsum(used) - 1
         self.triangles = number[mesh.triangles[kept]]
         self.ring = number[mesh.triangles[ring]]
+
+
+def _template_numbers(layers: list[list[ClothMesh]], picked: list[_Pick]) -> np.ndarray:
+    """Of every joined vertex: its place in the templates of its layer, one after the other."""
+    remaining = iter(picked)
+    numbers = []
+    for layer in layers:
+        start = 0
+        for mesh in layer:
+            numbers.append(next(remaining).vertices + start)
+            start += len(mesh.rest)
+    return np.concatenate(numbers)
 
 
 def _join_triangles(picked: list[_Pick]) -> tuple[np.ndarray, np.ndarray]:

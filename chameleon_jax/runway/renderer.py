@@ -24,6 +24,7 @@ from chameleon_jax.runway.worlds import World, world_of
 SHADOW_EDGE = 256
 _SHADOW_SPAN = 2.7  # metres that the shadow map covers, for a person of 1.72 m
 _FEET = ("foot.L", "toe2-1.L", "foot.R", "toe2-1.R")
+_SAME_SURFACE = 0.03  # metres in front of a vertex that do not hide it
 _PICTURE_MARGIN = 1.14  # size of the picture of a garment, relative to the garment
 
 
@@ -104,6 +105,25 @@ class Renderer:
         The triangle is an index in the model's triangles, -1 for the background.
         """
         return self._part, self._drawn.triangle
+
+    def traced(self, values: np.ndarray) -> np.ndarray:
+        """What vertices carry, as the pixels of the last frame show it.
+
+        Args:
+          values: [v, k], NaN where a vertex has none.
+
+        Returns:
+          [h, w, k] at the sub-sample in the middle of each pixel; NaN for the background and for
+          triangles with a vertex that has none.
+        """
+        drawn, middle = self._drawn, self.samples // 2
+        chosen = np.s_[middle :: self.samples, middle :: self.samples]
+        triangle = drawn.triangle[chosen]
+        corners = values[self.model.triangles[triangle]]
+        w1, w2 = drawn.weight1[chosen][..., None], drawn.weight2[chosen][..., None]
+        found = (1 - w1 - w2) * corners[..., 0, :] + w1 * corners[..., 1, :]
+        found = found + w2 * corners[..., 2, :]
+        return np.where(triangle[..., None] >= 0, found, np.nan)
 
     def pose(self, pose: body.Pose, swing: np.ndarray) -> np.ndarray:
         """Move all vertices into a posture; returns the joints [36, 3].
@@ -202,6 +222,24 @@ class Renderer:
                 self._part, drawn.inverse_depth, samples, parts.COUNT, part, depth, touched
             )
         return Frame(image, part, touched, depth, joints)
+
+    def sees(self, camera: Camera, vertices: np.ndarray) -> np.ndarray:
+        """Which of some vertices the last frame shows: bool, in their order.
+
+        Args:
+          camera: of that frame.
+          vertices: indices in the model.
+        """
+        points, normals = self._wrinkled[vertices], self._normals[vertices]
+        facing = ((camera.eye - points) * normals).sum(1) > 0
+        pixels = points @ camera.matrix[:, :3].T + camera.matrix[:, 3]
+        depth = pixels[:, 2]
+        height, width = self._drawn.inverse_depth.shape
+        x, y = np.floor(pixels[:, :2].T / depth * self.samples).astype(int)
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        x, y = np.clip(x, 0, width - 1), np.clip(y, 0, height - 1)
+        in_front = self._drawn.inverse_depth[y, x] <= 1 / (depth - _SAME_SURFACE)
+        return facing & inside & in_front
 
     def _draw_layers(self, touched: np.ndarray) -> None:
         """Draw the body, then every layer of clothing over what is drawn already."""
@@ -303,6 +341,53 @@ def garment_picture(
       samples: sub-samples per pixel and axis.
       world: says at which scale, see `worlds`.
     """
+    shown, camera, joints = _pose_picture(garment, size, samples, world)
+    return shown.draw(camera, _picture_setting(), joints).image
+
+
+def picture_positions(
+    garment: GarmentSpec, model: Model, size: tuple[int, int], world: str = "open"
+) -> np.ndarray:
+    """Where the vertices of a worn garment are on the garment's own picture, float32 [v, 2].
+
+    Args:
+      garment: its picture is that of `garment_picture`.
+      model: a figure that wears the garment.
+      size: height and width of the picture in pixels.
+      world: as for the picture.
+
+    Returns:
+      x and y as shares of the picture's width and height, for each vertex of `model`; NaN for
+      vertices of other things, and for those that the picture does not show, such as the back.
+    """
+    shown, camera, joints = _pose_picture(garment, size, 2, world)
+    shown.draw(camera, _picture_setting(), joints)
+    part = parts.SLOTS[garment.slot]
+    own = _vertices_of(shown.model, part)
+    seen = own[shown.sees(camera, own)]
+    points = shown.points[seen] @ camera.matrix[:, :3].T + camera.matrix[:, 3]
+    positions = np.full((shown.model.template[own].max() + 1, 2), np.nan, np.float32)
+    positions[shown.model.template[seen]] = points[:, :2] / points[:, 2:] / (size[1], size[0])
+    worn = _vertices_of(model, part)
+    found = np.full((len(model.rest), 2), np.nan, np.float32)
+    known = worn[model.template[worn] < len(positions)]
+    found[known] = positions[model.template[known]]
+    return found
+
+
+def _vertices_of(model: Model, part: int) -> np.ndarray:
+    """Vertices of the triangles of a part that are drawn."""
+    return np.unique(model.triangles[model.part == part])
+
+
+def _picture_setting() -> Setting:
+    return Setting(scene.picture_light(), scene.blank_backdrop())
+
+
+def _pose_picture(
+    garment: GarmentSpec, size: tuple[int, int], samples: int, world: str
+) -> tuple[Renderer, Camera, np.ndarray]:
+    """A renderer with the garment on the mean body, the picture's camera, and the joints."""
     model = _mean_figure().dress({garment.slot: garment}, Styling())
     renderer = Renderer(model, size, samples)
     worn = world_of(world).worn_scale
@@ -318,9 +403,7 @@ def garment_picture(
         span = max(span, worn_span(world_of(world), size))
     centre, distance = 0.5 * (low + high).astype(np.float64), 6.0
     eye = centre + np.array([0, 0, distance])
-    camera = scene.look_at(eye, centre, height * distance / span, size)
-    setting = Setting(scene.picture_light(), scene.blank_backdrop())
-    return renderer.draw(camera, setting, joints).image
+    return renderer, scene.look_at(eye, centre, height * distance / span, size), joints
 
 
 def worn_span(world: World, size: tuple[int, int]) -> float:

@@ -197,7 +197,7 @@ def _weights_key(config: ConfigDict, stage: Stage, name: str) -> str:
 
 def open_data(config: ConfigDict, split: str) -> Source:
     """The split of the data folders, or those of its clips whose captions match `data.match`."""
-    source = open_sources(config.data.dir.split(","), split)
+    source = open_sources(config.data.dir.split(","), split, config.data.labels)
     return MatchingSource(source, config.data.match) if config.data.match else source
 
 

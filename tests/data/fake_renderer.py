@@ -13,7 +13,12 @@ import numpy as np
 
 
 def render(
-    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+    seed: int,
+    frames: int,
+    size: tuple[int, int],
+    fps: float,
+    world: str = "open",
+    ground_truth: bool = False,
 ) -> SimpleNamespace:
     """A triplet whose colours follow from the seed."""
     height, width = size
@@ -32,7 +37,12 @@ def render(
 
 
 def slow(
-    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+    seed: int,
+    frames: int,
+    size: tuple[int, int],
+    fps: float,
+    world: str = "open",
+    ground_truth: bool = False,
 ) -> SimpleNamespace:
     """Like `render`, but slow enough to be killed on the way."""
     time.sleep(0.1)
@@ -40,7 +50,12 @@ def slow(
 
 
 def broken(
-    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+    seed: int,
+    frames: int,
+    size: tuple[int, int],
+    fps: float,
+    world: str = "open",
+    ground_truth: bool = False,
 ) -> SimpleNamespace:
     """Like `render`, but every fourth seed fails."""
     if seed % 4 == 1:
@@ -49,7 +64,12 @@ def broken(
 
 
 def deadly(
-    seed: int, frames: int, size: tuple[int, int], fps: float, world: str = "open"
+    seed: int,
+    frames: int,
+    size: tuple[int, int],
+    fps: float,
+    world: str = "open",
+    ground_truth: bool = False,
 ) -> SimpleNamespace:
     """Ends its process, as a lack of memory would."""
     os._exit(7)

@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from chameleon_jax.data import labels
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.training.stages import vae_loss as training
 from chameleon_jax.weights.params import flat_params, set_params
@@ -92,6 +93,42 @@ def test_sum_of_the_parts():
         jnp.abs(_run(lambda z: vae.decode(z, clamp=False), scaled) - x).mean(),
         rtol=1e-5,
     )
+
+
+def test_pixels_of_garment_and_head_count_more():
+    error = jnp.zeros((1, 1, 4, 4, 3)).at[0, 0, 0].set(1.0).at[0, 0, 1].set(-2.0)
+    shown = jnp.zeros((1, 1, 4, 4), jnp.uint8).at[0, 0, 0].set(labels.GARMENT)
+    shown = shown.at[0, 0, 1].set(labels.HEAD)
+    weights = training.LossWeights(garment=3.0, head=2.0)
+    counts = training.pixel_weights(shown, weights, shown.shape)
+    # Rows count 3, 2, 1, 1, of mean 7/4; their errors are 1, 2, 0, 0.
+    np.testing.assert_allclose(training.weighted_mean(jnp.abs(error), counts), 1.0, rtol=1e-6)
+    # From row to row they differ by 3, 2, 0, which count 3, 2, 1; from column to column by nothing.
+    expected = (3 * 3 + 2 * 2) / 3 / (7 / 4)
+    np.testing.assert_allclose(training.gradient_error(error, counts), expected, rtol=1e-6)
+    found = training.psnr(error, (shown == labels.HEAD)[..., None].astype(jnp.float32))
+    np.testing.assert_allclose(found, 0.0, atol=1e-5)  # an error of 2, of 2 at most
+    with pytest.raises(ValueError, match="need labels; set data.labels"):
+        training.pixel_weights(None, weights, shown.shape)
+    np.testing.assert_array_equal(training.pixel_weights(None, training.LossWeights(), (1, 2)), 1)
+
+
+def test_shifted_latents_go_with_shifted_pixels():
+    factor = 8
+    pixels = jax.random.uniform(jax.random.key(0), (3, 2, 40, 24, 3))
+    # Latents that are pixels seen from afar: of smooth pictures, shifts of both agree.
+    rows, columns = jnp.arange(40.0)[:, None, None], jnp.arange(24.0)[None, :, None]
+    smooth = jnp.broadcast_to(rows + 10 * columns, (3, 2, 40, 24, 3))
+    z = smooth.reshape(3, 2, 5, 8, 3, 8, 3).mean((3, 5))
+    shift = jnp.array([[0, 0], [3, 0], [7, 5]])
+    moved, (seen, whole) = training.shift_both(z, (smooth, pixels), shift, factor)
+    assert moved.shape == (3, 2, 4, 2, 3) and seen.shape == whole.shape == (3, 2, 32, 16, 3)
+    expected = seen.reshape(3, 2, 4, 8, 2, 8, 3).mean((3, 5))
+    np.testing.assert_allclose(moved, expected, rtol=1e-5)
+    np.testing.assert_array_equal(whole[2], pixels[2, :, 7:39, 5:21])
+    shifts = training.draw_shifts(jax.random.key(1), 1000, 0.25, factor)
+    assert shifts.min() == 0 and shifts.max() == 7
+    assert 0.2 < (shifts != 0).any(1).mean() < 0.3
 
 
 def test_the_decoder_alone_leaves_the_encoder_as_it_is():

@@ -1,7 +1,9 @@
 """The VAE's stage: single pictures first, then clips, with the loss of `vae_loss`.
 
 A batch holds windows of clips, `video` uint8 [b, t, h, w, 3]; single pictures are clips of one
-frame, half of them frames, a quarter persons, a quarter garments.
+frame, half of them frames, a quarter persons, a quarter garments. With labels (`data.labels`) a
+batch has `labels` uint8 [b, t, h, w], too, and three quarters of the pictures are frames, since the
+pictures of persons have none.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 """
@@ -20,6 +22,7 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
+from chameleon_jax.data.labels import BACKGROUND, GARMENT
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
@@ -41,13 +44,28 @@ def make_stage(config: ConfigDict) -> Stage:
     network = build_network("vae", config)
     names = [field.name for field in dataclasses.fields(losses.LossWeights)]
     weights = losses.LossWeights(**{name: config.loss[name] for name in names})
+    if weights.focused and "labels" not in config.data.labels:
+        raise ConfigError(
+            f"loss.garment is {weights.garment:g} and loss.head {weights.head:g}: pixels that count"
+            " more are known by their labels; set data.labels=('labels',)"
+        )
 
     def loss(
         params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         del frozen
         vae, x = network.bind(params["vae"]), to_model(batch["video"])
-        return losses.loss(vae, x, key, weights, encoder=config.loss.encoder)
+        # Clips keep all of their latents: those of a window are few already.
+        shifted = config.loss.shifted if x.shape[1] == 1 else 0.0
+        return losses.loss(
+            vae,
+            x,
+            key,
+            weights,
+            labels_bthw=batch.get("labels"),
+            encoder=config.loss.encoder,
+            shifted=shifted,
+        )
 
     @jax.jit
     def repeat(params: ParamTree, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]]]:
@@ -128,17 +146,27 @@ def _part(
     random_start: bool = True,
 ) -> Part:
     def transform(raw: dict[str, Any], rngs: list[np.random.Generator]) -> HostBatch:
-        video = raw["video"]
+        video, labels = raw["video"], raw.get("labels")
         if frames == 1:
             video = video.copy()
-            for name, rest in (("reference", 1), ("garment", 3)):
-                chosen = raw["slot"] % 4 == rest
-                video[chosen, 0] = raw[name][chosen]
+            chosen = raw["slot"] % 4 == 3
+            video[chosen, 0] = raw["garment"][chosen]
+            if labels is None:
+                chosen = raw["slot"] % 4 == 1
+                video[chosen, 0] = raw["reference"][chosen]
+            else:
+                labels = labels.copy()
+                white = (raw["garment"][chosen] == 255).all(-1)
+                labels[chosen, 0] = np.where(white, BACKGROUND, GARMENT)
+        if labels is not None:
+            video = np.concatenate([video, labels[..., None]], axis=-1)
         video = crop(video, (height, width), rngs)
         if random_start:  # in training: half of them mirrored
             mirrored = np.array([rng.random() < 0.5 for rng in rngs])
             video = np.where(mirrored[:, None, None, None, None], video[:, :, :, ::-1], video)
-        return {"video": video}
+        if labels is None:
+            return {"video": video}
+        return {"video": video[..., :3], "labels": video[..., 3]}
 
     data = config.data
     loader = LoaderConfig(

@@ -13,13 +13,14 @@ Axes: b batch, t pixel frames, f latent frames, h w grid, c channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from chameleon_jax.data.labels import GARMENT, HEAD
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.sharding import to_host
 
@@ -38,10 +39,26 @@ class LossWeights:
     gradient: float = 0.25  # absolute error of the differences of neighbouring pixels: edges
     laplacian: float = 0.0  # absolute error of the bands of a Laplacian pyramid: every scale
     kl: float = 1e-6  # divergence of the posterior from the unit normal
+    # A pixel of the garment, or of the head, counts so many times as one of anything else. Other
+    # than 1 they need labels.
+    garment: float = 1.0
+    head: float = 1.0
+
+    @property
+    def focused(self) -> bool:
+        """Whether some pixels count more than others."""
+        return (self.garment, self.head) != (1, 1)
 
 
 def loss(
-    vae: Vae, batch_bthwc: jax.Array, key: jax.Array, weights: LossWeights, *, encoder: bool = True
+    vae: Vae,
+    batch_bthwc: jax.Array,
+    key: jax.Array,
+    weights: LossWeights,
+    *,
+    labels_bthw: jax.Array | None = None,
+    encoder: bool = True,
+    shifted: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a variational auto-encoder (arXiv 1312.6114), with one draw from the posterior.
 
@@ -50,27 +67,101 @@ def loss(
       batch_bthwc: float pixels in [-1, 1]; t = 1 for pictures, else `temporal_factor` k + 1.
       key: of the draw.
       weights: of the parts.
+      labels_bthw: what each pixel shows, see `chameleon_jax.data.labels`.
       encoder: False trains the decoder alone, on the posterior's means: what was trained on the
         latents stays valid.
+      shifted: share of the samples whose latents are shifted by a part of a latent pixel, see
+        `shift_both`; above 0 the samples lose one latent pixel of height and width.
 
     Returns:
       The weighted sum, and its parts before weighting with `psnr`, in dB, of all pixels of the
-      batch after clamping.
+      batch after clamping; with labels `psnr_garment` and `psnr_head`, too.
     """
     mean, logvar = vae.encode_moments(batch_bthwc)
     z = sample_posterior(mean, logvar, key) if encoder else jax.lax.stop_gradient(mean)
-    y = decode_unscaled(vae, z)
     x = batch_bthwc.astype(jnp.float32)
-    error = y - x
+    counts = pixel_weights(labels_bthw, weights, x.shape[:-1])
+    if shifted:
+        shift = draw_shifts(jax.random.fold_in(key, 1), len(x), shifted, vae.config.spatial_factor)
+        z, (x, counts, labels_bthw) = shift_both(
+            z, (x, counts, labels_bthw), shift, vae.config.spatial_factor
+        )
+    error = decode_unscaled(vae, z) - x
     parts = {
-        "l1": jnp.abs(error).mean(),
-        "l2": jnp.square(error).mean(),
-        "gradient": gradient_error(error),
+        "l1": weighted_mean(jnp.abs(error), counts),
+        "l2": weighted_mean(jnp.square(error), counts),
+        "gradient": gradient_error(error, counts),
         "laplacian": laplacian_error(error),
         "kl": kl_to_normal(mean, logvar) if encoder else jnp.zeros(()),
     }
     total = sum(getattr(weights, name) * part for name, part in parts.items())
-    return total, parts | {"psnr": psnr(jnp.clip(y, -1, 1) - x)}
+    clamped = jnp.clip(error + x, -1, 1) - x
+    parts["psnr"] = psnr(clamped)
+    if labels_bthw is not None:
+        for name, label in (("garment", GARMENT), ("head", HEAD)):
+            shown = (labels_bthw == label)[..., None].astype(jnp.float32)
+            parts[f"psnr_{name}"] = psnr(clamped, shown)
+    return total, parts
+
+
+def pixel_weights(
+    labels_bthw: jax.Array | None, weights: LossWeights, shape_bthw: Sequence[int]
+) -> jax.Array:
+    """How much each pixel counts, [b, t, h, w, 1]; of mean 1.
+
+    Raises:
+      ValueError: the weights ask for labels, and there are none.
+    """
+    if labels_bthw is None:
+        if weights.focused:
+            raise ValueError("loss.garment and loss.head need labels; set data.labels=('labels',)")
+        return jnp.ones((*shape_bthw, 1), jnp.float32)
+    counts = jnp.where(labels_bthw == GARMENT, weights.garment, 1.0)
+    counts = jnp.where(labels_bthw == HEAD, weights.head, counts)[..., None]
+    return counts / counts.mean()
+
+
+def weighted_mean(values_bthwc: jax.Array, weights_bthw1: jax.Array) -> jax.Array:
+    """The mean of values over pixels that count differently; the weights have the mean 1."""
+    return (values_bthwc * weights_bthw1).mean()
+
+
+def draw_shifts(key: jax.Array, samples: int, share: float, factor: int) -> jax.Array:
+    """Pixels by which samples are shifted, int [b, 2] in [0, factor); `share` of them at all."""
+    key_move, key_how = jax.random.split(key)
+    moved = jax.random.uniform(key_move, (samples, 1)) < share
+    return moved * jax.random.randint(key_how, (samples, 2), 0, factor)
+
+
+def shift_both(
+    z_bfhwc: jax.Array, pixels: Sequence[jax.Array | None], shift_b2: jax.Array, factor: int
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    """Latents between two latent pixels, and the pixels that should be seen there.
+
+    Latents that can be interpolated let a network move things by parts of a latent pixel with
+    nothing but weighted means, which is what attention computes. (EQ-VAE, arXiv 2502.09509, asks
+    the same of scales and quarter turns.)
+
+    Args:
+      z_bfhwc: latents.
+      pixels: arrays [b, t, h, w, ...]; None stays None.
+      shift_b2: rows and columns, in pixels, from 0 to `factor` - 1.
+      factor: pixels along one side of a latent pixel.
+
+    Returns:
+      Both without one latent pixel of height and width.
+    """
+    share = (shift_b2 / factor)[:, :, None, None, None, None]
+    down, right = share[:, 0], share[:, 1]
+    rows = (1 - down) * z_bfhwc[:, :, :-1] + down * z_bfhwc[:, :, 1:]
+    z = (1 - right) * rows[:, :, :, :-1] + right * rows[:, :, :, 1:]
+
+    def window(x: jax.Array, shift: jax.Array) -> jax.Array:  # x [t, h, w, ...]
+        size = (x.shape[0], x.shape[1] - factor, x.shape[2] - factor, *x.shape[3:])
+        start = (0, shift[0], shift[1], *(0 for _ in x.shape[3:]))
+        return jax.lax.dynamic_slice(x, start, size)
+
+    return z, tuple(None if x is None else jax.vmap(window)(x, shift_b2) for x in pixels)
 
 
 def sample_posterior(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
@@ -95,9 +186,21 @@ def kl_to_normal(mean: jax.Array, logvar: jax.Array) -> jax.Array:
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
 
 
-def gradient_error(error_bthwc: jax.Array) -> jax.Array:
-    """Mean absolute error of the differences from row to row plus that from column to column."""
-    return sum(jnp.abs(jnp.diff(error_bthwc, axis=axis)).mean() for axis in (2, 3))
+def gradient_error(error_bthwc: jax.Array, weights_bthw1: jax.Array | None = None) -> jax.Array:
+    """Mean absolute error of the differences from row to row plus that from column to column.
+
+    Args:
+      error_bthwc: of the pixels.
+      weights_bthw1: how much each pixel counts; a difference counts as its first pixel does.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for axis in (2, 3):
+        differences = jnp.abs(jnp.diff(error_bthwc, axis=axis))
+        if weights_bthw1 is not None:
+            size = weights_bthw1.shape[axis] - 1
+            differences *= jax.lax.slice_in_dim(weights_bthw1, 0, size, axis=axis)
+        total += differences.mean()
+    return total
 
 
 def laplacian_error(error_bthwc: jax.Array, levels: int = 4) -> jax.Array:
@@ -119,9 +222,13 @@ def laplacian_error(error_bthwc: jax.Array, levels: int = 4) -> jax.Array:
     return total + jnp.abs(error_bthwc).mean()
 
 
-def psnr(error: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB."""
-    return 10 * jnp.log10(PEAK**2 / jnp.square(error).mean())
+def psnr(error_bthwc: jax.Array, weights_bthw1: jax.Array | None = None) -> jax.Array:
+    """Peak signal-to-noise ratio in dB, of all pixels or of those that have weight."""
+    squared = jnp.square(error_bthwc).mean(-1, keepdims=True)
+    if weights_bthw1 is None:
+        return 10 * jnp.log10(PEAK**2 / squared.mean())
+    mean = (squared * weights_bthw1).sum() / jnp.maximum(weights_bthw1.sum(), 1)
+    return 10 * jnp.log10(PEAK**2 / jnp.maximum(mean, 1e-6))  # finite where nothing has weight
 
 
 def inflate(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
