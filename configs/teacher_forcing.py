@@ -38,6 +38,11 @@ def paper() -> ConfigDict:
         "weights": "bell",  # by timestep, see training/stages/teacher.py
         "history_noise": 0.0,  # most noise on the earlier blocks, see stages/teacher_forcing.py
         "reference_noise": 0.0,  # most noise on the reference
+        "copies": 1,  # noisy copies of each clip, of different t, that share its clean copy
+        "garment": 1.0,  # a latent pixel of the garment counts so many times; needs data.labels
+        "head": 1.0,  # the same of the head
+        "labels": 0.0,  # weight of an auxiliary head that reads labels, see stages/labeller.py
+        "labels_layer": 3,  # the layer that it reads, from 0
     }
     config.streaming.sampler = dict(CAUSAL_SAMPLER)  # many steps and guidance: not distilled yet
     # The network's own errors on the history, see training/stages/recycling.py.

@@ -163,6 +163,9 @@ def latents_flags(parser: cli.Parser) -> None:
         repeated=True,
         metavar="HEIGHTxWIDTH",
     )
+    parser.switch(
+        "labels", "store the labels of the clips too, as those of latent pixels", default=False
+    )
     parser.flag("batch", "clips encoded together", kind=cli.whole_number(1), default=4, metavar="N")
     parser.compilation_flag()
 
@@ -273,15 +276,16 @@ def prepare_latents(values: cli.Values) -> None:
     need("array_record", "train")
     need("av", "video")
     places.check_writable(Path(values.out) / "dataset_info.json")
-    from chameleon_jax.data import examples, records, sources
+    from chameleon_jax.data import examples, labels, records, sources
 
     cli.start_jax(values)
     weights = places.find(values.weights)
     weights = weights / "vae.safetensors" if weights.is_dir() else weights
-    encode, frames_per_latent = load_encoder(values, weights)
+    encode, vae = load_encoder(values, weights)
+    kinds = labels.KINDS if values.labels else ()
     print("the first batch compiles the encoder ...", file=sys.stderr)
     for split in values.split or ["train"]:
-        source = sources.open_sources(values.data, split)
+        source = sources.open_sources(values.data, split, kinds)
         if values.bucket:
             source = sources.BucketSource(source, values.size, values.bucket)
         make = examples.LatentExamples(
@@ -289,18 +293,20 @@ def prepare_latents(values: cli.Values) -> None:
             encode,
             values.size,
             values.frames,
-            frames_per_latent,
+            vae.temporal_factor,
             batch=values.batch,
             fps=values.fps,
             weights=sources.file_hash(weights),
+            factor=vae.spatial_factor,
+            labels=kinds,
         )
         with ProgressLine() as progress:
             count = records.write_latents(values.out, split, make, progress=progress)
         print(f"{values.out}: {count} clips in split {split}", file=sys.stderr)
 
 
-def load_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any], int]:
-    """The VAE's encoder, and its pixel frames a latent frame.
+def load_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any], Any]:
+    """The VAE's encoder, and the sizes of the VAE.
 
     It makes normalised latents [b, f, h', w', c] of uint8 pixels [b, t, h, w, 3]. A config.json
     beside the weights says their sizes and the mean and deviation of their latents; without one the
@@ -322,7 +328,7 @@ def load_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any
     load_params(weights, vae)
     graph, state = nnx.split(vae)
     encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(to_model(pixels)))
-    return functools.partial(encode, state), vae.config.temporal_factor
+    return functools.partial(encode, state), vae.config
 
 
 def prepare_text(values: cli.Values) -> None:

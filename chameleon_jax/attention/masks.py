@@ -12,6 +12,9 @@ The layout is [context | clean chunks but the last | noisy chunks]. The publishe
 last clean chunk and a noisy copy of the context as well; no other frame sees them, and the loss
 does not read them, so they are left out.
 
+One clean copy can serve several noisy ones, behind each other in the layout, which do not see each
+other: more noise levels of a clip for the price of their own tokens.
+
 Every chunk sees a few contiguous runs of keys, so attention is a few dense calls on slices: only
 the work that the mask leaves (28 % for 2 + 21 frames), on every backend, and no mask array.
 
@@ -45,13 +48,16 @@ def count_chunks(policy: CachePolicy, frames: int) -> int:
     return frames // policy.block
 
 
-def teacher_forcing_slices(policy: CachePolicy, frames: int, first: int = 0) -> list[Row]:
+def teacher_forcing_slices(
+    policy: CachePolicy, frames: int, first: int = 0, copies: int = 1
+) -> list[Row]:
     """Per chunk, its frames and the runs of key frames that it sees, in the layout of this file.
 
     Args:
       policy: of the stream to train for.
       frames: latent frames of the video, context not counted.
       first: chunk from which on there are noisy copies; the ones before are history only.
+      copies: noisy copies of each of these chunks.
 
     Returns:
       (queries, runs of keys). The queries cover all frames of the layout once, in order; the keys
@@ -68,8 +74,8 @@ def teacher_forcing_slices(policy: CachePolicy, frames: int, first: int = 0) -> 
     for number in range(chunks - 1):  # clean: the layout has them where the clip has them
         start = context + block * number
         rows.append((slice(start, start + block), _runs(seen[number])))
-    for number in range(first, chunks):
-        start = context + block * (chunks - 1 + number - first)
+    for place, number in enumerate([*range(first, chunks)] * copies):
+        start = context + block * (chunks - 1 + place)
         own = np.arange(start, start + block)
         earlier = seen[number][:-block]
         rows.append((slice(start, start + block), _runs(np.concatenate([earlier, own]))))
@@ -88,6 +94,7 @@ def teacher_forcing(
     grid: tuple[int, int],
     head_dim: int,
     *,
+    copies: int = 1,
     backend: str | None = None,
 ) -> Attend:
     """Attention of the teacher-forced layout; the layer cache passes through.
@@ -99,9 +106,10 @@ def teacher_forcing(
       policy, frames: as in `teacher_forcing_slices`.
       grid: rows and columns of tokens in a frame.
       head_dim: channels of a head.
+      copies: as in `teacher_forcing_slices`.
       backend: as in `attention`.
     """
-    layout = _Layout(policy, frames, 0, grid, head_dim, backend)
+    layout = _Layout(policy, frames, 0, copies, grid, head_dim, backend)
 
     def attend(q, k, v, layer_cache):
         k = layout.written(k, 0)
@@ -129,7 +137,7 @@ def split_teacher_forcing(
       policy, frames, first: as in `teacher_forcing_slices`.
       grid, head_dim, backend: as in `teacher_forcing`.
     """
-    layout = _Layout(policy, frames, first, grid, head_dim, backend)
+    layout = _Layout(policy, frames, first, 1, grid, head_dim, backend)
     history = policy.context + frames - policy.block
 
     def attend_history(q, k, v, layer_cache):
@@ -156,6 +164,7 @@ class _Layout:
         policy: CachePolicy,
         frames: int,
         first: int,
+        copies: int,
         grid: tuple[int, int],
         head_dim: int,
         backend: str | None,
@@ -163,11 +172,12 @@ class _Layout:
         context, block = policy.context, policy.block
         self.policy, self.grid, self.head_dim, self.backend = policy, grid, head_dim, backend
         self.tokens = grid[0] * grid[1]
-        self.rows = teacher_forcing_slices(policy, frames, first)
+        self.rows = teacher_forcing_slices(policy, frames, first, copies)
         seen = views(policy, frames // block)
+        seen = [*seen[:-1], *(seen[first:] * copies)]  # of each row
         own = [view.positions[-block:] for view in seen]  # as it is in flight
-        self.own = np.concatenate([np.arange(context), *own[:-1], *own[first:]])
-        self.positions = [view.positions for view in (*seen[:-1], *seen[first:])]  # by row
+        self.own = np.concatenate([np.arange(context), *own])
+        self.positions = [view.positions for view in seen]
         if context:
             self.positions.insert(0, np.arange(context))
 

@@ -235,6 +235,9 @@ class LatentExamples:
       batch: clips encoded together.
       fps: frames per second.
       weights: names the VAE's weights; a set is not continued with others.
+      factor: pixels along one side of a latent pixel.
+      labels: kinds of labels to store beside the latents, see `labels.to_cells`; the source gives
+        them.
 
     Raises:
       ExampleError: the source is one of latents.
@@ -249,6 +252,8 @@ class LatentExamples:
     batch: int = 4
     fps: float = 16
     weights: str = ""
+    factor: int = 8
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.source.kind != "pixels":
@@ -294,9 +299,11 @@ class LatentExamples:
                 logging.error("record %d has latents that are not finite; skipped", index)
                 yield index, None
                 continue
+            known = {name: clip[name] for name in self.labels}
             yield (
                 index,
                 made[index]
+                | labels.to_cells(known, self.frames_per_latent, self.factor)
                 | {
                     "captions": json.dumps(clip["captions"], ensure_ascii=False),
                     "seed": clip["seed"],
@@ -326,7 +333,15 @@ class LatentExamples:
 
     def recipe(self) -> dict[str, Any]:
         """See `Examples`."""
-        return self.metadata() | {"weights": self.weights}
+        recipe = self.metadata() | {"weights": self.weights}
+        return recipe | ({"labels": list(self.labels)} if self.labels else {})
+
+    def features(self) -> Any:
+        """Features of the records, see `latent_features`; runs the encoder once."""
+        joints = 0
+        if "joints" in self.labels:
+            joints = self.source.load(0, self.frames, self.size)["joints"].shape[1]
+        return latent_features(self.shape(), self.labels, joints)
 
     def digest(self, keys: Sequence[int]) -> str:
         """See `Examples`: from the captions of some records of the source, the last among them."""
@@ -374,18 +389,29 @@ def clip_features(frames: int = 0, size: tuple[int, int] = (0, 0), joints: int =
     )
 
 
-def latent_features(shape: tuple[int, int, int, int]) -> Any:
+def latent_features(
+    shape: tuple[int, int, int, int], kinds: Sequence[str] = (), joints: int = 0
+) -> Any:
     """Features of `runway_latents`, a `tfds.features.FeaturesDict`.
 
     Args:
       shape: of a clip's latents, (f, h, w, c).
+      kinds: of labels beside them.
+      joints: how many, if these are among the labels.
     """
     tfds = import_tfds()
+    packed = functools.partial(tfds.features.Tensor, encoding=tfds.features.Encoding.ZLIB)
+    known = {
+        "labels": packed(shape=(*shape[:3], len(labels.NAMES)), dtype=np.uint8),
+        "origin": packed(shape=(*shape[:3], 2), dtype=np.uint8),
+        "joints": packed(shape=(shape[0], joints, 2), dtype=np.float16),
+    }
     latent = functools.partial(
         tfds.features.Tensor, dtype=np.float16, encoding=tfds.features.Encoding.BYTES
     )
     return tfds.features.FeaturesDict(
-        {
+        {name: known[name] for name in kinds}
+        | {
             "z_video": latent(shape=shape),
             "z_reference": latent(shape=(1, *shape[1:])),
             "z_garment": latent(shape=(1, *shape[1:])),

@@ -4,10 +4,16 @@
   origin   uint8 [t, h, w, 2], which place of the garment's picture a pixel shows, see `pack_origin`
   joints   float16 [t, j, 2], x and y as shares of width and height
 
+Beside latents (`prepare latents --labels`) they are those of latent pixels, see `to_cells`:
+
+  labels   uint8 [f, h, w, len(NAMES)], share of each of `NAMES` as 0 to 255
+  origin   uint8 [f, h, w, 2], the mean over pixels that have one; 0 where fewer than half do
+  joints   float16 [f, j, 2], of the last pixel frame of each latent frame
+
 They serve training (weights of a loss, auxiliary heads, judges) and are never an input of what is
 trained. Records of other origin may hold them too, e.g. from a human parser.
 
-Axes: t pixel frames, h w pixels, j joints.
+Axes: t pixel frames, f latent frames, h w pixels or latent pixels, j joints.
 """
 
 from __future__ import annotations
@@ -57,3 +63,38 @@ def pack_origin(origin: np.ndarray) -> np.ndarray:
 def unpack_origin(packed: np.ndarray) -> np.ndarray:
     """x and y as shares of the garment's picture, float32; NaN where it does not show the place."""
     return np.where(packed > 0, (packed.astype(np.float32) - 1) / 254, np.nan)
+
+
+def to_cells(
+    found: dict[str, np.ndarray], frames_per_latent: int, factor: int
+) -> dict[str, np.ndarray]:
+    """Labels of a clip's pixels as those of its latent pixels, see the module's docstring.
+
+    Args:
+      found: some of the labels of a clip of t = frames_per_latent * (f - 1) + 1 frames.
+      frames_per_latent: pixel frames of a latent frame, the first excepted.
+      factor: pixels along one side of a latent pixel.
+    """
+    cells = {}
+    if "labels" in found:
+        shown = found["labels"][..., None] == np.arange(len(NAMES), dtype=np.uint8)
+        shares = _cell_means(shown.astype(np.float32), frames_per_latent, factor)
+        cells["labels"] = np.rint(255 * shares).astype(np.uint8)
+    if "origin" in found:
+        origin = unpack_origin(found["origin"])
+        known = np.isfinite(origin[..., :1])
+        share = _cell_means(known.astype(np.float32), frames_per_latent, factor)
+        total = _cell_means(np.where(known, origin, 0), frames_per_latent, factor)
+        mean = np.where(share >= 0.5, total / np.maximum(share, 0.5), np.nan)
+        cells["origin"] = pack_origin(mean)
+    if "joints" in found:
+        cells["joints"] = found["joints"][::frames_per_latent]
+    return cells
+
+
+def _cell_means(x: np.ndarray, frames_per_latent: int, factor: int) -> np.ndarray:
+    """Means of [t, h, w, c] over the pixels of each latent pixel, [f, h, w, c]."""
+    t, h, w, c = x.shape
+    x = x.reshape(t, h // factor, factor, w // factor, factor, c).mean((2, 4))
+    groups = x[1:].reshape(-1, frames_per_latent, *x.shape[1:]).mean(1)
+    return np.concatenate([x[:1], groups])

@@ -95,7 +95,8 @@ class InMemorySource:
         record = self._record(index)
         if self.kind == "latents":
             wanted = latent_frames(frames, self.frames_per_latent)
-            return record | {"z_video": record["z_video"][:wanted]}
+            moving = [name for name in ("z_video", *KINDS) if name in record]
+            return record | {name: record[name][:wanted] for name in moving}
         first = first_frame(start, self.frames, frames)
         moving = [name for name in ("video", *KINDS) if name in record]
         return record | {name: record[name][first : first + frames] for name in moving}

@@ -34,7 +34,6 @@ from chameleon_jax.data.examples import (
     Examples,
     LatentExamples,
     RunwayExamples,
-    latent_features,
 )
 from chameleon_jax.data.shards import ShardError, array_record, count_records
 from chameleon_jax.data.sources import FRAMES_PER_LATENT_BEFORE, MAX_BROKEN, import_tfds
@@ -109,7 +108,7 @@ def write_latents(
         split,
         range(len(examples.source)),
         examples,
-        latent_features(examples.shape()),
+        examples.features(),
         name="runway_latents",
         shard_size=shard_size,
         progress=progress,

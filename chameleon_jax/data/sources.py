@@ -15,7 +15,7 @@ and a length. What `load` gives:
   pixels   video uint8 [t, h, w, 3], reference and garment uint8 [h, w, 3], captions, fps, seed
            with the labels that were asked for, see `labels`, of the same frames
   latents  z_video [f, h, w, c], z_reference and z_garment [1, h, w, c], all float16, captions, fps,
-           seed
+           seed, with the labels that were asked for, of latent pixels
 
 A broken record raises a ValueError (SourceError, ShardError, ImageError, VideoError, ...). Sources
 can be pickled.
@@ -120,8 +120,8 @@ class RecordSource:
         lacking = [name for name in self.labels if name not in info.features]
         if lacking:
             raise SourceError(
-                f"{folder}: its records have no {', '.join(lacking)}; render them with `prepare"
-                " runway --labels`, or set data.labels=()"
+                f"{folder}: its records have no {', '.join(lacking)}; make them with `prepare"
+                " runway --labels` and `prepare latents --labels`, or set data.labels=()"
             )
         shards = info.splits[split]
         self._features = info.features
@@ -208,7 +208,7 @@ class RecordSource:
         names = ("z_video", "z_reference", "z_garment")
         if not all(np.isfinite(raw[name]).all() for name in names):
             raise SourceError(f"{self.folder}: record {index} has latents that are not finite")
-        return {name: raw[name][:wanted] for name in names}
+        return {name: raw[name][:wanted] for name in (*names, *self.labels)}
 
     def _captions(self, raw: dict[str, Any], index: int) -> Captions:
         found = _json(raw["captions"], f"{self.folder}: captions of record {index}")

@@ -196,6 +196,7 @@ def draw_timesteps(
     block: int | None = None,
     shift: float = SHIFT,
     n: int = ROWS,
+    copies: int = 1,
 ) -> jax.Array:
     """Training timesteps, uniform over the rows of the table: t_bf float32.
 
@@ -207,6 +208,11 @@ def draw_timesteps(
         one per block of that many frames (teacher forcing).
       shift: shift of the table.
       n: rows of the table.
+      copies: noisy copies of the frames, behind each other; those of a frame get one timestep from
+        each of `copies` equal parts of the table, in random order.
+
+    Returns:
+      [batch, copies frames]
 
     Raises:
       ValueError: if `block` does not divide `frames`.
@@ -214,5 +220,13 @@ def draw_timesteps(
     size = frames if block is None else block
     if size < 1 or frames % size:
         raise ValueError(f"{frames} latent frames cannot be cut into blocks of {size}")
-    rows = jax.random.randint(key, (batch, frames // size), 0, n)
+    blocks = frames // size
+    if copies == 1:
+        rows = jax.random.randint(key, (batch, blocks), 0, n)
+    else:
+        key_part, key_place = jax.random.split(key)
+        part = jnp.argsort(jax.random.uniform(key_part, (batch, copies, blocks)), axis=1)
+        place = jax.random.uniform(key_place, part.shape)
+        rows = jnp.floor((part + place) * (n / copies)).astype(jnp.int32)
+        rows = jnp.minimum(rows, n - 1).reshape(batch, copies * blocks)
     return jnp.repeat(jnp.asarray(timesteps_table(shift, n))[rows], size, axis=1)

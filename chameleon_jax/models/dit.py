@@ -40,6 +40,10 @@ from chameleon_jax.attention.positions import axis_dims, rope
 from chameleon_jax.models.remat import remat_name, rematerialized
 from chameleon_jax.sharding import HEADS, TOKENS, TOKENS_OF_HEADS, constrain
 
+SAYS = ("velocity", "clean")
+# Noise below which a velocity is not made of a clean frame by dividing by the noise itself.
+LEAST_NOISE = 0.05
+
 KV = tuple[jax.Array, jax.Array]  # k, v [b, s, n, d]
 TextKV = tuple[KV, ...]  # of every layer
 Cache = tuple[Any, ...] | Stacked | None  # what self-attention is handed, for every layer
@@ -58,6 +62,9 @@ class DiTConfig:
     text_length: int  # tokens of a prompt, padding included
     out_channels: int | None = None  # of the velocity; None: as many as go in
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of a token; 1 in time
+    # What the head says: "velocity", as released, or "clean", the frame without noise, of which the
+    # velocity is made behind it. Small networks copy better than they subtract (arXiv 2511.13720).
+    says: str = "velocity"
     freq_width: int = 256  # channels of the sinusoid of t
     eps: float = 1e-6  # added to variances and mean squares in the norms
     remat: str = "none"  # what the backward pass computes again, see models/remat.py
@@ -76,6 +83,8 @@ class DiTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if self.says not in SAYS:
+            raise ValueError(f"says is {self.says!r}; expected one of {', '.join(SAYS)}")
         if len(self.patch) != 3 or self.patch[0] != 1 or min(self.patch) < 1:
             raise ValueError(
                 f"patch is {self.patch}; expected (1, rows, columns): every latent frame has its"
@@ -140,6 +149,16 @@ def gated(x_bfpm: jax.Array, y_bfpm: jax.Array, gate_bfm: jax.Array) -> jax.Arra
     """x + y gate, one gate per frame; summed in float32, returned in the dtype of x."""
     step = y_bfpm.astype(jnp.float32) * gate_bfm[:, :, None].astype(jnp.float32)
     return (x_bfpm.astype(jnp.float32) + step).astype(x_bfpm.dtype)
+
+
+def velocity_of_clean(x_bfhwc: jax.Array, clean: jax.Array, t_bf: jax.Array) -> jax.Array:
+    """(x - x0) / sigma, the velocity of frames whose clean form is known; sigma = t / 1000.
+
+    Computed in float32, returned in the dtype of `clean`. Below `LEAST_NOISE` that much is divided
+    by, so that a small error is not multiplied without bound.
+    """
+    sigma = jnp.maximum(t_bf.astype(jnp.float32) / 1000, LEAST_NOISE)[:, :, None, None, None]
+    return ((x_bfhwc.astype(jnp.float32) - clean.astype(jnp.float32)) / sigma).astype(clean.dtype)
 
 
 def _linear(
@@ -412,8 +431,12 @@ class DiT(nnx.Module):
         )
         e0_bf6m = rearrange(self.time_projection(jax.nn.silu(e_bfm)), "b f (r m) -> b f r m", r=6)
         x, cache = self._run_blocks(self.patch_embedding(x_bfhwc), e0_bf6m, text_kv, attend, cache)
-        v = self.head(x[:, decoded], e_bfm[:, decoded])
-        return rearrange(v, "b f (h w) (i j c) -> b f (h i) (w j) c", h=h // i, i=i, j=j), cache
+        said = self.head(x[:, decoded], e_bfm[:, decoded])
+        said = rearrange(said, "b f (h w) (i j c) -> b f (h i) (w j) c", h=h // i, i=i, j=j)
+        if self.config.says == "velocity":
+            return said, cache
+        noisy = x_bfhwc[:, decoded, ..., : self.config.out_channels]
+        return velocity_of_clean(noisy, said, t_bf[:, decoded]), cache
 
     def _run_blocks(
         self, x: jax.Array, e0: jax.Array, text_kv: TextKV, attend: Attend, cache: Cache
@@ -518,7 +541,19 @@ def bidirectional_features(
         t = jnp.pad(t_bf, ((0, 0), (context, 0)))
     turn = rope(np.arange(x.shape[1]), *token_grid(dit.config, x), dit.config.head_dim)
     attend = bidirectional(turn, backend=dit.config.attention)
-    decoded = slice(context, None)
+    return _with_features(dit, x, t, text_kv, attend, slice(context, None), layers)
+
+
+def _with_features(
+    dit: DiT,
+    x: jax.Array,
+    t: jax.Array,
+    text_kv: TextKV,
+    attend: Attend,
+    decoded: slice,
+    layers: Sequence[int],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Velocity of the decoded frames, and what the self-attention of some layers saw of them."""
     if not layers:
         return dit(x, t, text_kv, attend, decoded=decoded)[0], []
     taps = tuple(jnp.zeros(()) if i in layers else None for i in range(dit.config.layers))
@@ -591,18 +626,54 @@ def teacher_forcing_forward(
       z_context: clean latents [b, context, h, w, c], at t = 0.
       z_clean: clean latents of the video [b, f, h, w, c], f a multiple of the policy's block, at
         t = 0. The last chunk is not read.
-      z_noisy: the same frames noisy.
+      z_noisy: the same frames noisy; several noisy copies of the clip stand behind each other, and
+        do not see each other.
       t_bf: timesteps of the noisy frames, equal within a chunk.
       text_kv: from `dit.text_kv`.
       policy: of the stream; a chunk sees the earlier frames that its cache would hold.
 
     Returns:
-      v of the noisy frames, [b, f, h, w, c].
+      v of the noisy frames, [b, copies f, h, w, c].
 
     Raises:
-      ValueError: the video is not a whole number of chunks, or the context is not the policy's.
+      ValueError: the video is not a whole number of chunks, the noisy frames are not whole copies
+        of it, or the context is not the policy's.
     """
-    config, context, video = dit.config, z_context.shape[1], z_noisy.shape[1]
+    features = teacher_forcing_features(
+        dit, z_context, z_clean, z_noisy, t_bf, text_kv, policy=policy, layers=()
+    )
+    return features[0]
+
+
+def teacher_forcing_features(
+    dit: DiT,
+    z_context: jax.Array,
+    z_clean: jax.Array,
+    z_noisy: jax.Array,
+    t_bf: jax.Array,
+    text_kv: TextKV,
+    *,
+    policy: CachePolicy,
+    layers: Sequence[int],
+) -> tuple[jax.Array, list[jax.Array]]:
+    """`teacher_forcing_forward`, and what the self-attention of some layers saw.
+
+    Args:
+      dit, z_context, z_clean, z_noisy, t_bf, text_kv, policy: as for `teacher_forcing_forward`.
+      layers: numbers of layers, from 0.
+
+    Returns:
+      v, and for each layer the output of its attention on the noisy frames, [b, copies f, p, m].
+
+    Raises:
+      ValueError: as `teacher_forcing_forward`.
+    """
+    config, context, video = dit.config, z_context.shape[1], z_clean.shape[1]
+    copies, rest = divmod(z_noisy.shape[1], video)
+    if rest or not copies:
+        raise ValueError(
+            f"{z_noisy.shape[1]} noisy latent frames; expected one or several copies of {video}"
+        )
     if context != policy.context:
         raise ValueError(f"{context} condition frames; the cache has {policy.context} of them")
     kept = video - policy.block  # the last clean chunk is seen by none
@@ -610,8 +681,10 @@ def teacher_forcing_forward(
     x = jnp.concatenate([z.astype(z_noisy.dtype) for z in parts], axis=1)
     t = jnp.pad(t_bf, ((0, 0), (context + kept, 0)))
     grid = token_grid(config, x)
-    attend = teacher_forcing(policy, video, grid, config.head_dim, backend=config.attention)
-    return dit(x, t, text_kv, attend, decoded=slice(context + kept, None))[0]
+    attend = teacher_forcing(
+        policy, video, grid, config.head_dim, copies=copies, backend=config.attention
+    )
+    return _with_features(dit, x, t, text_kv, attend, slice(context + kept, None), layers)
 
 
 def self_forcing_forward(

@@ -120,6 +120,19 @@ def test_a_sampler_needs_a_step():
         flow.euler_sigmas(0)
 
 
+def test_copies_share_out_the_table():
+    """The four copies of a block have a timestep each from a quarter of the table."""
+    t = flow.draw_timesteps(jax.random.key(0), 500, 6, block=3, copies=4)
+    assert t.shape == (500, 24)
+    blocks = np.asarray(t).reshape(500, 4, 2, 3)
+    assert (blocks == blocks[..., :1]).all()
+    rows = np.asarray(flow.nearest_row(blocks[..., 0]))
+    quarters = np.sort(rows * 4 // flow.ROWS, axis=1)
+    np.testing.assert_array_equal(quarters, np.broadcast_to(np.arange(4)[:, None], (500, 4, 2)))
+    first = np.bincount(rows[:, 0].ravel() * 4 // flow.ROWS)  # no copy has a quarter of its own
+    assert first.min() > 200
+
+
 def test_drawn_timesteps_are_shared_as_asked_and_uniform_over_rows():
     key = jax.random.key(3)
     table = flow.timesteps_table()

@@ -13,14 +13,20 @@ import torch
 from einops import rearrange
 from flax import nnx
 
+from chameleon_jax.attention.core import bidirectional
 from chameleon_jax.attention.policies import Ring
+from chameleon_jax.attention.positions import rope
 from chameleon_jax.models.dit import (
+    LEAST_NOISE,
+    SAYS,
     DiT,
     DiTConfig,
     bidirectional_forward,
     self_forcing_forward,
+    teacher_forcing_features,
     teacher_forcing_forward,
     timestep_embedding,
+    token_grid,
 )
 from chameleon_jax.models.remat import POLICIES
 from chameleon_jax.weights.params import flat_params, param_count, param_shapes, set_params
@@ -158,6 +164,49 @@ def test_slices_equal_the_dense_mask_forward_and_gradient():
     ):
         assert jnp.abs(theirs).max() > 1e-3
         np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_noisy_copies_share_the_clean_one():
+    """Several copies behind each other say what each says alone, and show what a layer saw."""
+    dit, text = tiny_dit.tiny_dit(), prompt()
+    other, times = latents(3, 9), BLOCK_TIMES[:, ::-1]
+
+    def one(noisy, t):
+        return teacher_forcing_features(
+            dit, CONTEXT, CLEAN, noisy, t, dit.text_kv(text), policy=Ring(), layers=(1,)
+        )
+
+    pairs = ((NOISY, BLOCK_TIMES), (other, times))
+    expected = [jax.jit(one)(*pair) for pair in pairs]
+    v, (seen,) = jax.jit(one)(
+        *(jnp.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True))
+    )
+    np.testing.assert_allclose(v, jnp.concatenate([x for x, _ in expected], 1), atol=1e-5)
+    np.testing.assert_allclose(seen, jnp.concatenate([x for _, (x,) in expected], 1), atol=1e-5)
+    alone = teacher_forced(dit, CONTEXT, CLEAN, NOISY, BLOCK_TIMES, dit.text_kv(text))
+    np.testing.assert_allclose(alone, expected[0][0], atol=1e-5)
+    with pytest.raises(ValueError, match="13 noisy latent frames; expected one or several copies"):
+        one(latents(3, 13), jnp.zeros((1, 13)))
+
+
+def test_a_network_that_says_clean_frames_gives_velocities():
+    sizes = tiny_dit.tiny_dit().config
+    plain, clean = (DiT(dataclasses.replace(sizes, says=says), rngs=nnx.Rngs(0)) for says in SAYS)
+    for dit in (plain, clean):
+        dit.head.proj.bias.set_value(jnp.arange(dit.head.proj.bias.get_value().size) / 10.0)
+    t_bf = jnp.array([[1000.0, 500.0, 20.0, 0.0]])
+    x = latents(0, 4)
+    said, _ = plain(x, t_bf, plain.text_kv(prompt()), attend_all(plain, x))
+    v, _ = clean(x, t_bf, clean.text_kv(prompt()), attend_all(clean, x))
+    sigma = np.array([1, 0.5, LEAST_NOISE, LEAST_NOISE])[None, :, None, None, None]
+    np.testing.assert_allclose(v, (x - said) / sigma, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="says is 'noise'; expected one of velocity, clean"):
+        dataclasses.replace(sizes, says="noise")
+
+
+def attend_all(dit, x):
+    turn = rope(np.arange(x.shape[1]), *token_grid(dit.config, x), dit.config.head_dim)
+    return bidirectional(turn)
 
 
 def test_causality_by_gradient():

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model, to_uint8
+from chameleon_jax.data.labels import GARMENT, HEAD, KINDS
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
@@ -51,12 +52,14 @@ class Networks:
     Attributes:
       trained, frozen, weights: see the fields of the same names of `stage.Stage`.
       modules: how a network is put together from its parameters, by name.
+      helpers: trained networks that only training needs; they are not exported.
     """
 
     trained: Mapping[str, Parameters]
     frozen: Mapping[str, Parameters]
     weights: Mapping[str, Path]
     modules: Mapping[str, Tuned]
+    helpers: tuple[str, ...] = ()
 
     def bind(self, name: str, params: ParamTree) -> Any:
         """A network with its parameters. Can be traced.
@@ -76,6 +79,8 @@ class Networks:
         """
         files: ParamTree = {}
         for name, changing in params.items():
+            if name in self.helpers:
+                continue
             tuned = self.modules[name]
             files[name] = tuned.whole(changing, frozen.get(fixed_name(name)))
             files |= tuned.adapters(changing)
@@ -336,20 +341,58 @@ def loss_weights(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
 
 
 def flow_loss(
-    v_pred: jax.Array, x0: jax.Array, noise: jax.Array, w_bf: jax.Array
+    v_pred: jax.Array,
+    x0: jax.Array,
+    noise: jax.Array,
+    w_bf: jax.Array,
+    w_bfhw: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Weighted flow-matching loss of the video frames in float32.
 
     Args:
       v_pred, x0, noise: [b, f, h, w, c].
       w_bf: weights of the frames.
+      w_bfhw: weights of the latent pixels, see `cell_weights`; None: all count the same.
 
     Returns:
       The loss, and `mse`, the same without weights.
     """
     error = jnp.square(v_pred.astype(jnp.float32) - flow.velocity(x0, noise).astype(jnp.float32))
-    error_bf = error.mean(axis=(2, 3, 4))
-    return (w_bf * error_bf).mean(), {"mse": error_bf.mean()}
+    error_bfhw = error.mean(axis=-1)
+    mse = error_bfhw.mean()
+    if w_bfhw is not None:
+        error_bfhw *= w_bfhw
+    return (w_bf * error_bfhw.mean(axis=(2, 3))).mean(), {"mse": mse}
+
+
+def check_focus(config: ConfigDict) -> None:
+    """Raise ConfigError if the loss is to favour garment or head, and the data have no labels."""
+    focus = config.loss.garment, config.loss.head
+    if focus != (1, 1) and "labels" not in config.data.labels:
+        raise ConfigError(
+            f"loss.garment is {focus[0]:g} and loss.head {focus[1]:g}: what counts more is known by"
+            " labels; set data.labels=('labels',)"
+        )
+
+
+def cell_weights(config: ConfigDict, batch: Batch, frames: int) -> jax.Array | None:
+    """How much each latent pixel counts, [b, f, h, w], of mean 1; None if all count the same.
+
+    A latent pixel counts `loss.garment` times where it is all garment, `loss.head` times where it
+    is all head, and what lies between for shares of them.
+
+    Args:
+      config: see `check_focus`.
+      batch: with `labels` uint8 [b, f, h, w, labels], the shares as 0 to 255, see
+        `chameleon_jax.data.labels`.
+      frames: latent frames of the video that are trained, the first ones.
+    """
+    if (config.loss.garment, config.loss.head) == (1, 1):
+        return None
+    shares = batch["labels"][:, :frames].astype(jnp.float32) / 255
+    counts = 1 + (config.loss.garment - 1) * shares[..., GARMENT]
+    counts += (config.loss.head - 1) * shares[..., HEAD]
+    return counts / counts.mean()
 
 
 def network_timesteps(t_bf: jax.Array, config: ConfigDict) -> jax.Array:
@@ -440,7 +483,7 @@ def _part(
 
     def transform(raw: dict[str, Any], rngs: list[np.random.Generator]) -> HostBatch:
         del rngs
-        found = {name: raw[name] for name in (*LATENTS, *PIXELS, "text") if name in raw}
+        found = {name: raw[name] for name in (*LATENTS, *PIXELS, *KINDS, "text") if name in raw}
         return found if "text" in found else found | texts(raw["prompt"])
 
     data = config.data

@@ -16,6 +16,9 @@ in GameNGen, arXiv 2408.14837). Noise on the reference has a price: what the noi
 network does not learn to copy. The paper has none: its distillation, on the model's own streams,
 does this work. `recycling` adds the network's own errors instead, see `recycling`.
 
+Several noisy copies of a clip, of different t, can share the clean one and the context
+(`loss.copies`): clips of one block then cost half as much a copy.
+
 Axes: b batch, f latent frames, h w grid, c channels.
 """
 
@@ -33,9 +36,10 @@ from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.diffusion import flow
 from chameleon_jax.keys import loss_key
 from chameleon_jax.models.build import read_sizes
-from chameleon_jax.models.dit import teacher_forcing_forward
+from chameleon_jax.models.dit import teacher_forcing_features, teacher_forcing_forward
 from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import common
+from chameleon_jax.training.stages.labeller import NAME, label_loss, with_labeller
 from chameleon_jax.training.stages.recycling import (
     ERRORS,
     RECYCLED,
@@ -56,13 +60,20 @@ def make_stage(config: ConfigDict) -> Stage:
       ConfigError: clips are shorter than a block, or the cache is impossible; weights are missing,
         or a name is unknown.
     """
-    nets = common.networks(config)
+    nets = with_labeller(config, common.networks(config))
     sample_of = common.make_conditions(nets)
     weights_of = common.loss_weights(config)
     policy = read_policy(config)
     check_lengths(config, policy.block)
-    recycle = read_recycling(config)
+    common.check_focus(config)
+    recycle, copies = read_recycling(config), config.loss.copies
+    if recycle is not None and copies > 1:
+        raise ConfigError(
+            f"loss.copies is {copies}, and recycling.clips above 0: what is recycled depends on the"
+            " noise of the one copy; set loss.copies=1"
+        )
     forward = functools.partial(teacher_forcing_forward, policy=policy)
+    layers = (config.loss.labels_layer,) if config.loss.labels else ()
 
     def loss(
         params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array
@@ -70,15 +81,21 @@ def make_stage(config: ConfigDict) -> Stage:
         params = params | frozen
         dit = nets.bind("dit", params)
         sample = sample_of(params, dit, batch)
-        z = whole_blocks(sample.z_video, policy.block)
-        b, f = z.shape[:2]
+        z_clean = whole_blocks(sample.z_video, policy.block)
+        b, f = z_clean.shape[:2]
         t_bf = flow.draw_timesteps(
-            loss_key(key, "times"), b, f, block=policy.block, shift=config.loss.shift
+            loss_key(key, "times"),
+            b,
+            f,
+            block=policy.block,
+            shift=config.loss.shift,
+            copies=copies,
         )
+        z = jnp.tile(z_clean, (1, copies, 1, 1, 1))
         noise = jax.random.normal(loss_key(key, "noise"), z.shape)
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         t_network = common.network_timesteps(t_bf, config)
-        history = disturbed(z, config.loss.history_noise, loss_key(key, "history_noise"))
+        history = disturbed(z_clean, config.loss.history_noise, loss_key(key, "history_noise"))
         if RECYCLED in frozen:
             history = disturb(
                 recycle,
@@ -92,8 +109,23 @@ def make_stage(config: ConfigDict) -> Stage:
             sample.z_context[:, :1], config.loss.reference_noise, loss_key(key, "reference_noise")
         )
         z_context = jnp.concatenate([reference, sample.z_context[:, 1:]], axis=1)
-        v = forward(dit, z_context, history, z_noisy, t_network, sample.text_kv)
-        value, metrics = common.flow_loss(v, z, noise, weights_of(t_bf))
+        v, seen = teacher_forcing_features(
+            dit,
+            z_context,
+            history,
+            z_noisy,
+            t_network,
+            sample.text_kv,
+            policy=policy,
+            layers=layers,
+        )
+        w_bfhw = common.cell_weights(config, batch, f)
+        if w_bfhw is not None:
+            w_bfhw = jnp.tile(w_bfhw, (1, copies, 1, 1))
+        value, metrics = common.flow_loss(v, z, noise, weights_of(t_bf), w_bfhw)
+        for features in seen:
+            extra, found = label_loss(nets.bind(NAME, params), features, batch, f, dit.config.patch)
+            value, metrics = value + config.loss.labels * extra, metrics | found
         if RECYCLED in frozen:
             errors = flow.x0_from_velocity(z_noisy, v, t_bf / 1000) - z
             metrics |= {ERRORS: errors, TIMES: t_bf[:, :: policy.block]}

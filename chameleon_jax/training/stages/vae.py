@@ -55,8 +55,6 @@ def make_stage(config: ConfigDict) -> Stage:
     ) -> tuple[jax.Array, Metrics]:
         del frozen
         vae, x = network.bind(params["vae"]), to_model(batch["video"])
-        # Clips keep all of their latents: those of a window are few already.
-        shifted = config.loss.shifted if x.shape[1] == 1 else 0.0
         return losses.loss(
             vae,
             x,
@@ -64,7 +62,7 @@ def make_stage(config: ConfigDict) -> Stage:
             weights,
             labels_bthw=batch.get("labels"),
             encoder=config.loss.encoder,
-            shifted=shifted,
+            shifted=config.loss.shifted,
         )
 
     @jax.jit
