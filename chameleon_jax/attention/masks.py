@@ -212,14 +212,27 @@ class _Layout:
         start: int,
     ) -> jax.Array:
         q = self._take(q, (slice(queries.start - start, queries.stop - start),))
-        k, v = self._take(k, runs), self._take(v, runs)
+        turn = None
         if not self.policy.rotates_on_write:
+            turn = times
             own = times[-(q.shape[1] // self.tokens) :]
             q = apply_rope(q, rope(own, *self.grid, self.head_dim))
-            k = apply_rope(k, rope(times, *self.grid, self.head_dim))
+        k, v = self._take(k, runs, turn), self._take(v, runs)
         return attention(q, k, v, backend=self.backend)
 
-    def _take(self, x: jax.Array, runs: tuple[slice, ...]) -> jax.Array:
-        n = self.tokens
-        parts = [x[:, run.start * n : run.stop * n] for run in runs]
+    def _take(
+        self, x: jax.Array, runs: tuple[slice, ...], times: np.ndarray | None = None
+    ) -> jax.Array:
+        """Runs of frames behind each other, turned to `times` if these are given.
+
+        Each run is turned by itself: the compiler then turns a run that several rows see only once.
+        """
+        n, done, parts = self.tokens, 0, []
+        for run in runs:
+            part, frames = x[:, run.start * n : run.stop * n], run.stop - run.start
+            if times is not None:
+                turn = rope(times[done : done + frames], *self.grid, self.head_dim)
+                part = apply_rope(part, turn)
+            parts.append(part)
+            done += frames
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
