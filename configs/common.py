@@ -65,6 +65,7 @@ def runway_tiny() -> ConfigDict:
             },
             "dit": {
                 "patch": (1, 1, 1),
+                "says": "velocity",
                 "in_channels": 16,
                 "width": 256,
                 "ffn": 1024,
@@ -102,6 +103,7 @@ def smoke() -> ConfigDict:
                 "latent_std": (1.0,) * 4,
             },
             "dit": {
+                "says": "velocity",
                 "in_channels": 4,
                 "width": 32,
                 "ffn": 64,

@@ -115,6 +115,13 @@ def runway_flags(parser: cli.Parser) -> None:
         default="open",
         metavar="NAME",
     )
+    parser.flag(
+        "people",
+        "so many neighbouring seeds show the same person, in other clothes elsewhere",
+        kind=cli.whole_number(1),
+        default=1,
+        metavar="N",
+    )
     parser.switch(
         "labels",
         "store exact labels, too: what each pixel shows, where on the garment's picture it comes"
@@ -163,8 +170,13 @@ def latents_flags(parser: cli.Parser) -> None:
         repeated=True,
         metavar="HEIGHTxWIDTH",
     )
-    parser.switch(
-        "labels", "store the labels of the clips too, as those of latent pixels", default=False
+    parser.flag(
+        "label",
+        "kind of labels to store too, as those of latent pixels: labels, origin, joints or"
+        " attributes; may be repeated",
+        kind=cli.one_of("labels", "origin", "joints", "attributes"),
+        repeated=True,
+        metavar="KIND",
     )
     parser.flag("batch", "clips encoded together", kind=cli.whole_number(1), default=4, metavar="N")
     parser.compilation_flag()
@@ -255,6 +267,7 @@ def prepare_runway(values: cli.Values) -> None:
         slot=values.slot,
         world=values.world,
         labels=values.labels,
+        people=values.people,
     )
     if values.match or values.slot:
         print(f"choosing {values.clips} clips ...", file=sys.stderr)
@@ -276,13 +289,13 @@ def prepare_latents(values: cli.Values) -> None:
     need("array_record", "train")
     need("av", "video")
     places.check_writable(Path(values.out) / "dataset_info.json")
-    from chameleon_jax.data import examples, labels, records, sources
+    from chameleon_jax.data import examples, records, sources
 
     cli.start_jax(values)
     weights = places.find(values.weights)
     weights = weights / "vae.safetensors" if weights.is_dir() else weights
     encode, vae = load_encoder(values, weights)
-    kinds = labels.KINDS if values.labels else ()
+    kinds = tuple(values.label)
     print("the first batch compiles the encoder ...", file=sys.stderr)
     for split in values.split or ["train"]:
         source = sources.open_sources(values.data, split, kinds)

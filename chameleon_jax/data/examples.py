@@ -69,7 +69,8 @@ class RunwayExamples:
       slot: only clips whose garment is worn there: top, bottom, dress or outer. Empty: all.
       world: what clips are drawn from, a name from `chameleon_jax.runway.worlds`.
       labels: store the exact labels of each clip, too, see `labels`.
-      render: called as render(seed, frames, size, fps, world, ground_truth); None is
+      people: so many neighbouring seeds show the same person, in other clothes elsewhere.
+      render: called as render(seed, frames, size, fps, world, ground_truth, person); None is
         `chameleon_jax.runway.render_triplet`.
 
     Raises:
@@ -87,6 +88,7 @@ class RunwayExamples:
     slot: str = ""
     world: str = "open"
     labels: bool = False
+    people: int = 1
     render: Callable[..., Any] | None = None
 
     def __post_init__(self):
@@ -98,9 +100,10 @@ class RunwayExamples:
 
             world_of(self.world)
         frame_rate(self.fps)
-        if self.frames < 1 or min(self.size) < 1:
+        if min(self.frames, self.people, *self.size) < 1:
             raise ExampleError(
-                f"{self.frames} frames of {self.size[0]}x{self.size[1]} pixels; expected at least 1"
+                f"{self.frames} frames of {self.size[0]}x{self.size[1]} pixels, {self.people} clips"
+                " a person; expected at least 1"
             )
         try:
             captions.compile_match(self.match)
@@ -143,11 +146,22 @@ class RunwayExamples:
                     f" {self.slot!r}"
                 )
 
+    def person(self, seed: int) -> int:
+        """The seed whose person a clip shows."""
+        return seed - seed % self.people
+
     def wants(self, seed: int) -> bool:
         """Whether the clip of a seed is one of those that `match` and `slot` ask for."""
         from chameleon_jax.runway import sample_spec
 
-        spec = sample_spec(seed, frames=self.frames, size=self.size, fps=self.fps, world=self.world)
+        spec = sample_spec(
+            seed,
+            frames=self.frames,
+            size=self.size,
+            fps=self.fps,
+            world=self.world,
+            person=self.person(seed),
+        )
         chosen = captions.mentions(spec.captions(), captions.compile_match(self.match))
         return chosen and self.slot in ("", spec.slot)
 
@@ -162,6 +176,7 @@ class RunwayExamples:
                     fps=self.fps,
                     world=self.world,
                     ground_truth=self.labels,
+                    person=self.person(seed),
                 )
                 yield seed, self.record(seed, triplet)
             except Exception:
@@ -178,7 +193,9 @@ class RunwayExamples:
             raise ExampleError(
                 f"seed {seed}: the renderer made {triplet.video.shape}; expected {shape}"
             )
-        known = labels.of_clip(triplet.clip, triplet.spec["slot"]) if self.labels else {}
+        known = {}
+        if self.labels:
+            known = labels.of_clip(triplet.clip, triplet.spec, self.person(seed))
         return known | {
             "video": encode_video(triplet.video, self.fps, crf=self.crf, yuv444p=True),
             "reference": images.encode_image(triplet.reference),
@@ -205,6 +222,8 @@ class RunwayExamples:
             recipe["slot"] = self.slot
         if self.world != "open":
             recipe["world"] = self.world
+        if self.people != 1:
+            recipe["people"] = self.people
         if self.labels:
             recipe["labels"] = list(labels.NAMES)
         return recipe
@@ -371,6 +390,7 @@ def clip_features(frames: int = 0, size: tuple[int, int] = (0, 0), joints: int =
         "labels": packed(shape=(frames, *size), dtype=np.uint8),
         "origin": packed(shape=(frames, *size, 2), dtype=np.uint8),
         "joints": packed(shape=(frames, joints, 2), dtype=np.float16),
+        "attributes": packed(shape=(labels.ATTRIBUTES,), dtype=np.float32),
     }
     return tfds.features.FeaturesDict(
         (known if joints else {})
@@ -405,6 +425,7 @@ def latent_features(
         "labels": packed(shape=(*shape[:3], len(labels.NAMES)), dtype=np.uint8),
         "origin": packed(shape=(*shape[:3], 2), dtype=np.uint8),
         "joints": packed(shape=(shape[0], joints, 2), dtype=np.float16),
+        "attributes": packed(shape=(labels.ATTRIBUTES,), dtype=np.float32),
     }
     latent = functools.partial(
         tfds.features.Tensor, dtype=np.float16, encoding=tfds.features.Encoding.BYTES

@@ -1,14 +1,20 @@
 """Exact labels of a clip, which rendered sets can hold beside its pixels.
 
-  labels   uint8 [t, h, w], index in `NAMES` of what a pixel shows
-  origin   uint8 [t, h, w, 2], which place of the garment's picture a pixel shows, see `pack_origin`
-  joints   float16 [t, j, 2], x and y as shares of width and height
+  labels      uint8 [t, h, w], index in `NAMES` of what a pixel shows
+  origin      uint8 [t, h, w, 2], which place of the garment's picture a pixel shows, see
+              `pack_origin`
+  joints      float16 [t, j, 2], x and y as shares of width and height
+  attributes  float32 [9], what is worn by whom: number of the person (the same number is the same
+              person), of the garment's type in `TYPES`, of its pattern in `PATTERNS`, and sRGB
+              from 0 to 1 of its main and of its second colour (the main one again where there
+              is no second)
 
-Beside latents (`prepare latents --labels`) they are those of latent pixels, see `to_cells`:
+Beside latents (`prepare latents --label`) they are those of latent pixels, see `to_cells`:
 
-  labels   uint8 [f, h, w, len(NAMES)], share of each of `NAMES` as 0 to 255
-  origin   uint8 [f, h, w, 2], the mean over pixels that have one; 0 where fewer than half do
-  joints   float16 [f, j, 2], of the last pixel frame of each latent frame
+  labels      uint8 [f, h, w, len(NAMES)], share of each of `NAMES` as 0 to 255
+  origin      uint8 [f, h, w, 2], the mean over pixels that have one; 0 where fewer than half do
+  joints      float16 [f, j, 2], of the last pixel frame of each latent frame
+  attributes  as above
 
 They serve training (weights of a loss, auxiliary heads, judges) and are never an input of what is
 trained. Records of other origin may hold them too, e.g. from a human parser.
@@ -18,24 +24,77 @@ Axes: t pixel frames, f latent frames, h w pixels or latent pixels, j joints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 NAMES = ("background", "garment", "head", "skin", "clothes")
 BACKGROUND, GARMENT, HEAD, SKIN, CLOTHES = range(len(NAMES))
-KINDS = ("labels", "origin", "joints")
+KINDS = ("labels", "origin", "joints", "attributes")
+MOVING = KINDS[:3]  # those with an entry for each frame
+
+# Of garments. A plain one with a print, or in two halves, counts as a pattern of its own.
+TYPES = (
+    "tshirt",
+    "long_sleeve",
+    "tank",
+    "shirt",
+    "sweater",
+    "hoodie",
+    "polo",
+    "turtleneck",
+    "blouse",
+    "sundress",
+    "tshirt_dress",
+    "long_dress",
+    "shirt_dress",
+    "jacket",
+    "cardigan",
+    "jeans",
+    "trousers",
+    "shorts",
+    "joggers",
+    "wide_trousers",
+    "leggings",
+    "midi_skirt",
+    "mini_skirt",
+    "pleated_skirt",
+    "maxi_skirt",
+)
+PATTERNS = (
+    "plain",
+    "horizontal stripes",
+    "vertical stripes",
+    "gingham",
+    "tartan",
+    "polka dots",
+    "diagonal stripes",
+    "zigzag",
+    "argyle",
+    "floral",
+    "camouflage",
+    "houndstooth",
+    "print",
+    "block",
+    "ombre",
+)
+ATTRIBUTES = 9
 
 _NECK = "neck01"  # skin above this joint belongs to the head
 
 
-def of_clip(clip, slot: str) -> dict[str, np.ndarray]:
-    """The three labels of a rendered clip.
+def of_clip(clip: Any, spec: Mapping[str, Any], person: int) -> dict[str, np.ndarray]:
+    """The labels of a rendered clip.
 
     Args:
       clip: a `runway.Clip` with ground truth.
-      slot: where its garment is worn.
+      spec: what it was made from, as JSON, see `runway.ClipSpec.to_json`.
+      person: number of the person.
     """
     from chameleon_jax.runway import asset, parts
 
+    slot = spec["slot"]
     neck = clip.joints_2d[:, asset.load().bone[_NECK], 1]
     rows = np.arange(clip.parts.shape[1]) + 0.5
     above = (rows < neck[:, None])[:, :, None]
@@ -50,7 +109,28 @@ def of_clip(clip, slot: str) -> dict[str, np.ndarray]:
         "labels": labels,
         "origin": pack_origin(clip.origin),
         "joints": (clip.joints_2d / (width, height)).astype(np.float16),
+        "attributes": attributes(spec["outfit"][slot], person),
     }
+
+
+def attributes(garment: Mapping[str, Any], person: int) -> np.ndarray:
+    """See the module's docstring.
+
+    Args:
+      garment: as JSON, see `runway.GarmentSpec`.
+      person: number of the person.
+    """
+    pattern = "print" if garment["print"] else garment["block"] or garment["pattern"]
+    main, second, _, accent = garment["colours"]
+    if pattern == "plain":
+        second = main
+    elif pattern == "print":
+        second = accent
+    numbers = [person, TYPES.index(garment["type"]), PATTERNS.index(pattern)]
+    from chameleon_jax.runway.colours import GARMENT_COLOURS
+
+    colours = [np.array(GARMENT_COLOURS[name]) / 255 for name in (main, second)]
+    return np.concatenate([numbers, *colours]).astype(np.float32)
 
 
 def pack_origin(origin: np.ndarray) -> np.ndarray:
@@ -89,6 +169,8 @@ def to_cells(
         cells["origin"] = pack_origin(mean)
     if "joints" in found:
         cells["joints"] = found["joints"][::frames_per_latent]
+    if "attributes" in found:
+        cells["attributes"] = found["attributes"]
     return cells
 
 

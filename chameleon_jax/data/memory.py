@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_jax.data.buckets import nearest_bucket
-from chameleon_jax.data.labels import KINDS
+from chameleon_jax.data.labels import MOVING
 from chameleon_jax.data.sources import (
     Source,
     SourceError,
@@ -95,10 +95,10 @@ class InMemorySource:
         record = self._record(index)
         if self.kind == "latents":
             wanted = latent_frames(frames, self.frames_per_latent)
-            moving = [name for name in ("z_video", *KINDS) if name in record]
+            moving = [name for name in ("z_video", *MOVING) if name in record]
             return record | {name: record[name][:wanted] for name in moving}
         first = first_frame(start, self.frames, frames)
-        moving = [name for name in ("video", *KINDS) if name in record]
+        moving = [name for name in ("video", *MOVING) if name in record]
         return record | {name: record[name][first : first + frames] for name in moving}
 
     def _record(self, index: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ import numpy as np
 
 from chameleon_jax.data import captions, images, tables
 from chameleon_jax.data.buckets import nearest_bucket
+from chameleon_jax.data.labels import MOVING
 from chameleon_jax.data.shards import Shards
 from chameleon_jax.errors import UserError, need, one_line
 
@@ -121,7 +122,7 @@ class RecordSource:
         if lacking:
             raise SourceError(
                 f"{folder}: its records have no {', '.join(lacking)}; make them with `prepare"
-                " runway --labels` and `prepare latents --labels`, or set data.labels=()"
+                " runway --labels` and `prepare latents --label`, or set data.labels=()"
             )
         shards = info.splits[split]
         self._features = info.features
@@ -183,6 +184,9 @@ class RecordSource:
         found = {}
         for name in self.labels:
             stored = raw[name]
+            if name not in MOVING:
+                found[name] = stored
+                continue
             if name != "joints" and stored.shape[1:3] != tuple(size):
                 raise SourceError(
                     f"{self.folder}: labels of {size_text(self.sizes)} pixels cannot be resized to"
@@ -208,7 +212,9 @@ class RecordSource:
         names = ("z_video", "z_reference", "z_garment")
         if not all(np.isfinite(raw[name]).all() for name in names):
             raise SourceError(f"{self.folder}: record {index} has latents that are not finite")
-        return {name: raw[name][:wanted] for name in (*names, *self.labels)}
+        found = {name: raw[name] for name in (*names, *self.labels)}
+        cut = {name: x[:wanted] for name, x in found.items() if name in (*names, *MOVING)}
+        return found | cut
 
     def _captions(self, raw: dict[str, Any], index: int) -> Captions:
         found = _json(raw["captions"], f"{self.folder}: captions of record {index}")

@@ -21,6 +21,7 @@ from flax import nnx
 
 from chameleon_jax.config import ConfigError
 from chameleon_jax.models.dit import DiT, DiTConfig
+from chameleon_jax.models.judge import Judge, JudgeConfig
 from chameleon_jax.models.reward import ClipVisionConfig, Reward
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
 from chameleon_jax.models.text import TextConfig, TextEncoder
@@ -28,7 +29,7 @@ from chameleon_jax.models.vae import Vae, VaeConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-Sizes = VaeConfig | TaehvConfig | DiTConfig | TextConfig | ClipVisionConfig
+Sizes = VaeConfig | TaehvConfig | DiTConfig | TextConfig | ClipVisionConfig | JudgeConfig
 Builder = Callable[[nnx.Rngs], nnx.Module]
 
 
@@ -46,6 +47,7 @@ KINDS: dict[str, Kind] = {
     "dit": Kind(DiTConfig, DiT),
     "text": Kind(TextConfig, TextEncoder),
     "reward": Kind(ClipVisionConfig, Reward),
+    "judge": Kind(JudgeConfig, Judge),
 }
 
 

@@ -215,6 +215,7 @@ def sample_spec(
     fps: float = 16,
     split: str | None = None,
     world: str = "open",
+    person: int | None = None,
 ) -> ClipSpec:
     """Draw a clip.
 
@@ -223,6 +224,7 @@ def sample_spec(
       frames, size, fps: length, (height, width) in pixels, frames per second.
       split: draw the garments as this split does; None takes the seed's own.
       world: name of the world to draw from, see `worlds`.
+      person: seed whose person it is; None: of its own.
 
     Raises:
       ValueError: an argument is outside of its range.
@@ -237,9 +239,9 @@ def sample_spec(
             f"frames={frames}, size={size}, fps={fps}; expected at least 1 frame, at least 8 pixels"
             " in height and width, and fps above 0"
         )
-    person = sample_person(_stream(seed, "person"))
+    who = sample_person(_stream(seed if person is None else person, "person"))
     outfit, styling, slot, reference = _sample_outfit(
-        _stream(seed, "outfit"), person, split, drawn_from
+        _stream(seed, "outfit"), who, split, drawn_from
     )
     return ClipSpec(
         seed=seed,
@@ -247,7 +249,7 @@ def sample_spec(
         frames=frames,
         size=(int(size[0]), int(size[1])),
         fps=fps,
-        person=person,
+        person=who,
         motion=sample_motion(_stream(seed, "motion"), drawn_from),
         scene=sample_scene(_stream(seed, "scene"), drawn_from),
         camera=sample_camera(_stream(seed, "camera"), drawn_from),
@@ -288,17 +290,18 @@ def render_triplet(
     fps: float = 16,
     world: str = "open",
     ground_truth: bool = False,
+    person: int | None = None,
 ) -> Triplet:
     """Render the triplet of a seed: a clip, its person in another garment, its garment alone.
 
     Args:
-      seed, frames, size, fps, world: see `sample_spec`.
+      seed, frames, size, fps, world, person: see `sample_spec`.
       ground_truth: keep the ground truth of the video, too.
 
     Raises:
       ValueError: see `sample_spec`.
     """
-    spec = sample_spec(seed, frames=frames, size=size, fps=fps, world=world)
+    spec = sample_spec(seed, frames=frames, size=size, fps=fps, world=world, person=person)
     clip_renderer = ClipRenderer(spec)
     clip = clip_renderer.clip(spec, range(spec.frames), ground_truth=ground_truth)
     return Triplet(

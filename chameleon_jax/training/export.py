@@ -21,7 +21,7 @@ from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.state import ParamTree
 from chameleon_jax.weights.tensors import write_tensors
 
-STREAMED = ("vae", "dit", "text", "decoder")  # networks of inference
+DESCRIBED = ("vae", "dit", "text", "decoder", "judge")  # networks whose sizes an export says
 
 
 class ExportError(UserError):
@@ -87,7 +87,7 @@ def inference_config(config: ConfigDict) -> ConfigDict:
     """The config of inference for what a training config trains."""
     described = config.streaming.copy_and_resolve_references()
     described.unlock()
-    described.model = {name: config.model[name] for name in STREAMED if name in config.model}
+    described.model = {name: config.model[name] for name in DESCRIBED if name in config.model}
     described.cache = config.cache
     for key in ("height", "width", "fps"):
         described.video[key] = config.video[key]

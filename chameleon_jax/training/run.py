@@ -24,6 +24,7 @@ from chameleon_jax.data.memory import InMemorySource
 from chameleon_jax.data.sources import MatchingSource, Source, open_sources
 from chameleon_jax.errors import need
 from chameleon_jax.models.build import read_sizes
+from chameleon_jax.models.dit import DiTConfig
 from chameleon_jax.training import loop
 from chameleon_jax.training.export import export, stored_model
 from chameleon_jax.training.feed import HostBatch, Part
@@ -235,10 +236,16 @@ def held_out_batches(config: ConfigDict, stage: Stage) -> list[HostBatch]:
 def with_stored_sizes(config: ConfigDict) -> ConfigDict:
     """The config with the sizes and latent statistics that lie beside the frozen weights.
 
-    A score may be of another size than the student: it gets a group of its own in `model`.
+    A score may be of another size than the student: it gets a group of its own in `model`. What the
+    transformer of `init_from` says (velocities or clean frames) is kept, since its weights do not
+    show it.
     """
     config = config.copy_and_resolve_references()
     config.unlock()
+    if config.init_from and weights_file(config.init_from, "dit").is_file():
+        stored = stored_model(config.init_from, "dit")
+        if stored is not None:
+            config.model.dit.says = stored.get("says", DiTConfig.says)
     for name, path in config.weights.items():
         network = ROLES.get(name, name)
         if not path or network not in config.model:

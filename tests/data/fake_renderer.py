@@ -19,6 +19,7 @@ def render(
     fps: float,
     world: str = "open",
     ground_truth: bool = False,
+    person: int | None = None,
 ) -> SimpleNamespace:
     """A triplet whose colours follow from the seed."""
     height, width = size
@@ -43,6 +44,7 @@ def slow(
     fps: float,
     world: str = "open",
     ground_truth: bool = False,
+    person: int | None = None,
 ) -> SimpleNamespace:
     """Like `render`, but slow enough to be killed on the way."""
     time.sleep(0.1)
@@ -56,6 +58,7 @@ def broken(
     fps: float,
     world: str = "open",
     ground_truth: bool = False,
+    person: int | None = None,
 ) -> SimpleNamespace:
     """Like `render`, but every fourth seed fails."""
     if seed % 4 == 1:
@@ -70,6 +73,7 @@ def deadly(
     fps: float,
     world: str = "open",
     ground_truth: bool = False,
+    person: int | None = None,
 ) -> SimpleNamespace:
     """Ends its process, as a lack of memory would."""
     os._exit(7)

@@ -275,6 +275,21 @@ def test_sizes_that_no_token_fits_are_named_with_the_nearest_that_one_fits(
         run(settings(data, "teacher.py:smoke", tmp_path, override))
 
 
+def test_a_transformer_goes_on_saying_what_it_says(data, tmp_path):
+    """Weights do not show whether they are of velocities or of clean frames; the export does."""
+    export, tf = tmp_path / "first" / "export", "teacher_forcing.py:smoke"
+    quick = ("train.steps=1", "train.eval_every=0", "train.preview_every=0")
+    run(settings(data, tf, tmp_path / "first", "model.dit.says=clean", *quick))
+    assert stored_model(export, "dit")["says"] == "clean"
+    following = with_stored_sizes(settings(data, tf, tmp_path / "then", f"init_from={export}"))
+    assert following.model.dit.says == "clean"
+    described = json.loads((export / "config.json").read_text())
+    del described["model"]["dit"]["says"]  # of an older version
+    (export / "config.json").write_text(json.dumps(described))
+    following = settings(data, tf, tmp_path / "then", f"init_from={export}", "model.dit.says=clean")
+    assert with_stored_sizes(following).model.dit.says == "velocity"
+
+
 def test_history_noise_is_of_one_level_per_clip_and_off_by_default():
     z = jax.random.normal(jax.random.key(0), (3, 6, 8, 8, 4))
     assert teacher_forcing.disturbed(z, 0.0, jax.random.key(1)) is z

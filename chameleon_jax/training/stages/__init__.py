@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.config import ConfigError
 from chameleon_jax.training.stage import Stage
-from chameleon_jax.training.stages import consistency, dmd, teacher, teacher_forcing, vae
+from chameleon_jax.training.stages import consistency, dmd, judge, teacher, teacher_forcing, vae
 
 STAGES = {
     "vae": vae.make_stage,
@@ -14,6 +14,7 @@ STAGES = {
     "teacher_forcing": teacher_forcing.make_stage,
     "consistency": consistency.make_stage,
     "dmd": dmd.make_stage,
+    "judge": judge.make_stage,
 }
 
 
