@@ -2,6 +2,7 @@
 
     chameleon sample     stream a video to a file, or make a clip from prompts
     chameleon bench      measure how fast a stream is on this machine
+    chameleon evaluate   measure a model on Runway-Bench
     chameleon train      train one stage
     chameleon curves     draw the curves of training runs
     chameleon prepare    make training data, or a tokenizer
@@ -27,6 +28,7 @@ from launch import cli
 MODULES = {
     "sample": "launch.sample",
     "bench": "launch.bench",
+    "evaluate": "launch.evaluate",
     "train": "launch.train",
     "curves": "launch.curves",
     "prepare": "launch.prepare",

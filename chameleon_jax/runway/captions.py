@@ -165,14 +165,21 @@ def static_caption(
 
 
 def dynamic_caption(
-    person: PersonSpec, action: MotionSpec, camera: CameraSpec, long: bool = True
+    person: PersonSpec,
+    action: MotionSpec,
+    camera: CameraSpec,
+    long: bool = True,
+    hands: bool = False,
 ) -> str:
-    """What the person and the camera do."""
+    """What the person and the camera do; `hands` says which hand does it."""
     words = _words(person) | {"side": _side(action)}
     clauses = [_LOCOMOTION[action.locomotion]]
     if action.gesture != "none":
         starts, ends = _GESTURE[action.gesture]
         clauses.append(ends if action.posed else starts)
+        if hands:
+            hand = f"{{their}} {'right' if action.lead else 'left'} hand"
+            clauses[-1] = clauses[-1].replace("one hand", hand).replace("the hand", hand)
     if long and action.head != "none":
         clauses.append(_HEAD[action.head])
     if len(clauses) == 2 and " and " in clauses[0] + clauses[1]:
@@ -198,12 +205,13 @@ def captions(
     outfit: Mapping[str, GarmentSpec],
     action: MotionSpec,
     camera: CameraSpec,
+    hands: bool = False,
 ) -> Captions:
     """All captions of a clip; `static` and `dynamic` are the long forms."""
     static = static_caption(person, scene, outfit, action, camera)
-    dynamic = dynamic_caption(person, action, camera)
+    dynamic = dynamic_caption(person, action, camera, hands=hands)
     short_static = static_caption(person, scene, outfit, action, camera, long=False)
-    short_dynamic = dynamic_caption(person, action, camera, long=False)
+    short_dynamic = dynamic_caption(person, action, camera, long=False, hands=hands)
     return {
         "static": static,
         "dynamic": dynamic,

@@ -99,7 +99,8 @@ class ClipSpec:
 
     def captions(self) -> Captions:
         """See `captions.captions`."""
-        return captions(self.person, self.scene, self.outfit, self.motion, self.camera)
+        hands = world_of(self.world).names_hands
+        return captions(self.person, self.scene, self.outfit, self.motion, self.camera, hands)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings."""

@@ -39,6 +39,7 @@ class World:
       types: of garments, by slot; a slot that is not named may have all of its types.
       patterns: by slot, likewise.
       least_period: shortest length after which a pattern repeats, metres.
+      names_hands: captions say which hand does it.
       worn_scale: the picture of a garment has the scale at which it is worn, where it has the room;
         else it fills the picture.
     """
@@ -58,6 +59,7 @@ class World:
     types: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     patterns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     least_period: float = 0.0
+    names_hands: bool = False
     worn_scale: bool = False
 
 
@@ -126,6 +128,7 @@ MIRROR = World(
         "bottom": ("plain",),
     },
     least_period=0.06,
+    names_hands=True,
     worn_scale=True,
 )
 

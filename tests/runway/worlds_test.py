@@ -156,3 +156,18 @@ def test_a_world_that_is_not_there():
     old = spec.to_json()
     del old["world"], old["camera"]["room"]
     assert ClipSpec.from_json(old).world == "open"  # of records that are older than worlds
+
+
+def test_captions_of_the_mirror_say_which_hand():
+    texts = {}
+    for seed in range(200):
+        spec = runway.sample_spec(seed, frames=33, world="mirror")
+        one_hand = spec.motion.gesture in ("hip", "collar")
+        hand = "right" if spec.motion.lead else "left"
+        text = spec.captions()["dynamic"]
+        assert (f"{hand} hand " in text) == one_hand
+        assert "one hand" not in text and "the hand" not in text
+        texts[(spec.motion.gesture, spec.motion.posed)] = text
+    assert any("puts her left hand to her collar" in text for text in texts.values()) or any(
+        "hand to" in text for text in texts.values()
+    )

@@ -1,0 +1,290 @@
+"""The measures of Runway-Bench: a made video against the truth of its scenario.
+
+`measure` gives plain numbers for one scenario, `summarize` their means over all scenarios with 95 %
+intervals. What the judge reads is compared with what the judge reads of the truth or with exact
+labels, never with what a person would say.
+
+    garment    is the right one worn: type, pattern, colours; never mind the frames right after a
+               change, `SETTLE` of them
+    wrong      share of frames after a change whose colours are nearer to the garment before
+    person     the same one as on the reference, at the end
+    kept       background and other clothes as in the truth
+    jump       how much more joints, background and head change at a change of garment than usually
+    sharpness  of garment and head in the last chunk over the first one
+    prompt     the gesture that is asked for, with that hand, and the side of a step
+
+Axes: t frames, h w pixels, j joints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from chameleon_jax.data.labels import BACKGROUND, CLOTHES, GARMENT, HEAD
+from chameleon_jax.evaluation.judge import COLOUR_RIGHT, Readings
+from chameleon_jax.evaluation.metrics import to_lab, unit
+from chameleon_jax.evaluation.scenarios import Scenario, Truth, arm_poses
+from chameleon_jax.runway import asset
+
+SETTLE = 9  # frames after a change before a garment is judged
+CHUNK = 12  # frames that are the first, and the last, of a video; or that are looked at in the end
+USUAL = 12  # frames on each side of a change that say how much usually changes
+RESAMPLES = 2000
+
+Figures = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A video that a model made for a scenario.
+
+    Attributes:
+      video: uint8 [t, h, w, 3].
+      seen: what the judge reads in it.
+      starts: frame from which each garment is worn, 0 first: when a change really took effect.
+    """
+
+    video: np.ndarray
+    seen: Readings
+    starts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over scenarios, its 95 % interval, and how many scenarios have the figure."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def measure(
+    scenario: Scenario,
+    truth: Truth,
+    made: Made,
+    reference: Readings,
+    card: Mapping[str, object],
+) -> Figures:
+    """All figures of one scenario that it has.
+
+    Args:
+      scenario: what was asked for.
+      truth: how it looks.
+      made: what a model made of it.
+      reference: what the judge reads in the picture of the person.
+      card: of the judge, see `judge.check`.
+
+    Raises:
+      ValueError: the video has another length or size than the truth.
+    """
+    if made.video.shape != truth.video.shape:
+        raise ValueError(f"video is {made.video.shape}; expected {truth.video.shape}")
+    figures = garment_figures(truth, made)
+    figures |= person_figures(made, reference, float(card["same_person"]))
+    figures |= kept_figures(truth, made)
+    figures |= sharpness_figures(made)
+    figures |= prompt_figures(scenario, truth, made)
+    return figures | _means([jump_figures(made, start) for start in made.starts[1:]])
+
+
+def garment_figures(truth: Truth, made: Made) -> Figures:
+    """Whether each garment is the right one, in its last frames; `first_` and `changed_` apart."""
+    found = []
+    ends = (*made.starts[1:], len(made.video))
+    for number, (start, end) in enumerate(zip(made.starts, ends, strict=True)):
+        first = max(start, end - CHUNK)
+        if number:
+            first = max(first, min(start + SETTLE, end - 1))
+        seen = made.seen.part(slice(first, end))
+        kind = "changed" if number else "first"
+        right = _right(seen, truth.attributes[number])
+        found.append({f"{kind}_{name}": value for name, value in right.items()})
+        if number:
+            settled = made.seen.part(slice(min(start + SETTLE, end - 1), end))
+            found.append({"wrong_frames": _nearer(settled, truth, number)})
+    figures = _means(found)
+    figures["first_garment_psnr"] = _region_psnr(
+        truth.video[:SETTLE], made.video[:SETTLE], truth.labels[:SETTLE] == GARMENT
+    )
+    return figures
+
+
+def _right(seen: Readings, attributes: np.ndarray) -> Figures:
+    colours = to_lab(attributes[3:].astype(np.float64).reshape(2, 3))
+    off = np.linalg.norm(np.median(seen.colours, axis=0) - colours, axis=-1)
+    type_ = seen.types.mean(0).argmax() == int(attributes[1])
+    pattern = seen.patterns.mean(0).argmax() == int(attributes[2])
+    colour = bool((off < COLOUR_RIGHT).all())
+    return {
+        "type": float(type_),
+        "pattern": float(pattern),
+        "colours": float(colour),
+        "type_and_colours": float(type_ and colour),
+    }
+
+
+def _nearer(seen: Readings, truth: Truth, number: int) -> float:
+    """Share of frames whose colours are nearer to those of the garment before."""
+    now, before = (
+        to_lab(truth.attributes[i][3:].astype(np.float64).reshape(2, 3))
+        for i in (number, number - 1)
+    )
+    to_now = np.linalg.norm(seen.colours - now, axis=-1).sum(-1)
+    to_before = np.linalg.norm(seen.colours - before, axis=-1).sum(-1)
+    return float((to_before < to_now).mean())
+
+
+def person_figures(made: Made, reference: Readings, line: float) -> Figures:
+    """Cosine between the last frames and the reference, and whether that is one person."""
+    mean = made.seen.person[-CHUNK:].mean(0)
+    cosine = float(mean @ reference.person[0] / max(np.linalg.norm(mean), 1e-6))
+    return {"person_cosine": cosine, "person_same": float(cosine > line)}
+
+
+def kept_figures(truth: Truth, made: Made) -> Figures:
+    """What should not change with a garment, in the last frames.
+
+    The background where both show it, in dB; and the distance of the mean colours of the other
+    clothes.
+    """
+    last = slice(-CHUNK, None)
+    both = (truth.labels[last] == BACKGROUND) & (made.seen.labels[last] == BACKGROUND)
+    figures = {"background_psnr": _region_psnr(truth.video[last], made.video[last], both)}
+    masks = truth.labels[last] == CLOTHES, made.seen.labels[last] == CLOTHES
+    if min(mask.sum() for mask in masks) > 50:
+        one, other = (
+            to_lab(video[last][mask]).mean(0)
+            for video, mask in zip((truth.video, made.video), masks, strict=True)
+        )
+        figures["clothes_distance"] = float(np.linalg.norm(one - other))
+    return figures
+
+
+def sharpness_figures(made: Made) -> Figures:
+    """Mean gradient of garment and head in the last frames, over that in the first."""
+    figures = {}
+    for name, label in (("garment", GARMENT), ("head", HEAD)):
+        first, last = (
+            _gradient(made.video[part], made.seen.labels[part] == label)
+            for part in (slice(0, CHUNK), slice(-CHUNK, None))
+        )
+        # A patterned garment after a plain one has more edges: only what is worn all the time.
+        if first > 0 and (name == "head" or len(made.starts) == 1):
+            figures[f"{name}_sharpness"] = last / first
+    return figures
+
+
+def jump_figures(made: Made, start: int) -> Figures:
+    """How much changes from the frame before `start` to it, over what usually changes around it."""
+    first, last = max(start - USUAL, 1), min(start + USUAL, len(made.video) - 1)
+    around = [t for t in range(first, last) if abs(t - start) > 1]
+    if not around:
+        return {}
+    frames = unit(made.video[first - 1 : last + 1])
+    labels = made.seen.labels[first - 1 : last + 1]
+
+    def change(t: int) -> tuple[float, float, float]:
+        i = t - (first - 1)
+        difference = np.abs(frames[i] - frames[i - 1]).mean(-1)
+        background = (labels[i] == BACKGROUND) & (labels[i - 1] == BACKGROUND)
+        head = (labels[i] == HEAD) | (labels[i - 1] == HEAD)
+        moved = np.linalg.norm(made.seen.joints[t] - made.seen.joints[t - 1], axis=-1)
+        return float(np.median(moved)), _mean(difference, background), _mean(difference, head)
+
+    usual = np.median([change(t) for t in around], axis=0)
+    ratios = np.array(change(start)) / np.maximum(usual, (2e-4, 1e-3, 1e-3))
+    return dict(zip(("jump_joints", "jump_background", "jump_head"), ratios.tolist(), strict=True))
+
+
+def prompt_figures(scenario: Scenario, truth: Truth, made: Made) -> Figures:
+    """Whether the arms do what the prompt says, and a shift of the weight goes to its side."""
+    figures = {}
+    bones = asset.load().bone
+    asked, poses, frame = arm_poses(scenario)
+    until = scenario.prompts[1][0] if len(scenario.prompts) > 1 else scenario.frames
+    if frame + 4 < until:
+        seen = made.seen.joints[frame - 4 : frame + 5].mean(0)
+        arms = [bones[f"{name}.{side}"] for name in ("lowerarm01", "wrist") for side in "LR"]
+        shoulders = [bones[f"upperarm01.{side}"] for side in "LR"]
+
+        def layout(joints: np.ndarray) -> np.ndarray:
+            return (joints[arms] - joints[shoulders].mean(0)).ravel()
+
+        distances = {
+            name: np.linalg.norm(layout(seen) - layout(joints)) for name, joints in poses.items()
+        }
+        figures["prompt_arms"] = float(min(distances, key=distances.__getitem__) == asked)
+    if scenario.spec.motion.locomotion == "shift" and until > 32:
+        root = bones["root"]
+        true, found = (
+            joints[26:33, root, 0].mean() - joints[:3, root, 0].mean()
+            for joints in (truth.joints, made.seen.joints)
+        )
+        figures["prompt_side"] = float(
+            np.sign(true) == np.sign(found) and abs(found) > 0.4 * abs(true)
+        )
+    return figures
+
+
+def _means(figures: Sequence[Figures]) -> Figures:
+    """Mean of each figure over those that have it."""
+    names = dict.fromkeys(name for one in figures for name in one)
+    return {name: float(np.mean([one[name] for one in figures if name in one])) for name in names}
+
+
+def _region_psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    if not mask.any():
+        return math.nan
+    error = np.square(unit(a)[mask] - unit(b)[mask]).mean()
+    return float(-10 * np.log10(max(error, 1e-9)))
+
+
+def _gradient(video: np.ndarray, mask: np.ndarray) -> float:
+    """Mean absolute difference of neighbouring pixels of a region."""
+    grey = unit(video).mean(-1)
+    rows = _mean(np.abs(np.diff(grey, axis=1)), mask[:, 1:] & mask[:, :-1])
+    columns = _mean(np.abs(np.diff(grey, axis=2)), mask[:, :, 1:] & mask[:, :, :-1])
+    return rows + columns
+
+
+def _mean(values: np.ndarray, mask: np.ndarray) -> float:
+    return float(values[mask].mean()) if mask.any() else 0.0
+
+
+def summarize(
+    figures: Sequence[Figures], rng: np.random.Generator | None = None
+) -> dict[str, Interval]:
+    """Mean of each figure over the scenarios that have it, and its interval by the bootstrap."""
+    rng = rng or np.random.default_rng(0)
+    summary = {}
+    for name in dict.fromkeys(key for one in figures for key in one):
+        values = np.array([one[name] for one in figures if name in one])
+        values = values[np.isfinite(values)]
+        if not len(values):
+            continue
+        drawn = rng.choice(values, (RESAMPLES, len(values))).mean(1)
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        summary[name] = Interval(float(values.mean()), float(low), float(high), len(values))
+    return summary
+
+
+def table(columns: Mapping[str, Mapping[str, Interval]], format_name: Callable[[str], str]) -> str:
+    """Several summaries beside each other, as a Markdown table."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    lines = [
+        f"| figure | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for name in names:
+        cells = []
+        for column in columns.values():
+            one = column.get(name)
+            text = "" if one is None else f"{one.mean:.3g} ({one.low:.3g} to {one.high:.3g})"
+            cells.append(text)
+        lines.append(f"| {format_name(name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
