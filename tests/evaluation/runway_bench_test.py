@@ -1,0 +1,211 @@
+"""Runway-Bench: scenarios are fixed, measures by hand, the truth beats the unchanged truth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from chameleon_jax import runway
+from chameleon_jax.data import labels, records, sources
+from chameleon_jax.data.examples import RunwayExamples
+from chameleon_jax.evaluation import judge, runway_bench, scenarios
+from chameleon_jax.evaluation.metrics import to_lab
+from chameleon_jax.runway import asset
+from chameleon_jax.splits import split_of
+from launch import evaluate
+
+CARD = {"same_person": 0.5}
+
+
+@pytest.fixture(scope="module")
+def two():
+    """A scenario with two changes, short enough for a test, and its truth."""
+    (found,) = scenarios.scenarios("mirror", 1, ["two"])
+    spec = dataclasses.replace(found.spec, frames=54)
+    found = dataclasses.replace(found, spec=spec, starts=(0, 18, 36))
+    return found, scenarios.render(found)
+
+
+def perfect(truth: scenarios.Truth, starts: tuple[int, ...], worn=None) -> judge.Readings:
+    """What a judge without faults would read in the truth; `worn`: garments by time."""
+    frames = len(truth.video)
+    numbers = np.searchsorted(starts, np.arange(frames), side="right") - 1
+    worn = list(range(len(starts))) if worn is None else worn
+    attributes = np.stack([truth.attributes[worn[n]] for n in numbers])
+    person = np.tile(np.eye(4)[0], (frames, 1))
+    colours = attributes[:, 3:].astype(np.float64).reshape(-1, 2, 3)
+    return judge.Readings(
+        labels=truth.labels,
+        joints=truth.joints,
+        types=np.eye(len(labels.TYPES))[attributes[:, 1].astype(int)],
+        patterns=np.eye(len(labels.PATTERNS))[attributes[:, 2].astype(int)],
+        colours=to_lab(colours),
+        person=person,
+    )
+
+
+def test_scenarios_are_the_same_every_time_and_no_training_clips():
+    some = scenarios.scenarios("mirror", 128)
+    assert len(some) == 128 and len({one.name for one in some}) == 128
+    again = {one.name: one for one in scenarios.scenarios("mirror", 40)}
+    for one in some:
+        assert split_of(one.spec.seed) == "validation"
+        assert one.name not in again or again[one.name] == one
+        assert one.frames > one.starts[-1]
+        for garment, later in zip(one.garments, one.garments[1:], strict=False):
+            assert garment.slot == later.slot and garment.colours[0] != later.colours[0]
+    held_out = [runway.held_out(g) for one in some for g in one.garments[1:]]
+    assert 0.4 < np.mean(held_out) < 0.7
+    prompts = [one.prompts for one in some if one.kind == "prompt"]
+    assert all(len(texts) == 2 and texts[0][1] != texts[1][1] for texts in prompts)
+    assert [one.kind for one in scenarios.scenarios("open", 128, ["five", "long"])].count(
+        "five"
+    ) == 16
+    with pytest.raises(ValueError, match="kinds .'six'., count 128: expected kinds of one, two"):
+        scenarios.scenarios("mirror", 128, ["six"])
+
+
+def test_only_the_garment_changes_in_the_truth(two):
+    scenario, truth = two
+    assert truth.video.shape == (54, 128, 80, 3) and len(truth.pictures) == 3
+    assert [scenario.worn(frame) for frame in (0, 17, 18, 35, 36, 53)] == [0, 0, 1, 1, 2, 2]
+    before, after = truth.video[17].astype(int), truth.video[18].astype(int)
+    shown = (truth.labels[17] == labels.GARMENT) & (truth.labels[18] == labels.GARMENT)
+    background = (truth.labels[17] == 0) & (truth.labels[18] == 0)
+    changed = np.abs(after - before).mean(-1)
+    assert changed[shown].mean() > 20 and changed[background].mean() < 2
+
+
+def test_a_perfect_video_has_perfect_figures(two):
+    scenario, truth = two
+    made = runway_bench.Made(truth.video, perfect(truth, scenario.starts), scenario.starts)
+    figures = runway_bench.measure(scenario, truth, made, made.seen.part(slice(1)), CARD)
+    for name in ("type", "pattern", "colours", "type_and_colours"):
+        assert figures[f"first_{name}"] == figures[f"changed_{name}"] == 1
+    assert figures["wrong_frames"] == 0 and figures["person_same"] == 1
+    assert figures["first_garment_psnr"] == figures["background_psnr"] == 90
+    assert figures["clothes_distance"] == 0
+    assert figures["jump_joints"] < 4 and figures["jump_background"] < 2
+    assert set(figures) <= set(evaluate.NAMES)
+
+
+def test_the_garment_of_the_start_is_wrong_after_a_change(two):
+    scenario, truth = two
+    seen = perfect(truth, scenario.starts, worn=[0, 0, 1])  # always one too late
+    made = runway_bench.Made(truth.video, seen, scenario.starts)
+    figures = runway_bench.measure(scenario, truth, made, seen.part(slice(1)), CARD)
+    assert figures["first_pattern"] == 1 and figures["changed_pattern"] == 0
+    assert figures["changed_colours"] == 0 and figures["wrong_frames"] == 1
+
+
+def test_a_cut_is_a_jump_and_a_blur_is_not_sharp(two):
+    scenario, truth = two
+    video = truth.video.copy()
+    video[18:] = np.roll(video[18:], 6, axis=2)
+    seen = perfect(truth, scenario.starts)
+    moved = seen.joints.copy()
+    moved[18:, :, 0] += 6 / 80
+    seen = dataclasses.replace(seen, joints=moved)
+    jumps = runway_bench.jump_figures(runway_bench.Made(video, seen, scenario.starts), 18)
+    assert jumps["jump_joints"] > 10 and jumps["jump_head"] > 3
+    blurred = truth.video.copy()
+    blurred[-12:] = blurred[-12:, ::4, ::4].repeat(4, axis=1).repeat(4, axis=2)
+    blurred[-12:] = (blurred[-12:] // 4) + 96
+    one = runway_bench.sharpness_figures(runway_bench.Made(blurred, seen, (0,)))
+    assert one["head_sharpness"] < 0.6 and one["garment_sharpness"] < 0.6
+    same = runway_bench.sharpness_figures(runway_bench.Made(truth.video, seen, (0,)))
+    assert 0.7 < same["head_sharpness"] < 1.4
+
+
+def mirror(joints: np.ndarray) -> np.ndarray:
+    """The joints in the mirror: what is left is right, in the picture and of the body."""
+    bones = asset.load().bone
+    swapped = [bones[_other_side(name)] for name in asset.load().bones]
+    return (joints * (-1, 1) + (1, 0))[:, swapped]
+
+
+def _other_side(name: str) -> str:
+    for one, other in ((".L", ".R"), (".R", ".L")):
+        if name.endswith(one):
+            return name.removesuffix(one) + other
+    return name
+
+
+def test_the_prompt_is_followed_by_the_truth_and_not_by_its_mirror_image():
+    followed, mirrored = [], []
+    for scenario in scenarios.scenarios("mirror", 128, ["two"]):
+        motion = scenario.spec.motion
+        if motion.posed or motion.gesture not in ("hip", "collar") or len(followed) == 4:
+            continue
+        joints = np.stack([scenarios._joints(scenario.spec, frame) for frame in range(81)])
+        asked, poses, frame = scenarios.arm_poses(scenario)
+        assert asked in poses and 0 < frame < 81
+        truth = scenarios.Truth(*(None,) * 4, joints=joints, attributes=())
+        for where, results in ((joints, followed), (mirror(joints), mirrored)):
+            seen = judge.Readings(None, where, None, None, None, None)
+            made = runway_bench.Made(None, seen, (0,))
+            figures = runway_bench.prompt_figures(scenario, truth, made)
+            results.append(figures["prompt_arms"])
+            if "prompt_side" in figures:
+                assert figures["prompt_side"] == (where is joints)
+    assert np.mean(followed) == 1
+    assert np.mean(mirrored) == 0
+
+
+def test_intervals_hold_the_mean_and_shrink():
+    rng = np.random.default_rng(0)
+    few, many = (
+        runway_bench.summarize([{"a": float(x)} for x in rng.normal(1, 1, n)]) for n in (10, 1000)
+    )
+    for one, count in ((few["a"], 10), (many["a"], 1000)):
+        assert one.low < one.mean < one.high and one.count == count
+    assert many["a"].high - many["a"].low < 0.3 * (few["a"].high - few["a"].low)
+    mixed = runway_bench.summarize([{"a": 1.0}, {"a": math.nan, "b": 2.0}, {"a": 3.0}])
+    assert mixed["a"].mean == 2 and mixed["a"].count == 2 and mixed["b"].count == 1
+    text = runway_bench.table({"x": mixed, "y": few}, str.upper)
+    assert text.splitlines()[0] == "| figure | x | y |" and "| B | 2 (2 to 2) |  |" in text
+
+
+def test_where_one_person_ends_and_another_begins():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(20, 16))
+    vectors = centres.repeat(4, axis=0) + 0.3 * rng.normal(size=(80, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    card = judge.same_person(vectors, np.arange(80) // 4)
+    assert 0.3 < card["same_person"] < 0.9 and card["same_person_right"] > 0.95
+    with pytest.raises(judge.JudgeError, match="no two clips of one person"):
+        judge.same_person(vectors[::4], np.arange(20))
+
+
+@pytest.mark.slow
+def test_a_judge_is_trained_checked_and_used(tmp_path):
+    from chameleon_jax.config import load_config
+    from chameleon_jax.training.run import run
+
+    make = RunwayExamples((32, 32), frames=2, world="mirror", labels=True, people=2)
+    for start in (0, 800_000):
+        records.prepare_runway(tmp_path / "data", 8, make, seed_start=start, workers=0)
+    run(
+        load_config(
+            "configs/judge.py:smoke",
+            [f"data.dir={tmp_path / 'data'}", f"workdir={tmp_path / 'run'}", "people.each=2"],
+        )
+    )
+    folder = tmp_path / "run" / "export"
+    assert {path.name for path in folder.iterdir()} == {"judge.safetensors", "config.json"}
+    with pytest.raises(judge.JudgeError, match=r"has no judge\.json; measure the judge first"):
+        judge.load_judge(folder)
+    source = sources.open_sources(
+        tmp_path / "data", "validation", ("labels", "joints", "attributes")
+    )
+    card = judge.check(folder, source, (32, 32))
+    assert card == json.loads((folder / "judge.json").read_text()) and card["frames"] == 8
+    trained = judge.load_judge(folder)
+    assert trained.card == card
+    seen = trained(source.load(0, 2, (32, 32))["video"])
+    assert seen.labels.shape == (2, 32, 32) and seen.joints.shape == (2, 36, 2)
+    np.testing.assert_allclose(np.linalg.norm(seen.person, axis=-1), 1, rtol=1e-3)
