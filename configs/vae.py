@@ -46,7 +46,6 @@ def wan22_5b() -> ConfigDict:
         "kl": 1e-5,
         "garment": 1.0,  # a pixel of the garment counts so many times as others; needs data.labels
         "head": 1.0,
-        "shifted": 0.0,  # share of samples decoded from latents shifted by part of a latent pixel
         "inflate": False,  # start as a network of pictures; false: the weights know clips
         "encoder": True,  # false: train the decoder alone
     }

@@ -113,24 +113,6 @@ def test_pixels_of_garment_and_head_count_more():
     np.testing.assert_array_equal(training.pixel_weights(None, training.LossWeights(), (1, 2)), 1)
 
 
-def test_shifted_latents_go_with_shifted_pixels():
-    factor = 8
-    pixels = jax.random.uniform(jax.random.key(0), (3, 2, 40, 24, 3))
-    # Latents that are pixels seen from afar: of smooth pictures, shifts of both agree.
-    rows, columns = jnp.arange(40.0)[:, None, None], jnp.arange(24.0)[None, :, None]
-    smooth = jnp.broadcast_to(rows + 10 * columns, (3, 2, 40, 24, 3))
-    z = smooth.reshape(3, 2, 5, 8, 3, 8, 3).mean((3, 5))
-    shift = jnp.array([[0, 0], [3, 0], [7, 5]])
-    moved, (seen, whole) = training.shift_both(z, (smooth, pixels), shift, factor)
-    assert moved.shape == (3, 2, 4, 2, 3) and seen.shape == whole.shape == (3, 2, 32, 16, 3)
-    expected = seen.reshape(3, 2, 4, 8, 2, 8, 3).mean((3, 5))
-    np.testing.assert_allclose(moved, expected, rtol=1e-5)
-    np.testing.assert_array_equal(whole[2], pixels[2, :, 7:39, 5:21])
-    shifts = training.draw_shifts(jax.random.key(1), 1000, 0.25, factor)
-    assert shifts.min() == 0 and shifts.max() == 7
-    assert 0.2 < (shifts != 0).any(1).mean() < 0.3
-
-
 def test_the_decoder_alone_leaves_the_encoder_as_it_is():
     vae, x = _vae(SMALL), _clip(SMALL, t=5)
     graph, params = nnx.split(vae)

@@ -62,7 +62,6 @@ def make_stage(config: ConfigDict) -> Stage:
             weights,
             labels_bthw=batch.get("labels"),
             encoder=config.loss.encoder,
-            shifted=config.loss.shifted,
         )
 
     @jax.jit

@@ -58,7 +58,6 @@ def loss(
     *,
     labels_bthw: jax.Array | None = None,
     encoder: bool = True,
-    shifted: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a variational auto-encoder (arXiv 1312.6114), with one draw from the posterior.
 
@@ -70,8 +69,6 @@ def loss(
       labels_bthw: what each pixel shows, see `chameleon_jax.data.labels`.
       encoder: False trains the decoder alone, on the posterior's means: what was trained on the
         latents stays valid.
-      shifted: share of the samples whose latents are shifted by a part of a latent pixel, see
-        `shift_both`; above 0 the samples lose one latent pixel of height and width.
 
     Returns:
       The weighted sum, and its parts before weighting with `psnr`, in dB, of all pixels of the
@@ -81,11 +78,6 @@ def loss(
     z = sample_posterior(mean, logvar, key) if encoder else jax.lax.stop_gradient(mean)
     x = batch_bthwc.astype(jnp.float32)
     counts = pixel_weights(labels_bthw, weights, x.shape[:-1])
-    if shifted:
-        shift = draw_shifts(jax.random.fold_in(key, 1), len(x), shifted, vae.config.spatial_factor)
-        z, (x, counts, labels_bthw) = shift_both(
-            z, (x, counts, labels_bthw), shift, vae.config.spatial_factor
-        )
     error = decode_unscaled(vae, z) - x
     parts = {
         "l1": weighted_mean(jnp.abs(error), counts),
@@ -124,44 +116,6 @@ def pixel_weights(
 def weighted_mean(values_bthwc: jax.Array, weights_bthw1: jax.Array) -> jax.Array:
     """The mean of values over pixels that count differently; the weights have the mean 1."""
     return (values_bthwc * weights_bthw1).mean()
-
-
-def draw_shifts(key: jax.Array, samples: int, share: float, factor: int) -> jax.Array:
-    """Pixels by which samples are shifted, int [b, 2] in [0, factor); `share` of them at all."""
-    key_move, key_how = jax.random.split(key)
-    moved = jax.random.uniform(key_move, (samples, 1)) < share
-    return moved * jax.random.randint(key_how, (samples, 2), 0, factor)
-
-
-def shift_both(
-    z_bfhwc: jax.Array, pixels: Sequence[jax.Array | None], shift_b2: jax.Array, factor: int
-) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    """Latents between two latent pixels, and the pixels that should be seen there.
-
-    Latents that can be interpolated let a network move things by parts of a latent pixel with
-    nothing but weighted means, which is what attention computes. (EQ-VAE, arXiv 2502.09509, asks
-    the same of scales and quarter turns.)
-
-    Args:
-      z_bfhwc: latents.
-      pixels: arrays [b, t, h, w, ...]; None stays None.
-      shift_b2: rows and columns, in pixels, from 0 to `factor` - 1.
-      factor: pixels along one side of a latent pixel.
-
-    Returns:
-      Both without one latent pixel of height and width.
-    """
-    share = (shift_b2 / factor)[:, :, None, None, None, None]
-    down, right = share[:, 0], share[:, 1]
-    rows = (1 - down) * z_bfhwc[:, :, :-1] + down * z_bfhwc[:, :, 1:]
-    z = (1 - right) * rows[:, :, :, :-1] + right * rows[:, :, :, 1:]
-
-    def window(x: jax.Array, shift: jax.Array) -> jax.Array:  # x [t, h, w, ...]
-        size = (x.shape[0], x.shape[1] - factor, x.shape[2] - factor, *x.shape[3:])
-        start = (0, shift[0], shift[1], *(0 for _ in x.shape[3:]))
-        return jax.lax.dynamic_slice(x, start, size)
-
-    return z, tuple(None if x is None else jax.vmap(window)(x, shift_b2) for x in pixels)
 
 
 def sample_posterior(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
