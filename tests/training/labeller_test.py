@@ -160,6 +160,6 @@ def test_a_stage_learns_from_labels_and_exports_no_head(data, tmp_path):
 
 def test_a_labeller_starts_in_the_middle_of_the_picture():
     head = labeller.Labeller(8, rngs=nnx.Rngs(0))
-    logits, places = head(jnp.zeros((2, 3, 8)))
-    assert logits.shape == (2, 3, len(labels.NAMES))
+    logits, places = head(jax.random.normal(jax.random.key(0), (2, 3, 8)))
+    assert logits.shape == (2, 3, len(labels.NAMES)) and not logits.any()
     np.testing.assert_array_equal(places, 0.5)

@@ -30,15 +30,20 @@ NEEDED = ("labels", "origin")
 
 
 class Labeller(nnx.Module):
-    """Norm and one linear layer: [..., m] to the logits of `NAMES`, and to x and y."""
+    """Norm and one linear layer: [..., m] to the logits of `NAMES`, and to x and y.
+
+    It starts at zero: all labels equally likely, every place in the middle of the picture. Random
+    answers would be so wrong that their gradient drowned that of the transformer's own loss.
+    """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.proj = nnx.Linear(width, len(NAMES) + 2, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        self.proj = nnx.Linear(width, len(NAMES) + 2, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y = self.proj(self.norm(x.astype(jnp.float32)))
-        return y[..., :-2], 0.5 + y[..., -2:]  # places start in the middle of the picture
+        return y[..., :-2], 0.5 + y[..., -2:]
 
 
 def with_labeller(config: ConfigDict, nets: Networks) -> Networks:
