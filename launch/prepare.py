@@ -56,10 +56,14 @@ ABOUT_LATENTS = """Encode splits of a set with the VAE of a config, for training
     python -m launch.prepare latents --data data/clips --weights weights/wan22 --frames 81 \\
         --size 1280x704 --bucket 704x1280 --out data/latents_portrait
 
-The sizes of the VAE are those of the config.json beside its weights; without one, those of
-`--config`. With `--bucket` only the clips are encoded that `--size` suits better than the other
-sizes: one set for each size, and all of them as `data.dir`. It can be interrupted at any time; the
-same command again continues. Needs the extra `train`.
+    python -m launch.prepare latents --world mirror --clips 8000 --frames 9 \
+        --weights runs/vae/export --label labels --label origin --out data/starts
+
+The last one renders clips on the way and stores none of them. The sizes of the VAE are those of the
+config.json beside its weights; without one, those of `--config`. With `--bucket` only the clips are
+encoded that `--size` suits better than the other sizes: one set for each size, and all of them as
+`data.dir`. It can be interrupted at any time; the same command again continues. Needs the extra
+`train`, and `runway` for `--world`.
 """
 
 ABOUT_TEXT = """Encode the captions of a set once, for training without the text encoder.
@@ -152,8 +156,27 @@ def latents_flags(parser: cli.Parser) -> None:
         "data",
         "folder of a rendered set, or of clips with a table; may be repeated",
         repeated=True,
-        needed=True,
         metavar="DIR",
+    )
+    parser.flag(
+        "world",
+        "instead of --data: render clips of this world, and keep their latents only",
+        metavar="NAME",
+    )
+    parser.flag("clips", "of --world", kind=cli.whole_number(1), default=4000, metavar="N")
+    parser.flag(
+        "seed_start",
+        "of --world: seed of the first clip",
+        kind=cli.whole_number(0),
+        default=0,
+        metavar="N",
+    )
+    parser.flag(
+        "workers",
+        "of --world: rendering processes; 0 renders in this one",
+        kind=cli.whole_number(0, 1024),
+        default=2,
+        metavar="N",
     )
     parser.flag("split", "split to encode, default train; may be repeated", repeated=True)
     parser.flag(
@@ -287,7 +310,12 @@ def prepare_runway(values: cli.Values) -> None:
 def prepare_latents(values: cli.Values) -> None:
     """Encode splits of a set."""
     need("array_record", "train")
-    need("av", "video")
+    if bool(values.data) == bool(values.world):
+        raise UsageError("give --data (clips on disk) or --world (clips to render), one of them")
+    if values.world and (values.split or values.bucket):
+        raise UsageError("--split and --bucket belong to --data; the split follows from the seeds")
+    if values.data:
+        need("av", "video")
     places.check_writable(Path(values.out) / "dataset_info.json")
     from chameleon_jax.data import examples, records, sources
 
@@ -297,10 +325,7 @@ def prepare_latents(values: cli.Values) -> None:
     encode, vae = load_encoder(values, weights)
     kinds = tuple(values.label)
     print("the first batch compiles the encoder ...", file=sys.stderr)
-    for split in values.split or ["train"]:
-        source = sources.open_sources(values.data, split, kinds)
-        if values.bucket:
-            source = sources.BucketSource(source, values.size, values.bucket)
+    for split, source in clip_sources(values, kinds):
         make = examples.LatentExamples(
             source,
             encode,
@@ -316,6 +341,33 @@ def prepare_latents(values: cli.Values) -> None:
         with ProgressLine() as progress:
             count = records.write_latents(values.out, split, make, progress=progress)
         print(f"{values.out}: {count} clips in split {split}", file=sys.stderr)
+
+
+def clip_sources(values: cli.Values, kinds: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Splits and their clips: of folders, or rendered on the way."""
+    from chameleon_jax.data import examples, rendered, sources
+    from chameleon_jax.splits import split_of
+
+    if not values.world:
+        for split in values.split or ["train"]:
+            source = sources.open_sources(values.data, split, kinds)
+            if values.bucket:
+                source = sources.BucketSource(source, values.size, values.bucket)
+            yield split, source
+        return
+    first, last = values.seed_start, values.seed_start + values.clips
+    seeds = examples.check_seeds(range(first, last), first, values.clips)
+    yield (
+        split_of(values.seed_start),
+        rendered.RenderedSource(
+            seeds,
+            values.size,
+            values.fps,
+            values.world,
+            labels=kinds,
+            workers=values.workers,
+        ),
+    )
 
 
 def load_encoder(values: cli.Values, weights: Path) -> tuple[Callable[[Any], Any], Any]:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from chameleon_jax.data import captions, images, labels
+from chameleon_jax.data.rendered import RenderedSource
 from chameleon_jax.data.sources import Source, import_tfds, latent_frames
 from chameleon_jax.errors import UserError, need
 from chameleon_jax.splits import SPLITS, split_of
@@ -122,15 +123,9 @@ class RunwayExamples:
           ExampleError: the split of `start` ends before there are so many, or nothing matches for a
             long while.
         """
-        seeds: Sequence[int] = range(start, start + count)
         if self.match or self.slot:
-            seeds = self._matching_seeds(start, count)
-        if len(seeds) < count or split_of(seeds[-1]) != split_of(start):
-            raise ExampleError(
-                f"{count} clips from seed {start} on belong to several splits, which begin at"
-                f" {', '.join(f'{first} ({name})' for name, first in SPLITS.items())}"
-            )
-        return seeds
+            return check_seeds(self._matching_seeds(start, count), start, count)
+        return check_seeds(range(start, start + count), start, count)
 
     def _matching_seeds(self, start: int, count: int) -> list[int]:
         """Fewer than `count` if the split ends before."""
@@ -241,6 +236,20 @@ class RunwayExamples:
         return hashlib.sha256(np.asarray(keys, np.int64).tobytes()).hexdigest()[:16]
 
 
+def check_seeds(seeds: Sequence[int], start: int, count: int) -> Sequence[int]:
+    """The seeds, if they are `count` and of one split.
+
+    Raises:
+      ExampleError: they are not.
+    """
+    if len(seeds) < count or split_of(seeds[-1]) != split_of(start):
+        raise ExampleError(
+            f"{count} clips from seed {start} on belong to several splits, which begin at"
+            f" {', '.join(f'{first} ({name})' for name, first in SPLITS.items())}"
+        )
+    return seeds
+
+
 @dataclasses.dataclass(frozen=True)
 class LatentExamples:
     """Encodes records of `runway_latents`; the keys are indices of a source.
@@ -296,17 +305,29 @@ class LatentExamples:
         return shape
 
     def __call__(self, keys: Sequence[int]) -> Iterator[tuple[int, Record | None]]:
+        loaded = self._load(keys)
         for start in range(0, len(keys), self.batch):
-            yield from self._encode_some(keys[start : start + self.batch])
+            some = keys[start : start + self.batch]
+            clips = dict(zip(some, loaded, strict=False))
+            found = {index: clip for index, clip in clips.items() if clip is not None}
+            yield from self._encode_some(some, found)
 
-    def _encode_some(self, keys: Sequence[int]) -> Iterator[tuple[int, Record | None]]:
-        """Records of at most `batch` keys."""
-        clips = {}
+    def _load(self, keys: Sequence[int]) -> Iterator[dict[str, Any] | None]:
+        """The clips, in order; None for one that cannot be read."""
+        if isinstance(self.source, RenderedSource):
+            yield from self.source.load_many(keys, self.frames, self.size)
+            return
         for index in keys:
             try:
-                clips[index] = self.source.load(index, self.frames, self.size)
+                yield self.source.load(index, self.frames, self.size)
             except ValueError as error:
                 logging.error("record %d cannot be read, skipped: %s", index, error)
+                yield None
+
+    def _encode_some(
+        self, keys: Sequence[int], clips: dict[int, dict[str, Any]]
+    ) -> Iterator[tuple[int, Record | None]]:
+        """Records of at most `batch` keys."""
         latents = self._encode_clips(list(clips.values())) if clips else []
         made = dict(zip(clips, latents, strict=True))
         for index in keys:
