@@ -34,6 +34,10 @@ def paper(stage: str) -> ConfigDict:
             "mesh": {"data": 1, "fsdp": -1, "seq": 1, "tensor": 1},
             "data": {
                 "dir": "",  # one folder, or several with commas between
+                # Instead of folders: a world of the renderer, whose clips are made on the way.
+                "world": "",
+                "clips": 4000,  # of the world, to train on
+                "render_workers": 2,  # processes that render what goes into memory
                 "split": "train",
                 "validation": "validation",  # split of the held-out batches; empty: `split`
                 "match": "",  # regular expression: only clips with a caption that matches

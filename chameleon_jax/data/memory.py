@@ -16,6 +16,7 @@ import numpy as np
 
 from chameleon_jax.data.buckets import nearest_bucket
 from chameleon_jax.data.labels import MOVING
+from chameleon_jax.data.rendered import RenderedSource
 from chameleon_jax.data.sources import (
     Source,
     SourceError,
@@ -54,8 +55,12 @@ class InMemorySource:
             height, width = self.sizes[index].tolist()
             return _read(source, index, frames, (height, width))
 
-        with ThreadPoolExecutor(threads) as pool:
-            self._records = list(pool.map(read, range(len(source))))
+        if isinstance(source, RenderedSource):
+            size = tuple(self.sizes[0].tolist())
+            self._records = list(source.load_many(range(len(source)), frames, size))
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                self._records = list(pool.map(read, range(len(source))))
         total = sum(array.nbytes for record in self._records for array in _arrays(record))
         seconds = time.monotonic() - start
         logging.info(

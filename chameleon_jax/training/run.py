@@ -21,10 +21,12 @@ from ml_collections import ConfigDict
 from chameleon_jax import sharding
 from chameleon_jax.config import ConfigError, flatten, save_config
 from chameleon_jax.data.memory import InMemorySource
+from chameleon_jax.data.rendered import RenderedSource
 from chameleon_jax.data.sources import MatchingSource, Source, open_sources
 from chameleon_jax.errors import need
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.dit import DiTConfig
+from chameleon_jax.splits import SPLITS
 from chameleon_jax.training import loop
 from chameleon_jax.training.export import export, stored_model
 from chameleon_jax.training.feed import HostBatch, Part
@@ -42,6 +44,9 @@ log = logging.getLogger(__name__)
 # Kubernetes would count the job as done instead of starting it again.
 EXIT_CODES = {"finished": 0, "time": 0, "SIGINT": 130, "SIGTERM": 143}
 
+
+# Clips of `data.world` that are held out.
+HELD_OUT = 64
 
 # Networks of distillation that are of the kind of another one.
 ROLES = {"score": "dit", "score_text": "text"}
@@ -197,9 +202,35 @@ def _weights_key(config: ConfigDict, stage: Stage, name: str) -> str:
 
 
 def open_data(config: ConfigDict, split: str) -> Source:
-    """The split of the data folders, or those of its clips whose captions match `data.match`."""
-    source = open_sources(config.data.dir.split(","), split, config.data.labels)
+    """The split of the data folders, or those of its clips whose captions match `data.match`.
+
+    With `data.world` clips that are rendered when they are asked for.
+    """
+    if config.data.world:
+        source = _rendered(config, split)
+    else:
+        source = open_sources(config.data.dir.split(","), split, config.data.labels)
     return MatchingSource(source, config.data.match) if config.data.match else source
+
+
+def _rendered(config: ConfigDict, split: str) -> RenderedSource:
+    """The first clips of a split of a world: `data.clips` to train on, a few that are held out."""
+    if config.data.dir:
+        raise ConfigError(
+            f"data.dir is {config.data.dir!r}, and data.world {config.data.world!r}: clips come"
+            " from one place; leave one of them empty"
+        )
+    if split not in SPLITS:
+        raise ConfigError(f"no split {split!r}; expected one of {', '.join(SPLITS)}")
+    count = config.data.clips if split == config.data.split else HELD_OUT
+    return RenderedSource(
+        range(SPLITS[split], SPLITS[split] + count),
+        (config.video.height, config.video.width),
+        config.video.fps,
+        config.data.world,
+        labels=config.data.labels,
+        workers=config.data.render_workers,
+    )
 
 
 def _in_memory(config: ConfigDict, source: Source, parts: Sequence[Part]) -> Source:

@@ -63,6 +63,11 @@ RANGES = {
     "data.threads": COUNT,
     "data.prefetch": COUNT,
     "data.workers": Range(0),
+    "data.clips": COUNT,
+    "data.render_workers": Range(0),
+    "people.count": COUNT,
+    "people.each": COUNT,
+    "people.first": Range(0),
     "train.steps": Range(0),
     "train.accumulate": COUNT,
     "train.max_minutes": Range(0),
@@ -95,6 +100,11 @@ RANGES = {
     "loss.gradient": Range(0),
     "loss.laplacian": Range(0),
     "loss.kl": Range(0),
+    "loss.copies": COUNT,
+    "loss.garment": POSITIVE,
+    "loss.head": POSITIVE,
+    "loss.labels": Range(0),
+    "loss.labels_layer": Range(0),
     "loss.steps": COUNT,
     "loss.guidance": Range(0),
     "recycling.clips": SHARE,
@@ -169,9 +179,10 @@ def check_settings(config: ConfigDict) -> None:
 
 
 def _faults(config: ConfigDict, flat: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("workdir", "data.dir"):
-        if not flat[key]:
-            yield f"{key} is not set; give it as --config.{key}=FOLDER"
+    if not flat["workdir"]:
+        yield "workdir is not set; give it as --config.workdir=FOLDER"
+    if not flat["data.dir"] and not flat["data.world"]:
+        yield "data.dir is not set; give it as --config.data.dir=FOLDER"
     for key in ("workdir", "export_dir"):
         if flat[key] and (fault := _folder_fault(Path(flat[key]))):
             yield f"{key} is {flat[key]}: {fault}"

@@ -69,3 +69,21 @@ def test_clips_come_from_one_place(tmp_path, capfd, flags, message):
     assert ended.value.code == 2
 
     assert re.search(message, capfd.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_run_renders_its_own_clips(tmp_path):
+    from chameleon_jax.config import ConfigError, load_config
+    from chameleon_jax.training.run import open_data, run
+
+    settings = ["data.world=mirror", "data.clips=4", f"workdir={tmp_path}", "train.steps=2"]
+    settings += ["data.labels=('labels',)", "loss.garment=2", "data.render_workers=1"]
+    config = load_config("configs/vae.py:smoke_video", settings)
+    assert len(open_data(config, "train")) == 4
+    held_out = open_data(config, "validation")
+    assert held_out.seeds[0] == 800_000 and len(held_out) == 64
+    run(config)
+    assert (tmp_path / "export" / "vae.safetensors").is_file()
+    both = load_config("configs/vae.py:smoke_video", [*settings, "data.dir=x"])
+    with pytest.raises(ConfigError, match="clips come from one place; leave one of them empty"):
+        open_data(both, "train")
