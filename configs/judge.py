@@ -3,9 +3,10 @@
     python -m launch.prepare runway --out data/judge --world mirror --labels --people 4 --frames 5 \
         --clips 8000
     python -m launch.prepare runway --out data/judge --world mirror --labels --people 4 --frames 5 \
-        --clips 400 --seed_start 800000
+        --clips 64 --seed_start 800000
     python -m launch.train --config configs/judge.py:runway_tiny --config.data.dir=data/judge \
         --config.workdir=runs/judge
+    python -m launch.evaluate --bench judge --judge runs/judge/export
 """
 
 from __future__ import annotations

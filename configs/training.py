@@ -37,6 +37,7 @@ def paper(stage: str) -> ConfigDict:
                 # Instead of folders: a world of the renderer, whose clips are made on the way.
                 "world": "",
                 "clips": 4000,  # of the world, to train on
+                "people": 1,  # so many neighbouring clips of the world show the same person
                 "render_workers": 2,  # processes that render what goes into memory
                 "split": "train",
                 "validation": "validation",  # split of the held-out batches; empty: `split`

@@ -3,7 +3,7 @@
     python -m launch.evaluate --bench runway --judge runs/judge/export --out out/bench
     python -m launch.evaluate --bench runway --judge runs/judge/export --out out/bench \\
         --weights runs/dmd/export --switch refresh --name refresh
-    python -m launch.evaluate --bench judge --judge runs/judge/export --data data/judge
+    python -m launch.evaluate --bench judge --judge runs/judge/export
 
 Runway-Bench streams fixed scenarios of the synthetic world (one garment, two and five changes, long
 streams, a change of the prompt) with any model that `launch.sample` can stream, and compares each
@@ -12,8 +12,7 @@ and the truth in the garment of the start all the time: a figure that does not t
 says nothing about garments.
 
 Finished scenarios are kept in `--out`; the same command goes on. The table of all models in a
-folder is written anew each time. Needs the extra `runway`, and for the judge a set of `prepare
-runway --labels --people 4`.
+folder is written anew each time. Needs the extra `runway`.
 """
 
 from __future__ import annotations
@@ -78,7 +77,12 @@ def define_flags(parser: cli.Parser) -> None:
         metavar="BENCH",
     )
     parser.flag("judge", "folder of the judge's weights", needed=True, metavar="DIR")
-    parser.flag("data", "judge: set of labelled clips, its validation split", metavar="DIR")
+    parser.flag(
+        "data",
+        "judge: set of labelled clips, its validation split; default: clips of --world, rendered"
+        " now",
+        metavar="DIR",
+    )
     parser.flag(
         "weights",
         "folder of weights, or random; default that of the config",
@@ -130,14 +134,17 @@ def evaluate(values: cli.Values) -> int:
 
 def check_judge(values: cli.Values) -> int:
     """Measure the judge, and write what was found beside it."""
+    from chameleon_jax.data.rendered import RenderedSource
     from chameleon_jax.data.sources import open_sources
-    from chameleon_jax.evaluation import judge
+    from chameleon_jax.evaluation import judge, scenarios
 
-    if not values.data:
-        raise UsageError(
-            "--bench judge needs --data, a set of `prepare runway --labels --people 4`"
+    kinds = ("labels", "joints", "attributes")
+    if values.data:
+        source = open_sources(values.data, "validation", kinds)
+    else:
+        source = RenderedSource(
+            judge.SEEDS, scenarios.SIZE, world=values.world, people=judge.PEOPLE, labels=kinds
         )
-    source = open_sources(values.data, "validation", ("labels", "joints", "attributes"))
     size = tuple(int(side) for side in source.sizes[0])
     card = judge.check(values.judge, source, size)
     print(json.dumps(card, indent=2))

@@ -34,6 +34,8 @@ from chameleon_jax.weights.params import load_params
 
 CARD = "judge.json"
 FRAMES = 16  # at a time
+# Held-out clips that a judge is checked on, so many neighbouring ones of a person.
+SEEDS, PEOPLE = range(840_000, 840_400), 4
 
 
 class JudgeError(UserError):

@@ -228,6 +228,7 @@ def _rendered(config: ConfigDict, split: str) -> RenderedSource:
         (config.video.height, config.video.width),
         config.video.fps,
         config.data.world,
+        people=config.data.people,
         labels=config.data.labels,
         workers=config.data.render_workers,
     )

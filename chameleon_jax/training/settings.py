@@ -64,6 +64,7 @@ RANGES = {
     "data.prefetch": COUNT,
     "data.workers": Range(0),
     "data.clips": COUNT,
+    "data.people": COUNT,
     "data.render_workers": Range(0),
     "people.count": COUNT,
     "people.each": COUNT,
