@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from chameleon_jax.config import load_config
-from launch import cli, train
+from launch import cli, evaluate, prepare, train
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = ("train_slurm.sh", "train_tpu_pod.sh")
@@ -95,3 +95,77 @@ def test_kubernetes():
         (rule,) = spec["podFailurePolicy"]["rules"]
         assert rule["onExitCodes"]["values"] == [1, 2]
         assert rule["onExitCodes"]["containerName"] == container["name"]
+
+
+# In the place of Python: notes what it is called with, and leaves what such a run would leave.
+PYTHON_THAT_NOTES = """#!/usr/bin/env bash
+if [[ "$1" == - ]]; then exec python3 "$@"; fi
+printf '%s\\n' "$@" --- >> "$NOTES"
+for word in "$@"; do
+    case "$word" in
+        --config.workdir=*) work=${word#*=} ;;
+        --config.train.steps=*) steps=${word#*=} ;;
+        --judge) [[ " $* " == *" judge "* ]] && touch "$WORK/judge/export/judge.json" ;;
+    esac
+done
+if [[ "$2" == launch.train ]]; then
+    mkdir -p "$work/export"
+    if [[ -n "$SLOW" && ! -e "$work/metrics.jsonl" ]]; then steps=1; fi
+    echo "{\\"step\\": $steps}" >> "$work/metrics.jsonl"
+fi
+"""
+
+
+def run_mirror(tmp_path: Path, *arguments: str, slow: bool = False):
+    """`train_mirror.sh`; returns what it did and the commands that it called."""
+    python, notes = tmp_path / "python", tmp_path / "notes"
+    python.write_text(PYTHON_THAT_NOTES)
+    python.chmod(0o755)
+    notes.write_text("")
+    env = os.environ | {"PYTHON": str(python), "NOTES": str(notes)}
+    env |= {"WORK": str(tmp_path / "work"), "SLOW": "yes" if slow else ""}
+    command = ["bash", str(LAUNCH / "train_mirror.sh"), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    calls = [part.split("\n") for part in notes.read_text().split("---\n") if part]
+    return done, [[word for word in call if word] for call in calls]
+
+
+@pytest.mark.parametrize("size", ["toy", "laptop", "gpu"])
+def test_the_mirror_is_trained_by_commands_that_exist(tmp_path, size):
+    done, calls = run_mirror(tmp_path, size)
+    assert done.returncode == 0, done.stderr
+    defined = {
+        "launch.train": train.define_flags,
+        "launch.evaluate": evaluate.define_flags,
+        "launch.prepare": prepare.latents_flags,
+    }
+    trained, folders = [], set()
+    for _, module, *words in calls:
+        if module == "launch.prepare":
+            assert words.pop(0) == "latents"
+        values = cli.read(defined[module], words)
+        if module == "launch.train":
+            config = load_config(values.config, values.overrides)
+            assert config.video.frames in (1, 5, 9, 33) and config.train.max_minutes == 8
+            assert config.train.steps > 0 and config.dtype == (
+                "bfloat16" if size == "gpu" else "float32"
+            )
+            for needed in (config.init_from, *config.weights.values()):
+                assert not needed or needed in folders
+            trained.append(Path(config.workdir).name)
+            folders.add(f"{config.workdir}/export")
+    order = ["vae", "stills", "starts", "clips", "teacher", "consistency", "dmd", "judge"]
+    assert trained == order
+    again, calls = run_mirror(tmp_path, size)
+    assert again.returncode == 0 and all(call[1] != "launch.train" for call in calls)
+
+
+def test_the_mirror_is_trained_in_pieces(tmp_path):
+    for stage in ("vae", "stills"):
+        done, calls = run_mirror(tmp_path, "toy", "vae", "stills", slow=True)
+        assert done.returncode == 75 and f"{stage} is not finished" in done.stdout
+        assert f"/{stage}" in " ".join(calls[-1])
+    done, _ = run_mirror(tmp_path, "toy", "vae", "stills", slow=True)
+    assert done.returncode == 0 and "done: vae stills" in done.stdout
+    done, _ = run_mirror(tmp_path, "huge")
+    assert done.returncode == 2 and "expected toy, laptop or gpu" in done.stderr
