@@ -11,6 +11,8 @@ Axes: b batch, f latent frames, l query tokens, s key tokens, n heads, d head di
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +146,37 @@ def open_chunk(cache: KVCache, cut: jax.Array | bool = False) -> KVCache:
 def close_chunk(cache: KVCache) -> KVCache:
     """After the last pass of a chunk: it counts as written."""
     return cache.replace(state=cache.policy.close_chunk(cache.state))
+
+
+def read_frames(cache: KVCache, slots: jax.Array) -> tuple[Any, Any]:
+    """Keys and values of some slots, as `put_frames` takes them: copies, in the layout of k and v.
+
+    Args:
+      cache: stays as it is.
+      slots: int32 [f].
+    """
+
+    def read(x: jax.Array) -> jax.Array:
+        return _by_frame(x, cache.tokens).take(slots, axis=x.ndim - 3)
+
+    return jax.tree.map(read, cache.k), jax.tree.map(read, cache.v)
+
+
+def put_frames(cache: KVCache, slots: jax.Array, kept: tuple[Any, Any]) -> KVCache:
+    """The inverse of `read_frames`; the counters stay. In place where the cache was donated."""
+
+    def put(x: jax.Array, frames: jax.Array) -> jax.Array:
+        by_frame = jnp.moveaxis(_by_frame(x, cache.tokens), x.ndim - 3, 0)
+        changed = by_frame.at[slots].set(jnp.moveaxis(frames, x.ndim - 3, 0))
+        return jnp.moveaxis(changed, 0, x.ndim - 3).reshape(x.shape)
+
+    k, v = kept
+    return cache.replace(k=jax.tree.map(put, cache.k, k), v=jax.tree.map(put, cache.v, v))
+
+
+def _by_frame(x: jax.Array, tokens: int) -> jax.Array:
+    """[..., frames * tokens, n, d] to [..., frames, tokens, n, d]."""
+    return x.reshape(*x.shape[:-3], -1, tokens, *x.shape[-2:])
 
 
 def prefilling(cache: KVCache, head_dim: int, *, backend: str | None = None) -> Attend:

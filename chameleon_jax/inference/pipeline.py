@@ -299,7 +299,9 @@ class Pipeline:
         programs = self.stream if program in self.stream.names else self.media
         return programs.lower(program, self.arguments()[program], sharding)
 
-    def session(self, mechanisms: SwitchConfig | None = None, *, measure: bool = False) -> Session:
+    def session(
+        self, mechanisms: SwitchConfig | None = None, *, measure: bool = False, keep: int = 0
+    ) -> Session:
         """A new session; see `Session`.
 
         Raises:
@@ -312,7 +314,7 @@ class Pipeline:
             raise PipelineError(
                 "cache.context is 0: no person and no garment to start from; use shots.MultiShot"
             )
-        return Session(self, mechanisms, measure=measure)
+        return Session(self, mechanisms, measure=measure, keep=keep)
 
     def encode_prompt(self, prompt: str | jax.Array | np.ndarray) -> jax.Array:
         """Text states [1, l, m] of a prompt of any language; the empty prompt is allowed.

@@ -12,6 +12,10 @@
 
     refresh       cache, reference, garment, text K, V   -> cache            once per switch
     chunk         cache, text K, V, seed, number         -> latents, cache   once per chunk
+    keep          cache                                  -> what `chunk` overwrites
+    keep_context  cache                                  -> what `refresh` overwrites
+    put_back      cache, what was kept                   -> cache as it was
+    put_context   likewise
 
 A stream without condition frames (`cache.context` 0) has no `refresh`, and instead of `chunk`
 
@@ -39,7 +43,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from chameleon_jax.attention.cache import KVCache
+from chameleon_jax.attention.cache import KVCache, put_frames, read_frames
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.diffusion import rollout
@@ -48,6 +52,7 @@ from chameleon_jax.models.dit import TextKV
 
 log = logging.getLogger(__name__)
 
+Kept = tuple[jax.Array, tuple[Any, Any]]  # slots of a cache, and their keys and values
 Arguments = Mapping[str, tuple[Any, ...]]  # by program: shapes and dtypes, weights left out
 
 
@@ -248,9 +253,24 @@ class StreamPrograms(Programs):
                 dit, cache, text_kv, key, sampler=sampler, cut=cut, held=held
             )
 
+        def keep(dit, cache):
+            slots = policy.slots(policy.open_chunk(cache.state, False))
+            return slots, read_frames(cache, slots)
+
+        def keep_context(dit, cache):
+            slots = jnp.arange(policy.context)
+            return slots, read_frames(cache, slots)
+
+        def put_back(dit, cache, kept):
+            return put_frames(cache, *kept)
+
         if policy.context:
             self.add("refresh", "dit", refresh, donate=1)
             self.add("chunk", "dit", chunk, donate=1)
+            self.add("keep", "dit", keep)
+            self.add("keep_context", "dit", keep_context)
+            self.add("put_back", "dit", put_back, donate=1)
+            self.add("put_context", "dit", put_back, donate=1)
         else:
             self.add("shot_chunk", "dit", shot_chunk, donate=1)
 
@@ -263,6 +283,25 @@ class StreamPrograms(Programs):
     ) -> KVCache:
         """Write slots 0 and 1 from two latent frames. `cache` is consumed."""
         return self.call("refresh", cache, reference, garment, text_kv)
+
+    def keep(self, cache: KVCache) -> Kept:
+        """What the next chunk will overwrite."""
+        return self.call("keep", cache)
+
+    def keep_context(self, cache: KVCache) -> Kept:
+        """What `refresh` overwrites."""
+        return self.call("keep_context", cache)
+
+    def put_back(self, cache: KVCache, kept: Kept) -> KVCache:
+        """The buffers as they were when `keep` was called, if one chunk was made since.
+
+        `cache` is consumed; its counters stay.
+        """
+        return self.call("put_back", cache, kept)
+
+    def put_context(self, cache: KVCache, kept: Kept) -> KVCache:
+        """The inverse of `keep_context`. `cache` is consumed."""
+        return self.call("put_context", cache, kept)
 
     def chunk(
         self, cache: KVCache, text_kv: TextKV, seed: int, number: int
@@ -329,6 +368,9 @@ def stream_arguments(
     cache = jax.eval_shape(stream.new_cache)
     if stream.policy.context:
         of_stream = {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
+        for keep, put in (("keep", "put_back"), ("keep_context", "put_context")):
+            of_stream[keep] = (cache,)
+            of_stream[put] = (cache, stream.result(keep, cache))
         latents, _ = stream.result("chunk", *of_stream["chunk"])
     else:
         flag = jax.ShapeDtypeStruct((), jnp.bool_)

@@ -23,6 +23,7 @@ Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax import __version__
@@ -121,10 +123,17 @@ class Session:
       pipeline: weights and config, shared between sessions.
       mechanisms: what a switch does; default those of the config's group `switch`.
       measure: wait for the device after every stage and keep a `Timing` per chunk in `timings`.
+      keep: chunks that can be taken back, see `rewind`; each costs what it overwrites of the cache,
+        and a decoder's state.
     """
 
     def __init__(
-        self, pipeline: Pipeline, mechanisms: SwitchConfig | None = None, *, measure: bool = False
+        self,
+        pipeline: Pipeline,
+        mechanisms: SwitchConfig | None = None,
+        *,
+        measure: bool = False,
+        keep: int = 0,
     ):
         self.pipeline = pipeline
         self.mechanisms = mechanisms or SwitchConfig(**pipeline.config.switch)
@@ -137,6 +146,7 @@ class Session:
         self._frames: int | None = None  # handed out; None while no stream is running
         self._pending: dict[str, tuple[Switch, Any]] = {}
         self._switches: list[Switch] = []
+        self._marks: collections.deque[_Mark] = collections.deque(maxlen=max(keep, 0))
 
     def __repr__(self) -> str:
         with self._lock:
@@ -200,6 +210,7 @@ class Session:
                 self._stream.policy.check_length(0 if starts_clip else state.held)
                 pending, self._pending = self._pending, {}
             try:
+                self._mark(state, pending)
                 frames = self._make_chunk(
                     state, {kind: content for kind, (_, content) in pending.items()}
                 )
@@ -211,6 +222,44 @@ class Session:
                     switch.effective = self._frames
                 self._frames += len(frames)
             return frames
+
+    def rewind(self, frame: int) -> int:
+        """Take back the chunks that begin at `frame` or later, as if they had not been made.
+
+        For a player that has chunks which were not shown yet when a switch is asked for: the switch
+        then need not wait for them. Frames before the first of these chunks stay as they are. What
+        had been asked for, and took effect in them, waits again, unless the same kind was asked for
+        since.
+
+        Args:
+          frame: frames shown so far.
+
+        Returns:
+          Frames that count as handed out now: that of the earliest chunk that can be taken back and
+          begins at `frame` or later; what it was, if there is none.
+
+        Raises:
+          SessionError: not started.
+        """
+        with self._chunk_lock:
+            state = self._started()
+            taken = []
+            while self._marks and self._marks[-1].frames >= frame:
+                taken.append(self._marks.pop())
+                self._restore(state, taken[-1])
+            with self._lock:
+                waiting: dict[str, tuple[Switch, Any]] = {}
+                for mark in reversed(taken):
+                    waiting |= mark.pending
+                for switch, _ in waiting.values():
+                    switch.effective = None
+                for kind, (switch, _) in waiting.items():
+                    if kind in self._pending:
+                        switch.superseded = True
+                self._pending = waiting | self._pending
+                if taken:
+                    self._frames = taken[-1].frames
+                return self._frames
 
     def switch_garment(self, garment: Any) -> Switch:
         """Wear another garment from the next chunk on.
@@ -361,11 +410,13 @@ class Session:
             self._run(state, pending, switches, frames=meta["frames"])
 
     def _run(self, state: _State, pending: dict, switches: list[Switch], frames: int) -> None:
+        self._marks.clear()
         with self._lock:
             self._state, self._frames = state, frames
             self._pending, self._switches = pending, switches
 
     def _stop(self) -> None:
+        self._marks.clear()
         with self._lock:
             self._state, self._frames = None, None
             self._pending, self._switches = {}, []
@@ -440,6 +491,37 @@ class Session:
             )
         return does.refresh and does.withdraw and disentangled
 
+    def _mark(self, state: _State, pending: Mapping[str, tuple[Switch, Any]]) -> None:
+        """Note what the next chunk changes, so that it can be taken back."""
+        if not self._marks.maxlen:
+            return
+        pictures = pending.keys() - {"prompt"}
+        does = self.mechanisms
+        # The slots that the chunk overwrites are those behind a withdrawal, if it begins with one.
+        coming = withdraw(state.cache) if pictures and does.withdraw else state.cache
+        kept = self._stream.keep(coming)
+        context = self._stream.keep_context(state.cache) if pictures and does.refresh else None
+        decoder = jax.tree.map(jnp.copy, state.decoder)  # the next decoding consumes it
+        self._marks.append(
+            _Mark(
+                frames=self._frames,
+                before=dataclasses.replace(state, cache=None, decoder=decoder),
+                counters=jax.tree.map(jnp.copy, state.cache.state),  # donated with the cache
+                kept=kept,
+                context=context,
+                pending=dict(pending),
+            )
+        )
+
+    def _restore(self, state: _State, mark: _Mark) -> None:
+        """The state before the chunk of a mark; those of later chunks are restored already."""
+        cache = self._stream.put_back(state.cache, mark.kept)
+        if mark.context is not None:
+            cache = self._stream.put_context(cache, mark.context)
+        for field in dataclasses.fields(_State):
+            setattr(state, field.name, getattr(mark.before, field.name))
+        state.cache = cache.replace(state=mark.counters)
+
     def _wait(self, value: Any) -> float:
         if self._measure:
             jax.block_until_ready(value)
@@ -459,6 +541,27 @@ class _State:
     chunk: int = 0  # chunks made since the start; never reset, so that no noise is drawn twice
     held: int = 0  # chunks made since the history was last withdrawn
     last_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host: what was shown last
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """A stream before a chunk.
+
+    Attributes:
+      frames: handed out by then.
+      before: all but the cache.
+      counters: of the cache.
+      kept: what the chunk overwrites of the cache.
+      context: the condition frames of the cache, if a switch overwrites them.
+      pending: switches that take effect in the chunk.
+    """
+
+    frames: int
+    before: _State
+    counters: Any
+    kept: Any
+    context: Any
+    pending: dict[str, tuple[Switch, Any]]
 
 
 @dataclasses.dataclass(frozen=True)

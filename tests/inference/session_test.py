@@ -549,3 +549,74 @@ def test_guidance_streams_over_two_caches(pipeline):
         one.switch_garment(COAT)
         one.switch_prompt("he sits")
     assert same(chunks(session, 2), chunks(again, 2))
+
+
+@pytest.mark.parametrize("overrides", [(), ("cache.frames=8", "cache.sink=0")])
+def test_a_stream_that_went_back_is_one_that_never_went_ahead(pipeline, overrides):
+    """Bit for bit, around the ring, over one chunk or several, with and without a switch."""
+    made_by = make_pipeline(*overrides) if overrides else pipeline
+    plain, ahead = started(made_by), Session(made_by, keep=3)
+    ahead.start(PERSON, DRESS, "she walks", 0)
+    for shown, further in ((1, 2), (9, 1), (2, 3)):  # more chunks than the ring holds
+        assert same(chunks(plain, shown), chunks(ahead, shown))
+        frames = ahead.frames
+        chunks(ahead, further)
+        assert ahead.rewind(frames) == frames == plain.frames
+    for session in (plain, ahead):
+        session.switch_garment(SHIRT)
+    assert same(chunks(plain, 3), chunks(ahead, 3))
+    assert plain.switches == ahead.switches and plain.length == ahead.length
+
+
+def test_a_switch_that_was_not_shown_yet_waits_again(pipeline):
+    plain, ahead = started(pipeline), Session(pipeline, keep=4)
+    ahead.start(PERSON, DRESS, "she walks", 0)
+    assert same(chunks(plain, 2), chunks(ahead, 2))
+    frames = ahead.frames
+    ahead.next_chunk()
+    first, prompt = ahead.switch_garment(SHIRT), ahead.switch_prompt("she sits")
+    chunks(ahead, 2)
+    assert first.effective is not None
+    second = ahead.switch_garment(COAT)  # while the shirt has not been seen
+    assert ahead.rewind(frames) == frames
+    assert first.superseded and first.effective is None and prompt.effective is None
+    plain.switch_garment(COAT)
+    plain.switch_prompt("she sits")
+    assert same(chunks(plain, 4), chunks(ahead, 4))
+    assert second.effective == prompt.effective == frames
+
+
+def test_what_is_kept_says_how_far_back(pipeline):
+    session = Session(pipeline, keep=2)
+    session.start(PERSON, DRESS, "", 0)
+    with pytest.raises(SessionError):
+        Session(pipeline, keep=2).rewind(0)
+    ends = [0]
+    for _ in range(4):
+        session.next_chunk()
+        ends.append(session.frames)
+    assert session.rewind(ends[4]) == ends[4]  # nothing lies behind
+    assert session.rewind(ends[2] + 1) == ends[3]  # a boundary, not the middle of a chunk
+    session.next_chunk()
+    assert session.rewind(0) == ends[2]  # no further than was kept
+    assert session.rewind(0) == ends[2]
+    plain = started(pipeline)
+    plain.next_chunk()
+    assert plain.rewind(0) == plain.frames  # keeps nothing
+    session.start(PERSON, DRESS, "", 0)
+    assert session.rewind(0) == 0
+
+
+def test_an_error_leaves_nothing_to_go_back_to(pipeline, monkeypatch):
+    session = Session(pipeline, keep=2)
+    session.start(PERSON, DRESS, "", 0)
+    session.next_chunk()
+    with monkeypatch.context() as patched:
+        patched.setattr(session._stream, "chunk", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.next_chunk()
+    with pytest.raises(SessionError):
+        session.rewind(0)
+    session.start(PERSON, DRESS, "", 0)
+    plain = started(pipeline, prompt="")
+    assert same(chunks(session, 2), chunks(plain, 2))

@@ -129,7 +129,7 @@ def test_a_head_that_knows_the_labels_has_no_loss():
     value, metrics = says(0.75)
     assert value < 1e-3 and metrics["labels/right"] == 1
     value, metrics = says(0.65)
-    np.testing.assert_allclose(value, 100 * 2 * 0.1**2, rtol=0.05)
+    np.testing.assert_allclose(value, 10 * 2 * 0.1**2, rtol=0.05)
     np.testing.assert_allclose(metrics["labels/off"], 0.1 * 2**0.5, rtol=0.03)
 
 

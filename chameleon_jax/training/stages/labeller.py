@@ -93,8 +93,8 @@ def label_loss(
       patch: frames (1), rows and columns of latent pixels that are a token.
 
     Returns:
-      Their sum, the distances in tenths of the picture so that both are of one size, and as metrics
-      the share of tokens whose label is right and the distance as a share of the picture.
+      Their sum, ten squared distances for a nat, and as metrics the share of tokens whose label is
+      right and the distance as a share of the picture.
     """
     copies = seen_bfpm.shape[1] // frames
     logits, places = labeller(seen_bfpm)
@@ -120,5 +120,5 @@ def label_loss(
     count = jnp.maximum(found.sum(), 1)
     right = (logits.argmax(-1) == shares.argmax(-1)).mean()
     off = (jnp.sqrt(distance2) * found).sum() / count
-    value = entropy + 100 * (distance2 * found).sum() / count
+    value = entropy + 10 * (distance2 * found).sum() / count
     return value, {"labels/right": right, "labels/off": off}
