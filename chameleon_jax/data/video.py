@@ -132,7 +132,7 @@ class VideoWriter:
         frames = frames[None] if frames.ndim == 3 else frames
         _check_frames(frames, self.size)
         for frame in frames:
-            self._mux(_to_av(frame, self.frames, self._stream.pix_fmt))
+            self._mux(to_av(frame, self.frames, self._stream.pix_fmt))
             self.frames += 1
 
     def close(self) -> None:
@@ -274,7 +274,7 @@ def encode_video(frames: np.ndarray, fps: float, *, crf: int = 12, yuv444p: bool
         # One key frame: a record is always decoded from its start.
         stream = _add_stream(container, frame_rate(fps), size, crf, yuv444p, gop=len(frames))
         for index, frame in enumerate(frames):
-            container.mux(stream.encode(_to_av(frame, index, stream.pix_fmt)))
+            container.mux(stream.encode(to_av(frame, index, stream.pix_fmt)))
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
@@ -587,7 +587,14 @@ def _add_stream(
     return stream
 
 
-def _to_av(frame: np.ndarray, index: int, pix_fmt: str) -> av.VideoFrame:
+def to_av(frame: np.ndarray, index: int, pix_fmt: str) -> av.VideoFrame:
+    """A frame uint8 [h, w, 3] as PyAV encodes it: BT.709, limited range.
+
+    Args:
+      frame: the pixels.
+      index: its number, which is its time in frames.
+      pix_fmt: of the encoder.
+    """
     rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
     out = rgb.reformat(
         format=pix_fmt,

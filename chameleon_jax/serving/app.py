@@ -1,0 +1,492 @@
+"""The server: pages, pictures and streams over HTTP and WebSocket.
+
+`make_app` puts an engine, a wardrobe and a guard behind one ASGI app (Starlette). asyncio owns the
+sockets; the engine's thread hands over messages, of which at most a few wait, because it makes no
+chunk that nobody has room for (see `engine`).
+
+Needs the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from chameleon_jax import __version__
+from chameleon_jax.errors import UserError
+from chameleon_jax.inference.session import SwitchConfig
+from chameleon_jax.serving import protocol
+from chameleon_jax.serving.encoding import EncodingError, to_mp4
+from chameleon_jax.serving.engine import Engine, Stream, Wish
+from chameleon_jax.serving.guard import Guard, GuardMiddleware, Rate, bearer
+from chameleon_jax.serving.pictures import MAX_BYTES, PictureError, Wardrobe
+from chameleon_jax.serving.protocol import ProtocolError, pack, read_message, write_message
+
+log = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "page"
+RECONNECT = 10.0  # seconds that a stream waits for a client that was cut off
+IDLE = 120.0  # seconds without a word from a client
+HELLO = 15.0  # seconds until the first message
+KEPT = 50  # recordings
+
+
+@dataclasses.dataclass
+class Limits:
+    """What one server takes on."""
+
+    sessions: int = 1  # streams at a time
+    queue: int = 20  # that wait for one
+    starts: Rate = dataclasses.field(default_factory=lambda: Rate(60, 60.0))
+    uploads: Rate = dataclasses.field(default_factory=lambda: Rate(30, 60.0))
+
+
+class Live:
+    """The streams of a server and who waits for one.
+
+    Args:
+      engine: makes them.
+      wardrobe: pictures.
+      guard: knows the token.
+      limits: see `Limits`.
+    """
+
+    def __init__(self, engine: Engine, wardrobe: Wardrobe, guard: Guard, limits: Limits):
+        self.engine, self.wardrobe, self.guard, self.limits = engine, wardrobe, guard, limits
+        self.active: dict[str, Stream] = {}
+        self.finished: dict[str, Stream] = {}
+        self.waiting: list[asyncio.Event] = []
+        self.left: dict[str, asyncio.TimerHandle] = {}
+
+    async def slot(self, tell: Any) -> bool:
+        """Wait until a stream may begin; False if too many wait already."""
+        if len(self.active) < self.limits.sessions and not self.waiting:
+            return True
+        if len(self.waiting) >= self.limits.queue:
+            return False
+        turn = asyncio.Event()
+        self.waiting.append(turn)
+        try:
+            while len(self.active) >= self.limits.sessions or self.waiting[0] is not turn:
+                await tell("session.queued", position=self.waiting.index(turn) + 1)
+                turn.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(turn.wait(), 5.0)
+            return True
+        finally:
+            self.waiting.remove(turn)
+            self._next()
+
+    def begin(self, stream: Stream) -> None:
+        """Take a slot and make the stream."""
+        self.active[stream.name] = stream
+        self.engine.add(stream)
+
+    def ended(self, stream: Stream) -> None:
+        """The engine has let go of a stream."""
+        if self.active.pop(stream.name, None) is not None:
+            self.finished[stream.name] = stream
+            while len(self.finished) > KEPT:
+                self.finished.pop(next(iter(self.finished)))
+        self._next()
+
+    def _next(self) -> None:
+        for turn in self.waiting:
+            turn.set()
+
+    def leave(self, stream: Stream) -> None:
+        """A client was cut off: its stream waits a moment, paused."""
+        stream.pause(True)
+        loop = asyncio.get_running_loop()
+        self.left[stream.name] = loop.call_later(RECONNECT, self._give_up, stream)
+
+    def _give_up(self, stream: Stream) -> None:
+        self.left.pop(stream.name, None)
+        stream.stop()
+        self.engine.wake()
+
+    def back(self, name: str) -> Stream | None:
+        """The stream of a client that has come back in time."""
+        timer = self.left.pop(name, None)
+        if timer is None:
+            return None
+        timer.cancel()
+        return self.active.get(name)
+
+
+def make_app(
+    engine: Engine, wardrobe: Wardrobe, guard: Guard, limits: Limits | None = None
+) -> Starlette:
+    """The ASGI app; starting it starts the engine."""
+    live = Live(engine, wardrobe, guard, limits or Limits())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        for stream in list(live.active.values()):
+            stream.stop()
+        await asyncio.to_thread(engine.close)
+
+    routes = [
+        Route("/healthz", _health),
+        Route("/readyz", _ready),
+        Route("/metrics", _metrics),
+        Route("/api/wardrobe", _wardrobe),
+        Route("/api/schema.json", _schema),
+        Route("/api/pictures/{kind}", _upload, methods=["PUT"]),
+        Route("/api/streams/{name}/recording.mp4", _recording),
+        Route("/api/streams/{name}/manifest.json", _manifest),
+        WebSocketRoute("/api/stream", _stream),
+        Mount("/", StaticFiles(directory=PAGE, html=True)),
+    ]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[Middleware(GuardMiddleware, guard=guard)],
+        exception_handlers={UserError: _user_error},
+    )
+    app.state.live = live
+    return app
+
+
+def _live(request: Any) -> Live:
+    return request.app.state.live
+
+
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    return JSONResponse({"code": code, "message": message}, status)
+
+
+async def _user_error(request: Request, error: Exception) -> JSONResponse:
+    return _error(400, "refused", str(error))
+
+
+def _unknown(request: Request) -> Response | None:
+    """A refusal for a request without the token."""
+    if _live(request).guard.knows(bearer(request.headers.get("authorization"))):
+        return None
+    return _error(401, "token", "expected the token as `Authorization: Bearer TOKEN`")
+
+
+async def _health(request: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+async def _ready(request: Request) -> Response:
+    engine = _live(request).engine
+    if engine.failed is not None:
+        return _error(500, "failed", "the model cannot be compiled; the log says why")
+    if not engine.ready.is_set():
+        return _error(503, "compiling", "the model is being compiled")
+    return JSONResponse({"version": __version__, "model": engine.pipeline.config.name})
+
+
+async def _metrics(request: Request) -> Response:
+    live = _live(request)
+    figures = {
+        "chameleon_streams": ("gauge", len(live.active)),
+        "chameleon_waiting": ("gauge", len(live.waiting)),
+        "chameleon_ready": ("gauge", int(live.engine.ready.is_set())),
+    }
+    for name in ("chunks", "frames", "taken_back", "changes", "failed"):
+        figures[f"chameleon_{name}_total"] = ("counter", live.engine.figures[name])
+    lines = []
+    for name, (kind, value) in figures.items():
+        lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+async def _schema(request: Request) -> Response:
+    return JSONResponse(protocol.schema())
+
+
+async def _wardrobe(request: Request) -> Response:
+    if refusal := _unknown(request):
+        return refusal
+    return JSONResponse([_described(picture) for picture in _live(request).wardrobe.listed()])
+
+
+def _described(picture: Any) -> dict[str, str]:
+    data = base64.b64encode(picture.thumbnail).decode()
+    return {
+        "name": picture.name,
+        "kind": picture.kind,
+        "title": picture.title,
+        "thumbnail": f"data:image/png;base64,{data}",
+    }
+
+
+async def _upload(request: Request) -> Response:
+    if refusal := _unknown(request):
+        return refusal
+    live = _live(request)
+    if not live.limits.uploads.allows(_address(request)):
+        return _error(429, "rate", "too many pictures in a minute; wait a little")
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BYTES:
+            return _error(413, "size", f"the picture has more than {MAX_BYTES // 1_000_000} MB")
+    try:
+        picture = await asyncio.to_thread(
+            live.wardrobe.add_upload, request.path_params["kind"], bytes(data)
+        )
+    except PictureError as error:
+        return _error(415, "picture", str(error))
+    return JSONResponse(_described(picture))
+
+
+def _found(request: Request) -> Stream | None:
+    live, name = _live(request), request.path_params["name"]
+    return live.active.get(name) or live.finished.get(name)
+
+
+async def _recording(request: Request) -> Response:
+    if refusal := _unknown(request):
+        return refusal
+    stream = _found(request)
+    if stream is None or not stream.shown:
+        return _error(404, "stream", "no such stream, or nothing was shown")
+    size, fps = stream.film
+    try:
+        data = await asyncio.to_thread(to_mp4, list(stream.shown), size, fps)
+    except EncodingError as error:
+        return _error(409, "recording", str(error))
+    name = f'attachment; filename="{stream.name}.mp4"'
+    return Response(data, media_type="video/mp4", headers={"Content-Disposition": name})
+
+
+async def _manifest(request: Request) -> Response:
+    if refusal := _unknown(request):
+        return refusal
+    stream = _found(request)
+    if stream is None:
+        return _error(404, "stream", "no such stream")
+    engine = _live(request).engine
+    return JSONResponse(
+        {
+            "version": protocol.VERSION,
+            "chameleon_jax": __version__,
+            "model": engine.pipeline.config.name,
+            "seed": stream.seed,
+            "frames": stream.made,
+            "fps": float(engine.pipeline.config.video.fps),
+            "changes": stream.history,
+        }
+    )
+
+
+def _address(request: Any) -> str:
+    return request.client.host if request.client else "unknown"
+
+
+class _Refused(Exception):
+    """A client that is sent away: code of the close, and of the message."""
+
+    def __init__(self, close: int, code: str, message: str):
+        super().__init__(message)
+        self.close, self.code, self.message = close, code, message
+
+
+async def _stream(socket: WebSocket) -> None:
+    """One client."""
+    live = _live(socket)
+    await socket.accept()
+    outbox: asyncio.Queue = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    stream: Stream | None = None
+
+    def emit(type_: str, values: dict[str, Any], packets: list[bytes] | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+            loop.call_soon_threadsafe(outbox.put_nowait, (type_, values, packets))
+
+    async def tell(type_: str, **values: Any) -> None:
+        await socket.send_text(write_message(type_, **values))
+
+    try:
+        hello = await _hello(socket, live)
+        stream = live.back(hello["resume"]) if hello.get("resume") else None
+        if stream is None:
+            stream = await _begin(live, hello, emit, tell)
+        else:
+            stream.come_back(emit)
+        live.engine.wake()
+        await tell("session.ready", session=stream.name)
+        sender = asyncio.create_task(_send_all(socket, live, stream, outbox))
+        try:
+            await _listen(socket, live, stream, sender, outbox)
+        finally:
+            sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await sender
+    except _Refused as refused:
+        await _close(socket, refused)
+    except (WebSocketDisconnect, TimeoutError):
+        pass
+    finally:
+        if stream is not None and stream.name in live.active and not stream.stopped:
+            live.leave(stream)
+
+
+async def _hello(socket: WebSocket, live: Live) -> dict[str, Any]:
+    """The first message, which has the token."""
+    if not live.limits.starts.allows(_address(socket)):
+        raise _Refused(4429, "rate", "too many streams in a minute; wait a little")
+    try:
+        hello = await _receive(socket, HELLO)
+    except TimeoutError:
+        raise _Refused(4408, "slow", "expected session.start") from None
+    if hello["type"] != "session.start":
+        raise _Refused(4400, "order", "expected session.start first")
+    authorized = bearer(socket.headers.get("authorization"))
+    if not (live.guard.knows(hello.get("token")) or live.guard.knows(authorized)):
+        raise _Refused(4401, "token", "the token is missing or wrong")
+    if live.engine.failed is not None:
+        raise _Refused(1011, "failed", "the model cannot be compiled; the log says why")
+    return hello
+
+
+async def _begin(live: Live, hello: dict[str, Any], emit: Any, tell: Any) -> Stream:
+    """A new stream, in its slot."""
+    try:
+        start = _wish(live, hello, None)
+    except UserError as error:
+        raise _Refused(4400, "refused", str(error)) from None
+    name = secrets.token_hex(12)
+    config = live.engine.pipeline.config
+    stream = Stream(
+        name, start, int(hello.get("seed", config.seed)), hello.get("codec", "h264"), emit
+    )
+    if not await live.slot(tell):
+        raise _Refused(4503, "busy", "too many wait for a stream; try again later")
+    live.begin(stream)
+    return stream
+
+
+def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
+    """A wish of a message.
+
+    Raises:
+      PictureError: a picture that is not there.
+      UserError: mechanisms that cannot be.
+    """
+    pictures = {}
+    for kind in ("person", "garment"):
+        if kind in message:
+            picture = live.wardrobe.get(message[kind], kind)
+            pictures[kind] = (picture.name, picture.pixels)
+    mechanisms = None
+    if "mechanisms" in message:
+        chosen = message["mechanisms"]
+        if "refresh" not in chosen:
+            raise PictureError("mechanisms without refresh would never show a new garment")
+        mechanisms = SwitchConfig(**{word: word in chosen for word in protocol.MECHANISMS})
+    return Wish(
+        number=number,
+        prompt=message.get("prompt"),
+        mechanisms=mechanisms,
+        asked=time.perf_counter(),
+        **pictures,
+    )
+
+
+async def _receive(socket: WebSocket, timeout: float) -> dict[str, Any]:
+    """The next message of a client."""
+    message = await asyncio.wait_for(socket.receive(), timeout)
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code", 1006))
+    try:
+        text = message.get("text")
+        return read_message(message["bytes"] if text is None else text)
+    except ProtocolError as error:
+        raise _Refused(4400, "message", str(error)) from None
+
+
+async def _listen(
+    socket: WebSocket, live: Live, stream: Stream, sender: asyncio.Task, outbox: asyncio.Queue
+) -> None:
+    """What the client says, until it leaves or the stream ends."""
+    while not sender.done():
+        receive = asyncio.ensure_future(_receive(socket, IDLE))
+        done, _ = await asyncio.wait({receive, sender}, return_when=asyncio.FIRST_COMPLETED)
+        if receive not in done:
+            receive.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await receive
+            return
+        try:
+            message = receive.result()
+        except TimeoutError:
+            stream.stop()
+            live.engine.wake()
+            raise _Refused(4408, "idle", "nothing was heard for a long time") from None
+        _obey(live, stream, message, outbox)
+        live.engine.wake()
+
+
+def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Queue) -> None:
+    """Do what a message says."""
+    match message["type"]:
+        case "session.played":
+            stream.played(message["frame"])
+        case "session.pause":
+            stream.pause(True)
+        case "session.resume":
+            stream.pause(False)
+        case "session.stop":
+            stream.stop()
+        case "session.ping":
+            outbox.put_nowait(("session.pong", {}, None))
+        case "session.interaction":
+            try:
+                stream.change(_wish(live, message, message["id"]))
+            except UserError as error:
+                refused = {"code": "refused", "message": str(error)[: protocol.MAX_TEXT]}
+                outbox.put_nowait(("session.error", refused, None))
+                return
+            outbox.put_nowait(("session.interaction.queued", {"id": message["id"]}, None))
+        case _:
+            raise _Refused(4400, "order", "the stream has started already")
+
+
+async def _send_all(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio.Queue) -> None:
+    """Hand on what the engine says, until the stream ends."""
+    while True:
+        type_, values, packets = await outbox.get()
+        if type_ == "session.done":
+            live.ended(stream)
+            if stream.shown:
+                values = values | {"recording": f"/api/streams/{stream.name}/recording.mp4"}
+        await socket.send_text(write_message(type_, **values))
+        if packets is not None:
+            await socket.send_bytes(pack(packets))
+        if type_ == "session.done":
+            return
+
+
+async def _close(socket: WebSocket, refused: _Refused) -> None:
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+        if socket.application_state is WebSocketState.CONNECTED:
+            message = refused.message[: protocol.MAX_TEXT]
+            await socket.send_text(
+                write_message("session.error", code=refused.code, message=message)
+            )
+            await socket.close(refused.close, json.dumps(refused.code)[:100])
