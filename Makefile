@@ -1,5 +1,6 @@
-# Two commands do everything on a fresh machine with Python 3.11-3.13:
+# Everything on a fresh machine with Python 3.11-3.13:
 #   make demo   set up, stream a video of two garment changes, say where it is
+#   make live   set up, and serve a page on this machine: click a garment, see it change
 #   make test   set up and run every test
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -7,10 +8,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 
-.PHONY: demo test test-fast lint format clean
+PORT ?= 8000
+
+.PHONY: demo live test test-fast lint format clean
 
 demo: $(VENV)/.demo
 	JAX_PLATFORMS=cpu $(BIN)/python -m launch.sample --out out/demo.mp4
+
+live: $(VENV)/.live
+	JAX_PLATFORMS=cpu $(BIN)/python -m launch.serve --port $(PORT)
 
 test: $(VENV)/.test lint
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
@@ -33,11 +39,15 @@ $(VENV)/.demo: setup.py | $(BIN)/python
 	$(PIP) install -e ".[video]"
 	touch $@
 
+$(VENV)/.live: setup.py | $(BIN)/python
+	$(PIP) install -e ".[serve]"
+	touch $@
+
 # Only the parity tests need torch. First, and by its exact version, so that a CPU build at hand is taken.
 # The TPU extra brings the compiler that shows, without a TPU, that the 5B step fits one.
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e ".[video,runway,train,tpu,parity,dev]"
+	$(PIP) install -e ".[video,runway,train,serve,tpu,parity,dev]"
 	touch $@
 
 clean:

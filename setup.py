@@ -33,6 +33,12 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "video": ["av>=14.0,<20"],
+    "serve": [
+        "av>=14.0,<20",
+        "starlette>=1.0,<2",
+        "uvicorn>=0.40",
+        "websockets>=15",
+    ],
     "runway": ["numba>=0.62", "av>=14.0,<20"],
     "train": [
         "array-record>=0.8",
@@ -48,7 +54,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "peft>=0.17",
     ],
-    "dev": ["pytest>=8.0", "ruff>=0.14"],
+    "dev": ["httpx>=0.27", "pytest>=8.0", "ruff>=0.14"],
 }
 
 setup(
@@ -61,7 +67,10 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["chameleon_jax*", "configs*", "launch*", "converters*"]),
     include_package_data=True,
-    package_data={"chameleon_jax": ["assets/**/*"], "launch": ["*.sh", "*.yaml"]},
+    package_data={
+        "chameleon_jax": ["assets/**/*", "serving/page/*", "serving/schema.json"],
+        "launch": ["*.sh", "*.yaml"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["chameleon=launch.__main__:main"]},

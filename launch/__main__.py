@@ -1,6 +1,7 @@
 """Real-time, interactive garment video in JAX.
 
     chameleon sample     stream a video to a file, or make a clip from prompts
+    chameleon serve      a live stream in a browser: click a garment, see it change
     chameleon bench      measure how fast a stream is on this machine
     chameleon evaluate   measure a model on Runway-Bench
     chameleon train      train one stage
@@ -27,6 +28,7 @@ from launch import cli
 
 MODULES = {
     "sample": "launch.sample",
+    "serve": "launch.serve",
     "bench": "launch.bench",
     "evaluate": "launch.evaluate",
     "train": "launch.train",

@@ -96,6 +96,13 @@ class Live:
 
     def begin(self, stream: Stream) -> None:
         """Take a slot and make the stream."""
+        loop = asyncio.get_running_loop()
+
+        def on_end() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+                loop.call_soon_threadsafe(self.ended, stream)
+
+        stream.on_end = on_end
         self.active[stream.name] = stream
         self.engine.add(stream)
 
@@ -330,7 +337,7 @@ async def _stream(socket: WebSocket) -> None:
             stream.come_back(emit)
         live.engine.wake()
         await tell("session.ready", session=stream.name)
-        sender = asyncio.create_task(_send_all(socket, live, stream, outbox))
+        sender = asyncio.create_task(_send_all(socket, stream, outbox))
         try:
             await _listen(socket, live, stream, sender, outbox)
         finally:
@@ -467,14 +474,12 @@ def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Q
             raise _Refused(4400, "order", "the stream has started already")
 
 
-async def _send_all(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio.Queue) -> None:
+async def _send_all(socket: WebSocket, stream: Stream, outbox: asyncio.Queue) -> None:
     """Hand on what the engine says, until the stream ends."""
     while True:
         type_, values, packets = await outbox.get()
-        if type_ == "session.done":
-            live.ended(stream)
-            if stream.shown:
-                values = values | {"recording": f"/api/streams/{stream.name}/recording.mp4"}
+        if type_ == "session.done" and stream.shown:
+            values = values | {"recording": f"/api/streams/{stream.name}/recording.mp4"}
         await socket.send_text(write_message(type_, **values))
         if packets is not None:
             await socket.send_bytes(pack(packets))

@@ -72,11 +72,16 @@ class Stream:
       seed: of the noise.
       codec: one of `encoding.CODECS`.
       emit: called in the engine's thread with (type of a message, its values, packets).
+
+    Attributes:
+      on_end: called in the engine's thread when nothing more will come.
     """
 
     def __init__(self, name: str, start: Wish, seed: int, codec: str, emit: Emit):
         self.name, self.seed, self.codec, self.emit = name, seed, codec, emit
         self.start_with = start
+        self.on_end: Callable[[], None] = _nothing
+        self._next_emit: Emit | None = None
         self._lock = threading.Lock()
         self._wish: Wish | None = None
         self._played = 0
@@ -115,9 +120,12 @@ class Stream:
             self._stopped = True
 
     def come_back(self, emit: Emit) -> None:
-        """Go on for a client that was cut off: from the last frame it showed, with a key frame."""
+        """Go on for a client that was cut off: from the last frame it showed, with a key frame.
+
+        A chunk that is being made now still goes to the old connection.
+        """
         with self._lock:
-            self.emit, self._paused, self.announced = emit, False, False
+            self._next_emit, self._paused = emit, False
             self._wish = Wish().over(self._wish)
             self.touched = time.monotonic()
 
@@ -133,9 +141,16 @@ class Stream:
 
     def take(self) -> tuple[Wish | None, int]:
         """The wish that waits, which then does not wait any more, and frames shown."""
+        self.connect()
         with self._lock:
             wish, self._wish = self._wish, None
             return wish, self._played
+
+    def connect(self) -> None:
+        """Talk to who has come back from now on."""
+        with self._lock:
+            if self._next_emit is not None:
+                self.emit, self._next_emit, self.announced = self._next_emit, None, False
 
     def hungry(self) -> bool:
         """Whether a chunk is to be made now."""
@@ -230,6 +245,7 @@ class Engine:
         except Exception as error:
             log.exception("stream %s failed", stream.name)
             self.figures["failed"] += 1
+            stream.connect()
             stream.emit("session.error", {"code": "failed", "message": _public(error)}, None)
             stream.stop()
             self._end(stream)
@@ -239,7 +255,9 @@ class Engine:
             if stream in self._streams:
                 self._streams.remove(stream)
         stream.session = stream.encoder = None
+        stream.connect()
         stream.emit("session.done", {"frames": stream.made}, None)
+        stream.on_end()
 
     def _advance(self, stream: Stream) -> None:
         """Apply what is wished, make one chunk, and hand it out."""
@@ -313,6 +331,10 @@ class Engine:
         if wish.prompt is not None:
             session.switch_prompt(wish.prompt)
         self.figures["changes"] += 1
+
+
+def _nothing() -> None:
+    pass
 
 
 def _to_do(stream: Stream) -> bool:

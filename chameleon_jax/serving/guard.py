@@ -64,7 +64,8 @@ class Guard:
 def _without_port(value: str) -> str:
     value = value.strip().lower()
     if value.startswith("["):
-        return value.partition("]")[0] + "]"
+        inside, closing, _ = value.partition("]")
+        return inside + closing
     return value.partition(":")[0]
 
 

@@ -1,0 +1,170 @@
+"""A live stream in a browser: click a garment, see it change.
+
+    python -m launch.serve                                  # the embedded model, on this machine
+    python -m launch.serve --weights runs/dmd/export --wardrobe shop/ --max_sessions 2
+    python -m launch.serve --host 0.0.0.0 --allow_host shop.example   # behind a proxy with TLS
+
+Prints the address of the page, with the token in it that clients need. A wardrobe is a folder with
+`people/` and `garments/`, pictures in PNG, JPEG or WebP whose names are their titles; without one
+the examples of the project are shown. Needs the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from chameleon_jax import places
+from chameleon_jax.errors import ROOT, need
+from launch import cli, jobs
+from launch.cli import UsageError
+
+CONFIG = "configs/runway_tiny.py"
+EXAMPLES = ROOT / "chameleon_jax" / "assets" / "examples"
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+KINDS = {"people": "person", "garments": "garment"}  # folders of a wardrobe
+
+
+def define_flags(parser: cli.Parser) -> None:
+    """The flags of this command."""
+    parser.config_flag((CONFIG, ""), others=["configs/wan22_5b.py"])
+    parser.flag(
+        "weights",
+        "folder of weights, name on the Hugging Face Hub, or random; default that of the config",
+        metavar="DIR",
+    )
+    parser.flag("host", "address to listen on", default="127.0.0.1", metavar="HOST")
+    parser.flag(
+        "port", "port to listen on", kind=cli.whole_number(0, 65535), default=8000, metavar="N"
+    )
+    parser.flag(
+        "allow_host",
+        "name under which browsers may reach the server, besides this machine's own; may be"
+        " repeated",
+        repeated=True,
+        metavar="NAME",
+    )
+    parser.switch("auth", "clients need the token; only this machine may do without", default=True)
+    parser.flag("wardrobe", "folder with people/ and garments/", metavar="DIR")
+    parser.flag(
+        "max_sessions",
+        "streams at a time; they share the device",
+        kind=cli.whole_number(1, 64),
+        default=1,
+        metavar="N",
+    )
+    parser.flag(
+        "steps",
+        "denoising steps; default that of the config",
+        kind=cli.whole_number(1, 1000),
+        metavar="N",
+    )
+    parser.compilation_flag()
+
+
+def serve(values: cli.Values) -> int:
+    """The command. Returns the exit code."""
+    for module in ("starlette", "uvicorn", "websockets", "av"):
+        need(module, "serve")
+    if not values.auth and values.host not in ("127.0.0.1", "localhost", "::1"):
+        raise UsageError(f"--noauth with --host {values.host}: only this machine may do without")
+    import uvicorn
+
+    from chameleon_jax.inference.pipeline import Pipeline
+    from chameleon_jax.inference.schedule import with_steps
+    from chameleon_jax.serving.app import Limits, make_app
+    from chameleon_jax.serving.engine import Engine
+    from chameleon_jax.serving.guard import Guard, new_token
+    from chameleon_jax.serving.pictures import Wardrobe
+
+    cli.start_jax(values)
+    config = jobs.read_config(values, CONFIG, jobs.is_for_streams)
+    if values.steps is not None:
+        config = with_steps(config, values.steps)
+    weights = values.weights or config.weights
+    print("loading the model ...", file=sys.stderr)
+    if weights == "random":
+        pipeline = Pipeline.random(config, 0)
+    else:
+        pipeline = Pipeline.from_pretrained(weights, config)
+    wardrobe = Wardrobe(pipeline.size)
+    fill(wardrobe, places.find(values.wardrobe) if values.wardrobe else None)
+    token = new_token() if values.auth else None
+    hosts = [*LOOPBACK, *values.allow_host]
+    if values.host not in ("0.0.0.0", "::"):
+        hosts.append(values.host)
+    app = make_app(
+        Engine(pipeline), wardrobe, Guard(token, hosts), Limits(sessions=values.max_sessions)
+    )
+    logging.getLogger("uvicorn.error").addFilter(_Hint(values.host, token))
+    uvicorn.run(
+        app,
+        host=values.host,
+        port=values.port,
+        log_level="info",
+        access_log=False,  # the token must not be in a log, nor who watches
+        ws="websockets-sansio",
+        ws_max_size=1 << 20,
+        ws_max_queue=8,
+        ws_per_message_deflate=False,  # video does not become smaller
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+        limit_concurrency=64 + 4 * values.max_sessions,
+        h11_max_incomplete_event_size=16 << 10,
+    )
+    return 0
+
+
+class _Hint(logging.Filter):
+    """Says where the page is, once the server listens and its port is known."""
+
+    def __init__(self, host: str, token: str | None):
+        super().__init__()
+        self._host, self._token = host, token
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "Uvicorn running on" not in str(record.msg):
+            return True
+        port = record.args[2] if record.args and len(record.args) > 2 else ""
+        host = "127.0.0.1" if self._host in ("0.0.0.0", "::") else self._host
+        fragment = f"#token={self._token}" if self._token else ""
+        print(f"open http://{host}:{port}/{fragment}", file=sys.stderr, flush=True)
+        return False
+
+
+def fill(wardrobe, folder: Path | None) -> None:
+    """Put pictures into a wardrobe: those of a folder, or the examples.
+
+    Raises:
+      UsageError: the folder has no people, or no garments.
+      ImageError: a picture cannot be read.
+    """
+    if folder is None:
+        wardrobe.add_file("person", EXAMPLES / "person.png", "example")
+        for name in ("first", "second", "third"):
+            wardrobe.add_file("garment", EXAMPLES / f"{name}.png", name)
+        return
+    for part, kind in KINDS.items():
+        found = sorted(
+            path for path in (folder / part).glob("*") if path.suffix.lower() in SUFFIXES
+        )
+        if not found:
+            raise UsageError(
+                f"--wardrobe {folder}: no pictures in {folder / part}; expected some of"
+                f" {', '.join(SUFFIXES)}"
+            )
+        for path in found:
+            wardrobe.add_file(kind, path, path.stem.replace("_", " "))
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m launch.serve") -> None:
+    """The command line."""
+    cli.main(program, __doc__, define_flags, serve, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""The server with a random model of a few thousand parameters: streams, changes, and every way to
+leave."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from chameleon_jax.config import load_config
+from chameleon_jax.data.video import read_clip
+from chameleon_jax.inference import Pipeline
+from chameleon_jax.serving import app as serving
+from chameleon_jax.serving import protocol
+from chameleon_jax.serving.app import Limits, make_app
+from chameleon_jax.serving.engine import AHEAD, Engine
+from chameleon_jax.serving.guard import Guard, Rate
+from chameleon_jax.serving.pictures import Wardrobe
+
+OVERRIDES = ["video.height=64", "video.width=48", "sampler.steps=2"]
+HOST, TOKEN = "http://testserver", "secret"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+ORIGIN = {"origin": HOST}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    made = Pipeline.random(load_config("configs/runway_tiny.py:smoke", OVERRIDES), 0)
+    made.compile()
+    return made
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed, name in enumerate(("person", "dress", "shirt", "coat")):
+        pixels = np.random.default_rng(seed).integers(0, 255, (8, 6, 3), np.uint8)
+        Image.fromarray(pixels).resize((48, 64)).save(folder / f"{name}.png")
+    return folder
+
+
+class Server:
+    """A server in this process."""
+
+    def __init__(self, pipeline, pictures, **limits):
+        self.wardrobe = Wardrobe(pipeline.size)
+        self.names = {
+            name: self.wardrobe.add_file(
+                "person" if name == "person" else "garment", pictures / f"{name}.png", name
+            )
+            for name in ("person", "dress", "shirt", "coat")
+        }
+        self.engine = Engine(pipeline)
+        limits = {"starts": Rate(10_000, 60.0), "uploads": Rate(1000, 60.0)} | limits
+        self.app = make_app(
+            self.engine, self.wardrobe, Guard(TOKEN, ["testserver"]), Limits(**limits)
+        )
+        self.live = self.app.state.live
+
+    def __enter__(self):
+        self.client = TestClient(self.app).__enter__()
+        assert self.engine.ready.wait(60)
+        return self
+
+    def __exit__(self, *error):
+        self.client.__exit__(*error)
+
+    def connect(self, headers=None):
+        return self.client.websocket_connect("/api/stream", headers=headers or ORIGIN)
+
+    def hello(self, **changes):
+        start = {"type": "session.start", "version": 1, "token": TOKEN, "seed": 1}
+        start |= {"person": self.names["person"], "garment": self.names["dress"]}
+        return start | changes
+
+    def wait_for(self, condition, seconds=20):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def server(pipeline, pictures):
+    with Server(pipeline, pictures) as running:
+        yield running
+
+
+class Viewer:
+    """A client that shows frames at once."""
+
+    def __init__(self, socket, server):
+        self.socket, self.server = socket, server
+        self.frames: dict[int, bytes] = {}
+        self.messages: list[dict] = []
+        self.shown = 0
+
+    def start(self, **changes):
+        self.socket.send_json(self.server.hello(**changes))
+        return self
+
+    def next(self):
+        """The next message; packets of a chunk are kept by frame."""
+        message = json.loads(self.socket.receive_text())
+        protocol.check_message(message, protocol.SERVER)
+        self.messages.append(message)
+        if message["type"] == "video.chunk":
+            packets = protocol.unpack(self.socket.receive_bytes())
+            assert len(packets) == message["frames"]
+            for number, packet in enumerate(packets):
+                self.frames[message["first_frame"] + number] = packet
+        if message["type"] == "session.flush":
+            assert message["from_frame"] >= self.shown, "a frame that was shown was taken back"
+            for frame in [x for x in self.frames if x >= message["from_frame"]]:
+                del self.frames[frame]
+        return message
+
+    def until(self, type_, play=True):
+        for _ in range(500):
+            message = self.next()
+            if message["type"] == "video.chunk" and play:
+                self.play(message["first_frame"] + message["frames"])
+            if message["type"] == type_:
+                return message
+        raise AssertionError(f"no {type_} among {[m['type'] for m in self.messages[-20:]]}")
+
+    def play(self, frame):
+        self.shown = max(self.shown, frame)
+        self.socket.send_json({"type": "session.played", "frame": self.shown})
+
+    def say(self, type_, **values):
+        self.socket.send_json({"type": type_, **values})
+
+
+def test_pages_and_health(server):
+    client = server.client
+    page = client.get("/")
+    assert page.status_code == 200 and "<canvas" in page.text
+    assert "script-src" not in page.headers["content-security-policy"]
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "access-control-allow-origin" not in page.headers
+    for name in ("main.js", "player.js", "connection.js", "style.css"):
+        assert client.get(f"/{name}").status_code == 200
+    assert client.get("/healthz").text == "ok"
+    assert client.get("/readyz").json()["model"] == "smoke"
+    assert "chameleon_chunks_total" in client.get("/metrics").text
+    assert client.get("/api/schema.json").json() == protocol.schema()
+    assert client.get("/../app.py").status_code == 404
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_the_wardrobe_needs_the_token(server):
+    assert server.client.get("/api/wardrobe").status_code == 401
+    found = server.client.get("/api/wardrobe", headers=BEARER).json()
+    assert {one["title"] for one in found} == {"person", "dress", "shirt", "coat"}
+    assert all(one["thumbnail"].startswith("data:image/png;base64,") for one in found)
+
+
+def test_uploads(server, pictures):
+    data = (pictures / "coat.png").read_bytes()
+    put = server.client.put
+    assert put("/api/pictures/garment", content=data, headers=ORIGIN).status_code == 401
+    assert put("/api/pictures/garment", content=data).status_code == 403  # neither page nor token
+    evil = BEARER | {"origin": "http://evil.example"}
+    assert put("/api/pictures/garment", content=data, headers=evil).status_code == 403
+    done = put("/api/pictures/garment", content=data, headers=BEARER | ORIGIN)
+    assert done.status_code == 200 and done.json()["kind"] == "garment"
+    assert put("/api/pictures/garment", content=b"GIF89a", headers=BEARER).status_code == 415
+    assert put("/api/pictures/shoe", content=data, headers=BEARER).status_code == 415
+    large = io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"\0" * 16_000_000)
+    assert put("/api/pictures/garment", content=large, headers=BEARER).status_code == 413
+
+
+def test_a_change_is_seen_from_the_frame_that_is_named(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        assert viewer.next()["type"] in ("session.ready", "video.start")
+        for _ in range(3):
+            viewer.until("video.chunk")
+        viewer.say("session.interaction", id=1, garment=server.names["shirt"])
+        assert viewer.until("session.interaction.queued")["id"] == 1
+        applied = viewer.until("session.applied")
+        chunk = viewer.until("video.chunk")
+        assert applied["id"] == 1 and applied["first_frame"] == chunk["first_frame"]
+        assert chunk["key"] and chunk["garment"] == server.names["shirt"]
+        assert viewer.until("video.chunk")["garment"] == server.names["shirt"]
+        viewer.say("session.stop")
+        done = viewer.until("session.done")
+    assert sorted(viewer.frames) == list(range(done["frames"]))
+    film = server.client.get(done["recording"], headers=BEARER)
+    clip = read_clip(film.content)
+    assert len(clip.frames) == done["frames"] and clip.fps == 16
+    manifest = server.client.get(
+        done["recording"].replace("recording.mp4", "manifest.json"), headers=BEARER
+    ).json()
+    assert manifest["changes"][1]["frame"] == applied["first_frame"]
+    assert manifest["seed"] == 1 and manifest["frames"] == done["frames"]
+    assert server.client.get(done["recording"]).status_code == 401
+    assert server.client.get("/api/streams/x/recording.mp4", headers=BEARER).status_code == 404
+
+
+def test_nothing_is_made_ahead_for_one_who_does_not_look(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk", play=False)
+        time.sleep(1.5)
+        made = server.engine.figures["chunks"]
+        time.sleep(0.5)
+        assert server.engine.figures["chunks"] == made <= AHEAD
+        viewer.until("video.chunk", play=False)
+        viewer.play(1000)
+        viewer.until("video.chunk")  # it goes on
+        viewer.say("session.stop")
+        viewer.until("session.done")
+
+
+def test_what_was_not_shown_does_not_delay_a_change(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        for _ in range(2):
+            chunk = viewer.until("video.chunk", play=False)  # made, and not shown
+        viewer.say("session.interaction", id=4, garment=server.names["coat"])
+        flush = viewer.until("session.flush", play=False)
+        applied = viewer.until("session.applied", play=False)
+        # The first boundary behind the shown frames, however much was made.
+        assert applied["first_frame"] == flush["from_frame"] <= chunk["first_frame"]
+        viewer.say("session.stop")
+        viewer.until("session.done")
+
+
+def test_the_last_of_many_changes_wins(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        names = [server.names[name] for name in ("shirt", "coat", "dress")]
+        for number in range(60):
+            viewer.say("session.interaction", id=number, garment=names[number % 3])
+        viewer.say("session.interaction", id=60, prompt="she sits")
+        while viewer.until("session.applied")["id"] != 60:
+            pass
+        assert viewer.until("video.chunk")["garment"] == names[59 % 3]
+        viewer.say("session.stop")
+        viewer.until("session.done")
+        wrong = [m for m in viewer.messages if m["type"] == "session.error"]
+        assert wrong == [] and server.engine.figures["failed"] == 0
+
+
+def test_a_change_that_cannot_be_is_refused_and_the_stream_goes_on(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        viewer.say("session.interaction", id=1, garment="garment_none")
+        assert viewer.until("session.error")["code"] == "refused"
+        viewer.say("session.interaction", id=2, mechanisms=["withdraw"])
+        assert "without refresh" in viewer.until("session.error")["message"]
+        viewer.until("video.chunk")
+        viewer.say("session.ping")
+        viewer.until("session.pong")
+        viewer.say("session.stop")
+        viewer.until("session.done")
+
+
+@pytest.mark.parametrize(
+    ("hello", "code", "close"),
+    [
+        ({"token": "wrong"}, "token", 4401),
+        ({"token": ""}, "token", 4401),
+        ({"person": "x"}, "refused", 4400),
+        ({"version": 7}, "message", 4400),
+        ({"type": "session.ping", "version": None}, "message", 4400),
+    ],
+)
+def test_who_is_sent_away(server, hello, code, close):
+    with server.connect() as socket:
+        socket.send_json(server.hello(**hello))
+        assert json.loads(socket.receive_text())["code"] == code
+        with pytest.raises(WebSocketDisconnect) as closed:
+            socket.receive_text()
+        assert closed.value.code == close
+    assert not server.live.active
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://testserver", None])
+def test_pages_of_others_do_not_get_in(server, origin):
+    headers = {} if origin is None else {"origin": origin}
+    with pytest.raises(WebSocketDisconnect) as closed, server.connect(headers or {"x": "y"}):
+        pass
+    assert closed.value.code == 4403
+
+
+def test_a_program_with_the_token_needs_no_origin(server):
+    with server.connect(BEARER) as socket:
+        viewer = Viewer(socket, server).start(token="")
+        viewer.until("video.chunk")
+        viewer.say("session.stop")
+        viewer.until("session.done")
+
+
+@pytest.mark.parametrize("stage", ["hello", "ready", "chunk", "change"])
+def test_a_client_that_leaves_frees_its_place(pipeline, pictures, monkeypatch, stage):
+    monkeypatch.setattr(serving, "RECONNECT", 0.1)
+    with Server(pipeline, pictures) as server:
+        for _ in range(3):
+            with server.connect() as socket:
+                viewer = Viewer(socket, server)
+                if stage != "hello":
+                    viewer.start()
+                if stage in ("chunk", "change"):
+                    viewer.until("video.chunk")
+                if stage == "change":
+                    viewer.say("session.interaction", id=1, garment=server.names["coat"])
+            server.wait_for(lambda: not server.live.active and not server.engine.streams)
+        with server.connect() as socket:
+            viewer = Viewer(socket, server).start()
+            viewer.until("video.chunk")
+            viewer.say("session.stop")
+            viewer.until("session.done")
+
+
+def test_a_client_that_was_cut_off_comes_back_to_its_stream(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        name = viewer.until("session.ready")["session"]
+        for _ in range(3):
+            viewer.until("video.chunk")
+        shown = viewer.shown
+    with server.connect() as socket:
+        again = Viewer(socket, server).start(resume=name)
+        again.shown = shown
+        assert again.until("session.ready")["session"] == name
+        first = again.until("video.chunk")
+        assert first["key"] and first["first_frame"] >= shown - 3
+        assert any(m["type"] == "video.start" for m in again.messages)
+        again.say("session.stop")
+        again.until("session.done")
+
+
+def test_others_wait_in_a_queue(pipeline, pictures):
+    with Server(pipeline, pictures, sessions=1, queue=1) as server, server.connect() as one:
+        first = Viewer(one, server).start()
+        first.until("video.chunk")
+        with server.connect() as two:
+            second = Viewer(two, server).start()
+            assert second.until("session.queued")["position"] == 1
+            with server.connect() as three:
+                Viewer(three, server).start()
+                assert json.loads(three.receive_text())["code"] == "busy"
+            first.say("session.stop")
+            first.until("session.done")
+            second.until("video.chunk")
+            second.say("session.stop")
+            second.until("session.done")
+
+
+def test_two_streams_share_the_device_and_do_not_mix(pipeline, pictures):
+    def film(server, seed, garment):
+        with server.connect() as socket:
+            viewer = Viewer(socket, server).start(seed=seed, garment=server.names[garment])
+            while len(viewer.frames) < 30:
+                viewer.until("video.chunk")
+            viewer.say("session.stop")
+            viewer.until("session.done")
+        return [viewer.frames[number] for number in range(30)]
+
+    with Server(pipeline, pictures, sessions=2) as server:
+        alone = film(server, 1, "dress"), film(server, 2, "coat")
+        found: dict[int, list] = {}
+
+        def run(seed, garment):
+            found[seed] = film(server, seed, garment)
+
+        threads = [threading.Thread(target=run, args=args) for args in ((1, "dress"), (2, "coat"))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert found[1] == alone[0] and found[2] == alone[1] and found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory at /secret/path"), "no memory left"),
+        (ValueError("/secret/path"), "the stream failed (ValueError)"),
+    ],
+)
+def test_an_error_ends_one_stream_and_no_other(server, monkeypatch, error, said):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        with monkeypatch.context() as patched:
+
+            def fail(*args):
+                raise error
+
+            patched.setattr(server.engine.pipeline.stream, "chunk", fail)
+            viewer.play(1000)
+            message = viewer.until("session.error")
+            assert said in message["message"] and "secret" not in message["message"]
+            viewer.until("session.done")
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        viewer.say("session.stop")
+        viewer.until("session.done")
+    assert server.engine.figures["failed"] == 1
+
+
+def test_a_pause_stops_and_goes_on(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        viewer.say("session.pause")
+        viewer.play(1000)
+        time.sleep(1.0)
+        made = server.engine.figures["chunks"]
+        time.sleep(0.5)
+        assert server.engine.figures["chunks"] == made
+        viewer.say("session.resume")
+        viewer.until("video.chunk")
+        viewer.say("session.stop")
+        viewer.until("session.done")
