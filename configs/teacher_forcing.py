@@ -23,14 +23,7 @@ from ml_collections import ConfigDict
 from chameleon_jax.diffusion.wan22 import CAUSAL_SAMPLER
 from configs import common, training
 
-VARIANTS = (
-    "paper",
-    "released",
-    "runway_tiny",
-    "runway_tiny_stills",
-    "runway_tiny_starts",
-    "smoke",
-)
+VARIANTS = ("paper", "released", "runway_tiny", "runway_tiny_stills", "runway_tiny_starts", "smoke")
 
 
 def get_config(variant: str = "paper") -> ConfigDict:

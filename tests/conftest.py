@@ -27,3 +27,28 @@ def own_cache(tmp_path_factory):
         del os.environ["CHAMELEON_CACHE"]
     else:
         os.environ["CHAMELEON_CACHE"] = former
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests in a browser run where there is one, or fail where one is needed."""
+    from tests.serving import chromium
+
+    if chromium.find() or chromium.needed():
+        return
+    left = [item for item in items if item.get_closest_marker("browser")]
+    config.stash[NO_BROWSER] = len(left)
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say what did not run."""
+    if count := config.stash.get(NO_BROWSER, 0):
+        terminalreporter.write_line(
+            f"NOT RUN: {count} tests of the page in a browser, for there is none; Debian and Ubuntu"
+            " have it in the package `chromium`",
+            yellow=True,
+        )
+
+
+NO_BROWSER = pytest.StashKey[int]()

@@ -1,0 +1,127 @@
+"""The page in a real browser, with the embedded model: a click changes what the canvas shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chameleon_jax.data.images import prepare_garment
+from tests.serving import chromium
+from tests.serving.chromium import Chromium
+
+ROOT = Path(__file__).parents[2]
+# Mean colour of the middle of the canvas, where the garment is.
+COLOUR = """(() => {
+  const canvas = document.getElementById("screen");
+  const [w, h] = [canvas.width, canvas.height];
+  const part = canvas.getContext("2d").getImageData(w * .4, h * .32, w * .2, h * .18).data;
+  const sum = [0, 0, 0];
+  for (let i = 0; i < part.length; i += 4) for (let c = 0; c < 3; c++) sum[c] += part[i + c];
+  return sum.map((x) => 4 * x / part.length);
+})()"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A server of its own process, ready."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.serve", "--port", "0"],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.match(r"open (\S+)", line):
+            break
+    else:
+        raise AssertionError("".join(lines))
+    yield found[1]
+    process.terminate()
+    process.stderr.close()
+    assert process.wait(60) in (0, -15, 143)
+
+
+def test_a_click_changes_the_garment(address, tmp_path):
+    with Chromium(tmp_path) as page:
+        page.open(address)
+        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        assert "token" not in page.run("document.documentElement.outerHTML")
+        page.run("document.getElementById('start').click()")
+        page.until("window.chameleon.shown > 4", 120)
+        first = page.run(COLOUR)
+        page.until("window.chameleon.shown > 16", 120)
+        garments = [np.array(garment_colour(name)) for name in ("first", "second", "third")]
+        worn = 0
+        for number, wanted in enumerate((2, 0, 2), 1):
+            page.run(f"document.querySelectorAll('#garments button')[{wanted}].click()")
+            page.until(f"window.chameleon.latencies.length === {number}", 120)
+            shown = page.run("window.chameleon.shown")
+            page.until(f"window.chameleon.shown > {shown + 6}", 120)
+            now = np.array(page.run(COLOUR))
+            to_wanted, to_worn = (np.abs(now - garments[i]).mean() for i in (wanted, worn))
+            assert to_wanted < to_worn, f"change {number}: {now} is nearer to the garment before"
+            worn = wanted
+        latencies = page.run("window.chameleon.latencies")
+        print("click to changed frame, ms:", [round(one) for one in latencies])
+        assert page.run("document.getElementById('timeline').children.length") == 4
+        assert page.run("document.getElementById('notice').textContent") == ""
+        # While the model is compiled the page asks, and is told to wait.
+        assert [text for text in page.errors if "/readyz" not in text] == [] and len(first) == 3
+
+
+def garment_colour(name: str) -> np.ndarray:
+    """Mean colour of a garment on its picture."""
+    path = ROOT / "chameleon_jax" / "assets" / "examples" / f"{name}.png"
+    pixels = prepare_garment(path, (128, 80))
+    return pixels[(pixels < 245).any(-1)].mean(0)
+
+
+def test_the_page_on_a_phone_and_in_the_dark(address, tmp_path):
+    with Chromium(tmp_path, (390, 844), dark=True) as page:
+        page.open(address)
+        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        width = page.run("document.documentElement.scrollWidth")
+        assert width <= page.run("window.innerWidth")  # nothing sticks out
+        ground = page.run("getComputedStyle(document.body).backgroundColor")
+        assert ground == "rgb(21, 21, 23)"
+        unnamed = page.run(
+            "[...document.querySelectorAll('button, input, select')].filter((x) =>"
+            " !(x.labels?.length || x.textContent.trim() || x.ariaLabel)).length"
+        )
+        assert unnamed == 0  # a screen reader has a name for everything
+        assert page.picture()[:4] == b"\x89PNG"
+
+
+def test_a_page_of_another_site_reaches_nothing(address, tmp_path):
+    port = re.search(r":(\d+)/", address)[1]
+    with Chromium(tmp_path) as page:
+        page.open("data:text/html,<title>evil</title>")
+        page.until("document.title === 'evil'")
+        opened = page.run(
+            f"new Promise((done) => {{ const s = new WebSocket('ws://127.0.0.1:{port}/api/stream');"
+            " s.onopen = () => done('open'); s.onerror = () => done('refused'); })"
+        )
+        assert opened == "refused"
+        read = page.run(
+            f"fetch('http://127.0.0.1:{port}/healthz').then(() => 'read', () => 'refused')"
+        )
+        assert read == "refused"
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+        assert answer.read() == b"ok"
+
+
+def test_where_the_browser_is():
+    assert chromium.find()
