@@ -270,11 +270,12 @@ async def _recording(request: Request) -> Response:
     if refusal := _unknown(request):
         return refusal
     stream = _found(request)
-    if stream is None or not stream.shown:
+    packets = stream.shown if stream is not None else []
+    if not packets:
         return _error(404, "stream", "no such stream, or nothing was shown")
     size, fps = stream.film
     try:
-        data = await asyncio.to_thread(to_mp4, list(stream.shown), size, fps)
+        data = await asyncio.to_thread(to_mp4, packets, size, fps)
     except EncodingError as error:
         return _error(409, "recording", str(error))
     name = f'attachment; filename="{stream.name}.mp4"'

@@ -95,7 +95,7 @@ class Stream:
         self.made = self.index = 0
         self.announced = False
         self.picture, self.fps = (0, 0), 0.0
-        self.shown: list[Packet] = []  # by frame, as far as they are not taken back
+        self.packets: list[Packet] = []  # by frame, as far as they are not taken back
         self.history: list[dict[str, Any]] = []
 
     def change(self, wish: Wish) -> None:
@@ -128,6 +128,12 @@ class Stream:
             self._next_emit, self._paused = emit, False
             self._wish = Wish().over(self._wish)
             self.touched = time.monotonic()
+
+    @property
+    def shown(self) -> list[Packet]:
+        """The packets of the frames that were shown."""
+        with self._lock:
+            return self.packets[: self._played]
 
     @property
     def film(self) -> tuple[tuple[int, int], float]:
@@ -276,8 +282,8 @@ class Engine:
         encoded = time.perf_counter()
         stream.made = first + len(frames)
         stream.chunks.append((first, stream.index))
-        if len(stream.shown) < MOST_FRAMES:
-            stream.shown += packets
+        if len(stream.packets) < MOST_FRAMES:
+            stream.packets += packets
         self.figures["chunks"] += 1
         self.figures["frames"] += len(frames)
         if not stream.announced:
@@ -317,7 +323,7 @@ class Engine:
         if frame < stream.made:
             self.figures["taken_back"] += stream.made - frame
             stream.made = frame
-            del stream.shown[frame:]
+            del stream.packets[frame:]
             while stream.chunks and stream.chunks[-1][0] >= frame:
                 stream.chunks.pop()
             stream.emit("session.flush", {"from_frame": frame}, None)

@@ -196,7 +196,7 @@ def test_a_change_is_seen_from_the_frame_that_is_named(server):
     assert sorted(viewer.frames) == list(range(done["frames"]))
     film = server.client.get(done["recording"], headers=BEARER)
     clip = read_clip(film.content)
-    assert len(clip.frames) == done["frames"] and clip.fps == 16
+    assert len(clip.frames) == viewer.shown and clip.fps == 16
     manifest = server.client.get(
         done["recording"].replace("recording.mp4", "manifest.json"), headers=BEARER
     ).json()
@@ -234,6 +234,19 @@ def test_what_was_not_shown_does_not_delay_a_change(server):
         assert applied["first_frame"] == flush["from_frame"] <= chunk["first_frame"]
         viewer.say("session.stop")
         viewer.until("session.done")
+
+
+def test_a_recording_ends_with_what_was_shown(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        viewer.until("video.chunk", play=False)
+        viewer.until("video.chunk", play=False)
+        viewer.say("session.stop")
+        done = viewer.until("session.done")
+    assert done["frames"] > viewer.shown
+    film = server.client.get(done["recording"], headers=BEARER)
+    assert len(read_clip(film.content).frames) == viewer.shown
 
 
 def test_the_last_of_many_changes_wins(server):
