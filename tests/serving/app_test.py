@@ -192,7 +192,7 @@ def test_a_change_is_seen_from_the_frame_that_is_named(server):
         assert chunk["key"] and chunk["garment"] == server.names["shirt"]
         assert viewer.until("video.chunk")["garment"] == server.names["shirt"]
         viewer.say("session.stop")
-        done = viewer.until("session.done")
+        done = viewer.until("session.done", play=False)
     assert sorted(viewer.frames) == list(range(done["frames"]))
     film = server.client.get(done["recording"], headers=BEARER)
     clip = read_clip(film.content)
