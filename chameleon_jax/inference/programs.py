@@ -52,6 +52,9 @@ from chameleon_jax.models.dit import TextKV
 
 log = logging.getLogger(__name__)
 
+# Programs of a session that can take chunks back; compiled when the first such one calls them.
+REWIND = ("keep", "keep_context", "put_back", "put_context")
+
 Kept = tuple[jax.Array, tuple[Any, Any]]  # slots of a cache, and their keys and values
 Arguments = Mapping[str, tuple[Any, ...]]  # by program: shapes and dtypes, weights left out
 
@@ -352,7 +355,9 @@ class StreamPrograms(Programs):
 def stream_arguments(
     media: MediaPrograms, stream: StreamPrograms, config: ConfigDict
 ) -> tuple[Arguments, Arguments]:
-    """Arguments of all programs at the sizes of a stream: those of `media`, those of `stream`.
+    """Arguments of the programs at the sizes of a stream: those of `media`, those of `stream`.
+
+    Those of `REWIND` are left out.
 
     Args:
       media, stream: over the same transformer.
@@ -368,9 +373,6 @@ def stream_arguments(
     cache = jax.eval_shape(stream.new_cache)
     if stream.policy.context:
         of_stream = {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
-        for keep, put in (("keep", "put_back"), ("keep_context", "put_context")):
-            of_stream[keep] = (cache,)
-            of_stream[put] = (cache, stream.result(keep, cache))
         latents, _ = stream.result("chunk", *of_stream["chunk"])
     else:
         flag = jax.ShapeDtypeStruct((), jnp.bool_)

@@ -220,6 +220,7 @@ class Engine:
     def _run(self) -> None:
         try:
             seconds = self.pipeline.compile()
+            self._warm_up()
             log.info("compiled %d programs", len(seconds))
         except BaseException as error:  # told to those who ask whether the server is ready
             self.failed = error
@@ -243,6 +244,17 @@ class Engine:
                 elif stream.hungry():
                     self._guarded(stream)
                     break
+
+    def _warm_up(self) -> None:
+        """Do once what a stream does, so that no viewer waits for a compiler."""
+        blank = np.full((*self.pipeline.size, 3), 200, np.uint8)
+        session = self.pipeline.session(keep=AHEAD + 1)
+        session.start(blank, blank)
+        for _ in range(2):
+            session.next_chunk()
+        session.switch_garment(blank)
+        session.next_chunk()
+        session.rewind(0)
 
     def _guarded(self, stream: Stream) -> None:
         """Make a chunk; a fault ends this stream and no other."""

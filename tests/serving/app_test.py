@@ -146,7 +146,7 @@ def test_pages_and_health(server):
     assert "script-src" not in page.headers["content-security-policy"]
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert "access-control-allow-origin" not in page.headers
-    for name in ("main.js", "player.js", "connection.js", "style.css"):
+    for name in ("main.js", "player.js", "connection.js", "camera.js", "style.css"):
         assert client.get(f"/{name}").status_code == 200
     assert client.get("/healthz").text == "ok"
     assert client.get("/readyz").json()["model"] == "smoke"

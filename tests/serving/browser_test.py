@@ -105,6 +105,34 @@ def test_the_page_on_a_phone_and_in_the_dark(address, tmp_path):
         assert page.picture()[:4] == b"\x89PNG"
 
 
+def test_pictures_of_ones_own(address, tmp_path):
+    """Dropped onto the page, and from the camera."""
+    with Chromium(tmp_path) as page:
+        page.open(address)
+        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        count = "document.querySelectorAll('#{} button[data-name]').length"
+        garments, people = (page.run(count.format(name)) for name in ("garments", "people"))
+        page.run(
+            """(async () => {
+              const canvas = new OffscreenCanvas(60, 90);
+              const pen = canvas.getContext("2d");
+              pen.fillStyle = "teal"; pen.fillRect(10, 10, 40, 60);
+              const data = new DataTransfer();
+              data.items.add(new File([await canvas.convertToBlob()], "../x.svg"));
+              document.querySelector("#garments label.upload").dispatchEvent(
+                new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+            })()"""
+        )
+        page.until(f"{count.format('garments')} === {garments + 1}")
+        page.run("document.querySelector('#people button.upload').click()")
+        page.until("document.getElementById('viewfinder').videoWidth > 0")
+        page.run("document.getElementById('take').click()")
+        page.until(f"{count.format('people')} === {people + 1}")
+        chosen = "document.querySelector('#people [aria-selected=true] span').textContent"
+        assert page.run(chosen) == "yours"
+        assert page.run("document.getElementById('notice').textContent") == ""
+
+
 def test_a_page_of_another_site_reaches_nothing(address, tmp_path):
     port = re.search(r":(\d+)/", address)[1]
     with Chromium(tmp_path) as page:

@@ -1,5 +1,6 @@
 // The page: tiles, buttons, figures. What it knows of streams is in connection.js and player.js.
 
+import { available, picture as fromCamera } from "./camera.js";
 import { Stream, manifest, ready, recording, upload, wardrobe } from "./connection.js";
 import { Player } from "./player.js";
 
@@ -39,22 +40,36 @@ function addTile(picture) {
   box.insertBefore(tile, box.querySelector(".upload"));
 }
 
+async function useOwn(kind, file) {
+  if (!file) return;
+  notice("opening your picture");
+  try {
+    const picture = await upload(kind, file);
+    addTile({ ...picture, title: "yours" });
+    choose(kind, picture.name);
+    notice("");
+  } catch (error) {
+    notice(error.message, true);
+  }
+}
+
+function addCamera() {
+  const tile = at("snapshot").content.firstElementChild.cloneNode(true);
+  tile.addEventListener("click", async () => {
+    try {
+      await useOwn("person", await fromCamera());
+    } catch {
+      notice("the camera cannot be used: there is none, or this page may not use it", true);
+    }
+  });
+  tiles.person.append(tile);
+}
+
 function addUpload(kind) {
   const tile = at("upload").content.firstElementChild.cloneNode(true);
   const input = tile.querySelector("input");
   tile.setAttribute("aria-label", `your own picture of a ${kind}`);
-  const send = async (file) => {
-    if (!file) return;
-    notice("opening your picture");
-    try {
-      const picture = await upload(kind, file);
-      addTile({ ...picture, title: "yours" });
-      choose(kind, picture.name);
-      notice("");
-    } catch (error) {
-      notice(error.message, true);
-    }
-  };
+  const send = (file) => useOwn(kind, file);
   input.addEventListener("change", () => send(input.files[0]));
   tile.addEventListener("keydown", (event) => {
     if (event.key === "Enter" || event.key === " ") input.click();
@@ -74,7 +89,7 @@ function addUpload(kind) {
 
 function choose(kind, name) {
   chosen[kind] = name;
-  for (const tile of tiles[kind].querySelectorAll("button")) {
+  for (const tile of tiles[kind].querySelectorAll("button[data-name]")) {
     tile.setAttribute("aria-selected", String(tile.dataset.name === name));
   }
   at("start").disabled = !(chosen.garment && chosen.person);
@@ -221,8 +236,9 @@ try {
   await ready(status);
   for (const picture of await wardrobe()) addTile(picture);
   Object.keys(tiles).forEach(addUpload);
+  if (available()) addCamera();
   for (const kind of Object.keys(tiles)) {
-    const first = tiles[kind].querySelector("button");
+    const first = tiles[kind].querySelector("button[data-name]");
     if (first) choose(kind, first.dataset.name);
   }
   status("ready");
