@@ -18,6 +18,7 @@ import fcntl
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -354,49 +355,57 @@ def _write_shards(jobs: Sequence[tuple], workers: int) -> Generator[tuple[int, i
                     failed += 1
                 yield tried, failed
         return
-    # Forking a process that runs threads of JAX or numba can hang.
+    # Forking a process that runs threads of JAX or numba can hang. Pipes leave nothing behind when
+    # Ctrl-C comes at a bad moment; locks do, and Python then complains behind the last word.
     context = multiprocessing.get_context("spawn")
-    counts = context.Array("q", 3)  # records tried, records failed, jobs taken
-    processes = [
-        context.Process(target=_work, args=(jobs, counts, os.getpid()), daemon=True)
-        for _ in range(min(workers, len(jobs)))
-    ]
+    waiting, links = list(reversed(jobs)), {}
+    tried = failed = 0
     try:
-        for process in processes:
+        for _ in range(min(workers, len(jobs))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, os.getpid()), daemon=True)
+            links[ours] = process
             process.start()
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.1)
-            yield counts[0], counts[1]
-            dead = [process.exitcode for process in processes if process.exitcode not in (None, 0)]
-            if dead:
-                raise RecordError(
-                    f"a worker ended with exit code {dead[0]}; if it said why, that stands above;"
-                    " the same command continues"
-                )
+            theirs.close()
+            ours.send(waiting.pop())
+        while links:
+            for link in multiprocessing.connection.wait(list(links), timeout=0.1):
+                try:
+                    made = link.recv()
+                except (EOFError, OSError):
+                    process = links.pop(link)
+                    process.join()
+                    if process.exitcode:
+                        raise RecordError(
+                            f"a worker ended with exit code {process.exitcode}; if it said why,"
+                            " that stands above; the same command continues"
+                        ) from None
+                    continue
+                if made is None:  # a shard is finished
+                    link.send(waiting.pop() if waiting else None)
+                else:
+                    tried, failed = tried + 1, failed + (not made)
+            yield tried, failed
     finally:
-        for process in processes:
+        for process in links.values():
             if process.is_alive():
                 process.terminate()
                 process.join()
 
 
-def _work(jobs: Sequence[tuple], counts: Any, parent: int) -> None:
-    """A worker process: takes one job after the other."""
+def _work(link: multiprocessing.connection.Connection, parent: int) -> None:
+    """A worker process: makes the shards that it is sent, until it is sent None.
+
+    It says of each record whether it was made, and None behind the last one of a shard.
+    """
     # Ctrl-C reaches the whole group of processes; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     try:
-        while True:
-            with counts.get_lock():
-                job = counts[2]
-                counts[2] += 1
-            if job >= len(jobs):
-                return
-            for made in _write_shard(*jobs[job]):
-                with counts.get_lock():
-                    counts[0] += 1
-                    if not made:
-                        counts[1] += 1
+        while (job := link.recv()) is not None:
+            for made in _write_shard(*job):
+                link.send(made)
+            link.send(None)
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(2)

@@ -64,7 +64,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
             ["runway", "--out", "OUT", "--world", "moon"],
             "world is 'moon'; expected one of open, mirror",
         ),
-        (["latents", "--out", "OUT"], "required: --data, --weights"),
+        (["latents", "--out", "OUT"], "required: --weights"),
         (["text", "--out", "OUT"], "required: --data, --weights, --tokenizer"),
         (["text", "--out", "OUT", "--dtype", "int8"], "--dtype: 'int8': expected"),
         (["latents", "--out", "OUT", "--batch", "0"], "--batch: '0': expected a whole number"),
