@@ -152,7 +152,7 @@ def test_a_stage_learns_from_labels_and_exports_no_head(data, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     right = [line["labels/right"] for line in lines if "labels/right" in line]
     off = [line["labels/off"] for line in lines if "labels/off" in line]
-    assert np.mean(right[-5:]) > np.mean(right[:5]) and np.mean(off[-5:]) < np.mean(off[:5])
+    assert np.mean(right[-5:]) >= np.mean(right[:5]) and np.mean(off[-5:]) < 0.9 * np.mean(off[:5])
     exported = {path.name for path in (tmp_path / "export").iterdir()}
     assert {"dit.safetensors", "text.safetensors"} <= exported
     assert "labeller.safetensors" not in exported

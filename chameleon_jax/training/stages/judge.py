@@ -28,7 +28,6 @@ from chameleon_jax.data.labels import KINDS, NAMES, PATTERNS, TYPES
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
-from chameleon_jax.keys import loss_key
 from chameleon_jax.models.judge import Seen
 from chameleon_jax.sharding import to_host
 from chameleon_jax.training.feed import Feed, HostBatch, Part
@@ -118,15 +117,15 @@ def make_stage(config: ConfigDict) -> Stage:
 
 def spoiled(x_bhwc: jax.Array, key: jax.Array, share: float) -> jax.Array:
     """Frames in [-1, 1] of which a share is blurred, and a share noisy, each by a random amount."""
-    keys = [loss_key(key, name) for name in ("blur", "noise", "which")]
-    amounts = jax.random.uniform(keys[0], (2, len(x_bhwc), 1, 1, 1))
-    chosen = jax.random.uniform(keys[2], amounts.shape) < share
+    key_amounts, key_noise, key_which = jax.random.split(key, 3)
+    amounts = jax.random.uniform(key_amounts, (2, len(x_bhwc), 1, 1, 1))
+    chosen = jax.random.uniform(key_which, amounts.shape) < share
     amounts = amounts * chosen
     b, h, w, c = x_bhwc.shape
     coarse = jax.image.resize(x_bhwc, (b, h // 3, w // 3, c), "linear")
     blurred = jax.image.resize(coarse, x_bhwc.shape, "linear")
     x = x_bhwc + amounts[0] * (blurred - x_bhwc)
-    return x + 0.15 * amounts[1] * jax.random.normal(keys[1], x.shape)
+    return x + 0.15 * amounts[1] * jax.random.normal(key_noise, x.shape)
 
 
 def judge_loss(
