@@ -24,6 +24,7 @@ SMALL = {
     "reward": {
         "width": 8, "ffn": 16, "heads": 2, "layers": 1, "projection": 4, "image": 28, "patch": 14,
     },
+    "judge": {"widths": (8, 8, 16)},
     **common.MODELS["smoke"]().to_dict(),
 }  # fmt: skip
 
