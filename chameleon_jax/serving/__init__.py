@@ -1,0 +1,1 @@
+"""A live stream in a browser; needs the extra `serve`. See docs/serving.md."""
