@@ -86,7 +86,6 @@ class Stream:
         self._wish: Wish | None = None
         self._played = 0
         self._paused = self._stopped = False
-        self.touched = time.monotonic()
         # Of the engine's thread alone.
         self.session: Session | None = None
         self.encoder: Encoder | None = None
@@ -102,18 +101,15 @@ class Stream:
         """Ask for a change; it joins one that waits."""
         with self._lock:
             self._wish = wish.over(self._wish)
-            self.touched = time.monotonic()
 
     def played(self, frame: int) -> None:
         """Frames shown so far; never fewer than before."""
         with self._lock:
-            self._played = max(self._played, min(frame, MOST_FRAMES * 10))
-            self.touched = time.monotonic()
+            self._played = max(self._played, frame)
 
     def pause(self, paused: bool) -> None:
         with self._lock:
             self._paused = paused
-            self.touched = time.monotonic()
 
     def stop(self) -> None:
         with self._lock:
@@ -127,7 +123,6 @@ class Stream:
         with self._lock:
             self._next_emit, self._paused = emit, False
             self._wish = Wish().over(self._wish)
-            self.touched = time.monotonic()
 
     @property
     def shown(self) -> list[Packet]:
@@ -172,15 +167,18 @@ class Engine:
 
     Args:
       pipeline: the model.
-      ready: called once, in the thread, when everything is compiled.
+
+    Attributes:
+      ready: set once everything is compiled.
+      failed: why it could not be compiled.
+      figures: what was counted since the start, by name.
     """
 
-    def __init__(self, pipeline: Pipeline, ready: Callable[[], None] | None = None):
+    def __init__(self, pipeline: Pipeline):
         self.pipeline = pipeline
         self.ready = threading.Event()
         self.failed: BaseException | None = None
         self.figures = collections.Counter()
-        self._on_ready = ready
         self._streams: list[Stream] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -227,8 +225,6 @@ class Engine:
             log.exception("the model cannot be compiled")
             return
         self.ready.set()
-        if self._on_ready is not None:
-            self._on_ready()
         turn = 0
         while True:
             with self._wake:

@@ -153,7 +153,6 @@ SERVER: dict[str, dict[str, Field]] = {
         "made_ms": _needed(_NUMBER),
     },
     "session.flush": {"from_frame": _needed(_FRAME)},
-    "session.stats": {"fps": _needed(_NUMBER), "ahead": _needed(_FRAME)},
     "session.error": {
         "code": _needed(Field("string", most=MAX_NAME)),
         "message": _needed(Field("string", most=MAX_TEXT)),
