@@ -220,6 +220,7 @@ def run_bench(values: cli.Values) -> int:
     except ValueError as error:
         raise UsageError(f"--scenarios, --kind: {error}") from None
     out = Path(values.out) / values.world
+    _check_recipes(out, values)
     stream: Stream | None = None
     with tqdm(total=len(chosen), unit=" scenarios", file=sys.stderr, dynamic_ncols=True) as bar:
         for scenario in chosen:
@@ -247,6 +248,41 @@ def run_bench(values: cli.Values) -> int:
     table = write_table(out, {scenario.name for scenario in chosen}, values.name)
     print(table)
     return 0
+
+
+def _check_recipes(folder: Path, values: cli.Values) -> None:
+    """Note what the figures in a folder are made with; figures made otherwise are not gone on with.
+
+    Raises:
+      UsageError: they were made with another judge, or those of this name with another model.
+    """
+    from chameleon_jax.data.sources import file_hash
+
+    weights = values.weights or "that of the config"
+    dit = places.find(values.weights) / "dit.safetensors" if values.weights else None
+    model = {
+        "weights": file_hash(dit) if dit is not None and dit.is_file() else weights,
+        "config": values.config,
+        "overrides": list(values.overrides),
+        "switch": values.switch,
+        "steps": values.steps,
+        "seed": values.seed,
+    }
+    judge = {"judge": file_hash(places.find(values.judge) / "judge.safetensors")}
+    for path, recipe, remedy in (
+        (folder / "judge.recipe", judge, "choose another --out"),
+        (folder / f"{values.name}.recipe", model, "choose another --name or --out"),
+    ):
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, recipe)
+            continue
+        known = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key in recipe if known.get(key) != recipe[key]]
+        if other:
+            raise UsageError(
+                f"{folder}: the figures there were made with another {', '.join(other)}; {remedy}"
+            )
 
 
 def save_sheet(path: Path, truth: Truth, video: np.ndarray) -> None:

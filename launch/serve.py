@@ -11,7 +11,7 @@ the examples of the project are shown. Needs the extra `serve`.
 
 from __future__ import annotations
 
-import logging
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +23,7 @@ from launch.cli import UsageError
 
 CONFIG = "configs/runway_tiny.py"
 EXAMPLES = ROOT / "chameleon_jax" / "assets" / "examples"
+EVERYWHERE = ("0.0.0.0", "::")  # addresses that stand for all of this machine
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = {"people": "person", "garments": "garment"}  # folders of a wardrobe
@@ -80,6 +81,7 @@ def serve(values: cli.Values) -> int:
     from chameleon_jax.serving.guard import Guard, new_token
     from chameleon_jax.serving.pictures import Wardrobe
 
+    listener = listen(values.host, values.port)  # a port that is taken is to be seen at once
     cli.start_jax(values)
     config = jobs.read_config(values, CONFIG, jobs.is_for_streams)
     if values.steps is not None:
@@ -94,16 +96,13 @@ def serve(values: cli.Values) -> int:
     fill(wardrobe, places.find(values.wardrobe) if values.wardrobe else None)
     token = new_token() if values.auth else None
     hosts = [*LOOPBACK, *values.allow_host]
-    if values.host not in ("0.0.0.0", "::"):
-        hosts.append(values.host)
+    if values.host not in EVERYWHERE:
+        hosts.append(f"[{values.host}]" if ":" in values.host else values.host)
     app = make_app(
         Engine(pipeline), wardrobe, Guard(token, hosts), Limits(sessions=values.max_sessions)
     )
-    logging.getLogger("uvicorn.error").addFilter(_Hint(values.host, token))
-    uvicorn.run(
+    settings = uvicorn.Config(
         app,
-        host=values.host,
-        port=values.port,
         log_level="info",
         access_log=False,  # the token must not be in a log, nor who watches
         ws="websockets-sansio",
@@ -116,24 +115,28 @@ def serve(values: cli.Values) -> int:
         limit_concurrency=64 + 4 * values.max_sessions,
         h11_max_incomplete_event_size=16 << 10,
     )
+    host = "127.0.0.1" if values.host in EVERYWHERE else values.host
+    host = f"[{host}]" if ":" in host else host
+    fragment = f"#token={token}" if token else ""
+    print(f"open http://{host}:{listener.getsockname()[1]}/{fragment}", file=sys.stderr, flush=True)
+    uvicorn.Server(settings).run(sockets=[listener])
     return 0
 
 
-class _Hint(logging.Filter):
-    """Says where the page is, once the server listens and its port is known."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on which clients may connect from now on; they wait until the server is there.
 
-    def __init__(self, host: str, token: str | None):
-        super().__init__()
-        self._host, self._token = host, token
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "Uvicorn running on" not in str(record.msg):
-            return True
-        port = record.args[2] if record.args and len(record.args) > 2 else ""
-        host = "127.0.0.1" if self._host in ("0.0.0.0", "::") else self._host
-        fragment = f"#token={self._token}" if self._token else ""
-        print(f"open http://{host}:{port}/{fragment}", file=sys.stderr, flush=True)
-        return False
+    Raises:
+      UsageError: there is no such address here, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UsageError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); choose"
+            " another port, or 0 for a free one"
+        ) from None
 
 
 def fill(wardrobe, folder: Path | None) -> None:

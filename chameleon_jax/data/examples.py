@@ -315,7 +315,8 @@ class LatentExamples:
     def _load(self, keys: Sequence[int]) -> Iterator[dict[str, Any] | None]:
         """The clips, in order; None for one that cannot be read."""
         if isinstance(self.source, RenderedSource):
-            yield from self.source.load_many(keys, self.frames, self.size)
+            for clip in self.source.load_many(keys, self.frames, self.size):
+                yield None if isinstance(clip, ValueError) else clip
             return
         for index in keys:
             try:

@@ -34,7 +34,9 @@ BACKGROUND, GARMENT, HEAD, SKIN, CLOTHES = range(len(NAMES))
 KINDS = ("labels", "origin", "joints", "attributes")
 MOVING = KINDS[:3]  # those with an entry for each frame
 
-# Of garments. A plain one with a print, or in two halves, counts as a pattern of its own.
+# Of garments, by the names that the renderer has for them (a test holds both together; importing
+# the renderer needs numba, reading a set does not). A plain one with a print, or in two halves,
+# counts as a pattern of its own.
 TYPES = (
     "tshirt",
     "long_sleeve",

@@ -6,10 +6,14 @@ has to be stored, and no video is compressed on the way (`prepare latents --worl
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
+import logging
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +21,7 @@ import numpy as np
 
 from chameleon_jax.data import labels
 from chameleon_jax.data.sources import SourceError
-from chameleon_jax.errors import need
+from chameleon_jax.errors import need, one_line
 
 AHEAD = 4  # clips per worker that are rendered before they are asked for
 
@@ -126,24 +130,42 @@ class RenderedSource:
 
     def load_many(
         self, indices: Sequence[int], frames: int, size: tuple[int, int]
-    ) -> Iterator[dict[str, Any]]:
-        """Several clips, in their order, rendered ahead by the workers."""
+    ) -> Iterator[dict[str, Any] | SourceError]:
+        """Several clips, in their order, rendered ahead by the workers.
+
+        Yields:
+          Each clip, or the error in its place: one scene that cannot be drawn must not cost a
+          night's run.
+
+        Raises:
+          SourceError: a worker ended.
+        """
         self._check(size, 0.0)
         seeds = [self.seeds[index] for index in indices]
-        render = functools.partial(self.recipe.render, frames=frames, size=self.size)
+        render = functools.partial(_rendered, self.recipe, frames=frames, size=self.size)
         if not self.workers:
             yield from map(render, seeds)
             return
         # Forking a process that runs threads of JAX or numba can hang.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.workers, context) as pool:
-            waiting: list[concurrent.futures.Future] = []
+        pool = concurrent.futures.ProcessPoolExecutor(
+            self.workers, context, initializer=_ignore_interrupts
+        )
+        try:
+            waiting: collections.deque[concurrent.futures.Future] = collections.deque()
             for seed in seeds:
                 waiting.append(pool.submit(render, seed))
                 if len(waiting) > AHEAD * self.workers:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise SourceError(
+                "a rendering process ended, perhaps for lack of memory; try fewer workers, the same"
+                " command continues"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _check(self, size: tuple[int, int], start: float) -> None:
         if tuple(size) != self.size or start:
@@ -151,3 +173,19 @@ class RenderedSource:
                 f"clips of {self.size} pixels from their first frame on are rendered; {tuple(size)}"
                 f" from {start:g} on were asked"
             )
+
+
+def _rendered(
+    recipe: Recipe, seed: int, frames: int, size: tuple[int, int]
+) -> dict[str, Any] | SourceError:
+    """A clip, or why there is none."""
+    try:
+        return recipe.render(seed, frames, size)
+    except Exception as error:
+        logging.exception("seed %d cannot be rendered", seed)
+        return SourceError(f"seed {seed} cannot be rendered ({one_line(error)})")
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches the whole group of processes; the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

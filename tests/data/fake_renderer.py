@@ -13,13 +13,7 @@ import numpy as np
 
 
 def render(
-    seed: int,
-    frames: int,
-    size: tuple[int, int],
-    fps: float,
-    world: str = "open",
-    ground_truth: bool = False,
-    person: int | None = None,
+    seed: int, frames: int, size: tuple[int, int], fps: float, **others: object
 ) -> SimpleNamespace:
     """A triplet whose colours follow from the seed."""
     height, width = size
@@ -37,43 +31,19 @@ def render(
     )
 
 
-def slow(
-    seed: int,
-    frames: int,
-    size: tuple[int, int],
-    fps: float,
-    world: str = "open",
-    ground_truth: bool = False,
-    person: int | None = None,
-) -> SimpleNamespace:
+def slow(seed: int, *how: object, **others: object) -> SimpleNamespace:
     """Like `render`, but slow enough to be killed on the way."""
     time.sleep(0.1)
-    return render(seed, frames, size, fps)
+    return render(seed, *how, **others)
 
 
-def broken(
-    seed: int,
-    frames: int,
-    size: tuple[int, int],
-    fps: float,
-    world: str = "open",
-    ground_truth: bool = False,
-    person: int | None = None,
-) -> SimpleNamespace:
+def broken(seed: int, *how: object, **others: object) -> SimpleNamespace:
     """Like `render`, but every fourth seed fails."""
     if seed % 4 == 1:
         raise ArithmeticError("no such person")
-    return render(seed, frames, size, fps)
+    return render(seed, *how, **others)
 
 
-def deadly(
-    seed: int,
-    frames: int,
-    size: tuple[int, int],
-    fps: float,
-    world: str = "open",
-    ground_truth: bool = False,
-    person: int | None = None,
-) -> SimpleNamespace:
+def deadly(seed: int, *how: object, **others: object) -> SimpleNamespace:
     """Ends its process, as a lack of memory would."""
     os._exit(7)

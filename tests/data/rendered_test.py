@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from chameleon_jax.data import labels, records, sources
 from chameleon_jax.data.examples import LatentExamples, RunwayExamples
-from chameleon_jax.data.rendered import RenderedSource
+from chameleon_jax.data.memory import InMemorySource
+from chameleon_jax.data.rendered import Recipe, RenderedSource
 from launch import prepare
 
 SIZE = (32, 32)
@@ -87,3 +89,36 @@ def test_a_run_renders_its_own_clips(tmp_path):
     both = load_config("configs/vae.py:smoke_video", [*settings, "data.dir=x"])
     with pytest.raises(ConfigError, match="clips come from one place; leave one of them empty"):
         open_data(both, "train")
+
+
+def test_a_scene_that_cannot_be_drawn_is_left_out(tmp_path, monkeypatch):
+    whole = Recipe.render
+
+    def render(self, seed, frames, size):
+        if seed == 7:
+            raise ArithmeticError("no such person")
+        return whole(self, seed, frames, size)
+
+    monkeypatch.setattr(Recipe, "render", render)
+    source = RenderedSource(range(200), SIZE)
+    found = list(source.load_many(range(6, 9), 1, SIZE))
+    assert found[0]["seed"] == 6 and found[2]["seed"] == 8
+    assert isinstance(found[1], sources.SourceError) and "seed 7 cannot be" in str(found[1])
+    kept = InMemorySource(RenderedSource(range(6, 9), SIZE), 1, (SIZE,))
+    assert kept.load(2, 1, SIZE)["seed"] == 8
+    with pytest.raises(sources.SourceError, match="seed 7 cannot be rendered"):
+        kept.load(1, 1, SIZE)
+
+
+def test_a_worker_that_ends_is_an_error_of_one_line():
+    source = RenderedSource(range(3), SIZE, workers=1)
+    source.recipe = Deadly(16.0, "open", 1, ())
+    with pytest.raises(sources.SourceError, match="a rendering process ended"):
+        list(source.load_many(range(3), 1, SIZE))
+
+
+class Deadly(Recipe):
+    """Ends its process, as a lack of memory would."""
+
+    def render(self, seed, frames, size):
+        os._exit(7)
