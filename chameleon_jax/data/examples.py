@@ -12,13 +12,14 @@ Sizes are (height, width); t counts pixel frames, f latent frames.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -305,18 +306,21 @@ class LatentExamples:
         return shape
 
     def __call__(self, keys: Sequence[int]) -> Iterator[tuple[int, Record | None]]:
-        loaded = self._load(keys)
-        for start in range(0, len(keys), self.batch):
-            some = keys[start : start + self.batch]
-            clips = dict(zip(some, loaded, strict=False))
-            found = {index: clip for index, clip in clips.items() if clip is not None}
-            yield from self._encode_some(some, found)
+        with contextlib.closing(self._load(keys)) as loaded:  # ends the workers, also at Ctrl-C
+            for start in range(0, len(keys), self.batch):
+                some = keys[start : start + self.batch]
+                clips = dict(zip(some, loaded, strict=False))
+                found = {index: clip for index, clip in clips.items() if clip is not None}
+                yield from self._encode_some(some, found)
 
-    def _load(self, keys: Sequence[int]) -> Iterator[dict[str, Any] | None]:
+    def _load(self, keys: Sequence[int]) -> Generator[dict[str, Any] | None, None, None]:
         """The clips, in order; None for one that cannot be read."""
         if isinstance(self.source, RenderedSource):
-            for clip in self.source.load_many(keys, self.frames, self.size):
-                yield None if isinstance(clip, ValueError) else clip
+            with contextlib.closing(
+                self.source.load_many(keys, self.frames, self.size)
+            ) as rendered:
+                for clip in rendered:
+                    yield None if isinstance(clip, ValueError) else clip
             return
         for index in keys:
             try:

@@ -21,11 +21,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,7 @@ from chameleon_jax.data.examples import (
 )
 from chameleon_jax.data.shards import ShardError, array_record, count_records
 from chameleon_jax.data.sources import FRAMES_PER_LATENT_BEFORE, MAX_BROKEN, import_tfds
+from chameleon_jax.data.workers import settle
 from chameleon_jax.errors import UserError, one_line
 from chameleon_jax.splits import split_of
 
@@ -398,9 +396,7 @@ def _work(link: multiprocessing.connection.Connection, parent: int) -> None:
 
     It says of each record whether it was made, and None behind the last one of a shard.
     """
-    # Ctrl-C reaches the whole group of processes; the parent ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    settle(parent)
     try:
         while (job := link.recv()) is not None:
             for made in _write_shard(*job):
@@ -409,13 +405,6 @@ def _work(link: multiprocessing.connection.Connection, parent: int) -> None:
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _exit_with_parent(parent: int) -> None:
-    """A killed parent cannot stop its workers: each looks for itself."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _write_shard(

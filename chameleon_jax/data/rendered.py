@@ -13,14 +13,15 @@ import dataclasses
 import functools
 import logging
 import multiprocessing
-import signal
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from chameleon_jax.data import labels
 from chameleon_jax.data.sources import SourceError
+from chameleon_jax.data.workers import settle
 from chameleon_jax.errors import need, one_line
 
 AHEAD = 4  # clips per worker that are rendered before they are asked for
@@ -130,7 +131,7 @@ class RenderedSource:
 
     def load_many(
         self, indices: Sequence[int], frames: int, size: tuple[int, int]
-    ) -> Iterator[dict[str, Any] | SourceError]:
+    ) -> Generator[dict[str, Any] | SourceError, None, None]:
         """Several clips, in their order, rendered ahead by the workers.
 
         Yields:
@@ -149,10 +150,10 @@ class RenderedSource:
         # Forking a process that runs threads of JAX or numba can hang.
         context = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(
-            self.workers, context, initializer=_ignore_interrupts
+            self.workers, context, initializer=settle, initargs=(os.getpid(),)
         )
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
-            waiting: collections.deque[concurrent.futures.Future] = collections.deque()
             for seed in seeds:
                 waiting.append(pool.submit(render, seed))
                 if len(waiting) > AHEAD * self.workers:
@@ -166,6 +167,10 @@ class RenderedSource:
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            # An exception on its way out keeps this frame, and so the locks of the pool, which
+            # Python complains about at a quick exit.
+            waiting.clear()
+            del pool
 
     def _check(self, size: tuple[int, int], start: float) -> None:
         if tuple(size) != self.size or start:
@@ -184,8 +189,3 @@ def _rendered(
     except Exception as error:
         logging.exception("seed %d cannot be rendered", seed)
         return SourceError(f"seed {seed} cannot be rendered ({one_line(error)})")
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole group of processes; the parent ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -62,6 +62,18 @@ def test_rendering(tmp_path):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
+def test_encoding_what_is_rendered_on_the_way(tmp_path):
+    """The workers end, too: one that waited for its parent held stderr open for good."""
+    small = ["--frames=5", "--workers=1", "--batch=2", "--clips=400", "--world=mirror"]
+    weights = "--weights=chameleon_jax/assets/runway_tiny"
+    argv = ["-m", "launch.prepare", "latents", f"--out={tmp_path}", weights, *small]
+    code, stderr, seconds = interrupted(argv, b"4/400 records")
+    assert code == 130 and seconds < 30
+    assert stderr.splitlines()[-1] == "interrupted; the same command continues"
+    assert "Traceback" not in stderr
+
+
 def test_timing_of_the_renderer():
     argv = ["-m", "launch.runway", "bench", "--clips=1000", "--workers=1"]
     code, stderr, seconds = interrupted(argv, b"rendering in 1 processes ...\n")
