@@ -335,6 +335,7 @@ def finish(command: Callable[[], int | None], *, interrupted: str = "") -> NoRet
         print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
+        _free_locks()
         os._exit(130)  # at once: a normal exit would wait for compilers that run in threads
     except BrokenPipeError:  # whoever read the output has gone
         _abandon_stdout()
@@ -352,6 +353,18 @@ def finish(command: Callable[[], int | None], *, interrupted: str = "") -> NoRet
             " smaller batch"
         )
     sys.exit(code)
+
+
+def _free_locks() -> None:
+    """Free the locks that pools of processes share, as a normal exit would.
+
+    Python's tracker of such things outlives this process, and would complain about each of them
+    behind the command's last word. Nothing is waited for.
+    """
+    util = sys.modules.get("multiprocessing.util")
+    run = getattr(util, "_run_finalizers", None)  # what multiprocessing itself calls at exit
+    if run is not None:
+        run(0)
 
 
 def start_jax(values: Values) -> None:

@@ -150,12 +150,17 @@ def bench(values: cli.Values) -> None:
     import concurrent.futures
     import multiprocessing
 
+    from chameleon_jax.data.workers import settle
+
     print(f"rendering in {values.workers} processes ...", file=sys.stderr, flush=True)
     size = (values.height, values.width)
     clip = (values.frames, size, values.fps, values.world)
     firsts = [1000 * worker for worker in range(values.workers)]
     pool = concurrent.futures.ProcessPoolExecutor(
-        values.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_ctrl_c
+        values.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=settle,
+        initargs=(os.getpid(),),
     )
     try:
         list(pool.map(render_some, [(first, 1, *clip) for first in firsts]))
@@ -196,13 +201,6 @@ def render_some(job: tuple[int, int, int, tuple[int, int], float, str]) -> float
     for seed in range(first, first + count):
         runway.render_triplet(seed, frames, size, fps, world)
     return time.process_time() - start
-
-
-def _ignore_ctrl_c() -> None:
-    """Ctrl-C reaches the whole group of processes; the parent ends its workers."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 COMMANDS = {

@@ -167,10 +167,6 @@ class RenderedSource:
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            # An exception on its way out keeps this frame, and so the locks of the pool, which
-            # Python complains about at a quick exit.
-            waiting.clear()
-            del pool
 
     def _check(self, size: tuple[int, int], start: float) -> None:
         if tuple(size) != self.size or start:
