@@ -34,7 +34,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "video": ["av>=14.0,<20"],
     "serve": [
-        "av>=14.0,<20",
+        "av>=14.2,<20",
         "starlette>=1.0,<2",
         "uvicorn>=0.40",
         "websockets>=15",

@@ -51,6 +51,9 @@ def define_flags(parser: cli.Parser) -> None:
     parser.switch("auth", "clients need the token; only this machine may do without", default=True)
     parser.flag("wardrobe", "folder with people/ and garments/", metavar="DIR")
     parser.flag(
+        "record", "folder in which the film of every stream is kept; default none", metavar="DIR"
+    )
+    parser.flag(
         "max_sessions",
         "streams at a time; they share the device",
         kind=cli.whole_number(1, 64),
@@ -72,15 +75,19 @@ def serve(values: cli.Values) -> int:
         need(module, "serve")
     if not values.auth and values.host not in ("127.0.0.1", "localhost", "::1"):
         raise UsageError(f"--noauth with --host {values.host}: only this machine may do without")
-    import uvicorn
-
     from chameleon_jax.inference.pipeline import Pipeline
     from chameleon_jax.inference.schedule import with_steps
     from chameleon_jax.serving.app import Limits, make_app
     from chameleon_jax.serving.engine import Engine
     from chameleon_jax.serving.guard import Guard, new_token
     from chameleon_jax.serving.pictures import Wardrobe
+    from chameleon_jax.serving.server import Server, settings
 
+    record = None
+    if values.record:
+        record = Path(values.record)
+        places.check_writable(record / "film.mp4")
+        record.mkdir(parents=True, exist_ok=True)
     listener = listen(values.host, values.port)  # a port that is taken is to be seen at once
     cli.start_jax(values)
     config = jobs.read_config(values, CONFIG, jobs.is_for_streams)
@@ -99,27 +106,17 @@ def serve(values: cli.Values) -> int:
     if values.host not in EVERYWHERE:
         hosts.append(f"[{values.host}]" if ":" in values.host else values.host)
     app = make_app(
-        Engine(pipeline), wardrobe, Guard(token, hosts), Limits(sessions=values.max_sessions)
-    )
-    settings = uvicorn.Config(
-        app,
-        log_level="info",
-        access_log=False,  # the token must not be in a log, nor who watches
-        ws="websockets-sansio",
-        ws_max_size=1 << 20,
-        ws_max_queue=8,
-        ws_per_message_deflate=False,  # video does not become smaller
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=5,
-        limit_concurrency=64 + 4 * values.max_sessions,
-        h11_max_incomplete_event_size=16 << 10,
+        Engine(pipeline),
+        wardrobe,
+        Guard(token, hosts),
+        Limits(sessions=values.max_sessions),
+        record,
     )
     host = "127.0.0.1" if values.host in EVERYWHERE else values.host
     host = f"[{host}]" if ":" in host else host
     fragment = f"#token={token}" if token else ""
     print(f"open http://{host}:{listener.getsockname()[1]}/{fragment}", file=sys.stderr, flush=True)
-    uvicorn.Server(settings).run(sockets=[listener])
+    Server(settings(app, values.max_sessions)).run(sockets=[listener])
     return 0
 
 

@@ -8,7 +8,7 @@ accelerator machine.
 """
 
 from chameleon_jax.inference.clip import GenerateConfig, GenerateError, Generator
-from chameleon_jax.inference.pipeline import Pipeline, PipelineError
+from chameleon_jax.inference.pipeline import EncodedPicture, Pipeline, PipelineError
 from chameleon_jax.inference.session import (
     Session,
     SessionError,
@@ -20,6 +20,7 @@ from chameleon_jax.inference.session import (
 from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot
 
 __all__ = [
+    "EncodedPicture",
     "GenerateConfig",
     "GenerateError",
     "Generator",

@@ -13,6 +13,7 @@ Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -28,6 +29,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from chameleon_jax import files
+from chameleon_jax.data.images import prepare_garment, prepare_reference
 from chameleon_jax.inference.pretrained import PipelineError, find_weights, read_lora
 from chameleon_jax.inference.programs import (
     MediaPrograms,
@@ -55,6 +57,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "assets" / "runway_tiny"
+PREPARE = {"reference": prepare_reference, "garment": prepare_garment}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPicture:
+    """A picture that the VAE has seen already, so that no stream waits for it.
+
+    Attributes:
+      kind: "reference" or "garment".
+      pixels: uint8 [h, w, 3], as `data.images` prepares them.
+      latent: [1, 1, h, w, c], on the device.
+    """
+
+    kind: str
+    pixels: np.ndarray
+    latent: jax.Array
 
 
 class Pipeline:
@@ -315,6 +333,22 @@ class Pipeline:
                 "cache.context is 0: no person and no garment to start from; use shots.MultiShot"
             )
         return Session(self, mechanisms, measure=measure, keep=keep)
+
+    def encode_picture(self, kind: str, picture: Any) -> EncodedPicture:
+        """Prepare and encode a picture ahead of its use; a session takes it in place of a picture.
+
+        Args:
+          kind: "reference" (a person) or "garment".
+          picture: a path, bytes, a Pillow image or an array; any size, mode, orientation.
+
+        Raises:
+          ImageError: the picture cannot be used.
+          PipelineError: another kind.
+        """
+        if kind not in PREPARE:
+            raise PipelineError(f"a picture of kind {kind!r}; expected reference or garment")
+        pixels = PREPARE[kind](picture, self.size)
+        return EncodedPicture(kind, pixels, self.media.encode_image(pixels))
 
     def encode_prompt(self, prompt: str | jax.Array | np.ndarray) -> jax.Array:
         """Text states [1, l, m] of a prompt of any language; the empty prompt is allowed.

@@ -30,7 +30,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +38,10 @@ import numpy as np
 
 from chameleon_jax import __version__
 from chameleon_jax.attention.cache import withdraw
-from chameleon_jax.data.images import prepare_garment, prepare_reference
 from chameleon_jax.errors import UserError
+from chameleon_jax.inference.pipeline import PREPARE, EncodedPicture, Pipeline
 from chameleon_jax.inference.programs import stream_arguments
 from chameleon_jax.keys import check_seed
-
-if TYPE_CHECKING:
-    from chameleon_jax.inference.pipeline import Pipeline
 
 SNAPSHOT_VERSION = 2
 NOT_RUNNING = (
@@ -159,8 +156,8 @@ class Session:
         """Begin a stream; one that was running is dropped, waiting switches with it.
 
         Args:
-          reference: picture of the person: a path, bytes, a Pillow image or an array; any size,
-            mode, orientation.
+          reference: picture of the person: a path, bytes, a Pillow image or an array, of any size,
+            mode and orientation; or one from `Pipeline.encode_picture`.
           garment: picture of the garment, likewise.
           prompt: text in any language, possibly empty, or encoded states [1, l, m].
           seed: in [0, 2**32).
@@ -168,21 +165,17 @@ class Session:
         Raises:
           ImageError: a picture cannot be used.
           SeedError: the seed is out of range.
+          SessionError: an encoded picture of another kind or size.
         """
         check_seed(int(seed))
-        pictures = {
-            "reference": prepare_reference(reference, self.pipeline.size),
-            "garment": prepare_garment(garment, self.pipeline.size),
-        }
+        person, worn = self._picture("reference", reference), self._picture("garment", garment)
         with self._chunk_lock:
             self._stop()
             self.timings.clear()
             self.pipeline.compile()
-            media, stream = self._media, self._stream
+            stream = self._stream
             text_kv = self.pipeline.stream_text(self.pipeline.encode_prompt(prompt))
-            z_reference, z_garment = (
-                media.encode_image(pictures[kind]) for kind in ("reference", "garment")
-            )
+            z_reference, z_garment = self._latent(person), self._latent(worn)
             cache = stream.refresh(stream.new_cache(), z_reference, z_garment, text_kv)
             self._run(_State(int(seed), cache, text_kv, z_reference, z_garment), {}, [], frames=0)
 
@@ -272,9 +265,9 @@ class Session:
 
         Raises:
           ImageError: the picture cannot be used; the stream goes on as it was.
-          SessionError: not started.
+          SessionError: not started; or an encoded picture of another kind or size.
         """
-        return self._post("garment", prepare_garment(garment, self.pipeline.size))
+        return self._post("garment", self._picture("garment", garment))
 
     def switch_reference(self, reference: Any) -> Switch:
         """Show another person from the next chunk on.
@@ -283,7 +276,7 @@ class Session:
 
         Arguments, result and errors as for `switch_garment`.
         """
-        return self._post("reference", prepare_reference(reference, self.pipeline.size))
+        return self._post("reference", self._picture("reference", reference))
 
     def switch_prompt(self, prompt: Any) -> Switch:
         """Follow another prompt from the next chunk on.
@@ -349,7 +342,8 @@ class Session:
             if state.last_frame is not None:
                 arrays["last_frame"] = state.last_frame
             arrays |= {
-                f"pending.{kind}": np.array(content) for kind, (_, content) in pending.items()
+                f"pending.{kind}": np.array(getattr(content, "pixels", content))
+                for kind, (_, content) in pending.items()
             }
             number = {id(switch): index for index, switch in enumerate(switches)}
             meta = {
@@ -426,6 +420,22 @@ class Session:
             raise SessionError(NOT_RUNNING)
         return self._state
 
+    def _picture(self, kind: str, picture: Any) -> np.ndarray | EncodedPicture:
+        """A picture as it waits for its chunk: prepared, or encoded already."""
+        if not isinstance(picture, EncodedPicture):
+            return PREPARE[kind](picture, self.pipeline.size)
+        if (picture.kind, picture.pixels.shape[:2]) != (kind, self.pipeline.size):
+            raise SessionError(
+                f"an encoded {picture.kind} of {picture.pixels.shape[:2]} pixels; expected a"
+                f" {kind} of {self.pipeline.size}, encoded by the pipeline of this session"
+            )
+        return picture
+
+    def _latent(self, picture: np.ndarray | EncodedPicture) -> jax.Array:
+        if isinstance(picture, EncodedPicture):
+            return picture.latent
+        return self._media.encode_image(picture)
+
     def _post(self, kind: str, content: Any) -> Switch:
         with self._lock:
             if self._frames is None:
@@ -469,7 +479,7 @@ class Session:
 
         Returns whether the next frame repeats the pose that was shown last.
         """
-        media, does = self._media, self.mechanisms
+        does = self.mechanisms
         if "prompt" in switched:
             state.text_kv = self.pipeline.stream_text(switched["prompt"])
         if switched.keys() == {"prompt"}:
@@ -478,11 +488,11 @@ class Session:
             does.disentangle and "reference" not in switched and state.last_frame is not None
         )
         if "garment" in switched:
-            state.z_garment = media.encode_image(switched["garment"])
+            state.z_garment = self._latent(switched["garment"])
         if "reference" in switched:
-            state.z_reference = media.encode_image(switched["reference"])
+            state.z_reference = self._latent(switched["reference"])
         elif disentangled:
-            state.z_reference = media.encode_image(state.last_frame)
+            state.z_reference = self._media.encode_image(state.last_frame)
         if does.withdraw:
             state.cache, state.decoder, state.held = withdraw(state.cache), None, 0
         if does.refresh:

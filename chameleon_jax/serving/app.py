@@ -15,16 +15,19 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import secrets
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -32,8 +35,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from chameleon_jax import __version__
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.session import SwitchConfig
-from chameleon_jax.serving import protocol
-from chameleon_jax.serving.encoding import EncodingError, to_mp4
+from chameleon_jax.serving import films, protocol
+from chameleon_jax.serving.encoding import EncodingError
 from chameleon_jax.serving.engine import Engine, Stream, Wish
 from chameleon_jax.serving.guard import Guard, GuardMiddleware, Rate, bearer
 from chameleon_jax.serving.pictures import MAX_BYTES, PictureError, Wardrobe
@@ -45,7 +48,8 @@ PAGE = Path(__file__).parent / "page"
 RECONNECT = 10.0  # seconds that a stream waits for a client that was cut off
 IDLE = 120.0  # seconds without a word from a client
 HELLO = 15.0  # seconds until the first message
-KEPT = 50  # recordings
+KEPT = 20  # streams that have ended, whose films can be downloaded
+OPENED = 2  # uploads that are opened at a time
 
 
 @dataclasses.dataclass
@@ -66,17 +70,31 @@ class Live:
       wardrobe: pictures.
       guard: knows the token.
       limits: see `Limits`.
+      record: folder in which the film of every stream is kept, or None.
+
+    Attributes:
+      draining: whether the server is about to stop: nothing new begins.
     """
 
-    def __init__(self, engine: Engine, wardrobe: Wardrobe, guard: Guard, limits: Limits):
+    def __init__(
+        self,
+        engine: Engine,
+        wardrobe: Wardrobe,
+        guard: Guard,
+        limits: Limits,
+        record: Path | None = None,
+    ):
         self.engine, self.wardrobe, self.guard, self.limits = engine, wardrobe, guard, limits
+        self.record, self.draining = record, False
+        self.uploading = asyncio.Semaphore(OPENED)
+        self._saving: set[asyncio.Task] = set()
         self.active: dict[str, Stream] = {}
         self.finished: dict[str, Stream] = {}
         self.waiting: list[asyncio.Event] = []
         self.left: dict[str, asyncio.TimerHandle] = {}
 
     async def slot(self, tell: Any) -> bool:
-        """Wait until a stream may begin; False if too many wait already."""
+        """Wait until a stream may begin; False if too many wait already, or the server stops."""
         if len(self.active) < self.limits.sessions and not self.waiting:
             return True
         if len(self.waiting) >= self.limits.queue:
@@ -89,6 +107,8 @@ class Live:
                 turn.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(turn.wait(), 5.0)
+                if self.draining:
+                    return False
             return True
         finally:
             self.waiting.remove(turn)
@@ -111,8 +131,41 @@ class Live:
         if self.active.pop(stream.name, None) is not None:
             self.finished[stream.name] = stream
             while len(self.finished) > KEPT:
-                self.finished.pop(next(iter(self.finished)))
+                self.finished.pop(next(iter(self.finished))).recording.close()
+            if self.record is not None:
+                task = asyncio.create_task(asyncio.to_thread(self._save, stream))
+                self._saving.add(task)
+                task.add_done_callback(self._saving.discard)
         self._next()
+
+    def _save(self, stream: Stream) -> None:
+        try:
+            films.save(stream, self.engine.pipeline.config, self.record)
+        except (OSError, EncodingError) as error:
+            log.error("the film of stream %s is lost: %s", stream.name, error)
+
+    def drain(self) -> None:
+        """Begin nothing new and end all streams; their films are complete."""
+        self.draining = True
+        for stream in list(self.active.values()):
+            stream.stop()
+        self.engine.wake()
+        self._next()
+
+    async def drained(self) -> None:
+        """Wait until all streams have ended and their films are kept."""
+        while self.active or self._saving:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """End everything."""
+        self.drain()
+        await asyncio.to_thread(self.engine.close)
+        for stream in list(self.active.values()):  # those that the engine did not come to
+            self.ended(stream)
+        await asyncio.gather(*self._saving)
+        for stream in self.finished.values():
+            stream.recording.close()
 
     def _next(self) -> None:
         for turn in self.waiting:
@@ -139,18 +192,24 @@ class Live:
 
 
 def make_app(
-    engine: Engine, wardrobe: Wardrobe, guard: Guard, limits: Limits | None = None
+    engine: Engine,
+    wardrobe: Wardrobe,
+    guard: Guard,
+    limits: Limits | None = None,
+    record: Path | None = None,
 ) -> Starlette:
-    """The ASGI app; starting it starts the engine."""
-    live = Live(engine, wardrobe, guard, limits or Limits())
+    """The ASGI app; starting it starts the engine. Arguments as for `Live`, which is its
+    `state.live`.
+    """
+    live = Live(engine, wardrobe, guard, limits or Limits(), record)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        for picture in wardrobe.listed():
+            engine.prepare(picture.name, picture.kind, picture.pixels)
         engine.start()
         yield
-        for stream in list(live.active.values()):
-            stream.stop()
-        await asyncio.to_thread(engine.close)
+        await live.close()
 
     routes = [
         Route("/healthz", _health),
@@ -198,7 +257,10 @@ async def _health(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    engine = _live(request).engine
+    live = _live(request)
+    engine = live.engine
+    if live.draining:
+        return _error(503, "stopping", "the server stops")
     if engine.failed is not None:
         return _error(500, "failed", "the model cannot be compiled; the log says why")
     if not engine.ready.is_set():
@@ -253,11 +315,13 @@ async def _upload(request: Request) -> Response:
         if len(data) > MAX_BYTES:
             return _error(413, "size", f"the picture has more than {MAX_BYTES // 1_000_000} MB")
     try:
-        picture = await asyncio.to_thread(
-            live.wardrobe.add_upload, request.path_params["kind"], bytes(data)
-        )
+        async with live.uploading:  # each is opened in a process of its own
+            picture = await asyncio.to_thread(
+                live.wardrobe.add_upload, request.path_params["kind"], bytes(data)
+            )
     except PictureError as error:
         return _error(415, "picture", str(error))
+    live.engine.prepare(picture.name, picture.kind, picture.pixels)
     return JSONResponse(_described(picture))
 
 
@@ -270,35 +334,29 @@ async def _recording(request: Request) -> Response:
     if refusal := _unknown(request):
         return refusal
     stream = _found(request)
-    packets = stream.shown if stream is not None else []
-    if not packets:
+    if stream is None or not len(stream.shown):
         return _error(404, "stream", "no such stream, or nothing was shown")
-    size, fps = stream.film
+    number, path = tempfile.mkstemp(prefix="chameleon_", suffix=".mp4")
+    done = BackgroundTask(os.unlink, path)
     try:
-        data = await asyncio.to_thread(to_mp4, packets, size, fps)
-    except EncodingError as error:
-        return _error(409, "recording", str(error))
-    name = f'attachment; filename="{stream.name}.mp4"'
-    return Response(data, media_type="video/mp4", headers={"Content-Disposition": name})
+        with open(number, "wb+") as out:
+            await asyncio.to_thread(films.write_film, stream, out)
+    except (OSError, EncodingError) as error:
+        os.unlink(path)
+        return _error(409, "recording", f"the film cannot be written ({type(error).__name__})")
+    return FileResponse(
+        path, media_type="video/mp4", filename=f"{stream.name}.mp4", background=done
+    )
 
 
 async def _manifest(request: Request) -> Response:
     if refusal := _unknown(request):
         return refusal
-    stream = _found(request)
+    live, stream = _live(request), _found(request)
     if stream is None:
         return _error(404, "stream", "no such stream")
-    engine = _live(request).engine
     return JSONResponse(
-        {
-            "version": protocol.VERSION,
-            "chameleon_jax": __version__,
-            "model": engine.pipeline.config.name,
-            "seed": stream.seed,
-            "frames": stream.made,
-            "fps": float(engine.pipeline.config.video.fps),
-            "changes": stream.history,
-        }
+        await asyncio.to_thread(films.manifest, stream, live.engine.pipeline.config)
     )
 
 
@@ -333,7 +391,7 @@ async def _stream(socket: WebSocket) -> None:
         hello = await _hello(socket, live)
         stream = live.back(hello["resume"]) if hello.get("resume") else None
         if stream is None:
-            stream = await _begin(live, hello, emit, tell)
+            stream = await _begin(socket, live, hello, emit, tell)
         else:
             stream.come_back(emit)
         live.engine.wake()
@@ -372,21 +430,58 @@ async def _hello(socket: WebSocket, live: Live) -> dict[str, Any]:
     return hello
 
 
-async def _begin(live: Live, hello: dict[str, Any], emit: Any, tell: Any) -> Stream:
+async def _begin(
+    socket: WebSocket, live: Live, hello: dict[str, Any], emit: Any, tell: Any
+) -> Stream:
     """A new stream, in its slot."""
     try:
         start = _wish(live, hello, None)
     except UserError as error:
         raise _Refused(4400, "refused", str(error)) from None
-    name = secrets.token_hex(12)
     config = live.engine.pipeline.config
     stream = Stream(
-        name, start, int(hello.get("seed", config.seed)), hello.get("codec", "h264"), emit
+        secrets.token_hex(12),
+        start,
+        int(hello.get("seed", config.seed)),
+        hello.get("codec", "h264"),
+        emit,
+        hello.get("paused", False),
     )
-    if not await live.slot(tell):
+    if live.draining:
+        raise _Refused(1012, "stopping", "the server stops")
+    if not await _slot(socket, live, tell):
         raise _Refused(4503, "busy", "too many wait for a stream; try again later")
     live.begin(stream)
     return stream
+
+
+async def _slot(socket: WebSocket, live: Live, tell: Any) -> bool:
+    """Wait for a place, and notice a client that leaves meanwhile."""
+    place = asyncio.create_task(live.slot(tell))
+    try:
+        while True:
+            receive = asyncio.ensure_future(_receive(socket, None))
+            done, _ = await asyncio.wait({place, receive}, return_when=asyncio.FIRST_COMPLETED)
+            if receive in done:
+                match receive.result()["type"]:
+                    case "session.stop":
+                        await tell("session.done", frames=0)
+                        await socket.close()
+                        raise WebSocketDisconnect(1000)
+                    case "session.ping":
+                        await tell("session.pong")
+                    case _:
+                        raise _Refused(4400, "order", "the stream has not started yet")
+            else:
+                receive.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await receive
+            if place in done:
+                return place.result()
+    finally:
+        place.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await place
 
 
 def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
@@ -412,11 +507,13 @@ def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
         prompt=message.get("prompt"),
         mechanisms=mechanisms,
         asked=time.perf_counter(),
+        at=message.get("at"),
+        hold=message.get("hold"),
         **pictures,
     )
 
 
-async def _receive(socket: WebSocket, timeout: float) -> dict[str, Any]:
+async def _receive(socket: WebSocket, timeout: float | None) -> dict[str, Any]:
     """The next message of a client."""
     message = await asyncio.wait_for(socket.receive(), timeout)
     if message["type"] == "websocket.disconnect":
@@ -465,7 +562,8 @@ def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Q
             outbox.put_nowait(("session.pong", {}, None))
         case "session.interaction":
             try:
-                stream.change(_wish(live, message, message["id"]))
+                if not stream.change(_wish(live, message, message["id"])):
+                    raise PictureError("that frame is made already, or too many changes wait")
             except UserError as error:
                 refused = {"code": "refused", "message": str(error)[: protocol.MAX_TEXT]}
                 outbox.put_nowait(("session.error", refused, None))
@@ -479,7 +577,7 @@ async def _send_all(socket: WebSocket, stream: Stream, outbox: asyncio.Queue) ->
     """Hand on what the engine says, until the stream ends."""
     while True:
         type_, values, packets = await outbox.get()
-        if type_ == "session.done" and stream.shown:
+        if type_ == "session.done" and len(stream.shown):
             values = values | {"recording": f"/api/streams/{stream.name}/recording.mp4"}
         await socket.send_text(write_message(type_, **values))
         if packets is not None:

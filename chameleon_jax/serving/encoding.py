@@ -1,8 +1,10 @@
-"""Frames to what a browser plays: H.264 without delay, or JPEG; and packets to a file.
+"""Frames to what a browser plays: H.264 without delay, or JPEG; and packets to a film.
 
 H.264 goes out in Annex B, one packet a frame, nothing held back: no B-frames, no look-ahead. A key
 frame is made where it is asked for, at the start and at every change of garment, and carries the
-parameter sets, so that a decoder can start there. Small pictures are enlarged first: H.264 halves
+parameter sets, so that a decoder can start there. For a browser that has no decoder for packets
+(WebCodecs: only in pages from https or this machine), the same packets are put into fragments of an
+MP4 without end, for Media Source Extensions. Small pictures are enlarged first: H.264 halves
 the resolution of colours, which ruins the patterns of garments on 128x80 pixels.
 
 Needs the extra `serve`.
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -22,7 +26,7 @@ from chameleon_jax.errors import UserError, need
 
 av = need("av", "serve")
 
-CODECS = ("h264", "jpeg")
+CODECS = ("h264", "mp4", "jpeg")  # as a client asks for them
 LEAST_HEIGHT = 256  # of an encoded picture
 CRF = 18
 JPEG_QUALITY = 88
@@ -52,7 +56,7 @@ def enlargement(size: tuple[int, int]) -> int:
 
 
 class Encoder:
-    """Encodes the frames of one stream, in order.
+    """Encodes the frames of one stream, in order, and wraps them for the wire.
 
     Args:
       codec: one of `CODECS`.
@@ -73,6 +77,7 @@ class Encoder:
             raise EncodingError(f"codec is {codec!r}; expected one of {', '.join(CODECS)}")
         self.codec, self._scale = codec, enlargement(size)
         self.size = (size[0] * self._scale, size[1] * self._scale)
+        self._fps, self._sets = fps, b""
         self.name = "jpeg" if codec == "jpeg" else ""
         self._count = 0
         self._context = None if codec == "jpeg" else _x264(self.size, fps)
@@ -90,6 +95,21 @@ class Encoder:
             self._count += 1
         return packets
 
+    def wire(self, first: int, packets: Sequence[Packet], opening: bool) -> list[bytes]:
+        """Packets of the frames from number `first` on, as they are sent.
+
+        Args:
+          first: number of the first frame in the stream.
+          packets: from `encode`.
+          opening: whether they are the first that this client gets.
+
+        Returns:
+          The packets themselves; for `mp4` one piece: the boxes to be appended to a source buffer.
+        """
+        if self.codec != "mp4":
+            return [packet.data for packet in packets]
+        return [fragment(self._sets, first, packets, self._fps, opening)]
+
     def _h264(self, picture: np.ndarray, key: bool) -> Packet:
         frame = to_av(picture, self._count, self._context.pix_fmt)
         if key:
@@ -97,7 +117,7 @@ class Encoder:
         (packet,) = self._context.encode(frame)  # one in, one out
         data = bytes(packet)
         if packet.is_keyframe and not self.name:
-            self.name = codec_name(data)
+            self.name, self._sets = codec_name(data), data
         return Packet(data, bool(packet.is_keyframe))
 
 
@@ -156,30 +176,90 @@ def _jpeg(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def to_mp4(packets: Sequence[Packet], size: tuple[int, int], fps: float) -> bytes:
-    """A film of H.264 packets, as they are: nothing is encoded again.
+def to_mp4(packets: Iterable[Packet], fps: float, out: BinaryIO) -> None:
+    """Write a film of H.264 packets, as they are: nothing is encoded again.
 
     Args:
       packets: in the order in which they were shown; the first one and every one that does not
         follow its predecessor in the stream is a key frame.
-      size: (height, width) of the encoded pictures.
       fps: frames per second.
+      out: a file that can seek.
 
     Raises:
       EncodingError: there is none, or the first is no key frame.
     """
-    if not packets or not packets[0].key:
+    packets = iter(packets)
+    first = next(packets, None)
+    if first is None or not first.key:
         raise EncodingError("a recording begins with a key frame; there is none")
-    rate, buffer = frame_rate(fps), io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+    _mux(first.data, 0, itertools.chain([first], packets), fps, out, {})
+
+
+def jpeg_to_h264(packets: Iterable[Packet], size: tuple[int, int], fps: float) -> Iterable[Packet]:
+    """JPEG packets as H.264, for a film: few players know films of JPEG.
+
+    Args:
+      packets: each of one picture.
+      size: (height, width) of the pictures.
+      fps: frames per second.
+    """
+    context = _x264(size, fps)
+    for number, packet in enumerate(packets):
+        picture = np.asarray(Image.open(io.BytesIO(packet.data), formats=["JPEG"]))
+        (one,) = context.encode(to_av(picture, number, context.pix_fmt))
+        yield Packet(bytes(one), bool(one.is_keyframe))
+
+
+def fragment(
+    sets: bytes, first: int, packets: Sequence[Packet], fps: float, opening: bool
+) -> bytes:
+    """Packets as one fragment of an endless MP4.
+
+    Args:
+      sets: a key packet of the stream, for the parameter sets in it.
+      first: number of the first frame; its time is that of the fragment.
+      packets: of consecutive frames.
+      fps: frames per second.
+      opening: put what opens the MP4 in front of it.
+    """
+    buffer = io.BytesIO()
+    flags = "empty_moov+default_base_moof+frag_keyframe+frag_discont+skip_trailer"
+    options = {"movflags": flags, "use_editlist": "0", "avoid_negative_ts": "disabled"}
+    _mux(sets, first, packets, fps, buffer, options)
+    kinds = (b"ftyp", b"moov", b"moof", b"mdat") if opening else (b"moof", b"mdat")
+    return b"".join(box for box in _boxes(buffer.getvalue()) if box[4:8] in kinds)
+
+
+def _mux(
+    sets: bytes,
+    first: int,
+    packets: Iterable[Packet],
+    fps: float,
+    out: BinaryIO,
+    options: dict[str, str],
+) -> None:
+    rate = frame_rate(fps)
+    # The header of the film takes size and parameter sets from a stream that has them.
+    with (
+        av.open(io.BytesIO(sets), format="h264") as likeness,
+        av.open(out, "w", format="mp4", options=options) as container,
+    ):
+        stream = container.add_stream_from_template(likeness.streams.video[0], opaque=True)
         stream.time_base = 1 / rate
-        for number, one in enumerate(packets):
+        for number, one in enumerate(packets, first):
             packet = av.Packet(one.data)
             packet.stream, packet.time_base = stream, 1 / rate
             packet.pts = packet.dts = number
             packet.duration = 1
             packet.is_keyframe = one.key
             container.mux(packet)
-    return buffer.getvalue()
+
+
+def _boxes(data: bytes) -> list[bytes]:
+    """The outermost boxes of an MP4."""
+    found, at = [], 0
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        found.append(data[at : at + length])
+        at += length
+    return found

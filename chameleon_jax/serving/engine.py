@@ -5,6 +5,9 @@ that does not read, or does not say what it has shown, is waited for. At a chang
 were not shown are taken back (`Session.rewind`) and the stream goes on from the boundary behind the
 last shown frame, so that a change does not wait for a queue.
 
+A stream can also be given changes for frames to come: so a stream is made again, exactly, from what
+was noted about it.
+
 Everything that other threads call only leaves a wish or takes an event; events come through a
 callback, in the engine's thread.
 """
@@ -16,20 +19,23 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from chameleon_jax.inference.pipeline import Pipeline
+from chameleon_jax.inference.pipeline import EncodedPicture, Pipeline
 from chameleon_jax.inference.session import Session, SwitchConfig
-from chameleon_jax.serving.encoding import Encoder, Packet
+from chameleon_jax.serving.encoding import Encoder
+from chameleon_jax.serving.recording import Recording
 
 log = logging.getLogger(__name__)
 
 AHEAD = 2  # chunks that are made and not shown
-MARGIN = 2  # frames behind the last shown one that a player may have handed on already
-MOST_FRAMES = 200_000  # of a recording
+MARGIN = 2  # frames that a client shows while it is not known yet, unless it says `hold`
+ENCODED = 200  # pictures that are kept encoded
+PLANNED = 1000  # changes for frames to come, of one stream
+KINDS = {"person": "reference", "garment": "garment"}  # what a session calls them
 
 Emit = Callable[[str, dict[str, Any], list[bytes] | None], None]
 
@@ -44,6 +50,9 @@ class Wish:
       prompt: text.
       mechanisms: of this and later changes.
       asked: when, in seconds of `time.perf_counter`.
+      at: the frame from which on it counts; None: as soon as possible.
+      hold: the client shows nothing of the chunks that begin at this frame or later before it is
+        answered, so that they can be taken back; None: it goes on showing what it has.
     """
 
     number: int | None = None
@@ -52,12 +61,16 @@ class Wish:
     prompt: str | None = None
     mechanisms: SwitchConfig | None = None
     asked: float = 0.0
+    at: int | None = None
+    hold: int | None = None
 
     def over(self, earlier: Wish | None) -> Wish:
         """Both together; what this one says counts."""
         if earlier is None:
             return self
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if None not in (self.hold, earlier.hold):
+            own["hold"] = min(self.hold, earlier.hold)
         return dataclasses.replace(
             earlier, **{name: value for name, value in own.items() if value is not None}
         )
@@ -71,21 +84,25 @@ class Stream:
       start: the first wish; person, garment and prompt are given.
       seed: of the noise.
       codec: one of `encoding.CODECS`.
+      paused: make nothing before `pause(False)`.
       emit: called in the engine's thread with (type of a message, its values, packets).
 
     Attributes:
       on_end: called in the engine's thread when nothing more will come.
     """
 
-    def __init__(self, name: str, start: Wish, seed: int, codec: str, emit: Emit):
+    def __init__(
+        self, name: str, start: Wish, seed: int, codec: str, emit: Emit, paused: bool = False
+    ):
         self.name, self.seed, self.codec, self.emit = name, seed, codec, emit
         self.start_with = start
         self.on_end: Callable[[], None] = _nothing
         self._next_emit: Emit | None = None
         self._lock = threading.Lock()
         self._wish: Wish | None = None
+        self._plan: list[Wish] = []  # by frame
         self._played = 0
-        self._paused = self._stopped = False
+        self._paused, self._stopped = paused, False
         # Of the engine's thread alone.
         self.session: Session | None = None
         self.encoder: Encoder | None = None
@@ -94,13 +111,25 @@ class Stream:
         self.made = self.index = 0
         self.announced = False
         self.picture, self.fps = (0, 0), 0.0
-        self.packets: list[Packet] = []  # by frame, as far as they are not taken back
-        self.history: list[dict[str, Any]] = []
+        self.recording = Recording()
+        self.history: list[dict[str, Any]] = []  # what took effect, and from which frame on
+        self.pictures: dict[str, np.ndarray] = {}  # in the history, by name
 
-    def change(self, wish: Wish) -> None:
-        """Ask for a change; it joins one that waits."""
+    def change(self, wish: Wish) -> bool:
+        """Ask for a change; it joins one that waits.
+
+        Returns:
+          False: it is for a frame that is there already, or too many wait.
+        """
         with self._lock:
-            self._wish = wish.over(self._wish)
+            if wish.at is None:
+                self._wish = wish.over(self._wish)
+                self._plan.clear()  # who chooses now has another film in mind
+                return True
+            if wish.at < max(self.made, 1) or len(self._plan) >= PLANNED:
+                return False
+            self._plan = sorted([*self._plan, wish], key=lambda one: one.at)
+            return True
 
     def played(self, frame: int) -> None:
         """Frames shown so far; never fewer than before."""
@@ -125,10 +154,11 @@ class Stream:
             self._wish = Wish().over(self._wish)
 
     @property
-    def shown(self) -> list[Packet]:
-        """The packets of the frames that were shown."""
+    def shown(self) -> Recording:
+        """The recording, with all that was shown by now."""
         with self._lock:
-            return self.packets[: self._played]
+            self.recording.shown(self._played)
+        return self.recording
 
     @property
     def film(self) -> tuple[tuple[int, int], float]:
@@ -147,11 +177,32 @@ class Stream:
             wish, self._wish = self._wish, None
             return wish, self._played
 
+    def due(self) -> Wish | None:
+        """What is planned for the frame that is made next."""
+        with self._lock:
+            wish = None
+            while self._plan and self._plan[0].at <= self.made:
+                wish = self._plan.pop(0).over(wish)
+            return wish
+
     def connect(self) -> None:
         """Talk to who has come back from now on."""
         with self._lock:
             if self._next_emit is not None:
                 self.emit, self._next_emit, self.announced = self._next_emit, None, False
+
+    @property
+    def waits(self) -> bool:
+        """Whether a viewer waits for a change."""
+        with self._lock:
+            return self._wish is not None
+
+    def note(self, wish: Wish, frame: int) -> None:
+        """A wish took effect at a frame."""
+        for picture in (wish.person, wish.garment):
+            if picture is not None:
+                self.pictures[picture[0]] = picture[1]
+        self.history.append(_noted(wish, frame))
 
     def hungry(self) -> bool:
         """Whether a chunk is to be made now."""
@@ -164,6 +215,9 @@ class Stream:
 
 class Engine:
     """Makes the chunks of all streams, in turn, in a thread of its own.
+
+    Pictures that are told to `prepare` are encoded between chunks, so that a change to one of them
+    costs no encoding.
 
     Args:
       pipeline: the model.
@@ -180,6 +234,8 @@ class Engine:
         self.failed: BaseException | None = None
         self.figures = collections.Counter()
         self._streams: list[Stream] = []
+        self._encoded: collections.OrderedDict[str, EncodedPicture] = collections.OrderedDict()
+        self._to_encode: dict[str, tuple[str, np.ndarray]] = {}
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -203,6 +259,13 @@ class Engine:
         with self._wake:
             self._streams.append(stream)
             self._wake.notify_all()
+
+    def prepare(self, name: str, kind: str, pixels: np.ndarray) -> None:
+        """Encode a picture when there is time; `kind` is one of `KINDS`."""
+        with self._wake:
+            if name not in self._encoded and len(self._to_encode) < ENCODED:
+                self._to_encode[name] = (KINDS[kind], pixels)
+                self._wake.notify_all()
 
     def wake(self) -> None:
         """Look again whether something is to be done; call it after a stream was told something."""
@@ -228,12 +291,16 @@ class Engine:
         turn = 0
         while True:
             with self._wake:
-                while not self._closing and not any(map(_to_do, self._streams)):
+                while not (self._closing or self._to_encode or any(map(_to_do, self._streams))):
                     self._wake.wait(timeout=1.0)
                 streams = list(self._streams)
                 if self._closing and not streams:
                     return
+            if not any(stream.waits for stream in streams):
+                self._encode_one()
             turn += 1
+            if not streams:
+                continue
             for stream in streams[turn % len(streams) :] + streams[: turn % len(streams)]:
                 if stream.stopped:
                     self._end(stream)
@@ -251,6 +318,28 @@ class Engine:
         session.switch_garment(blank)
         session.next_chunk()
         session.rewind(0)
+
+    def _encode_one(self) -> None:
+        """Encode one of the pictures that wait for it."""
+        with self._wake:
+            if not self._to_encode:
+                return
+            name = next(iter(self._to_encode))
+            kind, pixels = self._to_encode.pop(name)
+        try:
+            self._encoded[name] = self.pipeline.encode_picture(kind, pixels)
+        except Exception:  # a change to it will encode it, and say why it cannot
+            log.exception("a picture cannot be encoded ahead")
+        while len(self._encoded) > ENCODED:
+            self._encoded.popitem(last=False)
+
+    def _best(self, picture: tuple[str, np.ndarray]) -> Any:
+        """A picture for a session: encoded, if it is."""
+        name, pixels = picture
+        if name not in self._encoded:
+            return pixels
+        self._encoded.move_to_end(name)
+        return self._encoded[name]
 
     def _guarded(self, stream: Stream) -> None:
         """Make a chunk; a fault ends this stream and no other."""
@@ -280,8 +369,14 @@ class Engine:
         wish, played = stream.take()
         while stream.chunks and stream.chunks[0][0] < played:
             stream.chunks.popleft()
+        stream.recording.shown(played)
         if wish is not None:
-            self._apply(stream, wish, played)
+            loose = played + MARGIN if played else 0
+            self._rewind(stream, loose if wish.hold is None else max(wish.hold, played))
+        else:
+            wish = stream.due()
+        if wish is not None:
+            self._apply(stream, wish)
         begin = time.perf_counter()
         first = stream.session.frames
         frames = stream.session.next_chunk()
@@ -290,20 +385,28 @@ class Engine:
         encoded = time.perf_counter()
         stream.made = first + len(frames)
         stream.chunks.append((first, stream.index))
-        if len(stream.packets) < MOST_FRAMES:
-            stream.packets += packets
+        stream.recording.add(packets)
+        timing = stream.session.timings.pop()
+        stream.session.timings.clear()
+        opening = not stream.announced
         self.figures["chunks"] += 1
         self.figures["frames"] += len(frames)
-        if not stream.announced:
+        if opening:
             height, width = stream.encoder.size
             start = {"codec": stream.encoder.name, "width": width, "height": height}
+            start["format"] = stream.encoder.codec
             stream.emit("video.start", start | {"fps": stream.fps, "first_frame": first}, None)
             stream.announced = True
         if wish is not None and wish.number is not None:
-            waited, took = 1000 * (begin - wish.asked), 1000 * (made - begin)
-            applied = {"id": wish.number, "first_frame": first}
-            stream.emit("session.applied", applied | {"waited_ms": waited, "made_ms": took}, None)
-            stream.history.append(_noted(wish, first))
+            applied = {
+                "id": wish.number,
+                "first_frame": first,
+                "waited_ms": 1000 * (begin - wish.asked),
+                "refresh_ms": 1000 * timing.switch,
+                "made_ms": 1000 * (made - begin),
+            }
+            stream.emit("session.applied", applied, None)
+            stream.note(wish, first)
         header = {
             "index": stream.index,
             "first_frame": first,
@@ -313,34 +416,42 @@ class Engine:
             "made_ms": 1000 * (made - begin),
             "encoded_ms": 1000 * (encoded - made),
         }
-        stream.emit("video.chunk", header, [packet.data for packet in packets])
+        stream.emit("video.chunk", header, stream.encoder.wire(first, packets, opening))
         stream.index += 1
 
     def _open(self, stream: Stream) -> None:
         start = stream.start_with
-        stream.session = self.pipeline.session(start.mechanisms, keep=AHEAD + 1)
+        stream.session = self.pipeline.session(start.mechanisms, measure=True, keep=AHEAD + 1)
         stream.encoder = Encoder(stream.codec, self.pipeline.size, self.pipeline.config.video.fps)
         stream.picture, stream.fps = stream.encoder.size, float(self.pipeline.config.video.fps)
-        stream.session.start(start.person[1], start.garment[1], start.prompt or "", stream.seed)
-        stream.history.append(_noted(start, 0))
+        stream.session.start(
+            self._best(start.person), self._best(start.garment), start.prompt or "", stream.seed
+        )
+        stream.note(start, 0)
 
-    def _apply(self, stream: Stream, wish: Wish, played: int) -> None:
-        """Take back what was not shown, and post the change."""
+    def _rewind(self, stream: Stream, frame: int) -> None:
+        """Take back the chunks that begin at a frame or later."""
+        frame = stream.session.rewind(frame)
+        if frame == stream.made:
+            return
+        self.figures["taken_back"] += stream.made - frame
+        stream.made = frame
+        stream.recording.take_back(frame)
+        while stream.chunks and stream.chunks[-1][0] >= frame:
+            stream.chunks.pop()
+        for change in stream.history:  # those that had been applied in them wait again
+            change["frame"] = min(change["frame"], frame)
+        stream.emit("session.flush", {"from_frame": frame}, None)
+
+    def _apply(self, stream: Stream, wish: Wish) -> None:
+        """Post a change."""
         session = stream.session
-        frame = session.rewind(played + MARGIN if played else 0)
-        if frame < stream.made:
-            self.figures["taken_back"] += stream.made - frame
-            stream.made = frame
-            del stream.packets[frame:]
-            while stream.chunks and stream.chunks[-1][0] >= frame:
-                stream.chunks.pop()
-            stream.emit("session.flush", {"from_frame": frame}, None)
         if wish.mechanisms is not None:
             session.mechanisms = wish.mechanisms
         if wish.person is not None:
-            session.switch_reference(wish.person[1])
+            session.switch_reference(self._best(wish.person))
         if wish.garment is not None:
-            session.switch_garment(wish.garment[1])
+            session.switch_garment(self._best(wish.garment))
             stream.worn = wish.garment[0]
         if wish.prompt is not None:
             session.switch_prompt(wish.prompt)
@@ -355,7 +466,7 @@ def _to_do(stream: Stream) -> bool:
     return stream.stopped or stream.hungry()
 
 
-def _noted(wish: Wish, frame: int) -> Mapping[str, Any]:
+def _noted(wish: Wish, frame: int) -> dict[str, Any]:
     """A wish as the manifest of a recording says it."""
     found: dict[str, Any] = {"frame": frame}
     for name in ("person", "garment"):

@@ -89,7 +89,7 @@ class Field:
 
 
 MECHANISMS = ("refresh", "withdraw", "disentangle")
-CODECS = ("h264", "jpeg")
+CODECS = ("h264", "mp4", "jpeg")
 
 _NAME = Field("string", most=MAX_NAME)
 _TEXT = Field("string", most=MAX_TEXT)
@@ -111,6 +111,7 @@ CLIENT: dict[str, dict[str, Field]] = {
         "seed": Field("integer", most=2**32 - 1),
         "codec": Field("string", most=MAX_NAME, choices=CODECS),
         "mechanisms": Field("words", choices=MECHANISMS),
+        "paused": Field("boolean"),  # make nothing before `session.resume`
         "resume": _NAME,  # a stream that was left a moment ago
     },
     "session.interaction": {
@@ -119,6 +120,9 @@ CLIENT: dict[str, dict[str, Field]] = {
         "person": _NAME,
         "prompt": _TEXT,
         "mechanisms": Field("words", choices=MECHANISMS),
+        "at": Field("integer", least=1),  # the frame from which on it counts
+        # Nothing of the chunks that begin here or later is shown before it is answered.
+        "hold": Field("integer"),
     },
     "session.played": {"frame": _needed(_FRAME)},
     "session.pause": {},
@@ -131,6 +135,7 @@ SERVER: dict[str, dict[str, Field]] = {
     "session.ready": {"session": _needed(_NAME)},
     "video.start": {
         "codec": _needed(Field("string", most=MAX_NAME)),
+        "format": _needed(Field("string", most=MAX_NAME, choices=CODECS)),
         "width": _needed(_FRAME),
         "height": _needed(_FRAME),
         "fps": _needed(_NUMBER),
@@ -150,6 +155,7 @@ SERVER: dict[str, dict[str, Field]] = {
         "id": _needed(_FRAME),
         "first_frame": _needed(_FRAME),
         "waited_ms": _needed(_NUMBER),
+        "refresh_ms": _needed(_NUMBER),
         "made_ms": _needed(_NUMBER),
     },
     "session.flush": {"from_frame": _needed(_FRAME)},

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import subprocess
@@ -298,6 +299,36 @@ def test_switch_before_the_first_chunk_equals_starting_with_it(pipeline):
     session = started(pipeline)
     session.switch_garment(SHIRT)
     assert same(chunks(session, 2), chunks(started(pipeline, garment=SHIRT), 2))
+
+
+def test_a_picture_encoded_ahead_gives_the_same_bits(pipeline, tmp_path):
+    person = pipeline.encode_picture("reference", PERSON)
+    dress, shirt = (pipeline.encode_picture("garment", one) for one in (DRESS, SHIRT))
+    plain, ahead = started(pipeline), Session(pipeline)
+    ahead.start(person, dress, "she walks", 0)
+    assert same(chunks(plain, 2), chunks(ahead, 2))
+    plain.switch_garment(SHIRT)
+    ahead.switch_garment(shirt)
+    ahead.snapshot().save(tmp_path / "waiting.safetensors")  # while the picture waits
+    expected = chunks(plain, 2)
+    assert same(expected, chunks(ahead, 2))
+    again = pipeline.session()
+    again.restore(Snapshot.load(tmp_path / "waiting.safetensors"))
+    assert same(expected, chunks(again, 2))
+
+
+def test_a_picture_that_was_encoded_as_something_else_is_refused(pipeline):
+    with pytest.raises(PipelineError, match="kind 'shoe'"):
+        pipeline.encode_picture("shoe", DRESS)
+    session = started(pipeline)
+    with pytest.raises(SessionError, match="encoded reference .* expected a garment"):
+        session.switch_garment(pipeline.encode_picture("reference", PERSON))
+    large = dataclasses.replace(
+        pipeline.encode_picture("garment", DRESS), pixels=np.zeros((80, 60, 3), np.uint8)
+    )
+    with pytest.raises(SessionError, match=r"\(80, 60\) pixels; expected"):
+        session.switch_garment(large)
+    assert session.switches == []
 
 
 def test_long_stream_keeps_its_cache_and_compiles_once():

@@ -3,18 +3,21 @@ leave."""
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import threading
 import time
 
+import av
 import pytest
+from PIL import Image
 from starlette.websockets import WebSocketDisconnect
 
 from chameleon_jax.data.video import read_clip
 from chameleon_jax.serving import app as serving
 from chameleon_jax.serving import protocol
-from chameleon_jax.serving.engine import AHEAD
+from chameleon_jax.serving.engine import AHEAD, MARGIN
 from tests.serving.client import BEARER, ORIGIN, Server, Viewer
 
 
@@ -80,7 +83,7 @@ def test_a_change_is_seen_from_the_frame_that_is_named(server):
         done["recording"].replace("recording.mp4", "manifest.json"), headers=BEARER
     ).json()
     assert manifest["changes"][1]["frame"] == applied["first_frame"]
-    assert manifest["seed"] == 1 and manifest["frames"] == done["frames"]
+    assert manifest["seed"] == 1 and manifest["frames"] == viewer.shown
     assert server.client.get(done["recording"]).status_code == 401
     assert server.client.get("/api/streams/x/recording.mp4", headers=BEARER).status_code == 404
 
@@ -126,6 +129,153 @@ def test_a_recording_ends_with_what_was_shown(server):
     assert done["frames"] > viewer.shown
     film = server.client.get(done["recording"], headers=BEARER)
     assert len(read_clip(film.content).frames) == viewer.shown
+
+
+def film(server, **start):
+    """A stream with three changes, the second one hard behind the first; and its manifest."""
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start(**start)
+        viewer.until("video.chunk")
+        viewer.until("video.chunk", play=False)
+        viewer.say("session.interaction", id=1, garment=server.names["shirt"], prompt="she sits")
+        viewer.until("session.applied", play=False)
+        viewer.say("session.interaction", id=2, garment=server.names["coat"])
+        viewer.until("session.applied", play=False)
+        for _ in range(2):
+            viewer.until("video.chunk")
+        words = ["refresh", "disentangle"]
+        viewer.say("session.interaction", id=3, person=server.names["person"], mechanisms=words)
+        viewer.until("session.applied")
+        viewer.until("video.chunk")
+        viewer.say("session.stop")
+        done = viewer.until("session.done", play=False)
+    path = done["recording"].replace("recording.mp4", "manifest.json")
+    return viewer, server.client.get(path, headers=BEARER).json()
+
+
+def test_a_stream_is_made_again_from_its_manifest(server):
+    first, manifest = film(server, codec="jpeg")
+    assert manifest["frames"] == first.shown and not manifest["cut"]
+    start, *changes = manifest["changes"]
+    assert [sorted(one) for one in changes] == [
+        ["frame", "garment", "prompt"],
+        ["frame", "garment"],
+        ["frame", "mechanisms", "person"],
+    ]
+    # The change that was taken back before it was seen came with the one that followed.
+    assert changes[0]["frame"] == changes[1]["frame"] < changes[2]["frame"]
+    assert set(manifest["pictures"]) == {
+        one[kind] for one in manifest["changes"] for kind in ("person", "garment") if kind in one
+    }
+    with server.connect() as socket:
+        again = Viewer(socket, server).start(
+            codec="jpeg", paused=True, seed=manifest["seed"], garment=start["garment"]
+        )
+        again.until("session.ready")
+        for number, change in enumerate(changes):
+            change = {"at": change["frame"]} | change
+            del change["frame"]
+            if "mechanisms" in change:
+                change["mechanisms"] = [
+                    word for word in protocol.MECHANISMS if change["mechanisms"][word]
+                ]
+            again.say("session.interaction", id=number, **change)
+        again.say("session.resume")
+        while again.shown < first.shown:
+            again.until("video.chunk")
+        again.say("session.interaction", id=9, at=3, garment=server.names["shirt"])
+        assert "made already" in again.until("session.error")["message"]
+        again.say("session.stop")
+        again.until("session.done")
+    for number in range(first.shown):
+        assert first.frames[number] == again.frames[number], f"frame {number} differs"
+
+
+def test_the_pictures_of_a_manifest_are_those_of_the_stream(server):
+    _, manifest = film(server)
+    for name, url in manifest["pictures"].items():
+        kind, data = name.split("_")[0], base64.b64decode(url.partition(",")[2])
+        done = server.client.put(f"/api/pictures/{kind}", content=data, headers=BEARER)
+        assert done.json()["name"] == name  # so another server knows them, too
+
+
+def test_who_chooses_now_has_another_film_in_mind(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start(paused=True)
+        viewer.until("session.ready")
+        viewer.say("session.interaction", id=1, at=40, garment=server.names["shirt"])
+        viewer.say("session.interaction", id=2, garment=server.names["coat"])
+        viewer.say("session.resume")
+        while viewer.shown < 80:
+            assert viewer.until("video.chunk")["garment"] == server.names["coat"]
+        viewer.say("session.stop")
+        viewer.until("session.done")
+
+
+def test_a_stream_for_media_source_extensions(server):
+    viewer, manifest = film(server, codec="mp4")
+    kinds = [piece[4:8] for piece in viewer.pieces]
+    assert kinds[0] == b"ftyp" and set(kinds[1:]) == {b"moof"}
+    start = next(m for m in viewer.messages if m["type"] == "video.start")
+    assert start["codec"].startswith("avc1.") and start["format"] == "mp4"
+    chunk = next(m for m in viewer.messages if m["type"] == "video.chunk")
+    with av.open(io.BytesIO(viewer.pieces[0])) as container:
+        assert len(list(container.decode(video=0))) == chunk["frames"]
+    name = next(m for m in viewer.messages if m["type"] == "session.ready")["session"]
+    found = server.client.get(f"/api/streams/{name}/recording.mp4", headers=BEARER)
+    assert len(read_clip(found.content).frames) == manifest["frames"]
+
+
+def test_single_pictures_make_a_film_too(server):
+    viewer, manifest = film(server, codec="jpeg")
+    name = next(m for m in viewer.messages if m["type"] == "session.ready")["session"]
+    found = server.client.get(f"/api/streams/{name}/recording.mp4", headers=BEARER)
+    with av.open(io.BytesIO(found.content)) as container:
+        assert container.streams.video[0].codec.name == "h264"
+        assert len(list(container.decode(video=0))) == manifest["frames"] == viewer.shown
+
+
+def test_films_are_kept_in_a_folder(pipeline, pictures, tmp_path):
+    with Server(pipeline, pictures, record=tmp_path) as server:
+        viewer, _ = film(server)
+        with server.connect() as socket:  # runs when the server stops
+            late = Viewer(socket, server).start()
+            late.until("video.chunk")
+            late.until("video.chunk")
+    films = sorted(tmp_path.glob("*.mp4"))
+    assert len(films) == 2 and len(list(tmp_path.iterdir())) == 4
+    found = {len(read_clip(one.read_bytes()).frames) for one in films}
+    assert viewer.shown in found and min(found) >= 9
+    manifest = json.loads(films[0].with_suffix(".json").read_text())
+    assert manifest["frames"] in found and manifest["changes"][0]["frame"] == 0
+
+
+def test_a_picture_is_encoded_before_it_is_chosen(server, monkeypatch):
+    server.wait_for(lambda: len(server.engine._encoded) == 4)
+    encoded = []
+    encode = server.engine.pipeline.media.encode_image
+
+    def counted(pixels):
+        encoded.append(pixels)
+        return encode(pixels)
+
+    monkeypatch.setattr(server.engine.pipeline.media, "encode_image", counted)
+    data = io.BytesIO()
+    Image.new("RGB", (48, 64), "teal").save(data, "PNG")
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        assert encoded == []
+        done = server.client.put(
+            "/api/pictures/garment", content=data.getvalue(), headers=BEARER
+        ).json()
+        server.wait_for(lambda: done["name"] in server.engine._encoded)
+        assert len(encoded) == 1
+        viewer.say("session.interaction", id=1, garment=done["name"])
+        viewer.until("session.applied")
+        assert len(encoded) == 2  # the last frame, which is the new reference
+        viewer.say("session.stop")
+        viewer.until("session.done")
 
 
 def test_the_last_of_many_changes_wins(server):
@@ -252,8 +402,53 @@ def test_others_wait_in_a_queue(pipeline, pictures):
             second.until("session.done")
 
 
+def test_who_leaves_the_queue_is_not_waited_for(pipeline, pictures):
+    with Server(pipeline, pictures) as server, server.connect() as one:
+        Viewer(one, server).start().until("video.chunk")
+        with server.connect() as two:
+            Viewer(two, server).start().until("session.queued")
+            with server.connect() as three:
+                third = Viewer(three, server).start()
+                assert third.until("session.queued")["position"] == 2
+                third.say("session.ping")
+                third.until("session.pong")
+                two.close()
+                while third.until("session.queued")["position"] != 1:
+                    pass
+                assert len(server.live.waiting) == 1
+                third.say("session.stop")
+                assert third.until("session.done")["frames"] == 0
+                server.wait_for(lambda: not server.live.waiting)
+
+
+def test_one_who_says_nothing_is_sent_away(pipeline, pictures, monkeypatch):
+    monkeypatch.setattr(serving, "IDLE", 0.5)
+    with Server(pipeline, pictures) as server, server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk", play=False)
+        while viewer.next()["type"] != "session.error":
+            pass
+        assert viewer.messages[-1]["code"] == "idle"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            viewer.until("session.done")
+        assert closed.value.code == 4408
+        server.wait_for(lambda: not server.live.active)
+
+
+def test_nothing_begins_while_the_server_stops(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        server.live.drain()
+        assert server.client.get("/readyz").status_code == 503
+        viewer.until("session.done")
+    with server.connect() as socket:
+        Viewer(socket, server).start()
+        assert json.loads(socket.receive_text())["code"] == "stopping"
+
+
 def test_two_streams_share_the_device_and_do_not_mix(pipeline, pictures):
-    def film(server, seed, garment):
+    def run_film(server, seed, garment):
         with server.connect() as socket:
             viewer = Viewer(socket, server).start(seed=seed, garment=server.names[garment])
             while len(viewer.frames) < 30:
@@ -263,11 +458,11 @@ def test_two_streams_share_the_device_and_do_not_mix(pipeline, pictures):
         return [viewer.frames[number] for number in range(30)]
 
     with Server(pipeline, pictures, sessions=2) as server:
-        alone = film(server, 1, "dress"), film(server, 2, "coat")
+        alone = run_film(server, 1, "dress"), run_film(server, 2, "coat")
         found: dict[int, list] = {}
 
         def run(seed, garment):
-            found[seed] = film(server, seed, garment)
+            found[seed] = run_film(server, seed, garment)
 
         threads = [threading.Thread(target=run, args=args) for args in ((1, "dress"), (2, "coat"))]
         for thread in threads:
@@ -318,5 +513,18 @@ def test_a_pause_stops_and_goes_on(server):
         assert server.engine.figures["chunks"] == made
         viewer.say("session.resume")
         viewer.until("video.chunk")
+        viewer.say("session.stop")
+        viewer.until("session.done")
+
+
+def test_a_client_without_hold_loses_at_most_what_it_did_not_tell(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        for _ in range(2):
+            viewer.until("video.chunk", play=False)
+        socket.send_json({"type": "session.interaction", "id": 1, "garment": server.names["coat"]})
+        applied = viewer.until("session.applied", play=False)
+        assert applied["first_frame"] >= viewer.shown + MARGIN
         viewer.say("session.stop")
         viewer.until("session.done")

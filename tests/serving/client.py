@@ -21,7 +21,7 @@ ORIGIN = {"origin": HOST}
 class Server:
     """A server in this process."""
 
-    def __init__(self, pipeline, pictures, **limits):
+    def __init__(self, pipeline, pictures, record=None, **limits):
         self.wardrobe = Wardrobe(pipeline.size)
         self.names = {
             name: self.wardrobe.add_file(
@@ -32,7 +32,7 @@ class Server:
         self.engine = Engine(pipeline)
         limits = {"starts": Rate(10_000, 60.0), "uploads": Rate(1000, 60.0)} | limits
         self.app = make_app(
-            self.engine, self.wardrobe, Guard(TOKEN, ["testserver"]), Limits(**limits)
+            self.engine, self.wardrobe, Guard(TOKEN, ["testserver"]), Limits(**limits), record
         )
         self.live = self.app.state.live
 
@@ -65,8 +65,11 @@ class Viewer:
     def __init__(self, socket, server):
         self.socket, self.server = socket, server
         self.frames: dict[int, bytes] = {}
+        self.pieces: list[bytes] = []  # of an MP4
+        self.format = ""
         self.messages: list[dict] = []
         self.shown = 0
+        self.holds = False
 
     def start(self, **changes):
         self.socket.send_json(self.server.hello(**changes))
@@ -77,11 +80,19 @@ class Viewer:
         message = json.loads(self.socket.receive_text())
         protocol.check_message(message, protocol.SERVER)
         self.messages.append(message)
+        if message["type"] == "video.start":
+            self.format = message["format"]
         if message["type"] == "video.chunk":
             packets = protocol.unpack(self.socket.receive_bytes())
+            if self.format == "mp4":
+                assert len(packets) == 1
+                self.pieces.append(packets[0])
+                return message
             assert len(packets) == message["frames"]
             for number, packet in enumerate(packets):
                 self.frames[message["first_frame"] + number] = packet
+        if message["type"] in ("session.flush", "session.applied", "session.error"):
+            self.holds = False
         if message["type"] == "session.flush":
             assert message["from_frame"] >= self.shown, "a frame that was shown was taken back"
             for frame in [x for x in self.frames if x >= message["from_frame"]]:
@@ -98,8 +109,13 @@ class Viewer:
         raise AssertionError(f"no {type_} among {[m['type'] for m in self.messages[-20:]]}")
 
     def play(self, frame):
+        if self.holds:
+            return
         self.shown = max(self.shown, frame)
         self.socket.send_json({"type": "session.played", "frame": self.shown})
 
     def say(self, type_, **values):
+        if type_ == "session.interaction" and "at" not in values:
+            values.setdefault("hold", self.shown)
+            self.holds = True
         self.socket.send_json({"type": type_, **values})

@@ -32,7 +32,7 @@ def test_messages_are_read_as_they_are():
         ({"seed": -1}, "seed: expected a whole number from 0"),
         ({"seed": True}, "seed: expected a whole number"),
         ({"seed": 1.5}, "seed: expected a whole number"),
-        ({"codec": "vp9"}, "codec: expected one of h264, jpeg"),
+        ({"codec": "vp9"}, "codec: expected one of h264, mp4, jpeg"),
         ({"mechanisms": ["hope"]}, "mechanisms: expected a list of some of refresh"),
         ({"prompt": "\ud800"}, "prompt: expected text without surrogates"),
         ({"extra": 1}, "session.start: unknown key 'extra'"),
