@@ -29,7 +29,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -184,18 +184,24 @@ class Session:
         while True:
             yield self.next_chunk()
 
-    def next_chunk(self) -> np.ndarray:
+    def next_chunk(self, called_off: Callable[[], bool] | None = None) -> np.ndarray | None:
         """Let the waiting switches take effect, make one chunk and hand it out.
+
+        Args:
+          called_off: asked before the chunk is decoded; True: it is not wanted any more, and the
+            session is as it was before this call. Needs a session with `keep`.
 
         Returns:
           Frames uint8 [t, h, w, 3]. t is 4 times the latent frames of a chunk, 3 less at the start
-          of a clip, and one less again where the repeated frame is dropped.
+          of a clip, and one less again where the repeated frame is dropped. None: called off.
 
         Raises:
-          SessionError: not started, or an earlier chunk failed.
+          SessionError: not started, or an earlier chunk failed; or nothing is kept to go back to.
           PositionError: absolute positions, and the clip has become longer than they reach. The
             stream stays: a switch that withdraws the history lets it go on.
         """
+        if called_off is not None and not self._marks.maxlen:
+            raise SessionError("a session with keep=0 cannot call a chunk off; make it with keep=1")
         with self._chunk_lock:
             state = self._started()
             with self._lock:
@@ -204,9 +210,11 @@ class Session:
                 pending, self._pending = self._pending, {}
             try:
                 self._mark(state, pending)
-                frames = self._make_chunk(
-                    state, {kind: content for kind, (_, content) in pending.items()}
-                )
+                switched = {kind: content for kind, (_, content) in pending.items()}
+                frames = self._make_chunk(state, switched, called_off)
+                if frames is None:
+                    self._go_back(state, [self._marks.pop()])
+                    return None
             except BaseException:
                 self._stop()  # the caches may have been consumed
                 raise
@@ -239,19 +247,8 @@ class Session:
             taken = []
             while self._marks and self._marks[-1].frames >= frame:
                 taken.append(self._marks.pop())
-                self._restore(state, taken[-1])
+            self._go_back(state, taken)
             with self._lock:
-                waiting: dict[str, tuple[Switch, Any]] = {}
-                for mark in reversed(taken):
-                    waiting |= mark.pending
-                for switch, _ in waiting.values():
-                    switch.effective = None
-                for kind, (switch, _) in waiting.items():
-                    if kind in self._pending:
-                        switch.superseded = True
-                self._pending = waiting | self._pending
-                if taken:
-                    self._frames = taken[-1].frames
                 return self._frames
 
     def switch_garment(self, garment: Any) -> Switch:
@@ -447,10 +444,15 @@ class Session:
             self._switches.append(switch)
             return switch
 
-    def _make_chunk(self, state: _State, switched: Mapping[str, Any]) -> np.ndarray:
+    def _make_chunk(
+        self,
+        state: _State,
+        switched: Mapping[str, Any],
+        called_off: Callable[[], bool] | None,
+    ) -> np.ndarray | None:
         """Apply the switches, make a chunk, bring `state` up to date.
 
-        Returns the frames to hand out.
+        Returns the frames to hand out; None if the chunk was called off.
         """
         begin = time.perf_counter()
         repeats = self._apply(state, switched) if switched else False
@@ -459,6 +461,10 @@ class Session:
             state.cache, state.text_kv, state.seed, state.chunk
         )
         denoised = self._wait(latents)
+        if called_off is not None:
+            jax.block_until_ready(latents)
+            if called_off():
+                return None
         decoder, state.decoder = state.decoder, None  # donated
         shown, state.decoder = self._media.decode(latents, decoder)
         frames = np.array(shown)
@@ -531,6 +537,18 @@ class Session:
         for field in dataclasses.fields(_State):
             setattr(state, field.name, getattr(mark.before, field.name))
         state.cache = cache.replace(state=mark.counters)
+
+    def _go_back(self, state: _State, taken: Sequence[_Mark]) -> None:
+        """Take back the chunks of some marks, the last one first."""
+        for mark in taken:
+            self._restore(state, mark)
+        with self._lock:
+            for mark in taken:
+                for kind, (switch, _) in mark.pending.items():
+                    switch.effective = None
+                    switch.superseded |= kind in self._pending  # what was asked for later counts
+                self._pending = mark.pending | self._pending
+                self._frames = mark.frames
 
     def _wait(self, value: Any) -> float:
         if self._measure:

@@ -275,7 +275,7 @@ async def _metrics(request: Request) -> Response:
         "chameleon_waiting": ("gauge", len(live.waiting)),
         "chameleon_ready": ("gauge", int(live.engine.ready.is_set())),
     }
-    for name in ("chunks", "frames", "taken_back", "changes", "failed"):
+    for name in ("chunks", "frames", "taken_back", "called_off", "changes", "failed"):
         figures[f"chameleon_{name}_total"] = ("counter", live.engine.figures[name])
     lines = []
     for name, (kind, value) in figures.items():
@@ -389,11 +389,14 @@ async def _stream(socket: WebSocket) -> None:
 
     try:
         hello = await _hello(socket, live)
-        stream = live.back(hello["resume"]) if hello.get("resume") else None
-        if stream is None:
-            stream = await _begin(socket, live, hello, emit, tell)
-        else:
+        if hello.get("resume"):
+            back = live.back(hello["resume"])
+            if back is None:
+                raise _Refused(4404, "gone", "that stream has ended, or another client has it")
+            stream = back
             stream.come_back(emit)
+        else:
+            stream = await _begin(socket, live, hello, emit, tell)
         live.engine.wake()
         await tell("session.ready", session=stream.name)
         sender = asyncio.create_task(_send_all(socket, stream, outbox))

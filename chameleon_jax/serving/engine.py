@@ -64,6 +64,12 @@ class Wish:
     at: int | None = None
     hold: int | None = None
 
+    def begins(self, played: int) -> int:
+        """The first frame that it may change, if so many were shown."""
+        if self.hold is not None:
+            return max(self.hold, played)
+        return played + MARGIN if played else 0
+
     def over(self, earlier: Wish | None) -> Wish:
         """Both together; what this one says counts."""
         if earlier is None:
@@ -109,7 +115,7 @@ class Stream:
         self.worn = start.garment[0] if start.garment else ""
         self.chunks: collections.deque[tuple[int, int]] = collections.deque()  # first frame, index
         self.made = self.index = 0
-        self.announced = False
+        self.announced = self.called_off = False
         self.picture, self.fps = (0, 0), 0.0
         self.recording = Recording()
         self.history: list[dict[str, Any]] = []  # what took effect, and from which frame on
@@ -176,6 +182,21 @@ class Stream:
         with self._lock:
             wish, self._wish = self._wish, None
             return wish, self._played
+
+    def wish_again(self, wish: Wish | None) -> None:
+        """What was to take effect in a chunk that was called off."""
+        if wish is not None:
+            with self._lock:
+                self._wish = wish if self._wish is None else self._wish.over(wish)
+
+    def unwanted(self, first: int) -> bool:
+        """Whether a chunk that begins at a frame would be taken back, or never be seen."""
+        with self._lock:
+            if self._stopped:
+                return True
+            if self.called_off:  # never twice in a row: who changes all the time sees something
+                return False
+            return self._wish is not None and first >= self._wish.begins(self._played)
 
     def due(self) -> Wish | None:
         """What is planned for the frame that is made next."""
@@ -371,15 +392,19 @@ class Engine:
             stream.chunks.popleft()
         stream.recording.shown(played)
         if wish is not None:
-            loose = played + MARGIN if played else 0
-            self._rewind(stream, loose if wish.hold is None else max(wish.hold, played))
+            self._rewind(stream, wish.begins(played))
         else:
             wish = stream.due()
         if wish is not None:
             self._apply(stream, wish)
         begin = time.perf_counter()
         first = stream.session.frames
-        frames = stream.session.next_chunk()
+        frames = stream.session.next_chunk(lambda: stream.unwanted(first))
+        stream.called_off = frames is None
+        if frames is None:
+            self.figures["called_off"] += 1
+            stream.wish_again(wish)
+            return
         made = time.perf_counter()
         packets = stream.encoder.encode(frames, key=wish is not None)
         encoded = time.perf_counter()

@@ -619,6 +619,36 @@ def test_a_switch_that_was_not_shown_yet_waits_again(pipeline):
     assert second.effective == prompt.effective == frames
 
 
+def test_of_two_switches_that_were_not_shown_the_later_one_waits(pipeline):
+    session = Session(pipeline, keep=3)
+    session.start(PERSON, DRESS, "", 0)
+    session.next_chunk()
+    frames = session.frames
+    first = session.switch_garment(SHIRT)
+    session.next_chunk()
+    second = session.switch_garment(COAT)
+    session.next_chunk()
+    assert session.rewind(frames) == frames
+    assert first.superseded and not second.superseded
+    assert first.effective is None and second.effective is None
+    session.next_chunk()
+    assert first.effective is None and second.effective == frames
+
+
+def test_a_chunk_that_was_called_off_was_never_begun(pipeline):
+    plain, session = started(pipeline), Session(pipeline, keep=1)
+    session.start(PERSON, DRESS, "she walks", 0)
+    assert session.next_chunk(lambda: True) is None and session.frames == 0
+    assert same(chunks(plain, 2), [session.next_chunk(lambda: False) for _ in range(2)])
+    for one in (plain, session):
+        one.switch_garment(SHIRT)
+    assert session.next_chunk(lambda: True) is None
+    assert session.switches[0].effective is None and session.length == plain.length
+    assert same(chunks(plain, 2), chunks(session, 2)) and plain.switches == session.switches
+    with pytest.raises(SessionError, match="keep=0 cannot call a chunk off"):
+        plain.next_chunk(lambda: True)
+
+
 def test_what_is_kept_says_how_far_back(pipeline):
     session = Session(pipeline, keep=2)
     session.start(PERSON, DRESS, "", 0)

@@ -28,7 +28,15 @@ def test_pages_and_health(server):
     assert "script-src" not in page.headers["content-security-policy"]
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert "access-control-allow-origin" not in page.headers
-    for name in ("main.js", "player.js", "connection.js", "camera.js", "style.css"):
+    for name in (
+        "main.js",
+        "player.js",
+        "film.js",
+        "hold.js",
+        "connection.js",
+        "camera.js",
+        "style.css",
+    ):
         assert client.get(f"/{name}").status_code == 200
     assert client.get("/healthz").text == "ok"
     assert client.get("/readyz").json()["model"] == "smoke"
@@ -295,6 +303,32 @@ def test_the_last_of_many_changes_wins(server):
         assert wrong == [] and server.engine.figures["failed"] == 0
 
 
+def test_a_chunk_that_would_be_taken_back_is_called_off(server, monkeypatch):
+    stream = server.engine.pipeline.stream
+    make, made = stream.chunk, []
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+
+        def slow(*args):
+            if len(made) < 6:  # six changes in a row come while a chunk is being made
+                viewer.say("session.interaction", id=len(made), garment=server.names["shirt"])
+                (active,) = server.live.active.values()
+                server.wait_for(lambda: active.waits)
+            made.append(args)
+            return make(*args)
+
+        monkeypatch.setattr(stream, "chunk", slow)
+        viewer.until("session.applied")
+        assert server.engine.figures["called_off"] >= 1
+        while viewer.until("session.applied")["id"] != 5:
+            pass
+        # Never twice in a row: a storm of changes does not stop the stream.
+        assert len([m for m in viewer.messages if m["type"] == "session.applied"]) >= 3
+        viewer.say("session.stop")
+        viewer.until("session.done")
+
+
 def test_a_change_that_cannot_be_is_refused_and_the_stream_goes_on(server):
     with server.connect() as socket:
         viewer = Viewer(socket, server).start()
@@ -383,6 +417,20 @@ def test_a_client_that_was_cut_off_comes_back_to_its_stream(server):
         assert any(m["type"] == "video.start" for m in again.messages)
         again.say("session.stop")
         again.until("session.done")
+
+
+def test_a_stream_that_is_gone_does_not_come_back(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        name = viewer.until("session.ready")["session"]
+        with server.connect() as other:  # of one who is there nobody takes the stream
+            Viewer(other, server).start(resume=name)
+            assert json.loads(other.receive_text())["code"] == "gone"
+        viewer.say("session.stop")
+        viewer.until("session.done")
+    with server.connect() as socket:
+        Viewer(socket, server).start(resume=name)
+        assert json.loads(socket.receive_text())["code"] == "gone"
 
 
 def test_others_wait_in_a_queue(pipeline, pictures):

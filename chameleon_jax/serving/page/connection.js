@@ -52,23 +52,28 @@ function unpacked(buffer) {
   return packets;
 }
 
-// One stream. `on(message, packets)` gets every message; packets come with `video.chunk`.
+// One stream. `on(message, packets)` gets every message, and is waited for before the next one;
+// packets come with `video.chunk`.
 export class Stream {
   constructor(start, on) {
     this.socket = new WebSocket(new URL("api/stream", location.href.replace(/^http/, "ws")));
     this.socket.binaryType = "arraybuffer";
+    this.line = Promise.resolve();
+    const hand = (...message) => {
+      this.line = this.line.then(() => (this.closed ? null : on(...message))).catch(console.error);
+    };
     let chunk = null;
     this.socket.onopen = () => this.say("session.start", { version: 1, token, ...start });
     this.socket.onmessage = ({ data }) => {
       if (typeof data !== "string") {
-        on(chunk, unpacked(data));
+        hand(chunk, unpacked(data));
         return;
       }
       const message = JSON.parse(data);
       if (message.type === "video.chunk") chunk = message;
-      else on(message);
+      else hand(message);
     };
-    this.socket.onclose = ({ code }) => on({ type: "closed", code });
+    this.socket.onclose = ({ code }) => hand({ type: "closed", code });
   }
 
   say(type, values = {}) {
@@ -77,9 +82,10 @@ export class Stream {
     }
   }
 
+  // End the stream; nothing more is heard of it.
   close() {
     this.say("session.stop");
-    this.socket.onclose = null;
+    this.closed = true;
     setTimeout(() => this.socket.close(), 500);
   }
 }

@@ -1,7 +1,9 @@
-// The page: tiles, buttons, figures. What it knows of streams is in connection.js and player.js.
+// The page: tiles, buttons, figures. What it knows of streams is in connection.js, player.js and
+// film.js.
 
 import { available, picture as fromCamera } from "./camera.js";
 import { Stream, manifest, ready, recording, upload, wardrobe } from "./connection.js";
+import { FilmPlayer } from "./film.js";
 import { Player } from "./player.js";
 
 const at = (id) => document.getElementById(id);
@@ -9,16 +11,22 @@ const tiles = { garment: at("garments"), person: at("people") };
 const chosen = { garment: null, person: null };
 const pictures = new Map(); // by name
 
+const FALL_BACK = { h264: "mp4", mp4: "jpeg" }; // if a browser cannot play a codec
+const COME_BACK = 9000; // milliseconds in which the server keeps a stream that was cut off
+
 let stream = null;
 let player = null;
 let session = null;
+let model = ""; // that the server runs
 let changes = 0;
-let asked = new Map(); // changes that were not seen yet: number -> {name, at}
+let asked = new Map(); // changes that were not seen yet: number -> what, and the time of the click
 let applied = new Map(); // first frame -> number of the change
+let replayed = null; // the manifest of the stream that is made again
+let cutOff = 0; // when the connection was lost
 const shownAt = []; // times of the last frames
 
 // What tests and curious people may look at: milliseconds from a click to the changed frame.
-window.chameleon = { latencies: [], shown: 0 };
+window.chameleon = { latencies: [], applied: [], shown: 0 };
 
 function status(text) { at("status").textContent = text; }
 
@@ -87,13 +95,13 @@ function addUpload(kind) {
   tiles[kind].append(tile);
 }
 
-function choose(kind, name) {
+function choose(kind, name, now = true) {
   chosen[kind] = name;
   for (const tile of tiles[kind].querySelectorAll("button[data-name]")) {
     tile.setAttribute("aria-selected", String(tile.dataset.name === name));
   }
   at("start").disabled = !(chosen.garment && chosen.person);
-  if (stream && session) change({ [kind]: name });
+  if (now && session) change({ [kind]: name });
 }
 
 function mechanisms() {
@@ -102,32 +110,46 @@ function mechanisms() {
 
 function change(values) {
   changes += 1;
-  asked.set(changes, { ...values, at: performance.now() });
+  asked.set(changes, { ...values, clicked: performance.now() });
   at("change").textContent = "...";
-  stream.say("session.interaction", { id: changes, mechanisms: mechanisms(), ...values });
+  const hold = window.chameleon.shown + player.lead;
+  player.hold.begin(hold);
+  stream.say("session.interaction", { id: changes, hold, mechanisms: mechanisms(), ...values });
 }
 
-function start() {
+// Begin a stream with what is chosen; `plan` is a manifest to make again.
+function start(plan = null) {
   stream?.close();
   player?.stop();
   session = null;
   changes = 0;
   asked = new Map();
   applied = new Map();
+  replayed = plan;
+  window.chameleon.shown = 0;
   at("timeline").replaceChildren();
-  player = new Player(at("screen"), shown);
+  setPaused(false);
+  const codec = at("codec").value;
+  at("screen").hidden = codec === "mp4";
+  at("film").hidden = codec !== "mp4";
+  player = codec === "mp4" ? new FilmPlayer(at("film"), shown) : new Player(at("screen"), shown);
   remember(chosen.garment);
-  stream = new Stream({
+  connect({
     person: chosen.person,
     garment: chosen.garment,
     prompt: at("prompt").value,
     seed: Number(at("seed").value) || 0,
-    codec: at("codec").value,
-    mechanisms: mechanisms(),
-  }, heard);
+    codec,
+    mechanisms: plan ? words(plan.changes[0].mechanisms) : mechanisms(),
+    paused: Boolean(plan),
+  });
   status("starting");
   notice("");
   at("start").textContent = "Start again";
+}
+
+function connect(values) {
+  stream = new Stream(values, heard);
 }
 
 async function heard(message, packets) {
@@ -136,18 +158,21 @@ async function heard(message, packets) {
       notice(`others are before you: place ${message.position}`);
       break;
     case "session.ready":
+      cutOff = 0;
+      if (!session && replayed) plan(replayed);
       ({ session } = message);
       at("pause").disabled = at("download").disabled = false;
-      status("live");
+      status(replayed ? "replay" : "live");
       notice("");
       break;
     case "video.start":
       try {
         await player.begin(message);
       } catch (error) {
-        at("codec").value = "jpeg";
-        notice("this browser has no decoder for H.264 here: going on with single pictures");
-        start();
+        at("codec").value = FALL_BACK[at("codec").value];
+        const what = at("codec").selectedOptions[0].textContent;
+        start(replayed);
+        notice(`this browser cannot play that here (${error.message}): going on with ${what}`);
       }
       break;
     case "video.chunk":
@@ -156,37 +181,117 @@ async function heard(message, packets) {
       break;
     case "session.flush":
       player.flush(message.from_frame);
+      for (const first of applied.keys()) if (first >= message.from_frame) applied.delete(first);
       break;
     case "session.applied":
-      applied.set(message.first_frame, message.id);
+      player.hold.end();
+      applied.set(message.first_frame, message);
       break;
     case "session.error":
+      player.hold.end();
       notice(message.message, true);
       break;
     case "session.done":
+      stream.over = true;
+      status("ended");
+      break;
     case "closed":
-      status(message.code && message.code !== 1000 ? "cut off" : "ended");
-      session = message.type === "closed" ? null : session;
+      if (!stream.over) lost(message.code);
       break;
   }
 }
 
+// The connection was lost: come back to the same stream, as long as the server keeps it.
+function lost(code) {
+  cutOff ||= performance.now();
+  const refused = code >= 4400;
+  if (!session || refused || performance.now() - cutOff > COME_BACK) {
+    status("cut off");
+    if (!refused) notice("the connection to the server is lost", true);
+    session = null;
+    return;
+  }
+  status("coming back");
+  const values = { person: chosen.person, garment: chosen.garment, resume: session };
+  setTimeout(() => connect(values), 400);
+}
+
 function shown(frame, now) {
   window.chameleon.shown = frame + 1;
-  const number = applied.get(frame);
-  if (number !== undefined) {
-    applied.delete(frame);
-    const wish = asked.get(number);
-    const taken = now - wish.at;
-    for (const key of asked.keys()) if (key <= number) asked.delete(key);
-    window.chameleon.latencies.push(taken);
-    at("change").textContent = `${Math.round(taken)} ms`;
-    if (wish.garment) remember(wish.garment);
+  for (const [first, message] of applied) {
+    if (first > frame) continue;
+    applied.delete(first);
+    seen(message, now);
   }
   shownAt.push(now);
   if (shownAt.length > 24) shownAt.shift();
   const seconds = (now - shownAt[0]) / 1000;
   if (shownAt.length > 8) at("shown").textContent = `${((shownAt.length - 1) / seconds).toFixed(1)} frames/s`;
+  if (replayed && frame + 1 >= replayed.frames && !player.paused) {
+    notice("that was the replay; it can go on from here");
+    setPaused(true);
+  }
+}
+
+// A change is on the screen.
+function seen(message, now) {
+  const wish = asked.get(message.id);
+  if (!wish) return;
+  for (const key of asked.keys()) if (key <= message.id) asked.delete(key);
+  if (wish.garment) remember(wish.garment);
+  if (wish.at !== undefined) return; // nobody has waited for it
+  const taken = now - wish.clicked;
+  window.chameleon.latencies.push(taken);
+  window.chameleon.applied.push({ ...message, clicked: wish.clicked, shown: now });
+  at("change").textContent = `${Math.round(taken)} ms`;
+}
+
+// The mechanisms of a manifest as a list of words.
+function words(found) {
+  const known = ["refresh", "withdraw", "disentangle"];
+  return known.filter((word) => (found ? found[word] : true));
+}
+
+// Tell the server all changes of a manifest, and let it begin.
+function plan(manifest) {
+  for (const { frame, mechanisms: does, ...values } of manifest.changes.slice(1)) {
+    changes += 1;
+    asked.set(changes, { ...values, at: frame });
+    if (does) values.mechanisms = words(does);
+    stream.say("session.interaction", { id: changes, at: Math.max(1, frame), ...values });
+  }
+  stream.say("session.resume");
+}
+
+// Make a stream again from the JSON file that came with its film.
+async function replay(file) {
+  if (!file) return;
+  try {
+    const manifest = JSON.parse(await file.text());
+    const [first] = manifest.changes;
+    for (const [name, url] of Object.entries(manifest.pictures)) {
+      const data = Uint8Array.from(atob(url.split(",")[1]), (one) => one.charCodeAt(0));
+      const kind = name.split("_")[0];
+      addTile({ ...await upload(kind, new Blob([data])), title: "of the replay" });
+    }
+    choose("person", first.person, false);
+    choose("garment", first.garment, false);
+    at("prompt").value = first.prompt ?? "";
+    at("seed").value = manifest.seed;
+    start(manifest);
+    if (manifest.model !== model) {
+      notice(`made with the model ${manifest.model}: with ${model} it will look different`);
+    }
+  } catch (error) {
+    notice(`this file is no manifest of a stream (${error.message})`, true);
+  }
+}
+
+function setPaused(paused) {
+  at("pause").setAttribute("aria-pressed", String(paused));
+  at("pause").textContent = paused ? "Go on" : "Pause";
+  if (player) player.paused = paused;
+  if (session) stream.say(paused ? "session.pause" : "session.resume");
 }
 
 function remember(name) {
@@ -215,25 +320,28 @@ async function download() {
   }
 }
 
-at("start").addEventListener("click", start);
+at("start").addEventListener("click", () => start());
 at("download").addEventListener("click", download);
 at("pause").addEventListener("click", () => {
-  const paused = at("pause").getAttribute("aria-pressed") !== "true";
-  at("pause").setAttribute("aria-pressed", String(paused));
-  at("pause").textContent = paused ? "Go on" : "Pause";
-  player.paused = paused;
-  stream.say(paused ? "session.pause" : "session.resume");
+  setPaused(at("pause").getAttribute("aria-pressed") !== "true");
+});
+at("manifest").addEventListener("change", () => {
+  replay(at("manifest").files[0]);
+  at("manifest").value = ""; // so that the same file can be chosen again
+});
+at("again").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" || event.key === " ") at("manifest").click();
 });
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (stream && session) change({ prompt: at("prompt").value });
+  if (session) change({ prompt: at("prompt").value });
 });
 setInterval(() => {
   if (session) stream.say("session.played", { frame: window.chameleon.shown });
 }, 100);
 
 try {
-  await ready(status);
+  ({ model } = await ready(status));
   for (const picture of await wardrobe()) addTile(picture);
   Object.keys(tiles).forEach(addUpload);
   if (available()) addCamera();

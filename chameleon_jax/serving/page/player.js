@@ -4,6 +4,8 @@
 // comes after begins with a key frame, so the decoder goes on without a break. If frames come more
 // slowly than they are meant to be shown, all of them are shown more slowly, rather than in jerks.
 
+import { Hold } from "./hold.js";
+
 const SLOWEST = 4; // frames a second
 
 export class Player {
@@ -17,6 +19,8 @@ export class Player {
     this.next = 0;
     this.paused = false;
     this.rate = 0;
+    this.hold = new Hold();
+    this.lead = 0; // frames that may be on their way to the screen
     this.running = true;
     requestAnimationFrame((now) => this.tick(now));
   }
@@ -41,6 +45,7 @@ export class Player {
   }
 
   async add(chunk, packets) {
+    this.hold.add(chunk.first_frame);
     packets.forEach((data, i) => {
       const number = this.packets++;
       this.coming.set(number, chunk.first_frame + i);
@@ -74,6 +79,7 @@ export class Player {
 
   // Frames from `frame` on are not to be shown.
   flush(frame) {
+    this.hold.flush(frame);
     this.queue.filter((one) => one.frame >= frame).forEach((one) => one.picture.close());
     this.queue = this.queue.filter((one) => one.frame < frame);
     for (const [number, coming] of this.coming) {
@@ -91,6 +97,7 @@ export class Player {
     if (!this.running) return;
     requestAnimationFrame((later) => this.tick(later));
     if (this.paused || !this.queue.length || now < this.next) return;
+    if (this.queue[0].frame >= this.hold.stop) return;
     const { frame, picture } = this.queue.shift();
     this.pen.drawImage(picture, 0, 0, this.canvas.width, this.canvas.height);
     picture.close();
