@@ -31,6 +31,10 @@ case "$SIZE" in
         CLIPS=12 STARTS=16 SCENES=16 SCENARIOS=6 WORKERS=2 HELD=8
         declare -A STEPS=([vae]=4 [stills]=6 [starts]=4 [clips]=4 [teacher]=4 [consistency]=4 [dmd]=6 [judge]=6)
         COMMON="--config.train.log_every=1 --config.train.eval_every=4 --config.train.preview_every=4 --config.train.eval_batches=1"
+        LONG="--config.data.lengths=((9,2),(33,2)) ${LONG:-}"
+        TEACHER="--config.data.batch=2 ${TEACHER:-}"
+        CONSISTENCY="--config.data.batch=2 ${CONSISTENCY:-}"
+        DMD="--config.data.batch=2 ${DMD:-}"
         ;;
     laptop)
         CLIPS=3000 STARTS=8000 SCENES=6000 SCENARIOS=128 WORKERS=2 HELD=64

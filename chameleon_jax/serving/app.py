@@ -569,6 +569,7 @@ def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Q
                     raise PictureError("that frame is made already, or too many changes wait")
             except UserError as error:
                 refused = {"code": "refused", "message": str(error)[: protocol.MAX_TEXT]}
+                refused["id"] = message["id"]
                 outbox.put_nowait(("session.error", refused, None))
                 return
             outbox.put_nowait(("session.interaction.queued", {"id": message["id"]}, None))

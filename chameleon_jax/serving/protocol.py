@@ -162,6 +162,7 @@ SERVER: dict[str, dict[str, Field]] = {
     "session.error": {
         "code": _needed(Field("string", most=MAX_NAME)),
         "message": _needed(Field("string", most=MAX_TEXT)),
+        "id": _FRAME,  # of the change that was refused
     },
     "session.done": {"frames": _needed(_FRAME), "recording": Field("string", most=MAX_TEXT)},
     "session.pong": {},

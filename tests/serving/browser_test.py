@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,11 +18,13 @@ from tests.serving import chromium
 from tests.serving.chromium import Chromium
 
 ROOT = Path(__file__).parents[2]
-# Mean colour of the middle of the canvas, where the garment is.
+# Mean colour of the middle of the picture, where the garment is.
 COLOUR = """(() => {
-  const canvas = document.getElementById("screen");
-  const [w, h] = [canvas.width, canvas.height];
-  const part = canvas.getContext("2d").getImageData(w * .4, h * .32, w * .2, h * .18).data;
+  const film = document.getElementById("film"), screen = document.getElementById("screen");
+  const [w, h] = film.hidden ? [screen.width, screen.height] : [film.videoWidth, film.videoHeight];
+  const pen = new OffscreenCanvas(w, h).getContext("2d");
+  pen.drawImage(film.hidden ? screen : film, 0, 0);
+  const part = pen.getImageData(w * .4, h * .32, w * .2, h * .18).data;
   const sum = [0, 0, 0];
   for (let i = 0; i < part.length; i += 4) for (let c = 0; c < 3; c++) sum[c] += part[i + c];
   return sum.map((x) => 4 * x / part.length);
@@ -54,11 +57,13 @@ def address():
     assert process.wait(60) in (0, -15, 143)
 
 
-def test_a_click_changes_the_garment(address, tmp_path):
+@pytest.mark.parametrize("codec", ["h264", "mp4", "jpeg"])
+def test_a_click_changes_the_garment(address, tmp_path, codec):
     with Chromium(tmp_path) as page:
         page.open(address)
         page.until("document.getElementById('status')?.textContent === 'ready'", 240)
         assert "token" not in page.run("document.documentElement.outerHTML")
+        page.run(f"document.getElementById('codec').value = '{codec}'")
         page.run("document.getElementById('start').click()")
         page.until("window.chameleon.shown > 4", 120)
         first = page.run(COLOUR)
@@ -103,6 +108,77 @@ def test_the_page_on_a_phone_and_in_the_dark(address, tmp_path):
         )
         assert unnamed == 0  # a screen reader has a name for everything
         assert page.picture()[:4] == b"\x89PNG"
+
+
+def test_a_browser_without_a_decoder_is_told_and_served(address, tmp_path):
+    with Chromium(tmp_path) as page:
+        page.before("delete window.VideoDecoder")
+        page.open(address)
+        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        page.run("document.getElementById('start').click()")
+        page.until("window.chameleon.shown > 4", 120)
+        assert page.run("document.getElementById('codec').value") == "mp4"
+        assert not page.run("document.getElementById('film').hidden")
+        assert page.errors == []
+
+
+def test_a_lost_connection_comes_back_to_the_same_stream(address, tmp_path):
+    with Chromium(tmp_path) as page:
+        page.before(
+            """window.sockets = [];
+            const Plain = WebSocket;
+            window.WebSocket = class extends Plain {
+              constructor(...all) { super(...all); sockets.push(this); }
+            };"""
+        )
+        page.open(address)
+        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        page.run("document.getElementById('start').click()")
+        page.until("window.chameleon.shown > 12", 120)
+        page.run("sockets.at(-1).close()")
+        page.until("sockets.length === 2 && sockets[1].readyState === 1", 30)
+        shown = page.run("window.chameleon.shown")
+        assert shown > 12
+        page.until(f"window.chameleon.shown > {shown + 12}", 120)
+        assert page.run("document.getElementById('status').textContent") == "live"
+        page.run("document.querySelectorAll('#garments button')[1].click()")
+        page.until("window.chameleon.latencies.length === 1", 120)
+        assert page.run("document.getElementById('notice').textContent") == ""
+
+
+def test_a_stream_is_seen_again_from_its_manifest(address, tmp_path):
+    with Chromium(tmp_path) as page:
+        page.before(
+            """const plain = URL.createObjectURL;
+            window.kept = [];
+            URL.createObjectURL = (one) => { window.kept.push(one); return plain(one); };"""
+        )
+        page.open(address)
+        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        page.run("document.getElementById('start').click()")
+        page.until("window.chameleon.shown > 10", 120)
+        page.run("document.querySelectorAll('#garments button')[1].click()")
+        page.until("window.chameleon.latencies.length === 1", 120)
+        shown = page.run("window.chameleon.shown")
+        page.until(f"window.chameleon.shown > {shown + 3}", 120)
+        page.run("document.getElementById('pause').click()")
+        page.run("document.getElementById('download').click()")
+        page.until("window.kept.length === 2", 60)
+        manifest = json.loads(page.run("window.kept[1].text()"))
+        assert len(manifest["changes"]) == 2 and manifest["frames"] > 10
+        page.run(
+            """(() => {
+              const data = new DataTransfer();
+              data.items.add(new File([window.kept[1]], "chameleon.json"));
+              document.getElementById("manifest").files = data.files;
+              document.getElementById("manifest").dispatchEvent(new Event("change"));
+            })()"""
+        )
+        page.until("document.getElementById('notice').textContent.startsWith('that was')", 120)
+        assert page.run("window.chameleon.shown") >= manifest["frames"]
+        assert page.run("document.getElementById('timeline').children.length") == 2
+        page.run("document.getElementById('pause').click()")  # and it goes on
+        page.until(f"window.chameleon.shown > {manifest['frames'] + 6}", 120)
 
 
 def test_pictures_of_ones_own(address, tmp_path):

@@ -7,6 +7,7 @@ end of the test run says so; with CHAMELEON_BROWSER=needed its absence is a fail
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -56,7 +57,8 @@ class Chromium:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self._socket = connect(self._page(profile), max_size=1 << 27)
+        self._open = contextlib.ExitStack()
+        self._socket = self._open.enter_context(connect(self._page(profile), max_size=1 << 27))
         for domain in ("Runtime", "Log", "Page"):
             self.call(f"{domain}.enable")
         if dark:
@@ -67,7 +69,7 @@ class Chromium:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._socket.close()
+        self._open.close()
         self._process.terminate()
         self._process.wait(20)
 
@@ -100,6 +102,10 @@ class Chromium:
 
     def open(self, address: str) -> None:
         self.call("Page.navigate", url=address)
+
+    def before(self, script: str) -> None:
+        """JavaScript that runs in every page before its own."""
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""

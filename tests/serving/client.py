@@ -69,7 +69,7 @@ class Viewer:
         self.format = ""
         self.messages: list[dict] = []
         self.shown = 0
-        self.holds = False
+        self.asked: int | None = None  # a change that was not answered yet: nothing is shown
 
     def start(self, **changes):
         self.socket.send_json(self.server.hello(**changes))
@@ -91,8 +91,8 @@ class Viewer:
             assert len(packets) == message["frames"]
             for number, packet in enumerate(packets):
                 self.frames[message["first_frame"] + number] = packet
-        if message["type"] in ("session.flush", "session.applied", "session.error"):
-            self.holds = False
+        if message.get("id") == self.asked and message["type"] != "session.interaction.queued":
+            self.asked = None
         if message["type"] == "session.flush":
             assert message["from_frame"] >= self.shown, "a frame that was shown was taken back"
             for frame in [x for x in self.frames if x >= message["from_frame"]]:
@@ -109,7 +109,7 @@ class Viewer:
         raise AssertionError(f"no {type_} among {[m['type'] for m in self.messages[-20:]]}")
 
     def play(self, frame):
-        if self.holds:
+        if self.asked is not None:
             return
         self.shown = max(self.shown, frame)
         self.socket.send_json({"type": "session.played", "frame": self.shown})
@@ -117,5 +117,5 @@ class Viewer:
     def say(self, type_, **values):
         if type_ == "session.interaction" and "at" not in values:
             values.setdefault("hold", self.shown)
-            self.holds = True
+            self.asked = values["id"]
         self.socket.send_json({"type": type_, **values})

@@ -30,6 +30,8 @@ export class FilmPlayer {
     if (!MediaSource.isTypeSupported(type)) throw new Error("no-h264");
     this.fps = this.rate = fps;
     this.jump = first;
+    this.hold.flush(-1);
+    this.hold.end();
     this.work = Promise.resolve();
     this.source = new MediaSource();
     this.film.src = URL.createObjectURL(this.source);

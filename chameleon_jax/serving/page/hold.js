@@ -14,19 +14,19 @@ export class Hold {
     this.boundaries = [...this.boundaries.slice(-15), first];
   }
 
-  // Promise it.
-  begin(frame) {
+  // Promise it, until change number `id` is answered.
+  begin(frame, id) {
     this.from = Math.min(this.from, frame);
+    this.id = id;
   }
 
-  // The server has answered.
-  end() {
-    this.from = Infinity;
+  // The server has answered change number `id`, or all of them.
+  end(id = Infinity) {
+    if (id >= (this.id ?? 0)) this.from = Infinity;
   }
 
   // Frames from `frame` on were taken back.
   flush(frame) {
-    this.end();
     this.boundaries = this.boundaries.filter((first) => first < frame);
   }
 

@@ -113,7 +113,7 @@ function change(values) {
   asked.set(changes, { ...values, clicked: performance.now() });
   at("change").textContent = "...";
   const hold = window.chameleon.shown + player.lead;
-  player.hold.begin(hold);
+  player.hold.begin(hold, changes);
   stream.say("session.interaction", { id: changes, hold, mechanisms: mechanisms(), ...values });
 }
 
@@ -184,11 +184,11 @@ async function heard(message, packets) {
       for (const first of applied.keys()) if (first >= message.from_frame) applied.delete(first);
       break;
     case "session.applied":
-      player.hold.end();
+      player.hold.end(message.id);
       applied.set(message.first_frame, message);
       break;
     case "session.error":
-      player.hold.end();
+      player.hold.end(message.id);
       notice(message.message, true);
       break;
     case "session.done":
@@ -228,8 +228,9 @@ function shown(frame, now) {
   const seconds = (now - shownAt[0]) / 1000;
   if (shownAt.length > 8) at("shown").textContent = `${((shownAt.length - 1) / seconds).toFixed(1)} frames/s`;
   if (replayed && frame + 1 >= replayed.frames && !player.paused) {
-    notice("that was the replay; it can go on from here");
+    replayed = null;
     setPaused(true);
+    notice("that was the replay; it can go on from here");
   }
 }
 

@@ -31,6 +31,7 @@ export class Player {
     this.rate = fps;
     this.jpeg = codec === "jpeg";
     this.drop();
+    this.hold.end();
     Object.assign(this.canvas, { width, height });
     if (this.jpeg) return;
     if (!("VideoDecoder" in window)) throw new Error("no-webcodecs");
