@@ -25,7 +25,8 @@ let replayed = null; // the manifest of the stream that is made again
 let cutOff = 0; // when the connection was lost
 const shownAt = []; // times of the last frames
 
-// What tests and curious people may look at: milliseconds from a click to the changed frame.
+// What tests and curious people may look at: milliseconds from a click to the changed frame, and what
+// they were spent on.
 window.chameleon = { latencies: [], applied: [], shown: 0 };
 
 function status(text) { at("status").textContent = text; }
@@ -176,6 +177,7 @@ async function heard(message, packets) {
       }
       break;
     case "video.chunk":
+      note(message);
       await player.add(message, packets);
       at("made").textContent = `${(1000 * message.frames / message.made_ms).toFixed(1)} frames/s`;
       break;
@@ -214,6 +216,11 @@ function lost(code) {
   status("coming back");
   const values = { person: chosen.person, garment: chosen.garment, resume: session };
   setTimeout(() => connect(values), 400);
+}
+
+// A chunk came: if it is the first of a change, it belongs to the time that the change took.
+function note({ first_frame: first, encoded_ms }) {
+  if (applied.has(first)) Object.assign(applied.get(first), { encoded_ms, came: performance.now() });
 }
 
 function shown(frame, now) {
