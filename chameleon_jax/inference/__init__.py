@@ -8,7 +8,8 @@ accelerator machine.
 """
 
 from chameleon_jax.inference.clip import GenerateConfig, GenerateError, Generator
-from chameleon_jax.inference.pipeline import EncodedPicture, Pipeline, PipelineError
+from chameleon_jax.inference.pictures import EncodedPicture
+from chameleon_jax.inference.pipeline import Pipeline, PipelineError
 from chameleon_jax.inference.session import (
     Session,
     SessionError,

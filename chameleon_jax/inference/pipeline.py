@@ -13,7 +13,6 @@ Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query to
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -29,7 +28,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from chameleon_jax import files
-from chameleon_jax.data.images import prepare_garment, prepare_reference
+from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
 from chameleon_jax.inference.pretrained import PipelineError, find_weights, read_lora
 from chameleon_jax.inference.programs import (
     MediaPrograms,
@@ -57,22 +56,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "assets" / "runway_tiny"
-PREPARE = {"reference": prepare_reference, "garment": prepare_garment}
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedPicture:
-    """A picture that the VAE has seen already, so that no stream waits for it.
-
-    Attributes:
-      kind: "reference" or "garment".
-      pixels: uint8 [h, w, 3], as `data.images` prepares them.
-      latent: [1, 1, h, w, c], on the device.
-    """
-
-    kind: str
-    pixels: np.ndarray
-    latent: jax.Array
 
 
 class Pipeline:

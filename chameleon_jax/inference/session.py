@@ -30,7 +30,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,12 @@ import numpy as np
 from chameleon_jax import __version__
 from chameleon_jax.attention.cache import withdraw
 from chameleon_jax.errors import UserError
-from chameleon_jax.inference.pipeline import PREPARE, EncodedPicture, Pipeline
+from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
 from chameleon_jax.inference.programs import stream_arguments
 from chameleon_jax.keys import check_seed
+
+if TYPE_CHECKING:
+    from chameleon_jax.inference.pipeline import Pipeline
 
 SNAPSHOT_VERSION = 2
 NOT_RUNNING = (

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from chameleon_jax.inference.pipeline import EncodedPicture, Pipeline
+from chameleon_jax.inference.pictures import EncodedPicture
+from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.inference.session import Session, SwitchConfig
 from chameleon_jax.serving.encoding import Encoder
 from chameleon_jax.serving.recording import Recording
