@@ -122,7 +122,7 @@ class Stream:
         """
         with self._lock:
             self._next_emit, self._paused = emit, False
-            self._wish = Wish().over(self._wish)
+            self._wish = self._wish or Wish()
 
     @property
     def shown(self) -> list[Packet]:

@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from chameleon_jax.serving import app as serving
@@ -525,3 +526,13 @@ def test_who_comes_back_too_late_gets_a_new_stream(pipeline, pictures, monkeypat
             viewer.say("session.stop")
             viewer.until("session.done")
     note("S9 too late", "1", "another name, from the first frame", refused=1)
+
+
+@pytest.mark.slow
+def test_a_change_that_waits_keeps_its_time_when_its_client_comes_back(pipeline, pictures):
+    wish = engines.Wish(number=3, prompt="x", asked=time.perf_counter())
+    start = engines.Wish(garment=("g", np.zeros((2, 2, 3), np.uint8)))
+    stream = engines.Stream("s", start, 0, "jpeg", lambda *args: None)
+    stream.change(wish)
+    stream.come_back(lambda *args: None)
+    assert stream.take()[0] == wish
