@@ -140,18 +140,22 @@ class Stream:
         with self._lock:
             return self._stopped
 
-    def take(self) -> tuple[Wish | None, int]:
-        """The wish that waits, which then does not wait any more, and frames shown."""
-        self.connect()
+    def take(self) -> tuple[Wish | None, int, int]:
+        """The wish that waits, which then does not wait any more, frames shown, and the first that
+        may be taken back: who comes back has nothing behind the last shown one for sure."""
+        back = self.connect()
         with self._lock:
             wish, self._wish = self._wish, None
-            return wish, self._played
+            margin = MARGIN if self._played and not back else 0
+            return wish, self._played, self._played + margin
 
-    def connect(self) -> None:
-        """Talk to who has come back from now on."""
+    def connect(self) -> bool:
+        """Talk to who has come back from now on; False if nobody has."""
         with self._lock:
-            if self._next_emit is not None:
-                self.emit, self._next_emit, self.announced = self._next_emit, None, False
+            if self._next_emit is None:
+                return False
+            self.emit, self._next_emit, self.announced = self._next_emit, None, False
+            return True
 
     def hungry(self) -> bool:
         """Whether a chunk is to be made now."""
@@ -277,11 +281,11 @@ class Engine:
         """Apply what is wished, make one chunk, and hand it out."""
         if stream.session is None:
             self._open(stream)
-        wish, played = stream.take()
+        wish, played, free = stream.take()
         while stream.chunks and stream.chunks[0][0] < played:
             stream.chunks.popleft()
         if wish is not None:
-            self._apply(stream, wish, played)
+            self._apply(stream, wish, free)
         begin = time.perf_counter()
         first = stream.session.frames
         frames = stream.session.next_chunk()
@@ -324,10 +328,10 @@ class Engine:
         stream.session.start(start.person[1], start.garment[1], start.prompt or "", stream.seed)
         stream.history.append(_noted(start, 0))
 
-    def _apply(self, stream: Stream, wish: Wish, played: int) -> None:
-        """Take back what was not shown, and post the change."""
+    def _apply(self, stream: Stream, wish: Wish, free: int) -> None:
+        """Take back what was made from frame `free` on, and post the change."""
         session = stream.session
-        frame = session.rewind(played + MARGIN if played else 0)
+        frame = session.rewind(free)
         if frame < stream.made:
             self.figures["taken_back"] += stream.made - frame
             stream.made = frame

@@ -505,6 +505,54 @@ def failing(function, error, current, victim):
 # S9: a client that comes back.
 
 
+@pytest.mark.slow
+def test_who_comes_back_sees_every_frame(pipeline, pictures):
+    count, random_ = size("S9 cuts"), random.Random(9)
+    took, frames, shown, name = [], {}, 0, None
+    with Wire(pipeline, pictures) as server:
+        for number in range(count + 1):
+            with server.connect() as one:
+                viewer = Viewer(one, server)
+                viewer.frames, viewer.shown = frames, shown
+                begin = time.monotonic()
+                viewer.start(codec="jpeg", **({"resume": name} if name else {}))
+                ready = viewer.until("session.ready")
+                assert name in (None, ready["session"])
+                name = ready["session"]
+                assert viewer.until("video.start")
+                chunk = viewer.until("video.chunk")
+                took.append(time.monotonic() - begin)
+                assert chunk["key"]
+                for _ in range(random_.randrange(3)):
+                    viewer.until("video.chunk", play=random_.random() < 0.7)
+                    viewer.play(max(viewer.frames) - random_.randrange(CHUNK))
+                if number == count:
+                    viewer.say("session.stop")
+                    viewer.until("session.done", play=False)
+                    break
+                # What was said last is to arrive: else frames that were shown come again.
+                arrived(server, name, viewer.shown)
+                time.sleep(random_.random() / 4)
+                one.cut()
+                shown = viewer.shown
+            if number % 2:
+                server.wait_for(lambda: server.live.left, PATIENCE)
+        expected = list(driven(pipeline, server, {}, len(frames)))
+        server.wait_until_empty()
+        assert faults(server.log) == []
+    wrong = [n for n in range(max(frames) + 1) if n not in frames]
+    wrong += [n for n, data in frames.items() if hashlib.sha256(data).digest() != expected[n]]
+    note(
+        "S9 reconnects",
+        f"{count} cuts, {len(frames)} frames compared",
+        "the same stream, 0 frames missing or wrong",
+        wrong=len(wrong),
+        s_max=max(took[1:]),
+        s_p50=percentile(took[1:], 50),
+    )
+    assert wrong == []
+
+
 def arrived(server, name, frame) -> None:
     server.wait_for(lambda: server.live.active[name]._played >= frame, PATIENCE)
 
