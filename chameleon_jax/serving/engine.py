@@ -227,23 +227,28 @@ class Engine:
         except BaseException as error:  # told to those who ask whether the server is ready
             self.failed = error
             log.exception("the model cannot be compiled")
-            return
-        self.ready.set()
+        else:
+            self.ready.set()
         turn = 0
         while True:
             with self._wake:
-                while not self._closing and not any(map(_to_do, self._streams)):
+                while not self._closing and not any(map(self._to_do, self._streams)):
                     self._wake.wait(timeout=1.0)
                 streams = list(self._streams)
                 if self._closing and not streams:
                     return
             turn += 1
             for stream in streams[turn % len(streams) :] + streams[: turn % len(streams)]:
-                if stream.stopped:
+                if self.failed is not None:
+                    self._refuse(stream)
+                elif stream.stopped:
                     self._end(stream)
                 elif stream.hungry():
                     self._guarded(stream)
                     break
+
+    def _to_do(self, stream: Stream) -> bool:
+        return self.failed is not None or stream.stopped or stream.hungry()
 
     def _warm_up(self) -> None:
         """Do once what a stream does, so that no viewer waits for a compiler."""
@@ -267,6 +272,14 @@ class Engine:
             stream.emit("session.error", {"code": "failed", "message": _public(error)}, None)
             stream.stop()
             self._end(stream)
+
+    def _refuse(self, stream: Stream) -> None:
+        """End a stream that can never begin."""
+        said = {"code": "failed", "message": "the model cannot be compiled; the log says why"}
+        stream.connect()
+        stream.emit("session.error", said, None)
+        stream.stop()
+        self._end(stream)
 
     def _end(self, stream: Stream) -> None:
         with self._wake:
@@ -353,10 +366,6 @@ class Engine:
 
 def _nothing() -> None:
     pass
-
-
-def _to_do(stream: Stream) -> bool:
-    return stream.stopped or stream.hungry()
 
 
 def _noted(wish: Wish, frame: int) -> Mapping[str, Any]:

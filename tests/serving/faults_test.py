@@ -502,6 +502,32 @@ def failing(function, error, current, victim):
     return wrapper
 
 
+@pytest.mark.slow
+def test_who_waits_for_a_model_that_cannot_be_compiled_is_told(pipeline, pictures, monkeypatch):
+    def fail():
+        raise RuntimeError("INTERNAL: no such program, /secret")
+
+    gate = Gate(fail)
+    monkeypatch.setattr(pipeline, "compile", gate)
+    monkeypatch.setattr(Wire, "wait_until_compiled", lambda self: None)
+    with Wire(pipeline, pictures) as server:
+        assert gate.reached.wait(PATIENCE)
+        with server.connect() as one, server.connect() as two:
+            first, second = (Viewer(x, server).start() for x in (one, two))
+            first.until("session.ready")
+            second.until("session.queued")
+            gate.opened.set()
+            for viewer in (first, second):
+                said = viewer.until("session.error")
+                assert said["code"] == "failed" and "secret" not in said["message"]
+        with server.connect() as one:
+            Viewer(one, server).start()
+            code, messages = one.closed()
+            assert code == 1011 and messages[-1]["code"] == "failed"
+        server.wait_until_empty()
+    note("S7 compilation", "1 that runs, 1 that waits, 1 that comes", "all are told", told=3)
+
+
 # S9: a client that comes back.
 
 
