@@ -94,6 +94,13 @@ class Live:
             self.waiting.remove(turn)
             self._next()
 
+    async def take(self, stream: Stream, tell: Any) -> bool:
+        """Wait for a slot and begin; False if too many wait already."""
+        if not await self.slot(tell):
+            return False
+        self.begin(stream)
+        return True
+
     def begin(self, stream: Stream) -> None:
         """Take a slot and make the stream."""
         loop = asyncio.get_running_loop()
@@ -326,18 +333,15 @@ async def _stream(socket: WebSocket) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
             loop.call_soon_threadsafe(outbox.put_nowait, (type_, values, packets))
 
-    async def tell(type_: str, **values: Any) -> None:
-        await socket.send_text(write_message(type_, **values))
-
     try:
         hello = await _hello(socket, live)
         stream = live.back(hello["resume"]) if hello.get("resume") else None
         if stream is None:
-            stream = await _begin(live, hello, emit, tell)
+            stream = await _begin(socket, live, hello, emit, outbox)
         else:
             stream.come_back(emit)
         live.engine.wake()
-        await tell("session.ready", session=stream.name)
+        await socket.send_text(write_message("session.ready", session=stream.name))
         sender = asyncio.create_task(_send_all(socket, stream, outbox))
         try:
             await _listen(socket, live, stream, sender, outbox)
@@ -372,7 +376,9 @@ async def _hello(socket: WebSocket, live: Live) -> dict[str, Any]:
     return hello
 
 
-async def _begin(live: Live, hello: dict[str, Any], emit: Any, tell: Any) -> Stream:
+async def _begin(
+    socket: WebSocket, live: Live, hello: dict[str, Any], emit: Any, outbox: asyncio.Queue
+) -> Stream:
     """A new stream, in its slot."""
     try:
         start = _wish(live, hello, None)
@@ -383,10 +389,43 @@ async def _begin(live: Live, hello: dict[str, Any], emit: Any, tell: Any) -> Str
     stream = Stream(
         name, start, int(hello.get("seed", config.seed)), hello.get("codec", "h264"), emit
     )
-    if not await live.slot(tell):
+    if not await _seated(socket, live, stream, outbox):
         raise _Refused(4503, "busy", "too many wait for a stream; try again later")
-    live.begin(stream)
     return stream
+
+
+async def _seated(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio.Queue) -> bool:
+    """Wait for a slot and begin, as long as the client is there: one that left must not get one.
+
+    What it says meanwhile counts once the stream has begun. False if too many wait already.
+    """
+
+    async def tell(type_: str, **values: Any) -> None:
+        await socket.send_text(write_message(type_, **values))
+
+    seat = asyncio.create_task(live.take(stream, tell))
+    try:
+        while True:
+            word = asyncio.ensure_future(_receive(socket, None))
+            try:
+                await asyncio.wait({seat, word}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                word.cancel()
+            await asyncio.wait({word})
+            if not word.cancelled():
+                _obey(live, stream, word.result(), outbox)
+            if seat.done():
+                return seat.result()
+            if stream.stopped:
+                await tell("session.done", frames=0)
+                raise WebSocketDisconnect(1000)
+    except BaseException:
+        stream.stop()
+        live.engine.wake()
+        raise
+    finally:
+        seat.cancel()
+        await asyncio.wait({seat})
 
 
 def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
@@ -416,7 +455,7 @@ def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
     )
 
 
-async def _receive(socket: WebSocket, timeout: float) -> dict[str, Any]:
+async def _receive(socket: WebSocket, timeout: float | None) -> dict[str, Any]:
     """The next message of a client."""
     message = await asyncio.wait_for(socket.receive(), timeout)
     if message["type"] == "websocket.disconnect":

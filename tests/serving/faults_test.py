@@ -55,6 +55,50 @@ RECONNECT = 0.2
 
 
 @pytest.mark.slow
+def test_who_leaves_the_queue_gets_no_place(pipeline, pictures):
+    waited = []
+    with Wire(pipeline, pictures) as server:
+        begun = counted(server.live, "begin")
+        for _ in range(size("S1 cuts at each stage")):
+            with server.connect() as one, server.connect() as two, server.connect() as three:
+                first, gone, third = (Viewer(x, server).start() for x in (one, two, three))
+                first.until("video.chunk")
+                gone.until("session.queued")
+                third.until("session.queued")
+                begin = time.monotonic()
+                two.cut()
+                # Well before it would be told its position again, which a socket that is gone
+                # answers with an error.
+                server.wait_for(lambda: len(server.live.waiting) == 1, 4)
+                waited.append(time.monotonic() - begin)
+                first.say("session.stop")
+                third.until("video.chunk")
+                third.say("session.stop")
+                third.until("session.done")
+            server.wait_until_empty()
+        assert len(begun) == 2 * size("S1 cuts at each stage")
+        assert faults(server.log) == []
+    note("S1 queued", f"{len(waited)} cuts", "place free in <= 2 s", s_max=max(waited))
+
+
+def test_what_is_said_in_the_queue_counts(server):
+    with server.connect() as one, server.connect() as two, server.connect() as three:
+        first, second, third = (Viewer(x, server).start() for x in (one, two, three))
+        first.until("video.chunk")
+        second.until("session.queued")
+        second.say("session.interaction", id=1, garment=server.names["coat"])
+        third.until("session.queued")
+        third.say("session.stop")
+        assert third.until("session.done")["frames"] == 0
+        server.wait_for(lambda: len(server.live.waiting) == 1)
+        first.say("session.stop")
+        first.until("session.done")
+        assert second.until("video.chunk")["garment"] == server.names["coat"]
+        second.say("session.stop")
+        second.until("session.done")
+
+
+@pytest.mark.slow
 def test_who_leaves_while_the_model_is_compiled_leaves_nothing(pipeline, pictures, monkeypatch):
     gate = Gate(pipeline.compile)
     monkeypatch.setattr(pipeline, "compile", gate)
