@@ -46,6 +46,8 @@ RECONNECT = 10.0  # seconds that a stream waits for a client that was cut off
 IDLE = 120.0  # seconds without a word from a client
 HELLO = 15.0  # seconds until the first message
 KEPT = 50  # recordings
+UNREAD = 200  # messages that wait for a client
+CLOSING = 5.0  # seconds for the last word to one who may not read
 
 
 @dataclasses.dataclass
@@ -342,7 +344,7 @@ async def _stream(socket: WebSocket) -> None:
             stream.come_back(emit)
         live.engine.wake()
         await socket.send_text(write_message("session.ready", session=stream.name))
-        sender = asyncio.create_task(_send_all(socket, stream, outbox))
+        sender = asyncio.create_task(_send_all(socket, live, stream, outbox))
         try:
             await _listen(socket, live, stream, sender, outbox)
         finally:
@@ -350,6 +352,9 @@ async def _stream(socket: WebSocket) -> None:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await sender
     except _Refused as refused:
+        if stream is not None:  # nobody is to come back to it
+            stream.stop()
+            live.engine.wake()
         await _close(socket, refused)
     except (WebSocketDisconnect, TimeoutError):
         pass
@@ -482,8 +487,6 @@ async def _listen(
         try:
             message = receive.result()
         except TimeoutError:
-            stream.stop()
-            live.engine.wake()
             raise _Refused(4408, "idle", "nothing was heard for a long time") from None
         _obey(live, stream, message, outbox)
         live.engine.wake()
@@ -491,6 +494,8 @@ async def _listen(
 
 def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Queue) -> None:
     """Do what a message says."""
+    if outbox.qsize() > UNREAD:
+        raise _Refused(4429, "slow", "too much waits to be read")
     match message["type"]:
         case "session.played":
             stream.played(message["frame"])
@@ -514,7 +519,7 @@ def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Q
             raise _Refused(4400, "order", "the stream has started already")
 
 
-async def _send_all(socket: WebSocket, stream: Stream, outbox: asyncio.Queue) -> None:
+async def _send_all(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio.Queue) -> None:
     """Hand on what the engine says, until the stream ends."""
     while True:
         type_, values, packets = await outbox.get()
@@ -523,15 +528,18 @@ async def _send_all(socket: WebSocket, stream: Stream, outbox: asyncio.Queue) ->
         await socket.send_text(write_message(type_, **values))
         if packets is not None:
             await socket.send_bytes(pack(packets))
+            stream.sent()
+            live.engine.wake()
         if type_ == "session.done":
             return
 
 
 async def _close(socket: WebSocket, refused: _Refused) -> None:
-    with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
         if socket.application_state is WebSocketState.CONNECTED:
-            message = refused.message[: protocol.MAX_TEXT]
-            await socket.send_text(
-                write_message("session.error", code=refused.code, message=message)
-            )
-            await socket.close(refused.close, json.dumps(refused.code)[:100])
+            async with asyncio.timeout(CLOSING):
+                message = refused.message[: protocol.MAX_TEXT]
+                await socket.send_text(
+                    write_message("session.error", code=refused.code, message=message)
+                )
+                await socket.close(refused.close, json.dumps(refused.code)[:100])

@@ -1,9 +1,9 @@
 """The engine: one thread that owns the device, and the streams that it makes in turn.
 
-A stream is made ahead of what is shown by at most `AHEAD` chunks. So nothing piles up: a client
-that does not read, or does not say what it has shown, is waited for. At a change the chunks that
-were not shown are taken back (`Session.rewind`) and the stream goes on from the boundary behind the
-last shown frame, so that a change does not wait for a queue.
+A stream is made ahead of what is shown by at most `AHEAD` chunks, and of what was sent by as many.
+So nothing piles up: a client that does not read, or does not say what it has shown, is waited for.
+At a change the chunks that were not shown are taken back (`Session.rewind`) and the stream goes on
+from the boundary behind the last shown frame, so that a change does not wait for a queue.
 
 Everything that other threads call only leaves a wish or takes an event; events come through a
 callback, in the engine's thread.
@@ -84,7 +84,7 @@ class Stream:
         self._next_emit: Emit | None = None
         self._lock = threading.Lock()
         self._wish: Wish | None = None
-        self._played = 0
+        self._played = self._unsent = 0
         self._paused = self._stopped = False
         # Of the engine's thread alone.
         self.session: Session | None = None
@@ -107,6 +107,11 @@ class Stream:
         with self._lock:
             self._played = max(self._played, frame)
 
+    def sent(self) -> None:
+        """A chunk is on its way to the client."""
+        with self._lock:
+            self._unsent = max(0, self._unsent - 1)
+
     def pause(self, paused: bool) -> None:
         with self._lock:
             self._paused = paused
@@ -121,7 +126,7 @@ class Stream:
         A chunk that is being made now still goes to the old connection.
         """
         with self._lock:
-            self._next_emit, self._paused = emit, False
+            self._next_emit, self._paused, self._unsent = emit, False, 0
             self._wish = self._wish or Wish()
 
     @property
@@ -155,12 +160,19 @@ class Stream:
             if self._next_emit is None:
                 return False
             self.emit, self._next_emit, self.announced = self._next_emit, None, False
+            self._unsent = 0
             return True
+
+    def hand_out(self, header: dict[str, Any], packets: list[bytes]) -> None:
+        """Emit a chunk, which waits until `sent` is called."""
+        with self._lock:
+            self._unsent += 1
+        self.emit("video.chunk", header, packets)
 
     def hungry(self) -> bool:
         """Whether a chunk is to be made now."""
         with self._lock:
-            if self._stopped or (self._paused and self._wish is None):
+            if self._stopped or self._unsent >= AHEAD or (self._paused and self._wish is None):
                 return False
             waiting = sum(first >= self._played for first, _ in self.chunks)
             return self._wish is not None or waiting < AHEAD
@@ -330,7 +342,7 @@ class Engine:
             "made_ms": 1000 * (made - begin),
             "encoded_ms": 1000 * (encoded - made),
         }
-        stream.emit("video.chunk", header, [packet.data for packet in packets])
+        stream.hand_out(header, [packet.data for packet in packets])
         stream.index += 1
 
     def _open(self, stream: Stream) -> None:

@@ -232,6 +232,66 @@ def test_slow_readers_are_waited_for(pipeline, pictures):
     assert most - before < 50 * MB
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", ["all was shown", "changes"])
+def test_nothing_piles_up_for_who_does_not_read(pipeline, pictures, claim):
+    """Whatever a client says: what it does not take is not made."""
+    with Wire(pipeline, pictures, sessions=2) as server:
+        player = Player(server, seed=2)
+        with server.connect(lazy=True) as one:
+            rude = Viewer(one, server).start(codec="jpeg")
+            rude.until("session.ready")
+            (stream,) = server.live.active.values()
+            rude.play(EVER)
+            player.start()
+            goal, number = CHUNK * size("S2 chunks for who reads nothing"), 0
+            before = memory()
+            while player.count < goal:
+                assert player.error is None and player.is_alive()
+                if claim == "changes":
+                    number += 1
+                    garment = server.names[GARMENTS[number % 3]]
+                    rude.say("session.interaction", id=number, garment=garment)
+                time.sleep(0.02)
+            chunks, grown = stream.index, memory() - before
+            one.cut()
+        player.leave()
+        assert faults(server.log) == []
+    others = size("S2 chunks for who reads nothing")
+    note(
+        f"S2 reads nothing, {claim}",
+        f"while another saw {others} chunks",
+        "2 chunks wait, and what the system holds; memory +- 50 MB",
+        chunks=chunks,
+        memory_mb=grown / MB,
+    )
+    assert chunks <= AHEAD + 4
+    assert grown < 50 * MB
+
+
+@pytest.mark.slow
+def test_who_asks_and_does_not_read_is_sent_away(pipeline, pictures):
+    with Wire(pipeline, pictures) as server:
+        with server.connect(lazy=True) as one:
+            Viewer(one, server).start().until("session.ready")
+            (stream,) = server.live.active.values()
+            one.tcp.settimeout(PATIENCE)
+            asked = 0
+            while not stream.stopped and asked < 100_000:
+                try:
+                    one.send_json({"type": "session.ping"})
+                except Exception:  # the server has closed the connection
+                    break
+                asked += 1
+            server.wait_for(lambda: stream.stopped)
+            server.wait_for(lambda: not server.live.active)
+            one.cut()
+        watch(server)
+        server.wait_until_empty()
+        assert faults(server.log) == []
+    note("S2 asks and reads nothing", "pings", "it is sent away", pings=asked)
+
+
 # S3: more clients than places.
 
 
