@@ -76,6 +76,7 @@ class Live:
         self.finished: dict[str, Stream] = {}
         self.waiting: list[asyncio.Event] = []
         self.left: dict[str, asyncio.TimerHandle] = {}
+        self.outboxes: dict[str, asyncio.Queue] = {}  # by which a stream talks to its client
 
     async def slot(self, tell: Any) -> bool:
         """Wait until a stream may begin; False if too many wait already."""
@@ -117,6 +118,7 @@ class Live:
 
     def ended(self, stream: Stream) -> None:
         """The engine has let go of a stream."""
+        self.outboxes.pop(stream.name, None)
         if self.active.pop(stream.name, None) is not None:
             self.finished[stream.name] = stream
             while len(self.finished) > KEPT:
@@ -139,12 +141,19 @@ class Live:
         self.engine.wake()
 
     def back(self, name: str) -> Stream | None:
-        """The stream of a client that has come back in time."""
-        timer = self.left.pop(name, None)
-        if timer is None:
+        """The stream of a client that has come back in time.
+
+        Its old connection may still stand, for a network that is gone says nothing; it is left.
+        """
+        stream = self.active.get(name)
+        if stream is None or stream.stopped:
             return None
-        timer.cancel()
-        return self.active.get(name)
+        timer = self.left.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+        if (outbox := self.outboxes.pop(name, None)) is not None:
+            outbox.put_nowait(None)
+        return stream
 
 
 def make_app(
@@ -342,6 +351,8 @@ async def _stream(socket: WebSocket) -> None:
             stream = await _begin(socket, live, hello, emit, outbox)
         else:
             stream.come_back(emit)
+        if stream.name in live.active:  # else it has ended already
+            live.outboxes[stream.name] = outbox
         live.engine.wake()
         await socket.send_text(write_message("session.ready", session=stream.name))
         sender = asyncio.create_task(_send_all(socket, live, stream, outbox))
@@ -351,15 +362,18 @@ async def _stream(socket: WebSocket) -> None:
             sender.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await sender
+        if stream.name in live.active and live.outboxes.get(stream.name) is not outbox:
+            raise _Refused(4409, "moved", "the stream goes on in another connection")
     except _Refused as refused:
-        if stream is not None:  # nobody is to come back to it
+        if stream is not None and live.outboxes.get(stream.name) is outbox:
             stream.stop()
             live.engine.wake()
         await _close(socket, refused)
     except (WebSocketDisconnect, TimeoutError):
         pass
     finally:
-        if stream is not None and stream.name in live.active and not stream.stopped:
+        # One whose stream has gone on elsewhere has nothing to leave.
+        if stream is not None and live.outboxes.get(stream.name) is outbox and not stream.stopped:
             live.leave(stream)
 
 
@@ -520,9 +534,9 @@ def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Q
 
 
 async def _send_all(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio.Queue) -> None:
-    """Hand on what the engine says, until the stream ends."""
-    while True:
-        type_, values, packets = await outbox.get()
+    """Hand on what the engine says, until the stream ends or goes on elsewhere."""
+    while (event := await outbox.get()) is not None:
+        type_, values, packets = event
         if type_ == "session.done" and stream.shown:
             values = values | {"recording": f"/api/streams/{stream.name}/recording.mp4"}
         await socket.send_text(write_message(type_, **values))

@@ -74,7 +74,7 @@ def test_who_leaves_the_queue_gets_no_place(pipeline, pictures):
                 first.say("session.stop")
                 third.until("video.chunk")
                 third.say("session.stop")
-                third.until("session.done")
+                third.until("session.done", play=False)
             server.wait_until_empty()
         assert len(begun) == 2 * size("S1 cuts at each stage")
         assert faults(server.log) == []
@@ -92,10 +92,10 @@ def test_what_is_said_in_the_queue_counts(server):
         assert third.until("session.done")["frames"] == 0
         server.wait_for(lambda: len(server.live.waiting) == 1)
         first.say("session.stop")
-        first.until("session.done")
+        first.until("session.done", play=False)
         assert second.until("video.chunk")["garment"] == server.names["coat"]
         second.say("session.stop")
-        second.until("session.done")
+        second.until("session.done", play=False)
 
 
 @pytest.mark.slow
@@ -379,7 +379,7 @@ def test_of_a_storm_of_changes_the_last_one_wins(pipeline, pictures):
         grown = memory() - before
         assert viewer.until("video.chunk")["garment"] == asked[-1]
         viewer.say("session.stop")
-        viewer.until("session.done")
+        viewer.until("session.done", play=False)
         assert faults(server.log) == []
     note(
         "S4 storm",
@@ -426,10 +426,12 @@ def test_no_frame_of_an_old_garment_follows_its_change(pipeline, pictures):
             see(viewer, random_, worn)
             took.append(1000 * (time.perf_counter() - begin))
             keep_digests(viewer, digests)
+            if number == size("S5 switches whose frames are compared"):
+                last = len(digests)
         viewer.say("session.stop")
         viewer.until("session.done", play=False)
         keep_digests(viewer, digests)
-        expected = driven(pipeline, server, marks, max(digests) + 1)
+        expected = driven(pipeline, server, marks, last)
         wrong = [n for n, digest in enumerate(expected) if digests[n] != digest]
         first = min(marks)
         same = {first: server.names["dress"]}  # a change to what is worn already
@@ -441,7 +443,7 @@ def test_no_frame_of_an_old_garment_follows_its_change(pipeline, pictures):
     quarter = max(1, count // 4)
     note(
         "S5 switches",
-        f"{count} in one session, {len(digests)} frames compared",
+        f"{count} in one session, {last} of {len(digests)} frames compared",
         "0 wrong frames, the time of a change does not grow",
         wrong=len(wrong),
         ms_first_quarter=statistics.median(took[:quarter]),
@@ -512,7 +514,7 @@ def test_a_long_run_stays_as_it_was(pipeline, pictures, monkeypatch):
             if now > seconds * (len(seen) + 2) / 22:  # from a tenth on
                 seen.append((now, time.process_time(), frames, memory()))
         viewer.say("session.stop")
-        viewer.until("session.done")
+        viewer.until("session.done", play=False)
         assert faults(server.log) == []
     half = len(seen) // 2
     early = statistics.median(x[3] for x in seen[:half])
@@ -688,6 +690,31 @@ def arrived(server, name, frame) -> None:
 
 
 @pytest.mark.slow
+def test_who_comes_back_on_a_new_network_need_not_wait_for_the_old_one(pipeline, pictures):
+    """The old connection still stands, for nobody has told the server that it is dead."""
+    with Wire(pipeline, pictures) as server:
+        with server.connect() as old, server.connect() as new:
+            first = Viewer(old, server).start()
+            name = first.until("session.ready")["session"]
+            first.until("video.chunk")
+            second = Viewer(new, server)
+            second.shown = first.shown
+            second.start(resume=name)
+            assert second.next()["session"] == name
+            second.until("video.chunk")
+            for _ in range(3):
+                second.until("video.chunk")
+            code, messages = old.closed()
+            assert code == 4409 and messages[-1]["code"] == "moved"
+            assert not server.live.left
+            second.say("session.stop")
+            second.until("session.done", play=False)
+        server.wait_until_empty()
+        assert faults(server.log) == []
+    note("S9 takes over", "1 while the old connection stands", "the same stream", resumed=1)
+
+
+@pytest.mark.slow
 def test_who_comes_back_too_late_gets_a_new_stream(pipeline, pictures, monkeypatch):
     monkeypatch.setattr(serving, "RECONNECT", RECONNECT)
     with Wire(pipeline, pictures) as server:
@@ -702,7 +729,7 @@ def test_who_comes_back_too_late_gets_a_new_stream(pipeline, pictures, monkeypat
             assert viewer.until("session.ready")["session"] != name
             assert viewer.until("video.chunk")["first_frame"] == 0
             viewer.say("session.stop")
-            viewer.until("session.done")
+            viewer.until("session.done", play=False)
     note("S9 too late", "1", "another name, from the first frame", refused=1)
 
 

@@ -199,7 +199,7 @@ def watch(server, chunks=1, **hello) -> None:
         for _ in range(chunks):
             viewer.until("video.chunk")
         viewer.say("session.stop")
-        viewer.until("session.done")
+        viewer.until("session.done", play=False)
 
 
 @contextlib.contextmanager
