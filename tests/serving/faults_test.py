@@ -6,6 +6,7 @@ Real sockets wherever the network is the subject. Sizes stand in `tests/serving/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import statistics
@@ -22,7 +23,7 @@ from chameleon_jax.serving.engine import AHEAD
 from tests.serving import figures
 from tests.serving.client import Server, Viewer
 from tests.serving.figures import FULL, SLACK, note, percentile, size
-from tests.serving.wire import PATIENCE, Player, Wire, faults, memory, watch
+from tests.serving.wire import PATIENCE, Narrow, Player, Socket, Wire, faults, memory, watch
 
 CHUNK = 12  # frames at most
 MB = 1e6
@@ -61,10 +62,10 @@ def test_who_leaves_the_queue_gets_no_place(pipeline, pictures):
         begun = counted(server.live, "begin")
         for _ in range(size("S1 cuts at each stage")):
             with server.connect() as one, server.connect() as two, server.connect() as three:
-                first, gone, third = (Viewer(x, server).start() for x in (one, two, three))
-                first.until("video.chunk")
-                gone.until("session.queued")
-                third.until("session.queued")
+                first, gone, third = (Viewer(x, server) for x in (one, two, three))
+                first.start().until("video.chunk")
+                gone.start().until("session.queued")
+                third.start().until("session.queued")
                 begin = time.monotonic()
                 two.cut()
                 # Well before it would be told its position again, which a socket that is gone
@@ -83,11 +84,11 @@ def test_who_leaves_the_queue_gets_no_place(pipeline, pictures):
 
 def test_what_is_said_in_the_queue_counts(server):
     with server.connect() as one, server.connect() as two, server.connect() as three:
-        first, second, third = (Viewer(x, server).start() for x in (one, two, three))
-        first.until("video.chunk")
-        second.until("session.queued")
+        first, second, third = (Viewer(x, server) for x in (one, two, three))
+        first.start().until("video.chunk")
+        second.start().until("session.queued")
         second.say("session.interaction", id=1, garment=server.names["coat"])
-        third.until("session.queued")
+        third.start().until("session.queued")
         third.say("session.stop")
         assert third.until("session.done")["frames"] == 0
         server.wait_for(lambda: len(server.live.waiting) == 1)
@@ -190,31 +191,31 @@ def counted(owner, name):
 
 @pytest.mark.slow
 def test_slow_readers_are_waited_for(pipeline, pictures):
-    """They read a chunk in ten times as long as it lasts, and say what they have shown."""
+    """Their network carries a tenth of what the stream needs."""
     count, seconds = size("S2 slow readers"), size("S2 seconds")
-    ahead, errors = [], []
+    ahead, errors, shown = [], [], []
 
-    def read(server):
+    def read(server, path):
         try:
-            with server.connect(lazy=True) as one:
+            with Socket(path.port, {"origin": f"http://testserver:{path.port}"}) as one:
                 viewer = Viewer(one, server).start(codec="jpeg")
                 end = time.monotonic() + seconds
                 while time.monotonic() < end:
-                    chunk = viewer.until("video.chunk", play=False)
-                    time.sleep(min(10 * chunk["frames"] / 16, max(0, end - time.monotonic())))
-                    viewer.play(chunk["first_frame"] + chunk["frames"])
+                    viewer.until("video.chunk")
                     viewer.frames.clear()
+                shown.append(viewer.shown)
         except BaseException as error:
             errors.append(error)
 
-    with Wire(pipeline, pictures, sessions=count) as server:
-        watch(server)
-        threads = [threading.Thread(target=read, args=[server]) for _ in range(count)]
+    with Wire(pipeline, pictures, sessions=count) as server, contextlib.ExitStack() as stack:
+        needed = bytes_a_second(server)
+        paths = [stack.enter_context(Narrow(server.port, needed / 10)) for _ in range(count)]
+        threads = [threading.Thread(target=read, args=[server, path]) for path in paths]
         for thread in threads:
             thread.start()
         server.wait_for(lambda: len(server.live.active) == count)
-        before = memory()
-        most = before
+        server.wait_for(lambda: all(x.made for x in list(server.live.active.values())))
+        before = most = memory()
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.2)
             most = max(most, memory())
@@ -226,10 +227,23 @@ def test_slow_readers_are_waited_for(pipeline, pictures):
         f"{count} at a tenth of the rate for {seconds} s",
         "<= 2 chunks wait unshown (and one is shown), memory +- 50 MB",
         frames_ahead_max=max(ahead),
+        frames_shown=min(shown),
         memory_mb=(most - before) / MB,
     )
     assert max(ahead) <= (AHEAD + 1) * CHUNK
     assert most - before < 50 * MB
+
+
+def bytes_a_second(server) -> float:
+    """What a stream of pictures needs to be shown as fast as it is meant to be."""
+    with server.connect() as one:
+        viewer = Viewer(one, server).start(codec="jpeg")
+        fps = viewer.until("video.start")["fps"]
+        while len(viewer.frames) < 2 * CHUNK:
+            viewer.until("video.chunk")
+        viewer.say("session.stop")
+        viewer.until("session.done", play=False)
+    return fps * sum(map(len, viewer.frames.values())) / len(viewer.frames)
 
 
 @pytest.mark.slow
@@ -366,7 +380,8 @@ def test_of_a_storm_of_changes_the_last_one_wins(pipeline, pictures):
                 applied.append(message["id"])
                 fresh = True
             elif message["type"] == "video.chunk":
-                viewer.play(message["first_frame"] + message["frames"])
+                # The whole of it might be taken back before the server hears that it was shown.
+                viewer.play(message["first_frame"])
                 chunks += 1
                 fresh = False
                 assert not applied or message["garment"] == asked[applied[-1]]
@@ -495,19 +510,19 @@ def driven(pipeline, server, marks, frames, seed=1):
 def test_a_long_run_stays_as_it_was(pipeline, pictures, monkeypatch):
     seconds, each = size("S6 seconds"), 9
     monkeypatch.setattr(engines, "MOST_FRAMES", 500, raising=False)  # recordings grow, of course
-    cache = pipeline.config.cache
+    turns = pipeline.config.cache.frames / pipeline.config.cache.block  # chunks of one
     seen: list[tuple[float, float, int, int]] = []  # time, processor time, frames, bytes
     with Wire(pipeline, pictures) as server, server.connect() as one:
         viewer = Viewer(one, server).start()
         begin, chunks, frames, clips = time.monotonic(), 0, 0, [0]
-        while (now := time.monotonic() - begin) < seconds:
+        while (now := time.monotonic() - begin) < seconds or wraps(clips, turns) < 3:
             chunk = viewer.until("video.chunk")
             chunks, frames = chunks + 1, frames + chunk["frames"]
             clips[-1] += 1
             if chunks % each == 0:
                 garment = server.names[GARMENTS[chunks // each % 3]]
                 viewer.say("session.interaction", id=chunks, garment=garment)
-                viewer.until("session.applied")
+                viewer.until("session.applied", play=False)
                 clips.append(0)
             viewer.frames.clear()
             viewer.messages.clear()
@@ -520,7 +535,6 @@ def test_a_long_run_stays_as_it_was(pipeline, pictures, monkeypatch):
     early = statistics.median(x[3] for x in seen[:half])
     late = statistics.median(x[3] for x in seen[-half:])
     first, last = cost(seen[: half + 1]), cost(seen[half:])
-    wraps = sum(clip * cache.block // cache.frames for clip in clips)
     note(
         "S6 soak",
         f"{seconds} s, {frames} frames",
@@ -530,11 +544,16 @@ def test_a_long_run_stays_as_it_was(pipeline, pictures, monkeypatch):
         frames_per_s_last=last[0],
         cpu_ms_a_frame_first=first[1],
         cpu_ms_a_frame_last=last[1],
-        wraps=wraps,
+        wraps=wraps(clips, turns),
     )
     # In a run of seconds the allocator's steps are larger than 1 %.
     assert late / early - 1 < (0.01 if FULL else 0.05)
-    assert last[1] < 1.5 * first[1] and wraps >= 3
+    assert last[1] < 1.5 * first[1]
+
+
+def wraps(clips, turns) -> int:
+    """How often the cache began anew in clips of so many chunks."""
+    return sum(int(clip / turns) for clip in clips)
 
 
 def cost(seen) -> tuple[float, float]:
@@ -572,7 +591,7 @@ def test_an_error_of_the_device_ends_one_stream(pipeline, pictures, monkeypatch)
                 name = place.split(".")[1]
                 patched.setattr(owner, name, failing(getattr(owner, name), error, current, victim))
                 viewer.say("session.interaction", id=1, garment=server.names["coat"])
-                said = viewer.until("session.error")
+                said = viewer.until("session.error", play=False)
                 assert said["code"] == "failed" and "secret" not in said["message"]
                 viewer.until("session.done", play=False)
             seen = player.count
@@ -619,9 +638,9 @@ def test_who_waits_for_a_model_that_cannot_be_compiled_is_told(pipeline, picture
     with Wire(pipeline, pictures) as server:
         assert gate.reached.wait(PATIENCE)
         with server.connect() as one, server.connect() as two:
-            first, second = (Viewer(x, server).start() for x in (one, two))
-            first.until("session.ready")
-            second.until("session.queued")
+            first, second = (Viewer(x, server) for x in (one, two))
+            first.start().until("session.ready")
+            second.start().until("session.queued")
             gate.opened.set()
             for viewer in (first, second):
                 said = viewer.until("session.error")

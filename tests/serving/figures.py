@@ -23,7 +23,7 @@ SLACK = 10
 SIZES = {  # in every run, before a release
     "S1 cuts at each stage": (2, 20),
     "S2 slow readers": (3, 3),
-    "S2 seconds": (4, 600),
+    "S2 seconds": (5, 600),
     "S2 chunks for who reads nothing": (12, 60),
     "S3 places": (2, 4),
     "S3 clients": (20, 40),
@@ -34,9 +34,9 @@ SIZES = {  # in every run, before a release
     "S6 seconds": (6, 600),
     "S7 errors": (4, 10),
     "S9 cuts": (4, 20),
-    "X1 fixed pictures over HTTP": (6, 100),
-    "X1 mutated pictures over HTTP": (4, 200),
-    "X1 mutated pictures": (60, 1800),
+    "X1 fixed pictures over HTTP": (5, 100),
+    "X1 mutated pictures over HTTP": (3, 200),
+    "X1 mutated pictures": (40, 1800),
     "X6 fuzzed messages": (300, 5000),
     "X6 seconds of a flood": (1, 10),
 }

@@ -119,7 +119,7 @@ class Socket:
             max_size=None,
             max_queue=1 if lazy else 64,
             ping_interval=None,
-            close_timeout=5,
+            close_timeout=1,
             open_timeout=PATIENCE,
             proxy=None,
         )
@@ -161,6 +161,44 @@ class Socket:
                     messages.append(json.loads(message))
         except ConnectionClosed as closed:
             return (closed.rcvd.code if closed.rcvd else 1006), messages
+
+
+class Narrow:
+    """A network that carries so many bytes a second from the server to one client."""
+
+    def __init__(self, port, rate):
+        self.server, self.rate = port, rate
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.ends: list[socket.socket] = [self.listener]
+
+    def __enter__(self):
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _run(self):
+        client, _ = self.listener.accept()
+        upstream = socket.socket()
+        upstream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
+        upstream.connect(("127.0.0.1", self.server))
+        self.ends += [client, upstream]
+        threading.Thread(target=self._carry, args=[client, upstream, 0], daemon=True).start()
+        self._carry(upstream, client, 1 / self.rate)
+
+    def _carry(self, source, target, seconds):
+        """Bytes from one end to the other, each of which takes some time."""
+        with contextlib.suppress(OSError):
+            while part := source.recv(2048):
+                time.sleep(len(part) * seconds)
+                target.sendall(part)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
 
 
 class Player(threading.Thread):
