@@ -30,6 +30,7 @@ from chameleon_jax.errors import ROOT
 from chameleon_jax.serving import app as serving
 from chameleon_jax.serving import pictures as opening
 from chameleon_jax.serving import protocol
+from chameleon_jax.serving.guard import Guard
 from tests.serving import figures
 from tests.serving.client import BEARER, TOKEN, Server, Viewer
 from tests.serving.figures import SLACK, note, size
@@ -428,6 +429,44 @@ OTHER_ORIGINS = (
 )
 
 
+@pytest.mark.slow
+def test_other_hosts_and_origins_are_refused(wire):
+    host, right = f"testserver:{wire.port}", f"http://testserver:{wire.port}"
+    token = f"Authorization: Bearer {TOKEN}"
+    begun, asked = wire.engine.figures.total(), 0
+
+    def refused(name, *lines):
+        nonlocal asked
+        asked += 1
+        if "Upgrade: websocket" not in lines:
+            lines += ("Connection: close",)
+        status, _ = wire.ask("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        assert status in (400, 403), (name, lines, status)
+
+    for one in OTHER_HOSTS:
+        for method in ("GET", "PUT"):
+            refused(one, f"{method} /api/wardrobe HTTP/1.1", f"Host: {one}", token)
+        refused(one, *handshake(one), f"Origin: {right}", token)
+        refused(one, *handshake(one), f"Origin: http://{one}", token)  # DNS rebinding
+    refused("none", "GET / HTTP/1.1", token)
+    refused("two", *handshake(host), f"Host: {host}", f"Origin: {right}")
+    for one in OTHER_ORIGINS:
+        origin = "Origin: " + one.format(host=host, port=wire.port)
+        refused(one, *handshake(host), origin)
+        refused(one, *handshake(host), origin, token)
+        refused(one, "PUT /api/pictures/garment HTTP/1.1", f"Host: {host}", origin, token)
+    refused("missing", *handshake(host))
+    refused("missing", *handshake(host), "Authorization: Bearer wrong")
+    for two in ((right, "http://evil.example"), ("http://evil.example", right)):
+        refused("two", *handshake(host), *(f"Origin: {one}" for one in two))
+    assert upgraded(wire, *handshake(host), f"Origin: {right}")
+    assert upgraded(wire, *handshake(host), token)
+    assert wire.engine.figures.total() == begun and faults(wire.log) == []
+    note(
+        "X4 hosts and origins", f"{asked} requests", "all refused, before any device work", let_in=0
+    )
+
+
 def handshake(host, path="/api/stream"):
     return (
         f"GET {path} HTTP/1.1",
@@ -443,6 +482,16 @@ def upgraded(wire, *lines) -> bool:
     with socket.create_connection(("127.0.0.1", wire.port), timeout=PATIENCE) as tcp:
         tcp.sendall("\r\n".join([*lines, "", ""]).encode())
         return tcp.recv(100).startswith(b"HTTP/1.1 101")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["[::1].evil.example", "[::1]evil", "[::1]:80:80", "[::1]:x", "localhost:x", "localhost:80@e"],
+)
+def test_what_looks_like_an_allowed_host_is_not(host):
+    guard = Guard("t", ["localhost", "[::1]"])
+    assert not guard.host(host)
+    assert guard.host("[::1]:80") and guard.host("localhost:80")
 
 
 @pytest.mark.parametrize("path", ["/", "/main.js", "/api/wardrobe", "/api/streams/x/manifest.json"])
