@@ -28,6 +28,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from chameleon_jax.errors import ROOT
 from chameleon_jax.serving import app as serving
+from chameleon_jax.serving import guard as guards
 from chameleon_jax.serving import pictures as opening
 from chameleon_jax.serving import protocol
 from chameleon_jax.serving.guard import Guard
@@ -41,6 +42,7 @@ from tests.serving.wire import (
     faults,
     logged,
     memory,
+    secrets_in,
     watch,
 )
 
@@ -511,6 +513,43 @@ HEADERS = (
     *(f"Authorization: {scheme} {TOKEN}" for scheme in ("Basic", "Token", "Bearerx")),
     *(f"Authorization: {TOKEN}", f"Cookie: token={TOKEN}", f"X-Token: {TOKEN}"),
 )
+
+
+@pytest.mark.slow
+def test_without_the_token_nothing_is_done(pipeline, pictures, monkeypatch):
+    opened, compared = [], []
+    monkeypatch.setattr(opening, "_opened_apart", lambda *args: opened.append(args))
+    compare = guards.hmac.compare_digest
+    monkeypatch.setattr(
+        guards.hmac, "compare_digest", lambda *args: compared.append(args) or compare(*args)
+    )
+    data, asked = (pictures / "coat.png").read_bytes(), 0
+    with Wire(pipeline, pictures) as server:
+        before = server.engine.figures.copy()
+        host, right = f"Host: testserver:{server.port}", f"Origin: http://testserver:{server.port}"
+        routes = ("GET /api/wardrobe", "PUT /api/pictures/garment")
+        routes += ("GET /api/streams/x/recording.mp4", "GET /api/streams/x/manifest.json")
+        for header in HEADERS:
+            for route in routes:
+                for query in ("", f"?token={TOKEN}", f"?access_token={TOKEN}"):
+                    lines = [f"{route}{query} HTTP/1.1", host, right, header, "Connection: close"]
+                    body = data if route.startswith("PUT") else b""
+                    lines += [f"Content-Length: {len(body)}", "", ""]
+                    status, _ = server.ask("\r\n".join(lines).encode() + body)
+                    assert status == 401, (route, header)
+                    asked += 1
+        for word in (*WRONG, None):
+            with server.connect(path=f"/api/stream?token={TOKEN}") as one:
+                code, messages = greeted(server, one, token=word or "")
+                assert code == (4400 if word == TOKEN + "\0" else 4401)
+                assert [x["type"] for x in messages] == ["session.error"]
+                asked += 1
+        assert server.engine.figures == before and opened == []
+        assert not server.live.active and not server.live.finished
+        watch(server)
+        assert secrets_in(server.log) == [] and faults(server.log) == []
+    assert len(compared) >= asked
+    note("X5 tokens", f"{asked} requests", "refused, nothing done, in no log", let_in=0)
 
 
 # X6: messages.

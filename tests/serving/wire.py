@@ -19,7 +19,7 @@ from chameleon_jax.machine import memory_in_use
 from tests.serving.client import TOKEN, Server, Viewer
 
 SETTINGS = {  # those of launch/serve.py
-    "log_level": "info",
+    "log_level": "warning",
     "access_log": False,
     "ws": "websockets-sansio",
     "ws_max_size": 1 << 20,
