@@ -23,7 +23,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -266,10 +266,13 @@ async def _upload(request: Request) -> Response:
     if not live.limits.uploads.allows(_address(request)):
         return _error(429, "rate", "too many pictures in a minute; wait a little")
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BYTES:
-            return _error(413, "size", f"the picture has more than {MAX_BYTES // 1_000_000} MB")
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BYTES:
+                return _error(413, "size", f"the picture has more than {MAX_BYTES // 1_000_000} MB")
+    except ClientDisconnect:
+        return _error(400, "left", "the picture is not complete")
     try:
         picture = await asyncio.to_thread(
             live.wardrobe.add_upload, request.path_params["kind"], bytes(data)

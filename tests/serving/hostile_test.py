@@ -288,6 +288,19 @@ def test_no_picture_breaks_the_process_that_opens_it(tmp_path):
         assert one["seconds"] < SLACK and one["peak"] < 512 * MB, one
 
 
+def test_an_upload_that_breaks_off_is_nobodys_fault(wire):
+    head = (
+        f"PUT /api/pictures/garment HTTP/1.1\r\nHost: testserver\r\nContent-Length: 100000\r\n"
+        f"Authorization: Bearer {TOKEN}\r\n\r\n"
+    )
+    logged_before = len(faults(wire.log))
+    for sent in (0, 10, 90_000):
+        wire.ask(head.encode() + b"\x89PNG" + b"\0" * sent, shut=True)
+    wire.wait_until_empty()
+    assert faults(wire.log)[logged_before:] == []
+    watch(wire)
+
+
 # X3: names and paths.
 
 NAMES = (
