@@ -426,15 +426,11 @@ async def _seated(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio
         await socket.send_text(write_message(type_, **values))
 
     seat = asyncio.create_task(live.take(stream, tell))
+    seat.add_done_callback(_looked_at)
     try:
         while True:
-            word = asyncio.ensure_future(_receive(socket, None))
-            try:
-                await asyncio.wait({seat, word}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                word.cancel()
-            await asyncio.wait({word})
-            if not word.cancelled():
+            word = await _word(socket, None, seat)
+            if word is not None:
                 _obey(live, stream, word.result(), outbox)
             if seat.done():
                 return seat.result()
@@ -489,20 +485,36 @@ async def _receive(socket: WebSocket, timeout: float | None) -> dict[str, Any]:
         raise _Refused(4400, "message", str(error)) from None
 
 
+async def _word(
+    socket: WebSocket, timeout: float | None, other: asyncio.Task
+) -> asyncio.Task[dict[str, Any]] | None:
+    """The task that has received the next message; None if another task is done before."""
+    word = asyncio.create_task(_receive(socket, timeout))
+    try:
+        await asyncio.wait({word, other}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        word.cancel()
+        word.add_done_callback(_looked_at)
+    await asyncio.wait({word})
+    return None if word.cancelled() else word
+
+
+def _looked_at(task: asyncio.Task) -> None:
+    """Keep asyncio from logging what nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
+
+
 async def _listen(
     socket: WebSocket, live: Live, stream: Stream, sender: asyncio.Task, outbox: asyncio.Queue
 ) -> None:
     """What the client says, until it leaves or the stream ends."""
     while not sender.done():
-        receive = asyncio.ensure_future(_receive(socket, IDLE))
-        done, _ = await asyncio.wait({receive, sender}, return_when=asyncio.FIRST_COMPLETED)
-        if receive not in done:
-            receive.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await receive
+        word = await _word(socket, IDLE, sender)
+        if word is None:
             return
         try:
-            message = receive.result()
+            message = word.result()
         except TimeoutError:
             raise _Refused(4408, "idle", "nothing was heard for a long time") from None
         _obey(live, stream, message, outbox)

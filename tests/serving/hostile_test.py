@@ -709,6 +709,41 @@ def fuzzed(random_, type_, server) -> str:
     return text
 
 
+@pytest.mark.slow
+def test_fuzzed_messages_are_answered(server, monkeypatch):
+    """Each is obeyed, or refused with an error; the next client is served."""
+    monkeypatch.setattr(serving, "RECONNECT", 0.0)
+    random_, count = random.Random(6), size("X6 fuzzed messages")
+    types = list(protocol.CLIENT)
+    heard: dict[str, int] = {}
+    sent = 0
+    with logged() as log:
+        while sent < count:
+            first = random_.random() < 0.9
+            with server.connect() as one:
+                if not first:
+                    Viewer(one, server).start().until("session.ready")
+                for _ in range(1 if first else 30):
+                    type_ = "session.start" if first and random_.random() < 0.6 else None
+                    one.send_text(fuzzed(random_, type_ or random_.choice(types), server))
+                    sent += 1
+                    answer = answered(one, first)
+                    heard[answer] = heard.get(answer, 0) + 1
+                    if answer.startswith("closed") or answer == "session.done":
+                        break
+            server.wait_for(lambda: not server.live.active and not server.engine.streams)
+        watch(server)
+    assert faults(log) == [] and server.engine.figures["failed"] == 0
+    assert not server.live.waiting and not server.live.left
+    note(
+        "X6 fuzzed messages",
+        f"{sent} messages",
+        "an answer to each, 0 exceptions in the log, the next client is served",
+        **heard,
+    )
+    assert heard["closed 4400"] > count // 10 and heard["obeyed"] + heard["session.ready"] > 10
+
+
 def answered(one, first) -> str:
     """What the server says to a message: of an error the code of the close that follows."""
     if not first:
