@@ -26,7 +26,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -50,6 +50,8 @@ IDLE = 120.0  # seconds without a word from a client
 HELLO = 15.0  # seconds until the first message
 KEPT = 20  # streams that have ended, whose films can be downloaded
 OPENED = 2  # uploads that are opened at a time
+UNREAD = 200  # messages that wait for a client
+CLOSING = 5.0  # seconds for the last word to one who may not read
 
 
 @dataclasses.dataclass
@@ -92,6 +94,7 @@ class Live:
         self.finished: dict[str, Stream] = {}
         self.waiting: list[asyncio.Event] = []
         self.left: dict[str, asyncio.TimerHandle] = {}
+        self.outboxes: dict[str, asyncio.Queue] = {}  # by which a stream talks to its client
 
     async def slot(self, tell: Any) -> bool:
         """Wait until a stream may begin; False if too many wait already, or the server stops."""
@@ -114,6 +117,13 @@ class Live:
             self.waiting.remove(turn)
             self._next()
 
+    async def take(self, stream: Stream, tell: Any) -> bool:
+        """Wait for a slot and begin; False if too many wait already."""
+        if not await self.slot(tell):
+            return False
+        self.begin(stream)
+        return True
+
     def begin(self, stream: Stream) -> None:
         """Take a slot and make the stream."""
         loop = asyncio.get_running_loop()
@@ -128,6 +138,7 @@ class Live:
 
     def ended(self, stream: Stream) -> None:
         """The engine has let go of a stream."""
+        self.outboxes.pop(stream.name, None)
         if self.active.pop(stream.name, None) is not None:
             self.finished[stream.name] = stream
             while len(self.finished) > KEPT:
@@ -183,12 +194,19 @@ class Live:
         self.engine.wake()
 
     def back(self, name: str) -> Stream | None:
-        """The stream of a client that has come back in time."""
-        timer = self.left.pop(name, None)
-        if timer is None:
+        """The stream of a client that has come back in time.
+
+        Its old connection may still stand, for a network that is gone says nothing; it is left.
+        """
+        stream = self.active.get(name)
+        if stream is None or stream.stopped:
             return None
-        timer.cancel()
-        return self.active.get(name)
+        timer = self.left.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+        if (outbox := self.outboxes.pop(name, None)) is not None:
+            outbox.put_nowait(None)
+        return stream
 
 
 def make_app(
@@ -310,10 +328,13 @@ async def _upload(request: Request) -> Response:
     if not live.limits.uploads.allows(_address(request)):
         return _error(429, "rate", "too many pictures in a minute; wait a little")
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BYTES:
-            return _error(413, "size", f"the picture has more than {MAX_BYTES // 1_000_000} MB")
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BYTES:
+                return _error(413, "size", f"the picture has more than {MAX_BYTES // 1_000_000} MB")
+    except ClientDisconnect:
+        return _error(400, "left", "the picture is not complete")
     try:
         async with live.uploading:  # each is opened in a process of its own
             picture = await asyncio.to_thread(
@@ -384,34 +405,38 @@ async def _stream(socket: WebSocket) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
             loop.call_soon_threadsafe(outbox.put_nowait, (type_, values, packets))
 
-    async def tell(type_: str, **values: Any) -> None:
-        await socket.send_text(write_message(type_, **values))
-
     try:
         hello = await _hello(socket, live)
         if hello.get("resume"):
-            back = live.back(hello["resume"])
-            if back is None:
-                raise _Refused(4404, "gone", "that stream has ended, or another client has it")
-            stream = back
+            stream = live.back(hello["resume"])
+            if stream is None:
+                raise _Refused(4404, "gone", "that stream has ended")
             stream.come_back(emit)
         else:
-            stream = await _begin(socket, live, hello, emit, tell)
+            stream = await _begin(socket, live, hello, emit, outbox)
+        if stream.name in live.active:  # else it has ended already
+            live.outboxes[stream.name] = outbox
         live.engine.wake()
-        await tell("session.ready", session=stream.name)
-        sender = asyncio.create_task(_send_all(socket, stream, outbox))
+        await socket.send_text(write_message("session.ready", session=stream.name))
+        sender = asyncio.create_task(_send_all(socket, live, stream, outbox))
         try:
             await _listen(socket, live, stream, sender, outbox)
         finally:
             sender.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await sender
+        if stream.name in live.active and live.outboxes.get(stream.name) is not outbox:
+            raise _Refused(4409, "moved", "the stream goes on in another connection")
     except _Refused as refused:
+        if stream is not None and live.outboxes.get(stream.name) is outbox:
+            stream.stop()
+            live.engine.wake()
         await _close(socket, refused)
     except (WebSocketDisconnect, TimeoutError):
         pass
     finally:
-        if stream is not None and stream.name in live.active and not stream.stopped:
+        # One whose stream has gone on elsewhere has nothing to leave.
+        if stream is not None and live.outboxes.get(stream.name) is outbox and not stream.stopped:
             live.leave(stream)
 
 
@@ -434,7 +459,7 @@ async def _hello(socket: WebSocket, live: Live) -> dict[str, Any]:
 
 
 async def _begin(
-    socket: WebSocket, live: Live, hello: dict[str, Any], emit: Any, tell: Any
+    socket: WebSocket, live: Live, hello: dict[str, Any], emit: Any, outbox: asyncio.Queue
 ) -> Stream:
     """A new stream, in its slot."""
     try:
@@ -452,39 +477,42 @@ async def _begin(
     )
     if live.draining:
         raise _Refused(1012, "stopping", "the server stops")
-    if not await _slot(socket, live, tell):
+    if not await _seated(socket, live, stream, outbox):
+        if live.draining:
+            raise _Refused(1012, "stopping", "the server stops")
         raise _Refused(4503, "busy", "too many wait for a stream; try again later")
-    live.begin(stream)
     return stream
 
 
-async def _slot(socket: WebSocket, live: Live, tell: Any) -> bool:
-    """Wait for a place, and notice a client that leaves meanwhile."""
-    place = asyncio.create_task(live.slot(tell))
+async def _seated(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio.Queue) -> bool:
+    """Wait for a slot and begin, as long as the client is there: one that left must not get one.
+
+    What it says meanwhile counts once the stream has begun. False if too many wait already.
+    """
+
+    async def tell(type_: str, **values: Any) -> None:
+        await socket.send_text(write_message(type_, **values))
+
+    seat = asyncio.create_task(live.take(stream, tell))
+    seat.add_done_callback(_looked_at)
     try:
         while True:
-            receive = asyncio.ensure_future(_receive(socket, None))
-            done, _ = await asyncio.wait({place, receive}, return_when=asyncio.FIRST_COMPLETED)
-            if receive in done:
-                match receive.result()["type"]:
-                    case "session.stop":
-                        await tell("session.done", frames=0)
-                        await socket.close()
-                        raise WebSocketDisconnect(1000)
-                    case "session.ping":
-                        await tell("session.pong")
-                    case _:
-                        raise _Refused(4400, "order", "the stream has not started yet")
-            else:
-                receive.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await receive
-            if place in done:
-                return place.result()
+            word = await _word(socket, None, seat)
+            if word is not None:
+                _obey(live, stream, word.result(), outbox)
+            if seat.done():
+                return seat.result()
+            if stream.stopped:
+                await tell("session.done", frames=0)
+                await socket.close()
+                raise WebSocketDisconnect(1000)
+    except BaseException:
+        stream.stop()
+        live.engine.wake()
+        raise
     finally:
-        place.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await place
+        seat.cancel()
+        await asyncio.wait({seat})
 
 
 def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
@@ -528,23 +556,37 @@ async def _receive(socket: WebSocket, timeout: float | None) -> dict[str, Any]:
         raise _Refused(4400, "message", str(error)) from None
 
 
+async def _word(
+    socket: WebSocket, timeout: float | None, other: asyncio.Task
+) -> asyncio.Task[dict[str, Any]] | None:
+    """The task that has received the next message; None if another task is done before."""
+    word = asyncio.create_task(_receive(socket, timeout))
+    try:
+        await asyncio.wait({word, other}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        word.cancel()
+        word.add_done_callback(_looked_at)
+    await asyncio.wait({word})
+    return None if word.cancelled() else word
+
+
+def _looked_at(task: asyncio.Task) -> None:
+    """Keep asyncio from logging what nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
+
+
 async def _listen(
     socket: WebSocket, live: Live, stream: Stream, sender: asyncio.Task, outbox: asyncio.Queue
 ) -> None:
     """What the client says, until it leaves or the stream ends."""
     while not sender.done():
-        receive = asyncio.ensure_future(_receive(socket, IDLE))
-        done, _ = await asyncio.wait({receive, sender}, return_when=asyncio.FIRST_COMPLETED)
-        if receive not in done:
-            receive.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await receive
+        word = await _word(socket, IDLE, sender)
+        if word is None:
             return
         try:
-            message = receive.result()
+            message = word.result()
         except TimeoutError:
-            stream.stop()
-            live.engine.wake()
             raise _Refused(4408, "idle", "nothing was heard for a long time") from None
         _obey(live, stream, message, outbox)
         live.engine.wake()
@@ -552,6 +594,8 @@ async def _listen(
 
 def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Queue) -> None:
     """Do what a message says."""
+    if outbox.qsize() > UNREAD:
+        raise _Refused(4429, "slow", "too much waits to be read")
     match message["type"]:
         case "session.played":
             stream.played(message["frame"])
@@ -577,24 +621,27 @@ def _obey(live: Live, stream: Stream, message: dict[str, Any], outbox: asyncio.Q
             raise _Refused(4400, "order", "the stream has started already")
 
 
-async def _send_all(socket: WebSocket, stream: Stream, outbox: asyncio.Queue) -> None:
-    """Hand on what the engine says, until the stream ends."""
-    while True:
-        type_, values, packets = await outbox.get()
+async def _send_all(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio.Queue) -> None:
+    """Hand on what the engine says, until the stream ends or goes on elsewhere."""
+    while (event := await outbox.get()) is not None:
+        type_, values, packets = event
         if type_ == "session.done" and len(stream.shown):
             values = values | {"recording": f"/api/streams/{stream.name}/recording.mp4"}
         await socket.send_text(write_message(type_, **values))
         if packets is not None:
             await socket.send_bytes(pack(packets))
+            stream.sent()
+            live.engine.wake()
         if type_ == "session.done":
             return
 
 
 async def _close(socket: WebSocket, refused: _Refused) -> None:
-    with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
         if socket.application_state is WebSocketState.CONNECTED:
-            message = refused.message[: protocol.MAX_TEXT]
-            await socket.send_text(
-                write_message("session.error", code=refused.code, message=message)
-            )
-            await socket.close(refused.close, json.dumps(refused.code)[:100])
+            async with asyncio.timeout(CLOSING):
+                message = refused.message[: protocol.MAX_TEXT]
+                await socket.send_text(
+                    write_message("session.error", code=refused.code, message=message)
+                )
+                await socket.close(refused.close, json.dumps(refused.code)[:100])

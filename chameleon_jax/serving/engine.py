@@ -1,9 +1,9 @@
 """The engine: one thread that owns the device, and the streams that it makes in turn.
 
-A stream is made ahead of what is shown by at most `AHEAD` chunks. So nothing piles up: a client
-that does not read, or does not say what it has shown, is waited for. At a change the chunks that
-were not shown are taken back (`Session.rewind`) and the stream goes on from the boundary behind the
-last shown frame, so that a change does not wait for a queue.
+A stream is made ahead of what is shown by at most `AHEAD` chunks, and of what was sent by as many.
+So nothing piles up: a client that does not read, or does not say what it has shown, is waited for.
+At a change the chunks that were not shown are taken back (`Session.rewind`) and the stream goes on
+from the boundary behind the last shown frame, so that a change does not wait for a queue.
 
 A stream can also be given changes for frames to come: so a stream is made again, exactly, from what
 was noted about it.
@@ -108,7 +108,7 @@ class Stream:
         self._lock = threading.Lock()
         self._wish: Wish | None = None
         self._plan: list[Wish] = []  # by frame
-        self._played = 0
+        self._played = self._unsent = 0
         self._paused, self._stopped = paused, False
         # Of the engine's thread alone.
         self.session: Session | None = None
@@ -143,6 +143,11 @@ class Stream:
         with self._lock:
             self._played = max(self._played, frame)
 
+    def sent(self) -> None:
+        """A chunk is on its way to the client."""
+        with self._lock:
+            self._unsent = max(0, self._unsent - 1)
+
     def pause(self, paused: bool) -> None:
         with self._lock:
             self._paused = paused
@@ -157,8 +162,8 @@ class Stream:
         A chunk that is being made now still goes to the old connection.
         """
         with self._lock:
-            self._next_emit, self._paused = emit, False
-            self._wish = Wish().over(self._wish)
+            self._next_emit, self._paused, self._unsent = emit, False, 0
+            self._wish = self._wish or Wish()
 
     @property
     def shown(self) -> Recording:
@@ -177,12 +182,14 @@ class Stream:
         with self._lock:
             return self._stopped
 
-    def take(self) -> tuple[Wish | None, int]:
-        """The wish that waits, which then does not wait any more, and frames shown."""
-        self.connect()
+    def take(self) -> tuple[Wish | None, int, int]:
+        """The wish that waits, which then does not wait any more, frames shown, and the first that
+        may be taken back: who comes back has nothing behind the last shown one for sure."""
+        back = self.connect()
         with self._lock:
             wish, self._wish = self._wish, None
-            return wish, self._played
+            free = self._played if back or wish is None else wish.begins(self._played)
+            return wish, self._played, free
 
     def wish_again(self, wish: Wish | None) -> None:
         """What was to take effect in a chunk that was called off."""
@@ -207,11 +214,20 @@ class Stream:
                 wish = self._plan.pop(0).over(wish)
             return wish
 
-    def connect(self) -> None:
-        """Talk to who has come back from now on."""
+    def connect(self) -> bool:
+        """Talk to who has come back from now on; False if nobody has."""
         with self._lock:
-            if self._next_emit is not None:
-                self.emit, self._next_emit, self.announced = self._next_emit, None, False
+            if self._next_emit is None:
+                return False
+            self.emit, self._next_emit, self.announced = self._next_emit, None, False
+            self._unsent = 0
+            return True
+
+    def hand_out(self, header: dict[str, Any], packets: list[bytes]) -> None:
+        """Emit a chunk, which waits until `sent` is called."""
+        with self._lock:
+            self._unsent += 1
+        self.emit("video.chunk", header, packets)
 
     @property
     def waits(self) -> bool:
@@ -229,7 +245,7 @@ class Stream:
     def hungry(self) -> bool:
         """Whether a chunk is to be made now."""
         with self._lock:
-            if self._stopped or (self._paused and self._wish is None):
+            if self._stopped or self._unsent >= AHEAD or (self._paused and self._wish is None):
                 return False
             waiting = sum(first >= self._played for first, _ in self.chunks)
             return self._wish is not None or waiting < AHEAD
@@ -308,12 +324,14 @@ class Engine:
         except BaseException as error:  # told to those who ask whether the server is ready
             self.failed = error
             log.exception("the model cannot be compiled")
-            return
-        self.ready.set()
+        else:
+            self.ready.set()
         turn = 0
         while True:
             with self._wake:
-                while not (self._closing or self._to_encode or any(map(_to_do, self._streams))):
+                while not (
+                    self._closing or self._to_encode or any(map(self._to_do, self._streams))
+                ):
                     self._wake.wait(timeout=1.0)
                 streams = list(self._streams)
                 if self._closing and not streams:
@@ -324,11 +342,16 @@ class Engine:
             if not streams:
                 continue
             for stream in streams[turn % len(streams) :] + streams[: turn % len(streams)]:
-                if stream.stopped:
+                if self.failed is not None:
+                    self._refuse(stream)
+                elif stream.stopped:
                     self._end(stream)
                 elif stream.hungry():
                     self._guarded(stream)
                     break
+
+    def _to_do(self, stream: Stream) -> bool:
+        return self.failed is not None or stream.stopped or stream.hungry()
 
     def _warm_up(self) -> None:
         """Do once what a stream does, so that no viewer waits for a compiler."""
@@ -375,6 +398,14 @@ class Engine:
             stream.stop()
             self._end(stream)
 
+    def _refuse(self, stream: Stream) -> None:
+        """End a stream that can never begin."""
+        said = {"code": "failed", "message": "the model cannot be compiled; the log says why"}
+        stream.connect()
+        stream.emit("session.error", said, None)
+        stream.stop()
+        self._end(stream)
+
     def _end(self, stream: Stream) -> None:
         with self._wake:
             if stream in self._streams:
@@ -388,12 +419,12 @@ class Engine:
         """Apply what is wished, make one chunk, and hand it out."""
         if stream.session is None:
             self._open(stream)
-        wish, played = stream.take()
+        wish, played, free = stream.take()
         while stream.chunks and stream.chunks[0][0] < played:
             stream.chunks.popleft()
         stream.recording.shown(played)
         if wish is not None:
-            self._rewind(stream, wish.begins(played))
+            self._rewind(stream, free)
         else:
             wish = stream.due()
         if wish is not None:
@@ -442,7 +473,7 @@ class Engine:
             "made_ms": 1000 * (made - begin),
             "encoded_ms": 1000 * (encoded - made),
         }
-        stream.emit("video.chunk", header, stream.encoder.wire(first, packets, opening))
+        stream.hand_out(header, stream.encoder.wire(first, packets, opening))
         stream.index += 1
 
     def _open(self, stream: Stream) -> None:
@@ -486,10 +517,6 @@ class Engine:
 
 def _nothing() -> None:
     pass
-
-
-def _to_do(stream: Stream) -> bool:
-    return stream.stopped or stream.hungry()
 
 
 def _noted(wish: Wish, frame: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ token itself stands in the fragment of the address, which browsers send to nobod
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 SAFE = ("GET", "HEAD")
 MOST_ADDRESSES = 10_000  # that are counted at a time
+_HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(?::[0-9]+)?")  # a name or [address], and a port
 
 
 def new_token() -> str:
@@ -45,7 +47,8 @@ class Guard:
 
     def host(self, value: str) -> bool:
         """Whether the Host of a request is allowed."""
-        return _without_port(value) in self._hosts
+        found = _HOST.fullmatch(value.strip().lower())
+        return found is not None and found[1] in self._hosts
 
     def origin(self, origin: str | None, host: str, scheme: str, authorized: bool) -> bool:
         """Whether something that changes anything may come from there.
@@ -59,14 +62,6 @@ class Guard:
         if origin is None:
             return authorized
         return origin.lower() == f"{scheme}://{host.lower()}" and self.host(host)
-
-
-def _without_port(value: str) -> str:
-    value = value.strip().lower()
-    if value.startswith("["):
-        inside, closing, _ = value.partition("]")
-        return inside + closing
-    return value.partition(":")[0]
 
 
 def bearer(header: str | None) -> str | None:
@@ -124,12 +119,15 @@ class GuardMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        names = [name.lower() for name, _ in scope["headers"]]
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         changes = scope["type"] == "websocket" or scope["method"] not in SAFE
         secure = scope.get("scheme") in ("https", "wss")
         refusal = ""
-        if not self.guard.host(host):
+        if any(names.count(name) > 1 for name in (b"host", b"origin")):
+            refusal = "expected one host and one origin"
+        elif not self.guard.host(host):
             refusal = "this host is not allowed"
         elif changes:
             token = bearer(headers.get(b"authorization"))

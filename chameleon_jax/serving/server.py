@@ -25,8 +25,9 @@ def settings(app: Starlette, sessions: int) -> uvicorn.Config:
     """
     return uvicorn.Config(
         app,
-        log_level="info",
-        access_log=False,  # the token must not be in a log, nor who watches
+        # At "info" who opens a stream is in the log, and a token that is put into an address.
+        log_level="warning",
+        access_log=False,
         ws="websockets-sansio",
         ws_max_size=1 << 20,
         ws_max_queue=8,

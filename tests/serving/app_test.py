@@ -424,9 +424,6 @@ def test_a_stream_that_is_gone_does_not_come_back(server):
     with server.connect() as socket:
         viewer = Viewer(socket, server).start()
         name = viewer.until("session.ready")["session"]
-        with server.connect() as other:  # of one who is there nobody takes the stream
-            Viewer(other, server).start(resume=name)
-            assert json.loads(other.receive_text())["code"] == "gone"
         viewer.say("session.stop")
         viewer.until("session.done")
     with server.connect() as socket:
@@ -459,8 +456,6 @@ def test_who_leaves_the_queue_is_not_waited_for(pipeline, pictures):
             with server.connect() as three:
                 third = Viewer(three, server).start()
                 assert third.until("session.queued")["position"] == 2
-                third.say("session.ping")
-                third.until("session.pong")
                 two.close()
                 while third.until("session.queued")["position"] != 1:
                     pass
