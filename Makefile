@@ -9,8 +9,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 
 PORT ?= 8000
+# Tests run in this many processes; each needs about 4 GB of memory.
+JOBS ?= 2
 
-.PHONY: demo live test test-fast lint format clean
+.PHONY: demo live test test-fast test-live lint format clean
 
 demo: $(VENV)/.demo
 	JAX_PLATFORMS=cpu $(BIN)/python -m launch.sample --out out/demo.mp4
@@ -19,10 +21,17 @@ live: $(VENV)/.live
 	JAX_PLATFORMS=cpu $(BIN)/python -m launch.serve --port $(PORT)
 
 test: $(VENV)/.test lint
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+# The live server at full size: the time from click to pixel over 50 changes, then half an hour of
+# faults and hostile input. Nothing else should run.
+test-live: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.serving.latency --switches 50 --out out/latency.json
+	JAX_PLATFORMS=cpu CHAMELEON_LIVE_PROOF=full CHAMELEON_LIVE_FIGURES=out/faults.json \
+		$(BIN)/python -m pytest tests/serving/faults_test.py tests/serving/hostile_test.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

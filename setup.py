@@ -54,7 +54,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "peft>=0.17",
     ],
-    "dev": ["httpx2>=2.0", "pytest>=8.0", "ruff>=0.14"],
+    "dev": ["httpx2>=2.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.14"],
 }
 
 setup(

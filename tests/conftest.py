@@ -31,24 +31,25 @@ def own_cache(tmp_path_factory):
 
 def pytest_collection_modifyitems(config, items):
     """Tests in a browser run where there is one, or fail where one is needed."""
-    from tests.serving import chromium
-
-    if chromium.find() or chromium.needed():
+    if not no_browser():
         return
     left = [item for item in items if item.get_closest_marker("browser")]
-    config.stash[NO_BROWSER] = len(left)
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """Say what did not run."""
-    if count := config.stash.get(NO_BROWSER, 0):
+    if no_browser():
         terminalreporter.write_line(
-            f"NOT RUN: {count} tests of the page in a browser, for there is none; Debian and Ubuntu"
-            " have it in the package `chromium`",
+            "NOT RUN: tests of the page in a browser, for there is none; Debian and Ubuntu have it"
+            " in the package `chromium`",
             yellow=True,
         )
 
 
-NO_BROWSER = pytest.StashKey[int]()
+def no_browser() -> bool:
+    """Whether tests in a browser are left out."""
+    from tests.serving import chromium
+
+    return not (chromium.find() or chromium.needed())
