@@ -31,6 +31,8 @@ SETTINGS = {  # those of launch/serve.py
     "h11_max_incomplete_event_size": 16 << 10,
 }
 PATIENCE = 60  # seconds; a machine may be busy
+# pytest keeps what is logged, and these records hold every frame that has come.
+logging.getLogger("websockets.client").setLevel(logging.WARNING)
 SMALL = 16 << 10  # bytes that the system keeps for one who does not read
 
 
