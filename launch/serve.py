@@ -109,6 +109,7 @@ def serve(values: cli.Values) -> int:
         ws="websockets-sansio",
         ws_max_size=1 << 20,
         ws_max_queue=8,
+        ws_ping_timeout=60.0,  # a ping waits behind chunks, on a slow network for long
         ws_per_message_deflate=False,  # video does not become smaller
         server_header=False,
         proxy_headers=False,

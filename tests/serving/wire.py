@@ -24,6 +24,7 @@ SETTINGS = {  # those of launch/serve.py
     "ws": "websockets-sansio",
     "ws_max_size": 1 << 20,
     "ws_max_queue": 8,
+    "ws_ping_timeout": 60.0,
     "ws_per_message_deflate": False,
     "server_header": False,
     "proxy_headers": False,
