@@ -187,6 +187,18 @@ def counted(owner, name):
     return calls
 
 
+def test_a_stream_that_ends_closes_its_connection(pipeline, pictures):
+    with Wire(pipeline, pictures) as server:
+        with server.connect() as one:
+            viewer = Viewer(one, server).start()
+            viewer.until("video.chunk")
+            viewer.say("session.stop")
+            code, messages = one.closed()
+            assert code == 1000 and messages[-1]["type"] == "session.done"
+        server.wait_until_empty()
+        assert faults(server.log) == []
+
+
 # S2: a client that reads slowly, or not at all.
 
 
