@@ -427,6 +427,9 @@ async def _stream(socket: WebSocket) -> None:
                 await sender
         if stream.name in live.active and live.outboxes.get(stream.name) is not outbox:
             raise _Refused(4409, "moved", "the stream goes on in another connection")
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            async with asyncio.timeout(CLOSING):
+                await socket.close()
     except _Refused as refused:
         if stream is not None and live.outboxes.get(stream.name) is outbox:
             stream.stop()

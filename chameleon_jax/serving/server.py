@@ -16,12 +16,13 @@ from starlette.applications import Starlette
 DRAIN = 5.0  # seconds that running streams have to end at a stop
 
 
-def settings(app: Starlette, sessions: int) -> uvicorn.Config:
+def settings(app: Starlette, sessions: int, **others: Any) -> uvicorn.Config:
     """How the app is served.
 
     Args:
       app: from `app.make_app`.
       sessions: streams at a time.
+      others: further settings of uvicorn.
     """
     return uvicorn.Config(
         app,
@@ -31,12 +32,14 @@ def settings(app: Starlette, sessions: int) -> uvicorn.Config:
         ws="websockets-sansio",
         ws_max_size=1 << 20,
         ws_max_queue=8,
+        ws_ping_timeout=60.0,  # a ping waits behind chunks, on a slow network for long
         ws_per_message_deflate=False,  # video does not become smaller
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=5,
         limit_concurrency=64 + 4 * sessions,
         h11_max_incomplete_event_size=16 << 10,
+        **others,
     )
 
 

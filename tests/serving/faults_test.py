@@ -28,6 +28,7 @@ from tests.serving.wire import PATIENCE, Narrow, Player, Socket, Wire, faults, m
 CHUNK = 12  # frames at most
 MB = 1e6
 EVER = 2**31 - 1  # the last frame that can be said
+KEPT_FRAMES = 200  # of a recording, where memory is measured: recordings grow, of course
 GARMENTS = ("dress", "shirt", "coat")
 
 
@@ -52,7 +53,7 @@ class Gate:
 
 # S1: a client that is cut off.
 
-RECONNECT = 0.2
+RECONNECT = 0.5  # long enough for a chunk that must not be made
 
 
 @pytest.mark.slow
@@ -186,12 +187,25 @@ def counted(owner, name):
     return calls
 
 
+def test_a_stream_that_ends_closes_its_connection(pipeline, pictures):
+    with Wire(pipeline, pictures) as server:
+        with server.connect() as one:
+            viewer = Viewer(one, server).start()
+            viewer.until("video.chunk")
+            viewer.say("session.stop")
+            code, messages = one.closed()
+            assert code == 1000 and messages[-1]["type"] == "session.done"
+        server.wait_until_empty()
+        assert faults(server.log) == []
+
+
 # S2: a client that reads slowly, or not at all.
 
 
 @pytest.mark.slow
-def test_slow_readers_are_waited_for(pipeline, pictures):
+def test_slow_readers_are_waited_for(pipeline, pictures, monkeypatch):
     """Their network carries a tenth of what the stream needs."""
+    monkeypatch.setattr(engines, "MOST_FRAMES", KEPT_FRAMES, raising=False)
     count, seconds = size("S2 slow readers"), size("S2 seconds")
     ahead, errors, shown = [], [], []
 
@@ -426,13 +440,13 @@ def test_no_frame_of_an_old_garment_follows_its_change(pipeline, pictures):
     count, random_ = size("S5 switches"), random.Random(5)
     with Server(pipeline, pictures) as server, server.connect() as one:
         viewer = Viewer(one, server).start(codec="jpeg")
-        worn, marks, took, digests = server.names["dress"], {}, [], {}
+        worn, marks, took, cpu, digests = server.names["dress"], {}, [], [], {}
         viewer.until("video.chunk")
         for number in range(count):
             for _ in range(random_.randrange(3)):
                 see(viewer, random_, worn)
             garment = server.names[random_.choice(GARMENTS)]
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             viewer.say("session.interaction", id=number, garment=garment)
             while (message := viewer.next())["type"] != "session.applied":
                 if message["type"] == "video.chunk":
@@ -440,6 +454,7 @@ def test_no_frame_of_an_old_garment_follows_its_change(pipeline, pictures):
             marks[message["first_frame"]] = worn = garment
             see(viewer, random_, worn)
             took.append(1000 * (time.perf_counter() - begin))
+            cpu.append(1000 * (time.process_time() - used))
             keep_digests(viewer, digests)
             if number == size("S5 switches whose frames are compared"):
                 last = len(digests)
@@ -463,9 +478,12 @@ def test_no_frame_of_an_old_garment_follows_its_change(pipeline, pictures):
         wrong=len(wrong),
         ms_first_quarter=statistics.median(took[:quarter]),
         ms_last_quarter=statistics.median(took[-quarter:]),
+        cpu_ms_first_quarter=statistics.median(cpu[:quarter]),
+        cpu_ms_last_quarter=statistics.median(cpu[-quarter:]),
     )
     assert wrong == [] and sorted(digests) == list(range(len(digests)))
-    assert statistics.median(took[-quarter:]) < 3 * statistics.median(took[:quarter])
+    # The processor's time, for others may use it more at the end than at the start.
+    assert statistics.median(cpu[-quarter:]) < 2 * statistics.median(cpu[:quarter])
 
 
 def see(viewer, random_, worn) -> None:
@@ -509,7 +527,7 @@ def driven(pipeline, server, marks, frames, seed=1):
 @pytest.mark.slow
 def test_a_long_run_stays_as_it_was(pipeline, pictures, monkeypatch):
     seconds, each = size("S6 seconds"), 9
-    monkeypatch.setattr(engines, "MOST_FRAMES", 500, raising=False)  # recordings grow, of course
+    monkeypatch.setattr(engines, "MOST_FRAMES", KEPT_FRAMES, raising=False)
     turns = pipeline.config.cache.frames / pipeline.config.cache.block  # chunks of one
     seen: list[tuple[float, float, int, int]] = []  # time, processor time, frames, bytes
     with Wire(pipeline, pictures) as server, server.connect() as one:

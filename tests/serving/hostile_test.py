@@ -189,10 +189,10 @@ def mutated(count):
     for _ in range(count):
         data = bytearray(random_.choice(small))
         for _ in range(random_.randrange(1, 12)):
-            spot = random_.randrange(len(data))
+            spot = random_.randrange(len(data) + 1)
             match random_.randrange(5):
                 case 0:
-                    data[spot] = random_.randrange(256)
+                    data[spot : spot + 1] = random_.randbytes(1)
                 case 1:  # a length, or a size
                     data[spot : spot + 4] = random_.choice(
                         [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1"]

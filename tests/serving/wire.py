@@ -16,21 +16,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from chameleon_jax.machine import memory_in_use
+from chameleon_jax.serving.server import settings
 from tests.serving.client import TOKEN, Server, Viewer
 
-SETTINGS = {  # those of launch/serve.py
-    "log_level": "warning",
-    "access_log": False,
-    "ws": "websockets-sansio",
-    "ws_max_size": 1 << 20,
-    "ws_max_queue": 8,
-    "ws_per_message_deflate": False,
-    "server_header": False,
-    "proxy_headers": False,
-    "timeout_graceful_shutdown": 5,
-    "h11_max_incomplete_event_size": 16 << 10,
-}
 PATIENCE = 60  # seconds; a machine may be busy
+# pytest keeps what is logged, and these records hold every frame that has come.
+logging.getLogger("websockets.client").setLevel(logging.WARNING)
 SMALL = 16 << 10  # bytes that the system keeps for one who does not read
 
 
@@ -42,9 +33,8 @@ class Wire(Server):
         # Else the system itself would hold megabytes for one who does not read.
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
         self.port = self.listener.getsockname()[1]
-        most = 64 + 4 * self.live.limits.sessions
-        settings = uvicorn.Config(self.app, log_config=None, limit_concurrency=most, **SETTINGS)
-        self.uvicorn = uvicorn.Server(settings)
+        sessions = self.live.limits.sessions
+        self.uvicorn = uvicorn.Server(settings(self.app, sessions, log_config=None))
         self.stack = contextlib.ExitStack()
         self.log = self.stack.enter_context(logged())
         self.thread = threading.Thread(
