@@ -205,7 +205,6 @@ def test_a_stream_that_ends_closes_its_connection(pipeline, pictures):
 @pytest.mark.slow
 def test_slow_readers_are_waited_for(pipeline, pictures, monkeypatch):
     """Their network carries a tenth of what the stream needs."""
-    monkeypatch.setattr(engines, "MOST_FRAMES", KEPT_FRAMES, raising=False)
     count, seconds = size("S2 slow readers"), size("S2 seconds")
     ahead, errors, shown = [], [], []
 
@@ -529,7 +528,6 @@ def driven(pipeline, server, marks, frames, seed=1):
 @pytest.mark.slow
 def test_a_long_run_stays_as_it_was(pipeline, pictures, monkeypatch):
     seconds, each = size("S6 seconds"), 9
-    monkeypatch.setattr(engines, "MOST_FRAMES", KEPT_FRAMES, raising=False)
     turns = pipeline.config.cache.frames / pipeline.config.cache.block  # chunks of one
     seen: list[tuple[float, float, int, int]] = []  # time, processor time, frames, bytes
     with Wire(pipeline, pictures) as server, server.connect() as one:
