@@ -25,6 +25,7 @@ CONFIG = "configs/runway_tiny.py"
 EXAMPLES = ROOT / "chameleon_jax" / "assets" / "examples"
 EVERYWHERE = ("0.0.0.0", "::")  # addresses that stand for all of this machine
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+SILENT = 90  # seconds after which a connection that takes nothing is closed by the system
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = {"people": "person", "garments": "garment"}  # folders of a wardrobe
 
@@ -128,12 +129,16 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise UsageError(
             f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); choose"
             " another port, or 0 for a free one"
         ) from None
+    # Else one who has stopped reading is only given up after a quarter of an hour.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENT)
+    return listener
 
 
 def fill(wardrobe, folder: Path | None) -> None:

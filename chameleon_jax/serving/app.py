@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
 import dataclasses
 import json
@@ -50,6 +51,9 @@ IDLE = 120.0  # seconds without a word from a client
 HELLO = 15.0  # seconds until the first message
 KEPT = 20  # streams that have ended, whose films can be downloaded
 OPENED = 2  # uploads that are opened at a time
+WORDS = 500  # messages of one client in `WINDOW` seconds; the page sends fifty
+WINDOW = 5.0
+GOING_AWAY = 1001  # the code with which a browser closes when its page is left
 UNREAD = 200  # messages that wait for a client
 CLOSING = 5.0  # seconds for the last word to one who may not read
 
@@ -435,7 +439,12 @@ async def _stream(socket: WebSocket) -> None:
             stream.stop()
             live.engine.wake()
         await _close(socket, refused)
-    except (WebSocketDisconnect, TimeoutError):
+    except WebSocketDisconnect as left:
+        # Who leaves the page does not come back; all others may have lost their connection.
+        if left.code == GOING_AWAY and stream is not None and stream.name in live.active:
+            stream.stop()
+            live.engine.wake()
+    except TimeoutError:
         pass
     finally:
         # One whose stream has gone on elsewhere has nothing to leave.
@@ -583,6 +592,7 @@ async def _listen(
     socket: WebSocket, live: Live, stream: Stream, sender: asyncio.Task, outbox: asyncio.Queue
 ) -> None:
     """What the client says, until it leaves or the stream ends."""
+    times: collections.deque[float] = collections.deque(maxlen=WORDS)
     while not sender.done():
         word = await _word(socket, IDLE, sender)
         if word is None:
@@ -591,6 +601,9 @@ async def _listen(
             message = word.result()
         except TimeoutError:
             raise _Refused(4408, "idle", "nothing was heard for a long time") from None
+        times.append(time.monotonic())
+        if len(times) == WORDS and times[-1] - times[0] < WINDOW:
+            raise _Refused(4429, "rate", "too many messages a second")
         _obey(live, stream, message, outbox)
         live.engine.wake()
 

@@ -293,10 +293,14 @@ class Engine:
             self._thread.join(timeout)
 
     def add(self, stream: Stream) -> None:
-        """Make this stream, too."""
+        """Make this stream, too; a server that stops ends it at once."""
         with self._wake:
-            self._streams.append(stream)
-            self._wake.notify_all()
+            closing = self._closing
+            if not closing:
+                self._streams.append(stream)
+                self._wake.notify_all()
+        if closing:
+            self._end(stream)
 
     def prepare(self, name: str, kind: str, pixels: np.ndarray) -> None:
         """Encode a picture when there is time; `kind` is one of `KINDS`."""

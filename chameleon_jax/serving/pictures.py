@@ -26,7 +26,7 @@ from chameleon_jax.errors import UserError
 KINDS = ("person", "garment")
 MAX_BYTES = 15_000_000
 MAX_PIXELS = 40_000_000
-MAX_KEPT = 500  # uploads; the oldest goes
+MOST_KEPT = 256_000_000  # bytes of pixels of uploads; the oldest goes
 SECONDS = 20  # to open an upload
 MEMORY = 1_500_000_000  # bytes of address space of the process that opens it
 THUMBNAIL = 160  # pixels of its longer side
@@ -96,7 +96,7 @@ class Wardrobe:
         with self._lock:
             self._uploads[picture.name] = picture
             self._uploads.move_to_end(picture.name)
-            while len(self._uploads) > MAX_KEPT:
+            while picture.pixels.nbytes * len(self._uploads) > MOST_KEPT:
                 self._uploads.popitem(last=False)
         return picture
 

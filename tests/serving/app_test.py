@@ -17,7 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 from chameleon_jax.data.video import read_clip
 from chameleon_jax.serving import app as serving
 from chameleon_jax.serving import protocol
-from chameleon_jax.serving.engine import AHEAD, MARGIN
+from chameleon_jax.serving.engine import AHEAD, MARGIN, Stream, Wish
 from tests.serving.client import BEARER, ORIGIN, Server, Viewer
 
 
@@ -400,6 +400,37 @@ def test_a_client_that_leaves_frees_its_place(pipeline, pictures, monkeypatch, s
             viewer.until("video.chunk")
             viewer.say("session.stop")
             viewer.until("session.done")
+
+
+def test_who_leaves_the_page_frees_the_place_at_once(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        begin = time.monotonic()
+        socket.close(1001)
+        server.wait_for(lambda: not server.live.active)
+        assert time.monotonic() - begin < serving.RECONNECT / 2
+
+
+def test_too_many_messages_end_a_stream(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        viewer.until("video.chunk")
+        for _ in range(2 * serving.WORDS):
+            viewer.say("session.played", frame=0)
+        while viewer.next()["type"] != "session.error":
+            pass
+        assert viewer.messages[-1]["code"] == "rate"
+    server.wait_for(lambda: not server.live.active)
+
+
+def test_a_stream_for_a_server_that_stops_ends_at_once(pipeline, pictures):
+    with Server(pipeline, pictures) as server:
+        pass
+    said = []
+    stream = Stream("late", Wish(), 0, "jpeg", lambda *message: said.append(message[0]))
+    server.engine.add(stream)
+    assert said == ["session.done"] and server.engine.streams == 0
 
 
 def test_a_client_that_was_cut_off_comes_back_to_its_stream(server):

@@ -86,7 +86,7 @@ def test_mutated_pictures_harm_nothing():
 
 
 def test_only_so_many_uploads_are_kept(monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_KEPT", 2)
+    monkeypatch.setattr(pictures, "MOST_KEPT", 2 * SIZE[0] * SIZE[1] * 3)
     monkeypatch.setattr(
         pictures, "_opened_apart", lambda kind, data, size: prepare_garment(data, size)
     )
