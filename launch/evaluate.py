@@ -8,8 +8,8 @@
 Runway-Bench streams fixed scenarios of the synthetic world (one garment, two and five changes, long
 streams, a change of the prompt) with any model that `launch.sample` can stream, and compares each
 with the exact truth; see chameleon_jax/evaluation. Beside the model it measures the truth itself,
-and the truth in the garment of the start all the time: a figure that does not tell these two apart
-says nothing about garments.
+and the truth in the garment of the start all the time: a figure of a change that does not tell these
+two apart is left out of the table.
 
 Finished scenarios are kept in `--out`; the same command goes on. The table of all models in a
 folder is written anew each time. Needs the extra `runway`.
@@ -319,13 +319,19 @@ def write_table(folder: Path, names: set[str], model: str) -> str:
             {key: dataclasses.asdict(one) for key, one in columns[place.name].items()},
         )
     ordered = {name: columns.pop(name) for name in (TRUTH, UNCHANGED) if name in columns}
+    blind = runway_bench.blind(ordered[TRUTH], ordered[UNCHANGED]) if len(ordered) == 2 else []
     table = runway_bench.table(
         {
-            name: {key: column[key] for key in NAMES if key in column}
+            name: {key: column[key] for key in NAMES if key in column and key not in blind}
             for name, column in (ordered | columns).items()
         },
         lambda name: NAMES[name],
     )
+    if blind:
+        table += (
+            "\n\nLeft out, for this judge does not tell the truth from the garment before by them:"
+            f" {'; '.join(NAMES[name] for name in blind)}."
+        )
     text = (
         f"# Runway-Bench, world {folder.name}\n\n{len(names)} scenarios; means over scenarios with"
         f" 95 % intervals (bootstrap).\n\n{table}\n"

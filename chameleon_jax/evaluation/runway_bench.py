@@ -35,6 +35,15 @@ CHUNK = 12  # frames that are the first, and the last, of a video; or that are l
 USUAL = 12  # frames on each side of a change that say how much usually changes
 RESAMPLES = 2000
 
+# What a change of garment is judged by.
+OF_A_CHANGE = (
+    "changed_type",
+    "changed_pattern",
+    "changed_colours",
+    "changed_type_and_colours",
+    "wrong_frames",
+)
+
 Figures = dict[str, float]
 
 
@@ -271,6 +280,28 @@ def summarize(
         low, high = np.percentile(drawn, (2.5, 97.5))
         summary[name] = Interval(float(values.mean()), float(low), float(high), len(values))
     return summary
+
+
+def blind(truth: Mapping[str, Interval], unchanged: Mapping[str, Interval]) -> list[str]:
+    """Figures of a change that do not tell the truth from the truth in the garment before.
+
+    They say more about the judge than about a model, and are not used.
+
+    Args:
+      truth: summary of the truth.
+      unchanged: of the truth in the garment of the start all the time.
+
+    Returns:
+      Those of `OF_A_CHANGE` whose intervals meet.
+    """
+    return [
+        name
+        for name in OF_A_CHANGE
+        if name in truth
+        and name in unchanged
+        and truth[name].low <= unchanged[name].high
+        and unchanged[name].low <= truth[name].high
+    ]
 
 
 def table(columns: Mapping[str, Mapping[str, Interval]], format_name: Callable[[str], str]) -> str:

@@ -45,6 +45,24 @@ def test_a_table_has_the_models_that_have_all_scenarios(tmp_path):
     assert json.loads((tmp_path / "mine.json").read_text())["first_type"]["count"] == 2
 
 
+def test_a_figure_that_does_not_tell_the_truth_from_the_garment_before_is_left_out(tmp_path):
+    figures = {
+        "truth": {"changed_type": 1.0, "changed_pattern": 0.4},
+        "unchanged": {"changed_type": 0.1, "changed_pattern": 0.5},
+        "mine": {"changed_type": 0.7, "changed_pattern": 0.9},
+    }
+    for model, means in figures.items():
+        for number in range(20):
+            path = tmp_path / model / f"two_{number}.json"
+            path.parent.mkdir(exist_ok=True)
+            noise = 0.3 * (-1) ** number
+            found = {name: mean + noise for name, mean in means.items()}
+            path.write_text(json.dumps({"starts": [0, 27], "figures": found}))
+    table = evaluate.write_table(tmp_path, {f"two_{number}" for number in range(20)}, "mine")
+    assert "| after a change, type | 1 (" in table and "| after a change, pattern |" not in table
+    assert "Left out" in table and table.endswith("by them: after a change, pattern.")
+
+
 def test_reserved_names_and_missing_judges(tmp_path):
     with pytest.raises(UsageError, match="--name truth: stands in the table already"):
         evaluate.run_bench(values(tmp_path, "--name", "truth"))
