@@ -8,8 +8,8 @@
 Runway-Bench streams fixed scenarios of the synthetic world (one garment, two and five changes, long
 streams, a change of the prompt) with any model that `launch.sample` can stream, and compares each
 with the exact truth; see chameleon_jax/evaluation. Beside the model it measures the truth itself,
-and the truth in the garment of the start all the time: a figure of a change that does not tell these
-two apart is left out of the table.
+and the truth in the garment of the start all the time: a figure of a change that does not tell
+these two apart is left out of the table.
 
 Finished scenarios are kept in `--out`; the same command goes on. The table of all models in a
 folder is written anew each time. Needs the extra `runway`.
