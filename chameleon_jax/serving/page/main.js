@@ -110,6 +110,7 @@ function mechanisms() {
 }
 
 function change(values) {
+  if (stream.over) return;
   changes += 1;
   asked.set(changes, { ...values, clicked: performance.now() });
   at("change").textContent = "...";
@@ -160,11 +161,12 @@ async function heard(message, packets) {
       break;
     case "session.ready":
       cutOff = 0;
-      if (!session && replayed) plan(replayed);
+      if (!session && replayed) await plan(replayed);
       ({ session } = message);
       at("pause").disabled = at("download").disabled = false;
       status(replayed ? "replay" : "live");
-      notice("");
+      notice(replayed && replayed.model !== model
+        ? `made with the model ${replayed.model}: with ${model} it looks different` : "");
       break;
     case "video.start":
       try {
@@ -260,10 +262,11 @@ function words(found) {
   return known.filter((word) => (found ? found[word] : true));
 }
 
-// Tell the server all changes of a manifest, and let it begin.
-function plan(manifest) {
+// Tell the server all changes of a manifest, no faster than it listens, and let it begin.
+async function plan(manifest) {
   for (const { frame, mechanisms: does, ...values } of manifest.changes.slice(1)) {
     changes += 1;
+    if (changes % 50 === 0) await new Promise((done) => setTimeout(done, 700));
     asked.set(changes, { ...values, at: frame });
     if (does) values.mechanisms = words(does);
     stream.say("session.interaction", { id: changes, at: Math.max(1, frame), ...values });
@@ -287,9 +290,6 @@ async function replay(file) {
     at("prompt").value = first.prompt ?? "";
     at("seed").value = manifest.seed;
     start(manifest);
-    if (manifest.model !== model) {
-      notice(`made with the model ${manifest.model}: with ${model} it will look different`);
-    }
   } catch (error) {
     notice(`this file is no manifest of a stream (${error.message})`, true);
   }
