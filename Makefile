@@ -26,7 +26,7 @@ test: $(VENV)/.test lint
 test-fast: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
-# The live server at full size: the time from click to pixel over 50 changes, then half an hour of
+# The live server at full size: the time from click to pixel over 50 changes, then an hour of
 # faults and hostile input. Nothing else should run.
 test-live: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.serving.latency --switches 50 --out out/latency.json

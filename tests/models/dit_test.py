@@ -116,11 +116,15 @@ def test_without_context_it_is_plain_text_to_video(reference):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_timestep_embedding_by_hand():
-    got = np.asarray(timestep_embedding(jnp.array([[0.0, 1000.0]]), 256))
-    assert (got[0, 0, :128] == 1).all() and (got[0, 0, 128:] == 0).all()
-    angle = 1000 * 10000 ** (-np.arange(128) / 128)
-    np.testing.assert_allclose(got[0, 1], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-4)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_timestep_embedding_by_hand(compiled):
+    embed = jax.jit(timestep_embedding, static_argnums=1) if compiled else timestep_embedding
+    times = np.float32([*np.linspace(0, 1000, 1001), 937.5, 833.3333, 625, 0.37])
+    got = np.asarray(embed(jnp.asarray(times)[None], 256))[0]
+    assert (got[0, :128] == 1).all() and (got[0, 128:] == 0).all()
+    angle = times.astype(np.float64)[:, None] * 10000 ** (-np.arange(128) / 128)
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-7)
 
 
 CONTEXT, CLEAN, NOISY = latents(0, 2), latents(1, 9), latents(2, 9)
