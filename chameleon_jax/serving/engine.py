@@ -340,7 +340,7 @@ class Engine:
                 streams = list(self._streams)
                 if self._closing and not streams:
                     return
-            if not any(stream.waits for stream in streams):
+            if not any(stream.waits and stream.hungry() for stream in streams):
                 self._encode_one()
             turn += 1
             if not streams:
