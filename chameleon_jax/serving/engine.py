@@ -173,11 +173,6 @@ class Stream:
         return self.recording
 
     @property
-    def film(self) -> tuple[tuple[int, int], float]:
-        """(height, width) of the encoded pictures, and frames per second."""
-        return self.picture, self.fps
-
-    @property
     def stopped(self) -> bool:
         with self._lock:
             return self._stopped

@@ -3,7 +3,7 @@
 Packets of frames that were not shown yet are kept in memory, a few chunks at most: a change may
 take them back.
 
-Needs no extra.
+Needs the extra `serve`.
 """
 
 from __future__ import annotations

@@ -57,11 +57,16 @@ def address():
     assert process.wait(60) in (0, -15, 143)
 
 
+def open_ready(page, address):
+    """Open the page, and wait until a stream may begin."""
+    page.open(address)
+    page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+
+
 @pytest.mark.parametrize("codec", ["h264", "mp4", "jpeg"])
 def test_a_click_changes_the_garment(address, tmp_path, codec):
     with Chromium(tmp_path) as page:
-        page.open(address)
-        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        open_ready(page, address)
         assert "token" not in page.run("document.documentElement.outerHTML")
         page.run(f"document.getElementById('codec').value = '{codec}'")
         page.run("document.getElementById('start').click()")
@@ -96,8 +101,7 @@ def garment_colour(name: str) -> np.ndarray:
 
 def test_the_page_on_a_phone_and_in_the_dark(address, tmp_path):
     with Chromium(tmp_path, (390, 844), dark=True) as page:
-        page.open(address)
-        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        open_ready(page, address)
         width = page.run("document.documentElement.scrollWidth")
         assert width <= page.run("window.innerWidth")  # nothing sticks out
         ground = page.run("getComputedStyle(document.body).backgroundColor")
@@ -113,13 +117,25 @@ def test_the_page_on_a_phone_and_in_the_dark(address, tmp_path):
 def test_a_browser_without_a_decoder_is_told_and_served(address, tmp_path):
     with Chromium(tmp_path) as page:
         page.before("delete window.VideoDecoder")
-        page.open(address)
-        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        open_ready(page, address)
         page.run("document.getElementById('start').click()")
         page.until("window.chameleon.shown > 4", 120)
         assert page.run("document.getElementById('codec').value") == "mp4"
         assert not page.run("document.getElementById('film').hidden")
         assert page.errors == []
+
+
+def test_a_video_that_cannot_be_decoded_is_said(address, tmp_path):
+    with Chromium(tmp_path) as page:
+        page.before(
+            """const Plain = EncodedVideoChunk;
+            window.EncodedVideoChunk = class {
+              constructor(init) { return new Plain({ ...init, data: new Uint8Array(40) }); }
+            };"""
+        )
+        open_ready(page, address)
+        page.run("document.getElementById('start').click()")
+        page.until("document.getElementById('notice').textContent.includes('cannot be shown')", 60)
 
 
 def test_a_lost_connection_comes_back_to_the_same_stream(address, tmp_path):
@@ -131,8 +147,7 @@ def test_a_lost_connection_comes_back_to_the_same_stream(address, tmp_path):
               constructor(...all) { super(...all); sockets.push(this); }
             };"""
         )
-        page.open(address)
-        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        open_ready(page, address)
         page.run("document.getElementById('start').click()")
         page.until("window.chameleon.shown > 12", 120)
         page.run("sockets.at(-1).close()")
@@ -153,8 +168,7 @@ def test_a_stream_is_seen_again_from_its_manifest(address, tmp_path):
             window.kept = [];
             URL.createObjectURL = (one) => { window.kept.push(one); return plain(one); };"""
         )
-        page.open(address)
-        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        open_ready(page, address)
         page.run("document.getElementById('start').click()")
         page.until("window.chameleon.shown > 10", 120)
         page.run("document.querySelectorAll('#garments button')[1].click()")
@@ -184,8 +198,7 @@ def test_a_stream_is_seen_again_from_its_manifest(address, tmp_path):
 def test_pictures_of_ones_own(address, tmp_path):
     """Dropped onto the page, and from the camera."""
     with Chromium(tmp_path) as page:
-        page.open(address)
-        page.until("document.getElementById('status')?.textContent === 'ready'", 240)
+        open_ready(page, address)
         count = "document.querySelectorAll('#{} button[data-name]').length"
         garments, people = (page.run(count.format(name)) for name in ("garments", "people"))
         page.run(

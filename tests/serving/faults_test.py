@@ -28,7 +28,6 @@ from tests.serving.wire import PATIENCE, Narrow, Player, Socket, Wire, faults, m
 CHUNK = 12  # frames at most
 MB = 1e6
 EVER = 2**31 - 1  # the last frame that can be said
-KEPT_FRAMES = 200  # of a recording, where memory is measured: recordings grow, of course
 GARMENTS = ("dress", "shirt", "coat")
 
 
@@ -203,7 +202,7 @@ def test_a_stream_that_ends_closes_its_connection(pipeline, pictures):
 
 
 @pytest.mark.slow
-def test_slow_readers_are_waited_for(pipeline, pictures, monkeypatch):
+def test_slow_readers_are_waited_for(pipeline, pictures):
     """Their network carries a tenth of what the stream needs."""
     count, seconds = size("S2 slow readers"), size("S2 seconds")
     ahead, errors, shown = [], [], []
@@ -526,7 +525,7 @@ def driven(pipeline, server, marks, frames, seed=1):
 
 
 @pytest.mark.slow
-def test_a_long_run_stays_as_it_was(pipeline, pictures, monkeypatch):
+def test_a_long_run_stays_as_it_was(pipeline, pictures):
     seconds, each = size("S6 seconds"), 9
     turns = pipeline.config.cache.frames / pipeline.config.cache.block  # chunks of one
     seen: list[tuple[float, float, int, int]] = []  # time, processor time, frames, bytes

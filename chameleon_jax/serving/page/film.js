@@ -14,6 +14,7 @@ export class FilmPlayer {
   constructor(film, onShown) {
     this.film = film;
     this.onShown = onShown;
+    this.onFailed = () => {}; // told what cannot be played
     this.lead = 2; // frames that may be on their way to the screen
     this.running = true;
     this.shown = -1;
@@ -70,7 +71,7 @@ export class FilmPlayer {
         this.buffer.addEventListener("updateend", done, { once: true });
         try { step(); } catch (error) { fail(error); }
       });
-    }).catch((error) => { this.failed = error; });
+    }).catch((error) => this.onFailed(error));
   }
 
   drawn(now, about) {

@@ -135,6 +135,9 @@ function start(plan = null) {
   at("screen").hidden = codec === "mp4";
   at("film").hidden = codec !== "mp4";
   player = codec === "mp4" ? new FilmPlayer(at("film"), shown) : new Player(at("screen"), shown);
+  player.onFailed = (error) => {
+    notice(`the video cannot be shown (${error.message}); start again, or choose another codec`, true);
+  };
   remember(chosen.garment);
   connect({
     person: chosen.person,
@@ -180,7 +183,7 @@ async function heard(message, packets) {
       break;
     case "video.chunk":
       note(message);
-      await player.add(message, packets);
+      await player.add(message, packets).catch(player.onFailed);
       at("made").textContent = `${(1000 * message.frames / message.made_ms).toFixed(1)} frames/s`;
       break;
     case "session.flush":

@@ -13,6 +13,7 @@ export class Player {
     this.canvas = canvas;
     this.pen = canvas.getContext("2d", { alpha: false });
     this.onShown = onShown;
+    this.onFailed = () => {}; // told what cannot be decoded
     this.queue = []; // {frame, picture}
     this.coming = new Map(); // frames that are being decoded, by the number of their packet
     this.packets = 0;
@@ -40,7 +41,7 @@ export class Player {
     this.decoder?.close();
     this.decoder = new VideoDecoder({
       output: (picture) => this.arrived(picture.timestamp, picture),
-      error: (error) => { this.failed = error; },
+      error: (error) => this.onFailed(error),
     });
     this.decoder.configure(config);
   }
