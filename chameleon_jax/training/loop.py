@@ -31,7 +31,7 @@ from chameleon_jax.training.checkpoints import CheckpointError, Checkpoints
 from chameleon_jax.training.feed import Feed, HostBatch
 from chameleon_jax.training.networks import Parameters, Params
 from chameleon_jax.training.profile import Profile, Steps
-from chameleon_jax.training.programs import Programs, compile_stage
+from chameleon_jax.training.programs import Programs, blueprint, compile_stage
 from chameleon_jax.training.report import (
     MetricsWriter,
     Progress,
@@ -99,7 +99,7 @@ def train(
         log.warning("resumed with other settings: %s", shortened(changes))
     held_out = [sharding.put_batch(batch, mesh) for batch in eval_batches]
     with _checkpoints(config) as checkpoints, StopRequest() as stop:
-        like = _blueprint(stage, mesh)
+        like = blueprint(stage, mesh)
         frozen = {name: _load(stage, name, net, mesh) for name, net in stage.frozen.items()}
         if limits.best and held_out:
             _check_metric(limits.best, stage, like, frozen, held_out[0])
@@ -237,7 +237,7 @@ def load_state(
     Raises:
       CheckpointError: there is none, it is not of this stage, model and optimiser, or is damaged.
     """
-    like = _blueprint(stage, sharding.make_mesh(config.mesh))
+    like = blueprint(stage, sharding.make_mesh(config.mesh))
     with _checkpoints(config, read_only=True) as checkpoints:
         if not best:
             step, state, _ = checkpoints.restore_newest(like, stage.name, strict=strict)
@@ -277,15 +277,6 @@ def load_parts(config: ConfigDict, stage: Stage) -> ParamTree:
     """
     mesh = sharding.make_mesh(config.mesh)
     return {name: _load(stage, name, stage.frozen[name], mesh) for name in stage.parts}
-
-
-def _blueprint(stage: Stage, mesh: Mesh) -> State:
-    """Shapes, dtypes and places of the arrays of the state."""
-    shapes = jax.eval_shape(stage.init, {name: net.shapes for name, net in stage.trained.items()})
-    placement = sharding.param_shardings(shapes, mesh)
-    return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, placement
-    )
 
 
 def _start(

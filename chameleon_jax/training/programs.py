@@ -143,30 +143,50 @@ class Programs:
     preview: Program
 
 
+def blueprint(stage: Stage, mesh: Mesh) -> State:
+    """Shapes, dtypes and places of the arrays of a stage's state."""
+    shapes = jax.eval_shape(stage.init, {name: net.shapes for name, net in stage.trained.items()})
+    placement = sharding.param_shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, placement
+    )
+
+
+def jit_steps(stage: Stage, like: State, frozen: ParamTree, mesh: Mesh) -> dict[str, Any]:
+    """The steps of a stage by name, as `jax.jit` of (state, frozen, batch) -> (state, metrics).
+
+    The state comes out of a step where it went in, and its memory is used again. They must be
+    traced under `sharding.activations_over(mesh)`.
+
+    Args:
+      stage: gives the steps.
+      like: see `blueprint`.
+      frozen: parameters of the frozen networks, or their shapes.
+      mesh: of all arrays.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    inputs = places, sharding.param_shardings(frozen, mesh), NamedSharding(mesh, sharding.BATCH)
+    outputs = places, sharding.replicated(mesh)
+    return {
+        name: jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
+        for name, step in stage.steps.items()
+    }
+
+
 def compile_stage(
     stage: Stage, like: State, frozen: ParamTree, mesh: Mesh, skip: Callable[[float], None]
 ) -> Programs:
     """The functions of a stage, to be compiled when they are first called.
 
-    The state comes out of a step where it went in, and its memory is used again.
-
     Args:
-      stage: gives the functions.
-      like: `jax.ShapeDtypeStruct` of the state, with the places of its arrays.
-      frozen: parameters of the frozen networks.
-      mesh: of all arrays.
+      stage, like, frozen, mesh: as for `jit_steps`.
       skip: is called with the seconds that compiling a step took.
     """
-    places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    everywhere = sharding.replicated(mesh)
-    inputs = places, sharding.param_shardings(frozen, mesh), NamedSharding(mesh, sharding.BATCH)
-    steps = {}
-    for name, step in stage.steps.items():
-        compiled = jax.jit(
-            step, in_shardings=inputs, out_shardings=(places, everywhere), donate_argnums=0
-        )
-        steps[name] = StepProgram(name, compiled, mesh, skip)
-    evaluate = jax.jit(stage.evaluate, out_shardings=everywhere)
+    steps = {
+        name: StepProgram(name, step, mesh, skip)
+        for name, step in jit_steps(stage, like, frozen, mesh).items()
+    }
+    evaluate = jax.jit(stage.evaluate, out_shardings=sharding.replicated(mesh))
     return Programs(
         steps, Program("evaluation", evaluate, mesh), Program("preview", stage.preview, mesh)
     )
