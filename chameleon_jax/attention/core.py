@@ -68,12 +68,8 @@ def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
       BackendError: what was asked for does not exist, is not installed, or cannot compute in
         `dtype`.
     """
-    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if backend is None:
-        device = jax.devices()[0]
-        if device.platform == "tpu":
-            return "splash"
-        return "cudnn" if half and "cuda" in device.client.platform_version.lower() else "xla"
+        return backend_for(jax.devices()[0], dtype)
     if backend not in BACKENDS:
         raise BackendError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if NEEDS[backend] and not any(_installed(name) for name in NEEDS[backend]):
@@ -81,12 +77,24 @@ def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
             f"attention backend {backend!r} was asked for but is not installed:"
             f" {HOW_TO_INSTALL[backend]}, or choose 'xla'"
         )
-    if backend == "cudnn" and not half:
+    if backend == "cudnn" and not _half(dtype):
         raise BackendError(
             "attention backend 'cudnn' computes in bfloat16 or float16, not"
             f" {jnp.dtype(dtype).name}"
         )
     return backend
+
+
+def backend_for(device: jax.Device, dtype: jnp.dtype) -> str:
+    """The backend of a device, which may be one of a topology that is not here."""
+    if device.platform == "tpu":
+        return "splash"
+    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    return "cudnn" if cuda and _half(dtype) else "xla"
+
+
+def _half(dtype: jnp.dtype) -> bool:
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 @functools.cache

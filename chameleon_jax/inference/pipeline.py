@@ -39,6 +39,8 @@ from chameleon_jax.inference.programs import (
 from chameleon_jax.inference.settings import (
     MEASURED,
     check_config,
+    check_mesh,
+    chosen_for,
     model_differences,
     networks_of,
     read_stored,
@@ -69,9 +71,12 @@ class Pipeline:
       config: groups `model`, `video`, `cache`, `sampler`, `switch` and the key `dtype`, as in
         `configs/`.
       decoder: decodes latents in place of the VAE, see models/taehv.py; None: the VAE does.
+      mesh: devices over which one stream is split, with the axes of `sharding`, of which `seq` and
+        `tensor` may be larger than 1; see `programs` for what lies where. None: one device.
 
     Raises:
       PipelineError: a group is missing, or the sizes do not fit each other.
+      MeshError: a stream of these sizes cannot be split so; the number to change is named.
     """
 
     def __init__(
@@ -82,8 +87,11 @@ class Pipeline:
         tokenizer: Any,
         config: Mapping[str, Any],
         decoder: nnx.Module | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config = check_config(config)
+        check_mesh(self.config, mesh)
+        self.mesh = mesh
         self.vae, self.dit, self.text, self.decoder = vae, dit, text, decoder
         self.tokenizer = tokenizer
         self._compiled = False
@@ -93,9 +101,10 @@ class Pipeline:
         config, (height, width) = self.config, self.size
         params = [nnx.state(module, nnx.Param) for module in self._modules().values()]
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        over = "" if self.mesh is None else f", on {self.mesh.size} devices"
         return (
             f"Pipeline({config.get('name', 'unnamed')}: {count / 1e6:.1f} M parameters,"
-            f" {height}x{width} pixels, {config.dtype}, sampler {config.sampler.name})"
+            f" {height}x{width} pixels, {config.dtype}, sampler {config.sampler.name}{over})"
         )
 
     def _modules(self) -> dict[str, nnx.Module]:
@@ -124,13 +133,13 @@ class Pipeline:
           config: how to build and stream; default the folder's own `config.json`. Where both are
             there, they must describe the same networks; what was measured on the weights,
             `MEASURED`, is taken from the folder.
-          mesh: devices to split the parameters over, by the rules of `sharding`; default all on one
-            device.
+          mesh: as for the class; every parameter is read straight to its shards.
           dtype: "float32" or "bfloat16", of weights and computation; default that of the config.
 
         Raises:
           PipelineError: no such folder, a file missing, an unreadable `config.json`, a checkpoint
             that does not fit.
+          MeshError: as for the class.
           WeightsError: weights that do not fit; the mismatches of all networks are listed in one
             error.
           TokenizerError: an unusable `tokenizer.json`.
@@ -143,6 +152,7 @@ class Pipeline:
         if stored is None and config is None:
             raise PipelineError(f"{folder}: no config.json; expected one beside the weights")
         config = check_config(with_dtype(stored if config is None else config, dtype))
+        check_mesh(config, mesh)  # before gigabytes are read
         if stored is not None:
             differences = model_differences(config, stored)
             if differences:
@@ -165,35 +175,58 @@ class Pipeline:
                 f"{folder / 'tokenizer.json'}: {tokenizer.vocab} pieces, the encoder knows"
                 f" {config.model.text.vocab}"
             )
-        return cls(**modules, tokenizer=tokenizer, config=config)
+        return cls(**modules, tokenizer=tokenizer, config=config, mesh=mesh)
 
     @classmethod
-    def random(cls, config: Mapping[str, Any], seed: int = 0, *, text: bool = True) -> Pipeline:
+    def random(
+        cls,
+        config: Mapping[str, Any],
+        seed: int = 0,
+        *,
+        text: bool = True,
+        mesh: Mesh | None = None,
+    ) -> Pipeline:
         """Random weights in the config's dtype, for benchmarks and tests.
 
         Args:
           config: as for the class.
           seed: of the weights, see weights/random.py.
           text: build the prompt encoder too, with a tokenizer of single bytes.
+          mesh: as for the class; the weights are the same on every mesh.
         """
         config = check_config(config)
+        check_mesh(config, mesh)
         modules: dict[str, Any] = {"text": None}
         for index, name in enumerate(networks_of(config, text=text)):
             modules[name] = _abstract(config, name)
-            fill_randomly(modules[name], (seed, index))
+            fill_randomly(modules[name], (seed, index), mesh)
         tokenizer = None
         if text:
             from chameleon_jax.data.tokenizer import byte_tokenizer
 
             tokenizer = byte_tokenizer(config.model.text.length)
-        return cls(**modules, tokenizer=tokenizer, config=config)
+        return cls(**modules, tokenizer=tokenizer, config=config, mesh=mesh)
 
     @classmethod
-    def abstract(cls, config: Mapping[str, Any]) -> Pipeline:
-        """Shapes without weights or text encoder, to compile for a machine that is not there."""
+    def abstract(
+        cls, config: Mapping[str, Any], *, mesh: Mesh | None = None, text: bool = False
+    ) -> Pipeline:
+        """Shapes without weights, to compile for a machine that is not there; see `lower`.
+
+        Args:
+          config: as for the class. What it leaves to be chosen by platform, `attention` of a
+            transformer and `conv` of a VAE, is chosen for the devices of the mesh.
+          mesh: as for the class; its devices may be those of `jax.experimental.topologies`, one of
+            them or several.
+          text: describe the prompt encoder, too.
+        """
         config = check_config(config)
-        modules = {name: _abstract(config, name) for name in networks_of(config, text=False)}
-        return cls(**modules, text=None, tokenizer=None, config=config)
+        if mesh is not None:
+            config = chosen_for(mesh.devices.flat[0], config)
+        modules: dict[str, Any] = {"text": None}
+        for name in networks_of(config, text=text):
+            modules[name] = _abstract(config, name)
+        return cls(**modules, tokenizer=None, config=config, mesh=mesh)
 
     def add_lora(
         self, path: str | os.PathLike, strength: float = 1.0, *, merged: bool = True
@@ -255,13 +288,13 @@ class Pipeline:
     @functools.cached_property
     def media(self) -> MediaPrograms:
         """The programs for text, pictures and frames, shared by all users of this pipeline."""
-        return MediaPrograms(self.vae, self.dit, self.text, self.decoder)
+        return MediaPrograms(self.vae, self.dit, self.text, self.decoder, self.mesh)
 
     @functools.cached_property
     def stream(self) -> StreamPrograms:
         """The programs that make latents against a cache, shared by all sessions."""
         factor = self.vae.config.spatial_factor
-        return StreamPrograms(self.dit, self.config, factor)
+        return StreamPrograms(self.dit, self.config, factor, self.mesh)
 
     def compile(self) -> dict[str, float]:
         """Compile all programs for the sizes of the config, before they are needed.
@@ -275,16 +308,13 @@ class Pipeline:
         with self._compile_lock:
             if self._compiled:
                 return {}
-            seconds = {}
-            # Over several devices, where the other arguments lie is known at the first call only.
-            if all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(self.stream.weights)):
-                of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
-                seconds = compile_all([(self.media, of_media), (self.stream, of_stream)])
+            of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
+            seconds = compile_all([(self.media, of_media), (self.stream, of_stream)])
             self._compiled = True
             return seconds
 
     def arguments(self) -> dict[str, tuple[Any, ...]]:
-        """Shapes and dtypes of the arguments of all programs, weights left out."""
+        """Shapes, dtypes and places of the arguments of all programs, weights left out."""
         of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
         return {**of_media, **of_stream}
 
@@ -295,7 +325,8 @@ class Pipeline:
 
         Args:
           program: a name of `arguments`.
-          sharding: where all arguments lie, see `Programs.lower`.
+          sharding: where all arguments lie, see `Programs.lower`; not for a pipeline with a mesh,
+            which says it itself.
         """
         programs = self.stream if program in self.stream.names else self.media
         return programs.lower(program, self.arguments()[program], sharding)

@@ -21,9 +21,15 @@ A stream without condition frames (`cache.context` 0) has no `refresh`, and inst
 
     shot_chunk    cache, text K, V, seed, number, cut, image, is there an image  -> latents, cache
 
-Caches and decoder states are donated: the array handed in must not be used again. Every program
-serves any size, compiled at its first use; `compile_all` compiles them ahead of time for the sizes
-of a stream.
+Before them all, `new_cache` makes an empty cache. Caches and decoder states are donated: the array
+handed in must not be used again. Every program serves any size, compiled at its first use;
+`compile_all` compiles them ahead of time for the sizes of a stream.
+
+Over the devices of a mesh every program says where its arguments and results lie, so that nothing
+moves between two programs: the transformer's activations are split as in training (`sharding`), the
+cache on heads over seq and tensor, K, V of the text on heads over tensor, weights by the rules of
+`sharding`. Pictures, latents, frames and decoder states are whole on every device, and every device
+encodes and decodes all of it: the VAE is not split.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels, l query tokens,
 m width.
@@ -32,6 +38,8 @@ m width.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,19 +49,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from chameleon_jax import sharding
 from chameleon_jax.attention.cache import KVCache, put_frames, read_frames
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.diffusion import rollout
 from chameleon_jax.keys import inference_key
 from chameleon_jax.models.dit import TextKV
+from chameleon_jax.weights.placement import place_params
 
 log = logging.getLogger(__name__)
 
 # Programs of a session that can take chunks back; compiled when the first such one calls them.
 REWIND = ("keep", "keep_context", "put_back", "put_context")
+
+# How values are split over a mesh: a partition spec of all their arrays, or a tree of them.
+WHOLE = PartitionSpec()
+TEXT = sharding.SEQUENCE_TENSOR  # K, V of a prompt: [b, s, n, d] each
 
 Kept = tuple[jax.Array, tuple[Any, Any]]  # slots of a cache, and their keys and values
 Arguments = Mapping[str, tuple[Any, ...]]  # by program: shapes and dtypes, weights left out
@@ -64,11 +79,16 @@ class Programs:
 
     Args:
       modules: networks by name; their weights are taken once, now.
+      mesh: where they run; the weights are moved to their places on it. None: on the device of the
+        weights.
     """
 
-    def __init__(self, modules: Mapping[str, nnx.Module]):
+    def __init__(self, modules: Mapping[str, nnx.Module], mesh: Mesh | None = None):
+        self.mesh = mesh
         self.graphs, self.weights = {}, {}
         for name, module in modules.items():
+            if mesh is not None:
+                place_params(module, mesh)
             self.graphs[name], self.weights[name] = nnx.split(module)
         # program -> (network whose weights come first, jitted function)
         self._jitted: dict[str, tuple[str, Callable[..., Any]]] = {}
@@ -92,7 +112,8 @@ class Programs:
             )
         network, function = self._jitted[program]
         function = self._compiled.get((program, _first_shape(args)), function)
-        return function(self.weights[network], *args)
+        with self._split():
+            return function(self.weights[network], *args)
 
     def lower(
         self, program: str, args: Sequence[Any], sharding: jax.sharding.Sharding | None = None
@@ -103,8 +124,8 @@ class Programs:
           program: its name.
           args: arrays or `jax.ShapeDtypeStruct`, weights left out.
           sharding: where all arguments lie, e.g. on one device of a description of
-            `jax.experimental.topologies`; default where the weights are. The weights may be
-            abstract.
+            `jax.experimental.topologies`; default where the weights are, or as the programs of
+            a mesh say. The weights may be abstract.
         """
         network, function = self._jitted[program]
         args = (self.weights[network], *args)
@@ -112,7 +133,8 @@ class Programs:
             args = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
             )
-        return function.lower(*args)
+        with self._split():
+            return function.lower(*args)
 
     def use_compiled(self, program: str, args: Sequence[Any], compiled: Callable) -> None:
         """From now on run `compiled` for arguments of these shapes."""
@@ -121,10 +143,48 @@ class Programs:
     def result(self, program: str, *args: Any) -> Any:
         """Shapes and dtypes of what a program returns."""
         network, function = self._jitted[program]
-        return jax.eval_shape(function, self.weights[network], *args)
+        with self._split():
+            return jax.eval_shape(function, self.weights[network], *args)
+
+    def placed(self, shapes: Any, specs: Any) -> Any:
+        """Shapes of values with their places on the mesh; without one as they are.
+
+        Args:
+          shapes: tree of `jax.ShapeDtypeStruct`.
+          specs: how they are split, a prefix of that tree.
+        """
+        if self.mesh is None:
+            return shapes
+
+        def place(sharding: NamedSharding, part: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+            )
+
+        return jax.tree.map(place, self._shardings(specs), shapes)
+
+    def _shardings(self, specs: Any) -> Any:
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec),
+            specs,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+
+    def _split(self) -> contextlib.AbstractContextManager[Any]:
+        """Split the activations of what is traced meanwhile."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return sharding.activations_over(self.mesh)
 
     def add(
-        self, program: str, network: str, function: Callable[..., Any], donate: int | None = None
+        self,
+        program: str,
+        network: str,
+        function: Callable[..., Any],
+        donate: int | None = None,
+        *,
+        takes: Sequence[Any] | None = None,
+        gives: Any = WHOLE,
     ) -> None:
         """Make a program of a function (module, *args).
 
@@ -133,8 +193,18 @@ class Programs:
           network: whose module comes first.
           function: pure.
           donate: which of the arguments is consumed, the module being number 0.
+          takes: how the other arguments are split over the mesh; default all whole.
+          gives: how the result is.
         """
-        graph = self.graphs[network]
+        graph, places = self.graphs[network], {}
+        if self.mesh is not None:
+            if takes is None:
+                takes = [WHOLE] * (len(inspect.signature(function).parameters) - 1)
+            weights = jax.tree.map(lambda leaf: leaf.sharding, self.weights[network])
+            places = {
+                "in_shardings": (weights, *self._shardings(tuple(takes))),
+                "out_shardings": self._shardings(gives),
+            }
 
         def run(weights: nnx.State, *args: Any) -> Any:
             return function(nnx.merge(graph, weights), *args)
@@ -142,7 +212,7 @@ class Programs:
         run.__name__ = program  # what profiles and compilation logs show
         self._jitted[program] = (
             network,
-            jax.jit(run, donate_argnums=() if donate is None else donate),
+            jax.jit(run, donate_argnums=() if donate is None else donate, **places),
         )
 
 
@@ -159,6 +229,7 @@ class MediaPrograms(Programs):
       dit: has the cross-attention whose K, V are made of a prompt.
       text: the prompt encoder, or None.
       decoder: decodes latents; None: the VAE does.
+      mesh: as for `Programs`.
     """
 
     def __init__(
@@ -167,9 +238,11 @@ class MediaPrograms(Programs):
         dit: nnx.Module,
         text: nnx.Module | None,
         decoder: nnx.Module | None = None,
+        mesh: Mesh | None = None,
     ):
         modules = {"vae": vae, "dit": dit, "text": text, "decoder": decoder}
-        super().__init__({name: module for name, module in modules.items() if module is not None})
+        modules = {name: module for name, module in modules.items() if module is not None}
+        super().__init__(modules, mesh)
         decodes = "vae" if decoder is None else "decoder"
 
         def encode_image(vae, pixels_hwc):
@@ -187,7 +260,7 @@ class MediaPrograms(Programs):
             return to_uint8(x)[0], state
 
         self.add("encode_image", "vae", encode_image)
-        self.add("text_kv", "dit", text_kv)
+        self.add("text_kv", "dit", text_kv, gives=TEXT)
         self.add("decode_first", decodes, decode_first)
         self.add("decode_next", decodes, decode_next, donate=2)
         if text is not None:
@@ -225,10 +298,13 @@ class StreamPrograms(Programs):
       dit: the network.
       config: a checked config, see `settings.check_config`.
       spatial_factor: pixels along one side of a latent pixel.
+      mesh: as for `Programs`.
     """
 
-    def __init__(self, dit: nnx.Module, config: ConfigDict, spatial_factor: int):
-        super().__init__({"dit": dit})
+    def __init__(
+        self, dit: nnx.Module, config: ConfigDict, spatial_factor: int, mesh: Mesh | None = None
+    ):
+        super().__init__({"dit": dit}, mesh)
         self.policy = policy = make_policy(**config.cache)
         self.grid = (config.video.height // spatial_factor, config.video.width // spatial_factor)
         self._dit = dit
@@ -267,19 +343,30 @@ class StreamPrograms(Programs):
         def put_back(dit, cache, kept):
             return put_frames(cache, *kept)
 
+        def new_cache(dit):
+            return rollout.new_cache(dit, policy, self.streams, self.grid)
+
+        empty = jax.eval_shape(lambda: new_cache(dit))
+        cache = jax.tree.map(lambda leaf: _on_heads(leaf.ndim), empty)
+        kept = WHOLE, _on_heads(jax.tree.leaves(empty.k)[0].ndim + 1)  # slots; their frames
+        self.empty = self.placed(empty, cache)  # shapes of a cache, and their places
+        self.add("new_cache", "dit", new_cache, gives=cache)
         if policy.context:
-            self.add("refresh", "dit", refresh, donate=1)
-            self.add("chunk", "dit", chunk, donate=1)
-            self.add("keep", "dit", keep)
-            self.add("keep_context", "dit", keep_context)
-            self.add("put_back", "dit", put_back, donate=1)
-            self.add("put_context", "dit", put_back, donate=1)
+            takes = cache, WHOLE, WHOLE, TEXT
+            self.add("refresh", "dit", refresh, donate=1, takes=takes, gives=cache)
+            takes = cache, TEXT, WHOLE, WHOLE
+            self.add("chunk", "dit", chunk, donate=1, takes=takes, gives=(WHOLE, cache))
+            for name, function in (("keep", keep), ("keep_context", keep_context)):
+                self.add(name, "dit", function, takes=[cache], gives=kept)
+            for name in ("put_back", "put_context"):
+                self.add(name, "dit", put_back, donate=1, takes=(cache, kept), gives=cache)
         else:
-            self.add("shot_chunk", "dit", shot_chunk, donate=1)
+            takes = cache, TEXT, *[WHOLE] * 5
+            self.add("shot_chunk", "dit", shot_chunk, donate=1, takes=takes, gives=(WHOLE, cache))
 
     def new_cache(self) -> KVCache:
         """An empty cache."""
-        return rollout.new_cache(self._dit, self.policy, self.streams, self.grid)
+        return self.call("new_cache")
 
     def refresh(
         self, cache: KVCache, reference: jax.Array, garment: jax.Array, text_kv: TextKV
@@ -362,23 +449,28 @@ def stream_arguments(
     Args:
       media, stream: over the same transformer.
       config: a checked config.
+
+    Returns:
+      Of each `jax.ShapeDtypeStruct` in the place of arrays, with its place on the mesh if there is
+      one.
     """
     length, width = config.model.dit.text_length, config.model.dit.text_width
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     pixels = jax.ShapeDtypeStruct((config.video.height, config.video.width, 3), jnp.uint8)
     states = jax.ShapeDtypeStruct((stream.streams, length, width), jnp.dtype(config.dtype))
     seed, number = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-    kv = media.result("text_kv", states)
-    frame = media.result("encode_image", pixels)
-    cache = jax.eval_shape(stream.new_cache)
+    kv = media.placed(media.result("text_kv", states), TEXT)
+    frame = media.placed(media.result("encode_image", pixels), WHOLE)
+    cache, of_stream = stream.empty, {"new_cache": ()}
     if stream.policy.context:
-        of_stream = {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
+        of_stream |= {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
         latents, _ = stream.result("chunk", *of_stream["chunk"])
     else:
         flag = jax.ShapeDtypeStruct((), jnp.bool_)
-        of_stream = {"shot_chunk": (cache, kv, seed, number, flag, frame, flag)}
+        of_stream |= {"shot_chunk": (cache, kv, seed, number, flag, frame, flag)}
         latents, _ = stream.result("shot_chunk", *of_stream["shot_chunk"])
-    _, decoder = media.result("decode_first", latents)
+    latents = media.placed(latents, WHOLE)
+    _, decoder = media.placed(media.result("decode_first", latents), WHOLE)
     of_media = {
         "encode_image": (pixels,),
         "text_kv": (states,),
@@ -388,6 +480,14 @@ def stream_arguments(
     if "encode_text" in media.names:
         of_media["encode_text"] = (ids, jax.ShapeDtypeStruct(ids.shape, bool))
     return of_media, of_stream
+
+
+def _on_heads(ndim: int) -> PartitionSpec:
+    """How keys and values [..., n, d] of a cache are split; its counters, of fewer axes, are whole.
+
+    Over the heads that attention gives to each device: see `sharding.SEQUENCE_HEADS`.
+    """
+    return PartitionSpec(*[None] * (ndim - 2), ("seq", "tensor")) if ndim >= 4 else WHOLE
 
 
 def compile_all(jobs: Sequence[tuple[Programs, Arguments]]) -> dict[str, float]:
@@ -407,7 +507,10 @@ def compile_all(jobs: Sequence[tuple[Programs, Arguments]]) -> dict[str, float]:
 
     todo = [(programs, name, args) for programs, named in jobs for name, args in named.items()]
     begin = time.perf_counter()
-    log.info("compiling %d programs for %s", len(todo), jax.devices()[0].device_kind)
+    mesh = jobs[0][0].mesh
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    kind = devices[0].device_kind
+    log.info("compiling %d programs for %d x %s", len(todo), len(devices), kind)
     pool = concurrent.futures.ThreadPoolExecutor()
     try:
         seconds = dict(pool.map(lambda job: build(*job), todo))

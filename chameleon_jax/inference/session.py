@@ -364,7 +364,8 @@ class Session:
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot, in this process or another, with the same bits.
 
-        Frames, switches and mechanisms are those of the snapshot.
+        Frames, switches and mechanisms are those of the snapshot. It may have been made on another
+        mesh; then the stream goes on as it would have, up to rounding.
 
         Raises:
           SnapshotError: it was made with another model, size, cache or sampler.
@@ -659,6 +660,8 @@ def _fill(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     ]
     if wrong:
         raise SnapshotError(f"the snapshot lacks, or has in another shape: {', '.join(wrong)}")
-    return jax.tree.unflatten(
-        jax.tree.structure(tree), [jax.numpy.array(arrays[name]) for name in names]
-    )
+    # Copies: the programs consume caches. With a place on a mesh, then they go there.
+    placed = [
+        jax.device_put(jnp.array(arrays[name]), leaf.sharding) for name, leaf in names.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), placed)

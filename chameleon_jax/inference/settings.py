@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from chameleon_jax.attention.core import backend_for
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference.pretrained import PipelineError
 from chameleon_jax.models.build import DTYPES, read_sizes
+from chameleon_jax.models.vae import conv_for
+from chameleon_jax.sharding import SAMPLES, MeshError, check_network
 from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
 
 GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
@@ -50,6 +55,46 @@ def check_config(config: Mapping[str, Any]) -> ConfigDict:
         raise PipelineError(f"config: {error}") from None
     _check_sizes(sizes)
     _check_video(config, sizes)
+    return config
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh | None) -> None:
+    """Can one stream be split over a mesh?
+
+    Args:
+      config: checked.
+      mesh: None for one device.
+
+    Raises:
+      MeshError: it cannot; the number to change is named.
+    """
+    if mesh is None:
+        return
+    for axis in SAMPLES:
+        if mesh.shape[axis] > 1:
+            raise MeshError(
+                f"mesh.{axis} = {mesh.shape[axis]}: one stream is a batch of one, which cannot be"
+                f" split; choose {axis} 1, and mesh.tensor or mesh.seq for more devices"
+            )
+    dit, vae = (read_sizes(name, config.model[name]) for name in ("dit", "vae"))
+    _, rows, columns = dit.patch
+    sides = (config.video.height // rows, config.video.width // columns)
+    tokens = math.prod(side // vae.spatial_factor for side in sides)
+    check_network(dit.heads, tokens, mesh)
+
+
+def chosen_for(device: jax.Device, config: ConfigDict) -> ConfigDict:
+    """A config in which what is chosen by platform is chosen for a device, which need not be here.
+
+    Args:
+      device: of the platform.
+      config: checked.
+    """
+    config = config.copy_and_resolve_references()
+    dit, vae = config.model.dit, config.model.vae
+    dit.attention = dit.get("attention") or backend_for(device, DTYPES[config.dtype])
+    if vae.get("conv", "auto") == "auto":
+        vae.conv = conv_for(device.platform)
     return config
 
 

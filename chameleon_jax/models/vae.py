@@ -255,9 +255,12 @@ def choose_conv(form: str = "auto") -> str:
     several times faster, in training most of all. "auto" chooses for the default backend of JAX: to
     compile for another backend, name the form.
     """
-    if form != "auto":
-        return form
-    return "stacked" if jax.default_backend() == "cpu" else "conv3d"
+    return conv_for(jax.default_backend()) if form == "auto" else form
+
+
+def conv_for(platform: str) -> str:
+    """The form of `choose_conv` that is fast on a platform."""
+    return "stacked" if platform == "cpu" else "conv3d"
 
 
 def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str) -> jax.Array:
