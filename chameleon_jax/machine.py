@@ -30,28 +30,6 @@ PACKAGES = (
     "libtpu",
 )
 
-# Peak of dense bfloat16 matrix products of a device as JAX counts devices, in 10^12 operations a
-# second, by a pattern of its `device_kind`; the first that matches. Sources: data sheets of NVIDIA
-# (A100, H100, H200, HGX B200, L4, L40S; half of what they say "with sparsity"), NVIDIA's white
-# papers of Ampere and Ada for the GeForce cards (bfloat16 with float32 sums), and Google's pages
-# on the TPU versions (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). A kind that is not here
-# has no known peak.
-PEAKS = (
-    (r"^TPU v4$", 275.0),
-    (r"^TPU v5 lite$|^TPU v5e$", 197.0),
-    (r"^TPU v5p?$", 459.0),
-    (r"^TPU v6 lite$|^TPU v6e$", 918.0),
-    (r"\bB200\b", 2250.0),
-    (r"\bH[12]00 NVL\b", 835.0),
-    (r"\bH100 PCIe\b", 756.0),
-    (r"\bG?H[12]00\b", 989.0),
-    (r"\bA100\b", 312.0),
-    (r"\bL40S\b", 362.0),
-    (r"\bL4\b", 121.0),
-    (r"\bRTX 4090$", 165.0),
-    (r"\bRTX 3090$", 71.0),
-)
-
 
 class DeviceError(UserError):
     """JAX finds no device of the kind that was asked for. The message is one line."""
@@ -98,18 +76,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def peak_flops(kind: str) -> float | None:
-    """Largest number of bfloat16 operations a second of one device; None if it is not known.
-
-    Args:
-      kind: `device_kind` of a device. No CPU has a known peak, nor has a part of a GPU (MIG).
-    """
-    if "MIG" in kind:
-        return None
-    found = next((peak for pattern, peak in PEAKS if re.search(pattern, kind)), None)
-    return None if found is None else found * 1e12
 
 
 def memory_in_use() -> int:

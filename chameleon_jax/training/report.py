@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from chameleon_jax import files, machine
+from chameleon_jax import chips, files, machine
 from chameleon_jax.errors import UserError, need
 from chameleon_jax.training.flops import Flops
 from chameleon_jax.training.state import Metrics
@@ -254,7 +254,7 @@ def utilisation(flops: Flops, seconds: float, devices: int) -> dict[str, float]:
     if flops.unknown or not flops.hardware:
         return {}
     found = {"tflops_per_second": flops.model / seconds / devices / 1e12}
-    peak = machine.peak_flops(jax.local_devices()[0].device_kind)
+    peak = chips.peak_flops(jax.local_devices()[0].device_kind)
     if peak is not None:
         share = seconds * devices * peak
         found |= {"mfu": flops.model / share, "hfu": flops.hardware / share}

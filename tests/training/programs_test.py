@@ -8,7 +8,7 @@ import json
 import jax
 import pytest
 
-from chameleon_jax import machine
+from chameleon_jax import chips, machine
 from chameleon_jax.errors import UserError
 from chameleon_jax.training import loop, report
 from chameleon_jax.training.flops import Flops
@@ -44,7 +44,7 @@ def test_a_step_says_what_it_costs(tmp_path, caplog):
 def test_utilisation_is_a_share_of_the_peak(monkeypatch):
     flops = Flops(model=4e12, hardware=6e12)
     assert report.utilisation(flops, 2.0, 4) == {"tflops_per_second": 0.5}
-    monkeypatch.setattr(machine, "peak_flops", lambda kind: 2e12)
+    monkeypatch.setattr(chips, "peak_flops", lambda kind: 2e12)
     assert report.utilisation(flops, 2.0, 4) == {
         "tflops_per_second": 0.5,
         "mfu": 0.25,
@@ -55,7 +55,7 @@ def test_utilisation_is_a_share_of_the_peak(monkeypatch):
 
 
 def test_mfu_is_on_the_progress_line_and_in_the_metrics(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(machine, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e9)
     with caplog.at_level("INFO", logger="chameleon_jax"):
         train(tmp_path, 3)
     last = lines(tmp_path)[-1]
@@ -71,35 +71,6 @@ def test_work_that_cannot_be_counted_is_said(tmp_path, caplog, monkeypatch):
     train(tmp_path, 3)
     assert "work that cannot be counted (mystery): no figures" in caplog.text
     assert not [line for line in lines(tmp_path) if "tflops_per_second" in line]
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA A100 80GB PCIe", 312e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA L40", None),
-        ("TPU v3", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks_of_devices(kind, peak):
-    assert machine.peak_flops(kind) == peak
 
 
 def test_memory_is_that_of_the_fullest_accelerator(monkeypatch):
