@@ -318,18 +318,24 @@ class Pipeline:
         of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
         return {**of_media, **of_stream}
 
-    def lower(
+    def trace(
         self, program: str, sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Lowered:
-        """A program traced at the sizes of the config, ready to be compiled.
+    ) -> jax.stages.Traced:
+        """A program traced at the sizes of the config; `trace(...).lower()` can be compiled.
 
         Args:
           program: a name of `arguments`.
-          sharding: where all arguments lie, see `Programs.lower`; not for a pipeline with a mesh,
+          sharding: where all arguments lie, see `Programs.trace`; not for a pipeline with a mesh,
             which says it itself.
         """
         programs = self.stream if program in self.stream.names else self.media
-        return programs.lower(program, self.arguments()[program], sharding)
+        return programs.trace(program, self.arguments()[program], sharding)
+
+    def lower(
+        self, program: str, sharding: jax.sharding.Sharding | None = None
+    ) -> jax.stages.Lowered:
+        """The same, ready to be compiled."""
+        return self.trace(program, sharding).lower()
 
     def session(
         self, mechanisms: SwitchConfig | None = None, *, measure: bool = False, keep: int = 0

@@ -115,10 +115,10 @@ class Programs:
         with self._split():
             return function(self.weights[network], *args)
 
-    def lower(
+    def trace(
         self, program: str, args: Sequence[Any], sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Lowered:
-        """A program traced for arguments of these shapes, ready to be compiled.
+    ) -> jax.stages.Traced:
+        """A program traced for arguments of these shapes.
 
         Args:
           program: its name.
@@ -134,7 +134,13 @@ class Programs:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
             )
         with self._split():
-            return function.lower(*args)
+            return function.trace(*args)
+
+    def lower(
+        self, program: str, args: Sequence[Any], sharding: jax.sharding.Sharding | None = None
+    ) -> jax.stages.Lowered:
+        """The same, ready to be compiled."""
+        return self.trace(program, args, sharding).lower()
 
     def use_compiled(self, program: str, args: Sequence[Any], compiled: Callable) -> None:
         """From now on run `compiled` for arguments of these shapes."""

@@ -84,9 +84,7 @@ def report(job: Job, hlo: str | None = None) -> dict[str, Any]:
             file.write(text)
     program = reading.read(text)
     memory = _memory(compiled)
-    peak = machine.peak_flops(target.chip.kind)
     cost = compiled.cost_analysis() or {}
-    seconds = flops.hardware / (target.count * peak)
     return {
         "target": target.name,
         "program": job.program,
@@ -104,7 +102,7 @@ def report(job: Job, hlo: str | None = None) -> dict[str, Any]:
             "by_compiler": cost.get("flops"),  # of one device; without custom kernels
         },
         "least_seconds": {
-            "compute": seconds,
+            "compute": flops.hardware / (target.count * target.chip.flops),
             "memory": (memory["argument"] + memory["output"]) / target.chip.bandwidth,
         },
         "collectives": {
@@ -112,7 +110,9 @@ def report(job: Job, hlo: str | None = None) -> dict[str, Any]:
         },
         "kernels": reading.kernels(program),
         "dots": reading.dots(program),
-        "moves": {name: dataclasses.asdict(tally) for name, tally in reading.moves(program).items()},
+        "moves": {
+            name: dataclasses.asdict(tally) for name, tally in reading.moves(program).items()
+        },
         "unknown_loops": program.unknown_loops,
         "versions": machine.versions(),
     }

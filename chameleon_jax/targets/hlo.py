@@ -1,8 +1,9 @@
 """What a compiled program holds, read from its text (HLO, the language of XLA).
 
-Everything is counted as often as it runs: the body of a loop as often as the loop goes round, where
-the compiler knows how often (`known_trip_count`); a loop of which it does not know counts once, and
-is counted in `unknown_loops`.
+Everything is counted as often as it runs: the body of a loop as often as the loop goes round, which
+the compiler notes (`known_trip_count`, for GPUs) or the condition of the loop says: loops of JAX
+count from zero to a constant. A loop of which neither is known counts once, and is counted in
+`unknown_loops`.
 """
 
 from __future__ import annotations
@@ -122,11 +123,11 @@ def read(text: str) -> Program:
         times[name] += count
         for operation in computations.get(name, ()):
             if operation.kind == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.rest)
+                trips = _trips(computations, operation)
                 unknown += trips is None
                 body = operation.called("body")
                 if body:
-                    visit(body, count * (int(trips[1]) if trips else 1))
+                    visit(body, count * (trips or 1))
             elif operation.kind == "conditional":
                 for branch in _branches(operation.rest):
                     visit(branch, count)
@@ -171,7 +172,8 @@ def kernels(program: Program) -> dict[str, int]:
     for times, operation in program.operations():
         if operation.kind != "custom-call":
             continue
-        known = [name for name, part in KERNELS.items() if re.search(part, operation.rest)]
+        text = f"{operation.name} {operation.rest}"
+        known = [name for name, part in KERNELS.items() if re.search(part, text)]
         target = re.search(r'custom_call_target="([^"]+)"', operation.rest)
         found[known[0] if known else target[1] if target else "?"] += times
     return dict(found)
@@ -209,6 +211,23 @@ def dots(program: Program) -> dict[str, int]:
                 kind = first[1] or _SHAPE.match(types.get(first[2], ""))
                 found[kind if isinstance(kind, str) else kind[1] if kind else "?"] += 1
     return dict(found)
+
+
+def _trips(computations: dict[str, list[Operation]], loop: Operation) -> int | None:
+    """How often a loop goes round; None if it cannot be told."""
+    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+    if noted:
+        return int(noted[1])
+    waiting, operations = [loop.called("condition")], []
+    while waiting:
+        inside = computations.get(waiting.pop() or "", [])
+        operations += inside
+        waiting += [operation.called("calls") for operation in inside if operation.kind == "fusion"]
+    ends = {op.rest.partition(")")[0] for op in operations if op.kind == "constant"}
+    compared = [op for op in operations if op.kind == "compare" and "direction=LT" in op.rest]
+    if len(ends) == len(compared) == 1 and (end := ends.pop()).isdigit():
+        return int(end)
+    return None
 
 
 def _last(program: Program, computation: str | None) -> str:

@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from chameleon_jax import chips
+from chameleon_jax.chips import Chip
 from chameleon_jax.errors import UserError
 
 # What the device-less CUDA compiler must know of the chip.
@@ -26,46 +28,30 @@ class TargetError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of device.
+class Compiler:
+    """What makes programs for some kinds of chip.
 
     Attributes:
-      kind: as JAX names it, `device_kind`: what `machine.peak_flops` knows it by.
-      memory: bytes of its memory.
-      bandwidth: of its memory, bytes a second.
+      platform: as `jax.experimental.topologies` names it.
       attention: the backend that its programs use, see attention/core.py.
-      needs: modules that hold its compiler; any one of them will do.
+      needs: modules that hold it; any one of them will do.
       install: how to get it.
     """
 
-    kind: str
-    memory: float
-    bandwidth: float
+    platform: str
     attention: str
     needs: tuple[str, ...]
     install: str
 
 
-_TPU = {
-    "attention": "splash",
-    "needs": ("libtpu",),
-    "install": "pip install 'chameleon-jax[tpu]'",
-}
-# Sources: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e ("HBM capacity" and "HBM bandwidth" a
-# chip); NVIDIA's data sheet of the H200.
-CHIPS = {
-    "v5e": Chip("TPU v5e", 16e9, 819e9, **_TPU),
-    "v5p": Chip("TPU v5p", 95e9, 2765e9, **_TPU),
-    "v6e": Chip("TPU v6e", 32e9, 1640e9, **_TPU),
-    "h200": Chip(
-        "NVIDIA H200",
-        141e9,
-        4800e9,
-        attention="cudnn",
-        needs=("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"),
-        install="pip install 'chameleon-jax[cuda13]'",
-    ),
-}
+TPU = Compiler("tpu", "splash", ("libtpu",), "pip install 'chameleon-jax[tpu]'")
+CUDA = Compiler(
+    "cuda",
+    "cudnn",
+    ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"),
+    "pip install 'chameleon-jax[cuda13]'",
+)
+COMPILERS = {"v5e": TPU, "v5p": TPU, "v6e": TPU, "h200": CUDA}  # by the names of `chips`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +62,13 @@ class Target:
       name: e.g. "v6e-4".
       chip: of which kind.
       count: how many.
+      compiler: makes their programs.
     """
 
     name: str
     chip: Chip
     count: int
+    compiler: Compiler
 
 
 def find(name: str) -> Target:
@@ -90,21 +78,21 @@ def find(name: str) -> Target:
       TargetError: no such chip, or a number of them that no slice has.
     """
     found = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]{0,3})", name)
-    if found is None or found[1] not in CHIPS:
-        known = ", ".join(f"{chip}-N" for chip in CHIPS)
+    if found is None or found[1] not in COMPILERS:
+        known = ", ".join(f"{chip}-N" for chip in COMPILERS)
         raise TargetError(
             f"target {name!r}: expected a chip and how many of them, {known}; e.g. v6e-4"
         )
     chip, count = found[1], int(found[2])
     _topology(chip, count)
-    return Target(name, CHIPS[chip], count)
+    return Target(name, chips.named(chip), count, COMPILERS[chip])
 
 
 def check_installed(target: Target) -> None:
     """Raise a TargetError unless the compiler of a target is installed."""
-    if not any(_installed(module) for module in target.chip.needs):
+    if not any(_installed(module) for module in target.compiler.needs):
         raise TargetError(
-            f"target {target.name}: its compiler is not installed; {target.chip.install}"
+            f"target {target.name}: its compiler is not installed; {target.compiler.install}"
         )
 
 
@@ -119,7 +107,7 @@ def devices(target: Target) -> list[Any]:
     check_installed(target)
     chip = target.name.partition("-")[0]
     shape = _topology(chip, target.count)
-    if target.chip.attention == "cudnn":
+    if target.compiler is CUDA:
         description = topologies.get_topology_desc(
             chip, "cuda", target_config=DESCRIPTION.read_text(), topology=shape
         )
@@ -132,7 +120,7 @@ def devices(target: Target) -> list[Any]:
 
 def _topology(chip: str, count: int) -> str:
     """How the chips are connected: rows x columns, of v5p a box; of GPUs slices, hosts, chips."""
-    if CHIPS[chip].attention == "cudnn":
+    if COMPILERS[chip] is CUDA:
         hosts, rest = divmod(count, GPUS_A_HOST)
         if count <= GPUS_A_HOST:
             return f"1x1x{count}"

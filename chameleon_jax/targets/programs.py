@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -87,8 +89,9 @@ def of_config(
       ConfigError, PipelineError: the config cannot be used.
     """
     mesh = mesh_for(config, target, sizes)
-    config = with_attention(config, target.chip.attention)
-    return of_stage(config, mesh) if is_training(config) else of_stream(config, mesh)
+    if is_training(config):
+        return of_stage(with_attention(config, target.compiler.attention), mesh)
+    return of_stream(config, mesh)
 
 
 def with_attention(config: ConfigDict, backend: str) -> ConfigDict:
@@ -106,12 +109,31 @@ def with_attention(config: ConfigDict, backend: str) -> ConfigDict:
 def of_stream(config: ConfigDict, mesh: Mesh) -> Programs:
     """The programs of a stream, see inference/programs.py, text encoding included."""
     pipeline = Pipeline.abstract(config, mesh=mesh, text=True)
-    names = list(pipeline.arguments())
+    arguments = pipeline.arguments()
+    _, text_kv, *_ = arguments["chunk" if "chunk" in arguments else "shot_chunk"]
+    _, decoder = arguments["decode_next"]
+    resident = {
+        **{name: device_bytes(weights) for name, weights in pipeline.media.weights.items()},
+        "cache": device_bytes(pipeline.stream.empty),
+        "text K, V": device_bytes(text_kv),
+        "decoder state": device_bytes(decoder),
+    }
     return Programs(
         mesh,
-        {name: lambda name=name: pipeline.trace(name) for name in names},
-        pipeline.resident_bytes(),
+        {name: functools.partial(pipeline.trace, name) for name in arguments},
+        resident,
     )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of arrays or shapes; one without a place lies whole on it."""
+
+    def size(leaf: Any) -> int:
+        place = getattr(leaf, "sharding", None)
+        shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
+        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def of_stage(config: ConfigDict, mesh: Mesh) -> Programs:
@@ -194,8 +216,8 @@ def _frozen(stage: Stage, mesh: Mesh) -> Any:
 def _write_states(folder: Path, config: ConfigDict) -> None:
     """States of the prompts of guidance, zeros, as `prepare text` writes them."""
     length, width = config.model.text.length, config.model.text.width
-    asked = [config[group].get("negative_prompt") for group in ("loss", "scores") if group in config]
-    prompts = list(dict.fromkeys(["", *(prompt for prompt in asked if prompt)]))
+    groups = [config[name] for name in ("loss", "scores") if name in config]
+    prompts = list(dict.fromkeys(["", *(group.get("negative_prompt", "") for group in groups)]))
 
     def encode(batch: Any) -> tuple[np.ndarray, np.ndarray]:
         mask = np.zeros((len(batch), length), bool)
