@@ -11,10 +11,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from chameleon_jax.errors import UserError, one_line
 
 # For the compilers, before JAX is imported: this machine's own devices do not matter; libtpu need
 # not ask a metadata server what they are, and other processes may use it, too.
@@ -26,6 +30,10 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v6e-1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
+
+
+class TooLargeError(UserError):
+    """A program needs more memory than the device has. The message is the compiler's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,9 @@ def report(job: Job, hlo: str | None = None) -> dict[str, Any]:
 
     Raises:
       TargetError, MeshError, ConfigError: the job cannot be done; see `programs.of_config`.
+      TooLargeError: the compiler has found that the program does not fit the device.
     """
+    import jax
     from ml_collections import ConfigDict
 
     from chameleon_jax import machine
@@ -76,12 +86,16 @@ def report(job: Job, hlo: str | None = None) -> dict[str, Any]:
     traced = made.traced[job.program]()
     lowered = traced.lower()
     lowering = time.monotonic()
-    compiled = lowered.compile(compiler_options=dict(job.options) or None)
+    try:
+        compiled = lowered.compile(compiler_options=dict(job.options) or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLargeError(one_line(error)) from None  # the TPU's compiler refuses such a program
     done = time.monotonic()
     flops, text = count_jaxpr(traced.jaxpr), compiled.as_text()
     if hlo:
-        with open(hlo, "w", encoding="utf-8") as file:
-            file.write(text)
+        Path(hlo).write_text(text, encoding="utf-8")
     program = reading.read(text)
     memory = _memory(compiled)
     cost = compiled.cost_analysis() or {}
@@ -126,16 +140,50 @@ def _memory(compiled: Any) -> dict[str, int]:
     return found | {"program": stats.generated_code_size_in_bytes}
 
 
+def run(job: Job, minutes: float, hlo: str | None = None) -> dict[str, Any]:
+    """The report of a job from a process of its own.
+
+    Args:
+      job: what to compile.
+      minutes: most time that it may take.
+      hlo: as for `report`.
+
+    Returns:
+      As `report`; or `target`, `program` and `error`, one line: why there is none. `too_large` is
+      true if that is because the program does not fit the device.
+
+    Raises:
+      UserError: the job cannot be done on any machine with this installation.
+    """
+    asked = json.dumps(dataclasses.asdict(job) | {"hlo": hlo})
+    command = [sys.executable, "-m", __spec__.name, asked]
+    failed = {"target": job.target, "program": job.program, "mesh": dict(job.mesh)}
+    try:
+        done = subprocess.run(
+            command, env=os.environ | ENVIRONMENT, capture_output=True, timeout=60 * minutes
+        )
+    except subprocess.TimeoutExpired:
+        return failed | {"error": f"not compiled within {minutes:g} minutes"}
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no word"]
+        return failed | {"error": f"the compiler failed ({said[-1][:300]})"}
+    found = json.loads(done.stdout.decode().strip().splitlines()[-1])
+    if "refused" in found:
+        raise UserError(found["refused"])
+    return failed | found
+
+
 def main() -> int:
     """Compile the job on the command line. Returns the exit code."""
-    from chameleon_jax.errors import UserError
-
     fields = json.loads(sys.argv[1])
     hlo = fields.pop("hlo", None)
     try:
-        print(json.dumps(report(Job(**fields), hlo)))
+        found = report(Job(**fields), hlo)
+    except TooLargeError as error:
+        found = {"error": str(error), "too_large": True}
     except UserError as error:
-        print(json.dumps({"error": str(error)}))
+        found = {"refused": str(error)}
+    print(json.dumps(found))
     return 0
 
 
