@@ -52,8 +52,12 @@ def device() -> jax.Device:
         raise DeviceError(f"JAX finds no device{reason}; {advice}") from None
 
 
-def hardware() -> dict[str, Any]:
-    """Platform, device, processor and the cores that this process may use."""
+def hardware(used: int = 1) -> dict[str, Any]:
+    """Platform, device, processor and the cores that this process may use.
+
+    Args:
+      used: devices that something was measured on.
+    """
     first = device()
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
@@ -61,7 +65,7 @@ def hardware() -> dict[str, Any]:
     return {
         "platform": first.platform,
         "device": first.device_kind,
-        "devices_used": 1,
+        "devices_used": used,
         "cpu": _processor(),
         "cores": cores,
     }

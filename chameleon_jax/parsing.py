@@ -70,6 +70,23 @@ def size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
+def counts(text: str) -> dict[str, int]:
+    """`tensor=2,seq=2` as {"tensor": 2, "seq": 2}: names with numbers from 1 up.
+
+    Raises:
+      ParseError: something else, or a name twice.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, count = (piece.strip() for piece in part.partition("="))
+        if not name.isidentifier() or not is_whole_number(count) or int(count) < 1:
+            raise ParseError(f"{text!r}: expected NAME=N,..., N from 1 up, such as tensor=2,seq=2")
+        if name in found:
+            raise ParseError(f"{text!r}: {name} is there twice; expected each name once")
+        found[name] = int(count)
+    return found
+
+
 def span(text: str) -> tuple[int, int]:
     """`20:25` as (20, 25): the first and the last of things that are counted from 1 up.
 

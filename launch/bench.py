@@ -2,6 +2,7 @@
 
     python -m launch.bench --config configs/runway_tiny.py
     python -m launch.bench --config configs/wan22_5b.py --weights random
+    python -m launch.bench --config configs/wan22_5b.py --weights random --mesh tensor=4
     python -m launch.bench --length_independence --chunks 500
 
 Measured after everything is compiled, each figure a median over `--repeats` runs:
@@ -69,6 +70,7 @@ def define_flags(parser: cli.Parser) -> None:
         metavar="N",
     )
     parser.flag("out", "JSON file to write", default="out/bench.json", metavar="FILE")
+    parser.mesh_flag()
     parser.compilation_flag()
 
 
@@ -124,14 +126,15 @@ def run(values: cli.Values) -> None:
 
     cli.start_jax(values)
     config = check_config(jobs.read_config(values, CONFIG, jobs.is_for_streams))
+    mesh = jobs.stream_mesh(values.mesh)
     rng = np.random.default_rng(0)
     begin = time.perf_counter()
     if values.weights == "random":
-        pipeline = Pipeline.random(config, seed=0, text=False)
+        pipeline = Pipeline.random(config, seed=0, text=False, mesh=mesh)
         states = (1, config.model.dit.text_length, config.model.dit.text_width)
         prompt = rng.standard_normal(states, np.float32)
     else:
-        pipeline = Pipeline.from_pretrained(values.weights, config)
+        pipeline = Pipeline.from_pretrained(values.weights, config, mesh=mesh)
         prompt = "a person walks"
     jax.block_until_ready((pipeline.stream.weights, pipeline.media.weights))
     loaded = time.perf_counter()
@@ -150,10 +153,11 @@ def run(values: cli.Values) -> None:
         "compile_seconds": compiled - loaded,
         "load_seconds": loaded - begin,
     }
-    hardware = machine.hardware()
+    hardware = machine.hardware(1 if mesh is None else mesh.size)
     report = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware,
+        "mesh": jobs.split_axes(mesh),
         "versions": machine.versions(),
         "results": results,
         "compile_seconds_by_program": programs,
@@ -163,10 +167,11 @@ def run(values: cli.Values) -> None:
         "config": pipeline.config.to_dict(),
     }
     height, width = pipeline.size
-    steps = make_sampler(**config.sampler).steps
+    steps, used = make_sampler(**config.sampler).steps, hardware["devices_used"]
     print(
-        f"{config.name}, {height}x{width}, {config.dtype}, {steps} steps,"
-        f" on {hardware['device']} ({hardware['cores']} cores of {hardware['cpu']})"
+        f"{config.name}, {height}x{width}, {config.dtype}, {steps} steps, on"
+        f" {f'{used} x ' if used > 1 else ''}{hardware['device']} ({hardware['cores']} cores of"
+        f" {hardware['cpu']})"
     )
     print(table(results))
     out.parent.mkdir(parents=True, exist_ok=True)

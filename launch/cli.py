@@ -56,6 +56,11 @@ def size(text: str) -> tuple[int, int]:
     return parsing.size(text)
 
 
+def counts(text: str) -> dict[str, int]:
+    """A kind of flag: NAME=N,NAME=N."""
+    return parsing.counts(text)
+
+
 def one_of(*words: str) -> Kind:
     """A kind of flag: one of some words."""
 
@@ -167,6 +172,16 @@ class Parser:
             "compilation_cache",
             "keep compiled programs under ~/.cache/chameleon_jax, so that the next start is fast",
             default=True,
+        )
+
+    def mesh_flag(self) -> None:
+        """`--mesh`, which `jobs.stream_mesh` reads."""
+        self.flag(
+            "mesh",
+            "split each stream over so many devices: tensor=4, seq=4, or tensor=2,seq=2; default"
+            " one device",
+            kind=counts,
+            metavar="AXIS=N,...",
         )
 
     def read(self, argv: Sequence[str]) -> Values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import signal
 import sys
 import time
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from chameleon_jax import files, interrupts, machine, places
+from chameleon_jax import files, interrupts, machine, places, sharding
 from chameleon_jax.config import load_config, override
 from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.inference.settings import NETWORKS
@@ -37,6 +40,7 @@ class Job:
     seed: int
     out: Path  # the video
     loras: tuple[tuple[Path, float], ...] = ()
+    mesh: Mesh | None = None  # devices over which a stream is split; None: one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,7 @@ def check_common(values: Values, config: ConfigDict) -> dict[str, Any]:
 
     Raises:
       UsageError: weights cannot be used, or a LoRA does not exist.
+      UsageError, MeshError: `--mesh` cannot be used here.
       SeedError: the seed is out of range.
       VideoError: the frame rate cannot be written.
     """
@@ -120,7 +125,36 @@ def check_common(values: Values, config: ConfigDict) -> dict[str, Any]:
         "weights": weights,
         "seed": seed,
         "loras": _check_loras(values.lora),
+        "mesh": stream_mesh(values.mesh),
     }
+
+
+def stream_mesh(sizes: Mapping[str, int] | None) -> Mesh | None:
+    """The mesh of `--mesh`: over the first devices that there are.
+
+    Args:
+      sizes: by axis; None if the flag was not given.
+
+    Raises:
+      UsageError: an axis that there is not, or more devices than there are.
+    """
+    if sizes is None:
+        return None
+    given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    for axis in sizes:
+        if axis not in sharding.AXES:
+            raise UsageError(f"--mesh {given}: no axis {axis!r}; expected tensor or seq")
+    devices, wanted = jax.devices(), math.prod(sizes.values())
+    if wanted > len(devices):
+        raise UsageError(
+            f"--mesh {given}: {wanted} devices asked for, {len(devices)} found; choose fewer"
+        )
+    return sharding.make_mesh(sizes, devices[:wanted])
+
+
+def split_axes(mesh: Mesh | None) -> dict[str, int]:
+    """The axes of a mesh over which something is split, for reports; empty for one device."""
+    return {} if mesh is None else {axis: size for axis, size in mesh.shape.items() if size > 1}
 
 
 def check_out(name: str, frames: int, size: tuple[int, int]) -> Path:
@@ -157,9 +191,9 @@ def _check_loras(texts: Sequence[str]) -> tuple[tuple[Path, float], ...]:
 def load_pipeline(job: Job) -> Pipeline:
     """The networks: from a folder or the Hub, or random ones; changed by LoRAs."""
     if job.weights == "random":
-        pipeline = Pipeline.random(job.config, job.seed)
+        pipeline = Pipeline.random(job.config, job.seed, mesh=job.mesh)
     else:
-        pipeline = Pipeline.from_pretrained(job.weights, job.config)
+        pipeline = Pipeline.from_pretrained(job.weights, job.config, mesh=job.mesh)
     for path, strength in job.loras:
         pipeline.add_lora(path, strength)
     return pipeline
@@ -290,6 +324,7 @@ def save_report(job: Job, made: Made, report: Mapping[str, Any], pipeline: Pipel
         **report,
         "prompts_left_out": [pipeline.cut_prompt(prompt)[1] for prompt in prompts],
         "device": machine.device().device_kind,
+        "mesh": split_axes(job.mesh),
         "versions": machine.versions(),
         "weights": job.weights,
         "loras": [{"path": str(path), "strength": strength} for path, strength in job.loras],

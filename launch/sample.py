@@ -22,6 +22,8 @@ Several shots in a row with LongLive-2.0-5B, each so many chunks long (1.3 s):
     python -m launch.sample --task shots --weights DIR --shot "A cat wakes up.@6" \\
         --shot "It walks out into the snow.@10" --out out.mp4
 
+A stream can be split over several devices: `--mesh tensor=4`, see docs/serving.md.
+
 The config is the one that lies with the weights, or else that of the task.
 
 Exit codes: 0 done, 2 an input cannot be used (nothing is written), 130 interrupted.
@@ -56,6 +58,7 @@ BELONGS_TO = {
     "grid": ("t2v", "i2v"),
     "prompt": ("stream", "t2v", "i2v"),
     "frames": ("stream", "t2v", "i2v"),
+    "mesh": ("stream", "shots"),
     "image": ("i2v", "shots"),
     "shot": ("shots",),
 }
@@ -166,6 +169,7 @@ def define_flags(parser: cli.Parser) -> None:
         kind=cli.one_of(*GRIDS),
         metavar="NAME",
     )
+    parser.mesh_flag()
     parser.compilation_flag()
 
 

@@ -67,6 +67,7 @@ def define_flags(parser: cli.Parser) -> None:
         kind=cli.whole_number(1, 1000),
         metavar="N",
     )
+    parser.mesh_flag()
     parser.compilation_flag()
 
 
@@ -96,10 +97,11 @@ def serve(values: cli.Values) -> int:
         config = with_steps(config, values.steps)
     weights = values.weights or config.weights
     print("loading the model ...", file=sys.stderr)
+    mesh = jobs.stream_mesh(values.mesh)
     if weights == "random":
-        pipeline = Pipeline.random(config, 0)
+        pipeline = Pipeline.random(config, 0, mesh=mesh)
     else:
-        pipeline = Pipeline.from_pretrained(weights, config)
+        pipeline = Pipeline.from_pretrained(weights, config, mesh=mesh)
     wardrobe = Wardrobe(pipeline.size)
     fill(wardrobe, places.find(values.wardrobe) if values.wardrobe else None)
     token = new_token() if values.auth else None

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from chameleon_jax import sharding
-
-ROOT = Path(__file__).parents[1]
+from tests.devices import run_on
 
 
 class FakeMesh:
@@ -111,20 +105,6 @@ with pytest.raises(sharding.MeshError, match="a batch of 6 does not divide among
     sharding.put_batch({"x": np.zeros((6, 2))}, mesh)
 print("equal")
 """
-
-
-def run_on(devices: int, script: str) -> None:
-    """Run a script on so many fake devices; it prints "equal" at its end."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ".",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "equal"
 
 
 def test_four_devices_compute_what_one_does():

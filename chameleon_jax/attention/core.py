@@ -89,7 +89,7 @@ def backend_for(device: jax.Device, dtype: jnp.dtype) -> str:
     """The backend of a device, which may be one of a topology that is not here."""
     if device.platform == "tpu":
         return "splash"
-    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    cuda = "cuda" in device.client.platform_version.lower()
     return "cudnn" if cuda and _half(dtype) else "xla"
 
 

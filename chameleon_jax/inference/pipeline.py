@@ -221,6 +221,7 @@ class Pipeline:
           text: describe the prompt encoder, too.
         """
         config = check_config(config)
+        check_mesh(config, mesh)
         if mesh is not None:
             config = chosen_for(mesh.devices.flat[0], config)
         modules: dict[str, Any] = {"text": None}
