@@ -66,7 +66,7 @@ def small() -> ConfigDict:
     return _cases(
         "small",
         (stream, "v6e-1", "", (), ("refresh", "chunk")),
-        (stream, "v5e-4", "tensor=2,seq=2", (), ("chunk",)),
+        (stream, "v5e-4", "tensor=2,seq=2", ("model.dit.heads=4",), ("chunk",)),
         (teacher, "v6e-4", "fsdp=4", ("data.batch=4", *SCANNED), ()),
     )
 

@@ -3,6 +3,7 @@
     chameleon sample     stream a video to a file, or make a clip from prompts
     chameleon serve      a live stream in a browser: click a garment, see it change
     chameleon bench      measure how fast a stream is on this machine
+    chameleon targets    what a program needs on chips that are not here, and how fast it can be
     chameleon evaluate   measure a model on Runway-Bench
     chameleon train      train one stage
     chameleon curves     draw the curves of training runs
@@ -30,6 +31,7 @@ MODULES = {
     "sample": "launch.sample",
     "serve": "launch.serve",
     "bench": "launch.bench",
+    "targets": "launch.targets",
     "evaluate": "launch.evaluate",
     "train": "launch.train",
     "curves": "launch.curves",

@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,14 +63,11 @@ def define_flags(parser: cli.Parser) -> None:
     others = ("configs/teacher.py", "configs/teacher_forcing.py", "configs/consistency.py")
     parser.config_flag((CONFIG, ""), others=[*others, "configs/dmd.py", CASES])
     parser.flag("target", "chips, with commas between; see above", metavar="CHIP-N,...")
-    parser.flag(
-        "programs", "which programs, with commas between; default all", metavar="NAME,..."
-    )
+    parser.flag("programs", "which programs, with commas between; default all", metavar="NAME,...")
     parser.flag(
         "mesh",
         "devices along each axis of sharding.py; default tensor for a stream, else the config's",
-        kind=cli.mesh,
-        default=None,
+        kind=cli.counts,
         metavar="AXIS=N,...",
     )
     parser.flag(
@@ -99,10 +97,13 @@ def run(values: cli.Values) -> int:
     if out.suffix != ".json":
         raise UsageError(f"--out {out}: expected the name of a file that ends in .json")
     places.check_writable(out)
+    from chameleon_jax.targets import compiling
+
+    os.environ.update(compiling.ENVIRONMENT)  # before JAX looks for devices
     cases = list(_cases(values))
 
     from chameleon_jax import machine
-    from chameleon_jax.targets import compiling, report
+    from chameleon_jax.targets import report
 
     versions = machine.versions()
     kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
@@ -140,8 +141,10 @@ def _cases(values: cli.Values) -> Iterator[Case]:
         listed = load_config(values.cases).get("cases")
         if listed is None:
             raise UsageError(f"--cases {values.cases}: expected a list like that of {CASES}")
-        rows = [(name, target, cli.mesh(mesh) if mesh else {}, overrides, tuple(programs))
-                for name, target, mesh, overrides, programs in listed]  # fmt: skip
+        rows = [
+            (name, target, cli.counts(mesh) if mesh else {}, overrides, tuple(programs))
+            for name, target, mesh, overrides, programs in listed
+        ]
     else:
         if not values.target:
             raise UsageError("give --target CHIP-N, e.g. v6e-1, or --cases; see --help")
@@ -158,10 +161,9 @@ def _cases(values: cli.Values) -> Iterator[Case]:
 
 def _programs(case: Case) -> Sequence[str]:
     """The programs of a case, by name."""
-    from chameleon_jax.targets import machines, programs
+    from chameleon_jax.targets import programs
 
     known = programs.names(case.config)
-    machines.find(case.target)
     for name in case.programs:
         if name not in known:
             raise UsageError(f"--programs {name}: {case.name} has {', '.join(known)}")

@@ -35,6 +35,14 @@ KERNELS = {
     "splash attention": r"splash_m[hq]a",
     "Pallas": r"tpu_custom_call",
 }
+# Custom calls that are no kernels: room, and what the compiler notes for itself.
+NOTES = (
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+)
 LARGE = 16 * 2**20  # bytes: smaller moves are not worth a line
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -175,7 +183,9 @@ def kernels(program: Program) -> dict[str, int]:
         text = f"{operation.name} {operation.rest}"
         known = [name for name, part in KERNELS.items() if re.search(part, text)]
         target = re.search(r'custom_call_target="([^"]+)"', operation.rest)
-        found[known[0] if known else target[1] if target else "?"] += times
+        name = known[0] if known else target[1] if target else "?"
+        if name not in NOTES:
+            found[name] += times
     return dict(found)
 
 

@@ -56,6 +56,19 @@ def is_training(config: ConfigDict) -> bool:
     return "stage" in config
 
 
+def names(config: ConfigDict) -> list[str]:
+    """The programs of a config.
+
+    Raises:
+      TargetError: a stage that cannot be traced from shapes.
+      ConfigError, PipelineError: the config cannot be used.
+    """
+    if is_training(config):
+        with named_inputs(config) as complete:
+            return list(make_stage(complete).steps)
+    return list(Pipeline.abstract(config, text=True).arguments())
+
+
 def mesh_for(config: ConfigDict, target: Target, sizes: Mapping[str, int] | None = None) -> Mesh:
     """The mesh over the devices of a target.
 

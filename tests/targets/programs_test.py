@@ -1,0 +1,69 @@
+"""Programs traced from shapes alone, on the devices of this machine in the place of a target's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from chameleon_jax import sharding
+from chameleon_jax.config import load_config
+from chameleon_jax.inference import Pipeline
+from chameleon_jax.targets import programs
+from chameleon_jax.targets.machines import TargetError
+from chameleon_jax.training.flops import count_jaxpr
+
+STAGES = {
+    "teacher": ["teacher"],
+    "teacher_forcing": ["teacher_forcing"],
+    "consistency": ["consistency"],
+    "dmd": ["critic", "both", "critic 1+1", "both 1+1"],
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh({}, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_steps_of_a_stage_are_traced_without_any_file(stage, mesh):
+    config = programs.with_attention(load_config(f"configs/{stage}.py:smoke"), "xla")
+    assert sorted(programs.names(config)) == sorted(STAGES[stage])
+    made = programs.of_stage(config, mesh)
+    traced = made.traced[STAGES[stage][0]]()
+    flops = count_jaxpr(traced.jaxpr)
+    assert flops.model > 0
+    assert not flops.unknown
+    assert made.resident == {}
+
+
+def test_the_config_is_not_changed(mesh):
+    config = load_config("configs/teacher.py:smoke")
+    before = config.to_dict()
+    programs.of_stage(programs.with_attention(config, "xla"), mesh)
+    assert config.to_dict() == before
+
+
+def test_a_stage_that_reads_pixels_is_refused():
+    with pytest.raises(TargetError, match="'vae' reads pixels; targets knows teacher"):
+        programs.names(load_config("configs/vae.py:smoke"))
+
+
+def test_what_is_resident_is_what_a_pipeline_holds(mesh):
+    config = load_config("configs/runway_tiny.py:smoke")
+    made = programs.of_stream(config, mesh)
+    assert list(made.traced) == programs.names(config)
+    pipeline = Pipeline.random(config)
+    for name, weights in pipeline.media.weights.items():
+        assert made.resident[name] == sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    cache = pipeline.stream.new_cache()
+    assert made.resident["cache"] == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+
+def test_bytes_of_a_device_are_those_of_its_shard():
+    place = jax.sharding.NamedSharding(
+        sharding.make_mesh({}, jax.devices()[:1]), jax.sharding.PartitionSpec("tensor")
+    )
+    split = jax.ShapeDtypeStruct((4, 3), jnp.bfloat16, sharding=place)
+    assert programs.device_bytes([split, jax.ShapeDtypeStruct((5,), jnp.float32)]) == 24 + 20
