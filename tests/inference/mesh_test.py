@@ -42,9 +42,7 @@ def mesh_of(**sizes):
 LATENTS = (
     COMMON
     + """
-for change in sys.argv[2:]:
-    key, value = change.split("=")
-    config.model.dit[key] = value == "True"
+config.unlock().model.dit.scan_layers = "scan_layers" in sys.argv
 normal = lambda seed, shape: np.asarray(jax.random.normal(jax.random.key(seed), shape))
 person, *garments = (normal(seed, (1, 1, 4, 4, 4)) for seed in range(3))
 prompt = normal(3, (1, 16, 16))
@@ -124,7 +122,7 @@ def test_a_stream_on_any_mesh_is_that_of_one():
 
 @pytest.mark.slow
 def test_a_cache_of_stacked_layers_is_split_on_heads_too():
-    run_on(4, LATENTS, [{"seq": 2, "tensor": 2}], "scan_layers=True")
+    run_on(4, LATENTS, [{"seq": 2, "tensor": 2}], "scan_layers")
 
 
 SESSION = (
