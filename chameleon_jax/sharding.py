@@ -7,6 +7,8 @@
             2309.14509): for clips whose activations do not fit one device
     tensor  heads and hidden channels are split (Megatron-LM, arXiv 1909.08053)
 
+In the VAE, which has no tokens and no heads, seq and tensor both split the rows of the frames.
+
 A single device is the mesh (1, 1, 1, 1): there is no other code path. Parameters and batches are
 placed by the caller. Networks say how activations are split, with `constrain` and `per_device`;
 these act while a mesh is set (`activations_over`), and do nothing else. A rule says what would be
@@ -35,6 +37,7 @@ BATCH = PartitionSpec(SAMPLES)  # the leading axis of everything in a batch
 TOKENS = PartitionSpec(SAMPLES, None, "seq")  # [b, f, p, m]: the tokens of each frame
 TOKENS_OF_HEADS = PartitionSpec(SAMPLES, None, "seq", "tensor")  # [b, f, p, n, d]
 HEADS = PartitionSpec(SAMPLES, None, None, ("seq", "tensor"))  # [b, f, p, n, d]
+ROWS = PartitionSpec(SAMPLES, None, ("seq", "tensor"))  # [b, t, h, w, c]
 SEQUENCE_HEADS = PartitionSpec(SAMPLES, None, ("seq", "tensor"))  # [b, l, n, d]
 SEQUENCE_TENSOR = PartitionSpec(SAMPLES, None, "tensor")  # [b, s, n, d]
 LARGEST = "largest"  # the rule that splits the largest axis that fsdp divides
@@ -202,6 +205,17 @@ def constrain_samples(x: jax.Array) -> jax.Array:
     shape = jax.sharding.get_abstract_mesh().shape
     devices = math.prod(shape[axis] for axis in SAMPLES)
     return x if x.shape[0] % devices else constrain(x, BATCH)
+
+
+def constrain_frames(x_bthwc: jax.Array) -> jax.Array:
+    """`constrain_samples` for frames, whose rows are split too if they divide."""
+    if not is_split():
+        return x_bthwc
+    shape = jax.sharding.get_abstract_mesh().shape
+    if x_bthwc.shape[0] % math.prod(shape[axis] for axis in SAMPLES):
+        return x_bthwc
+    whole_rows = x_bthwc.shape[2] % (shape["seq"] * shape["tensor"])
+    return constrain(x_bthwc, BATCH if whole_rows else ROWS)
 
 
 def per_device(

@@ -208,10 +208,15 @@ class Generator:
         pipeline's config.
 
     Raises:
-      GenerateError: neither settings nor such a group, or a group that cannot be used.
+      GenerateError: neither settings nor such a group, or a group that cannot be used; or a
+        pipeline with a mesh.
     """
 
     def __init__(self, pipeline: Pipeline, settings: GenerateConfig | None = None):
+        if pipeline.mesh is not None:
+            raise GenerateError(
+                "a pipeline with a mesh: whole clips are made on one device; load it without one"
+            )
         self.pipeline = pipeline
         self.settings = GenerateConfig.read(pipeline.config) if settings is None else settings
         self._media = pipeline.media

@@ -289,7 +289,8 @@ class Pipeline:
     @functools.cached_property
     def media(self) -> MediaPrograms:
         """The programs for text, pictures and frames, shared by all users of this pipeline."""
-        return MediaPrograms(self.vae, self.dit, self.text, self.decoder, self.mesh)
+        rows = self.size[0] // self.vae.config.spatial_factor
+        return MediaPrograms(self.vae, self.dit, self.text, self.decoder, self.mesh, rows)
 
     @functools.cached_property
     def stream(self) -> StreamPrograms:

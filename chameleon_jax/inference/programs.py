@@ -28,8 +28,9 @@ handed in must not be used again. Every program serves any size, compiled at its
 Over the devices of a mesh every program says where its arguments and results lie, so that nothing
 moves between two programs: the transformer's activations are split as in training (`sharding`), the
 cache on heads over seq and tensor, K, V of the text on heads over tensor, weights by the rules of
-`sharding`. Pictures, latents, frames and decoder states are whole on every device, and every device
-encodes and decodes all of it: the VAE is not split.
+`sharding`. In the VAE the rows of the frames are split, and so are those of a decoder's state, if
+the rows of a latent frame divide among the devices. Prompts, pictures, latents and the frames that
+come out are whole on every device.
 
 Axes: b batch (always 1), t pixel frames, f latent frames, h w grid, c channels, l query tokens,
 m width.
@@ -236,6 +237,7 @@ class MediaPrograms(Programs):
       text: the prompt encoder, or None.
       decoder: decodes latents; None: the VAE does.
       mesh: as for `Programs`.
+      rows: of the latent frames that will be decoded.
     """
 
     def __init__(
@@ -245,6 +247,7 @@ class MediaPrograms(Programs):
         text: nnx.Module | None,
         decoder: nnx.Module | None = None,
         mesh: Mesh | None = None,
+        rows: int = 1,
     ):
         modules = {"vae": vae, "dit": dit, "text": text, "decoder": decoder}
         modules = {name: module for name, module in modules.items() if module is not None}
@@ -267,8 +270,10 @@ class MediaPrograms(Programs):
 
         self.add("encode_image", "vae", encode_image)
         self.add("text_kv", "dit", text_kv, gives=TEXT)
-        self.add("decode_first", decodes, decode_first)
-        self.add("decode_next", decodes, decode_next, donate=2)
+        splits = mesh is not None and rows % mesh.size == 0
+        self.decoded = decoded = WHOLE, sharding.ROWS if splits else WHOLE  # frames, state
+        self.add("decode_first", decodes, decode_first, gives=decoded)
+        self.add("decode_next", decodes, decode_next, donate=2, takes=decoded, gives=decoded)
         if text is not None:
             self.add("encode_text", "text", lambda text, ids, mask: text(ids, mask))
 
@@ -476,7 +481,7 @@ def stream_arguments(
         of_stream |= {"shot_chunk": (cache, kv, seed, number, flag, frame, flag)}
         latents, _ = stream.result("shot_chunk", *of_stream["shot_chunk"])
     latents = media.placed(latents, WHOLE)
-    _, decoder = media.placed(media.result("decode_first", latents), WHOLE)
+    _, decoder = media.placed(media.result("decode_first", latents), media.decoded)
     of_media = {
         "encode_image": (pixels,),
         "text_kv": (states,),

@@ -39,7 +39,7 @@ from chameleon_jax.models.checks import (
     check_sizes,
     to_tuples,
 )
-from chameleon_jax.sharding import constrain_samples
+from chameleon_jax.sharding import constrain_frames
 
 # What a stream remembers: arrays [b, frames, h, w, c] in dictionaries and lists that are named as
 # the layers are. None: the input is a single picture and nothing follows, so that the products with
@@ -279,7 +279,7 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
     """
     taps, rows, columns, _, outputs = kernel.shape
     pad = ((rows // 2, rows // 2), (columns // 2, columns // 2))
-    x_bthwc = constrain_samples(x_bthwc)
+    x_bthwc = constrain_frames(x_bthwc)
     if form == "conv3d":
         y = jax.lax.conv_general_dilated(
             x_bthwc,
@@ -288,7 +288,7 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
             ((0, 0), *pad),
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
-        return constrain_samples(y)
+        return constrain_frames(y)
     b, t, h, w, _ = x_bthwc.shape
     steps = (t - taps) // stride_t + 1
     seen = [x_bthwc[:, k : k + stride_t * (steps - 1) + 1 : stride_t] for k in range(taps)]
@@ -297,18 +297,18 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
     y = jax.lax.conv_general_dilated(
         stacked, kernel_hwio, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return constrain_samples(y.reshape(b, steps, h, w, outputs))
+    return constrain_frames(y.reshape(b, steps, h, w, outputs))
 
 
 def conv_grid(
     x_bthwc: jax.Array, kernel: jax.Array, stride: int, pad: Sequence[tuple[int, int]]
 ) -> jax.Array:
     """2-D convolution of every frame; kernel [row, column, in, out]."""
-    x = rearrange(constrain_samples(x_bthwc), "b t h w c -> (b t) h w c")
+    x = rearrange(constrain_frames(x_bthwc), "b t h w c -> (b t) h w c")
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return constrain_samples(rearrange(y, "(b t) h w c -> b t h w c", b=x_bthwc.shape[0]))
+    return constrain_frames(rearrange(y, "(b t) h w c -> b t h w c", b=x_bthwc.shape[0]))
 
 
 # Layers

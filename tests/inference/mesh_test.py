@@ -13,6 +13,7 @@ from chameleon_jax import sharding
 from chameleon_jax.config import load_config
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference import Pipeline
+from chameleon_jax.inference.clip import GenerateError, Generator
 from launch import bench, cli, jobs, sample, serve
 from tests.devices import run_on, start
 
@@ -38,13 +39,11 @@ def mesh_of(**sizes):
     return sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 """
 
-# A stream of latents against the cache, without the VAE, which is not split.
+# A stream of latents against the cache, without the VAE.
 LATENTS = (
     COMMON
     + """
-for change in sys.argv[2:]:
-    key, value = change.split("=")
-    config.model.dit[key] = value == "True"
+config.unlock().model.dit.scan_layers = "scan_layers" in sys.argv
 normal = lambda seed, shape: np.asarray(jax.random.normal(jax.random.key(seed), shape))
 person, *garments = (normal(seed, (1, 1, 4, 4, 4)) for seed in range(3))
 prompt = normal(3, (1, 16, 16))
@@ -124,7 +123,7 @@ def test_a_stream_on_any_mesh_is_that_of_one():
 
 @pytest.mark.slow
 def test_a_cache_of_stacked_layers_is_split_on_heads_too():
-    run_on(4, LATENTS, [{"seq": 2, "tensor": 2}], "scan_layers=True")
+    run_on(4, LATENTS, [{"seq": 2, "tensor": 2}], "scan_layers")
 
 
 SESSION = (
@@ -161,11 +160,12 @@ assert min(chunk.std() for chunk in made) > 1
 for programs in (four.media, four.stream):  # what was compiled ahead is what ran
     for name in compiled.keys() & set(programs.names):
         assert not programs._jitted[name][1]._cache_size(), name
-places = jax.tree.map(lambda leaf: leaf.sharding, session._state.cache)
 restored = four.session()
 restored.restore(Snapshot.load(sys.argv[1]))
-for a, b in zip(jax.tree.leaves(places), jax.tree.leaves(restored._state.cache), strict=True):
-    assert a.is_equivalent_to(b.sharding, b.ndim), (a, b.sharding)
+for name in ("cache", "text_kv", "decoder", "z_reference", "z_garment"):
+    pair = (getattr(each._state, name) for each in (session, restored))
+    for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, b.ndim), (name, a.sharding, b.sharding)
 for chunk in made[2:]:
     np.testing.assert_array_equal(restored.next_chunk(), chunk)
 elsewhere = one.session()
@@ -179,6 +179,45 @@ print("equal")
 @pytest.mark.slow
 def test_a_session_on_four_devices_switches_goes_back_and_is_restored(tmp_path):
     run_on(8, SESSION, tmp_path / "snapshot.safetensors")
+
+
+DECODING = (
+    COMMON
+    + """
+z = jax.random.normal(jax.random.key(0), (2, 1, 3, 4, 4, 4))
+picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+
+def results(pipeline, parts):
+    latent = pipeline.media.encode_image(picture)
+    first, state = pipeline.media.decode(z[0], None)
+    second, state = pipeline.media.decode(z[1], state)
+    for leaf in jax.tree.leaves(state):
+        b, t, h, w, c = leaf.shape
+        assert leaf.sharding.shard_shape(leaf.shape) == (b, t, h // parts, w, c)
+    return [np.asarray(x, np.float32) for x in (latent, first, second)]
+
+def check(*cases):
+    expected = results(Pipeline.random(config, 1, text=False), 1)
+    for sizes, parts in cases:
+        made = results(Pipeline.random(config, 1, text=False, mesh=mesh_of(**sizes)), parts)
+        for a, b, most in zip(made, expected, (1e-4, 1, 1), strict=True):
+            assert b.std() > 0.1 and np.abs(a - b).max() <= most, sizes
+
+# Four rows of latents do not divide among eight devices; the rows of the pixels do.
+check(({"seq": 2, "tensor": 2}, 4), ({"tensor": 8}, 1))
+config.unlock().model.decoder = dict(
+    network="taehv", z_dim=4, enc_width=4, dec_widths=(8, 4, 4), temporal_down=(True, True),
+    temporal_up=(True, True),
+)
+check(({"tensor": 4}, 4))
+print("equal")
+"""
+)
+
+
+@pytest.mark.slow
+def test_rows_of_frames_are_split_in_the_vae_and_its_state():
+    run_on(8, DECODING)
 
 
 SHOTS = """
@@ -273,6 +312,8 @@ def test_clips_are_not_split():
     values = cli.read(sample.define_flags, ["--task=t2v", "--mesh=tensor=2"])
     with pytest.raises(cli.UsageError, match="--mesh is for --task stream or shots"):
         sample.check_flags(values)
+    with pytest.raises(GenerateError, match="clips are made on one device; load it without one"):
+        Generator(SimpleNamespace(mesh=mesh(tensor=2)))
 
 
 def test_no_mesh_is_one_device_and_a_mesh_takes_the_first_that_there_are():

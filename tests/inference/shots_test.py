@@ -239,7 +239,7 @@ def test_pipelines_are_for_one_kind_of_stream(pipeline):
         pipeline.session()
     with pytest.raises(
         ValueError,
-        match="no program 'refresh'; it has shot_chunk",
+        match="no program 'refresh'; it has new_cache, shot_chunk",
     ):
         pipeline.stream.refresh(None, None, None, None)
 
