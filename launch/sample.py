@@ -166,6 +166,8 @@ def define_flags(parser: cli.Parser) -> None:
         kind=cli.one_of(*GRIDS),
         metavar="NAME",
     )
+    parser.decoder_flag(default="vae")
+    parser.quantize_flag()
     parser.compilation_flag()
 
 

@@ -67,6 +67,8 @@ def define_flags(parser: cli.Parser) -> None:
         kind=cli.whole_number(1, 1000),
         metavar="N",
     )
+    parser.decoder_flag()
+    parser.quantize_flag()
     parser.compilation_flag()
 
 
@@ -97,9 +99,9 @@ def serve(values: cli.Values) -> int:
     weights = values.weights or config.weights
     print("loading the model ...", file=sys.stderr)
     if weights == "random":
-        pipeline = Pipeline.random(config, 0)
+        pipeline = Pipeline.random(config, 0, decoder=values.decoder)
     else:
-        pipeline = Pipeline.from_pretrained(weights, config)
+        pipeline = Pipeline.from_pretrained(weights, config, decoder=values.decoder)
     wardrobe = Wardrobe(pipeline.size)
     fill(wardrobe, places.find(values.wardrobe) if values.wardrobe else None)
     token = new_token() if values.auth else None
