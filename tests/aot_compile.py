@@ -1,6 +1,7 @@
 """Compile the chunk step of the published size for another chip, and print a report as JSON.
 
     python tests/aot_compile.py v6e      one TPU v6e chip; needs pip install 'jax[tpu]'
+    python tests/aot_compile.py v5e      one TPU v5e chip, which needs fewer layers
     python tests/aot_compile.py h200     one NVIDIA H200; needs pip install 'jax[cuda13]'
 
 The chip itself need not be in this machine. The step is four denoising passes and the clean pass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 NOT_INSTALLED = 3
 TARGETS = {
     "v6e": {"needs": ("libtpu",), "attention": "splash"},
+    "v5e": {"needs": ("libtpu",), "attention": "splash"},
     "h200": {"needs": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "attention": "cudnn"},
 }
 H200_CONFIG = Path(__file__).parent / "data_files" / "h200_target_config.txt"
@@ -48,8 +50,9 @@ def target_device(target: str) -> jax.Device:
     """A description of a chip to compile for."""
     from jax.experimental import topologies
 
-    if target == "v6e":
-        topology = topologies.get_topology_desc("v6e:1x1", "tpu", chips_per_host_bounds=[1, 1, 1])
+    if target in ("v5e", "v6e"):
+        chips = {"chips_per_host_bounds": [1, 1, 1]}
+        topology = topologies.get_topology_desc(f"{target}:1x1", "tpu", **chips)
     else:
         config = H200_CONFIG.read_text()
         topology = topologies.get_topology_desc(
@@ -59,9 +62,15 @@ def target_device(target: str) -> jax.Device:
 
 
 def lower_chunk_step(
-    device: jax.Device, attention: str, positions: str, layers: int
+    device: jax.Device, attention: str, positions: str, layers: int, eight_bits: str = "none"
 ) -> tuple[jax.stages.Lowered, int]:
     """Trace the step for a device; the cache is donated.
+
+    Args:
+      device: from `target_device`.
+      attention, layers: of the transformer.
+      positions: of the cache.
+      eight_bits: of `QUANTIZE` in weights/quantize.py.
 
     Returns:
       The program before compilation, and the number of elements of a layer's K buffer.
@@ -73,13 +82,16 @@ def lower_chunk_step(
     from chameleon_jax.attention.policies import Ring
     from chameleon_jax.diffusion import rollout
     from chameleon_jax.models.dit import DiT, DiTConfig
+    from chameleon_jax.weights.quantize import quantize
 
     config = DiTConfig.wan22_ti2v_5b(attention=attention, layers=layers)
 
     def build() -> DiT:
         return DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 
-    graph, state = nnx.split(nnx.eval_shape(build))
+    dit = nnx.eval_shape(build)
+    quantize(dit, eight_bits)
+    graph, state = nnx.split(dit)
     policy = Ring(frames=23, context=2, block=3, sink=3, positions=positions)
 
     def new_cache():
@@ -151,6 +163,27 @@ def large_operations(hlo: str, elements: int) -> dict[str, int]:
     return dict(counts)
 
 
+PRODUCT = re.compile(r" = (\w+)\[[\d,]*\]\S* (?:dot|convolution)\(([^)]*)\)")
+
+
+def products(hlo: str) -> dict[str, int]:
+    """How often each pair of types is multiplied, and into which: "s8 x s8 -> s32".
+
+    TPU compilers write products as convolutions.
+
+    Args:
+      hlo: text of a compiled program.
+    """
+    types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", hlo))
+    types |= dict(re.findall(r"([\w.\-]+): (\w+)\[", hlo))
+    counts = collections.Counter()
+    for made, operands in PRODUCT.findall(hlo):
+        names = re.findall(r"%?([\w.\-]+)(?:,|$)", operands)
+        pair = " x ".join(types.get(name, "?") for name in names)
+        counts[f"{pair} -> {made}"] += 1
+    return dict(counts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +191,7 @@ def main() -> int:
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--positions", default="absolute", choices=("absolute", "relative"))
     parser.add_argument("--layers", type=int, default=30, help="fewer than 30 to try something out")
+    parser.add_argument("--quantize", default="none", choices=("none", "int8", "fp8"))
     parser.add_argument("--hlo", help="write the compiled program to this file")
     args = parser.parse_args()
     wanted = TARGETS[args.target]
@@ -168,7 +202,9 @@ def main() -> int:
 
     device = target_device(args.target)
     start = time.perf_counter()
-    lowered, layer = lower_chunk_step(device, wanted["attention"], args.positions, args.layers)
+    lowered, layer = lower_chunk_step(
+        device, wanted["attention"], args.positions, args.layers, args.quantize
+    )
     traced = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
@@ -191,6 +227,7 @@ def main() -> int:
         "total_bytes": arguments + new_outputs + temporary + program,
         "attention_kernels": cudnn_flash + tpu_kernels,
         "cudnn_flash": cudnn_flash,
+        "products": products(hlo),
         "layer_sized_operations": large_operations(hlo, layer),
     }
     print(json.dumps(report))
@@ -205,7 +242,8 @@ if __name__ == "__main__":
     # No chip is used, so another process may have loaded libtpu too.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-1")
+    accelerator = "v5litepod-1" if "v5e" in sys.argv else "v6e-1"
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", accelerator)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     sys.path.insert(0, str(Path(__file__).parent.parent))
     sys.exit(main())

@@ -24,13 +24,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from chameleon_jax.weights.tensors import WeightsError
+from chameleon_jax.errors import UserError
 
 # By name: the type of the numbers, and the largest of them that is used.
 TYPES = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 QUANTIZE = ("none", *TYPES)
 # Of a transformer, models/dit.py. They hold 0.91 of the parameters of Wan2.2-TI2V-5B.
 LAYERS = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qo]|ffn\.fc[12])")
+
+
+class QuantizeError(UserError):
+    """A network cannot be given 8-bit layers as asked. The message is one line."""
 
 
 def rounded(x: jax.Array, axis: int, name: str) -> tuple[jax.Array, jax.Array]:
@@ -114,15 +118,15 @@ def quantize(module: nnx.Module, name: str) -> None:
       name: of `QUANTIZE`; "none" changes nothing.
 
     Raises:
-      WeightsError: another name, or a network without such layers.
+      QuantizeError: another name, or a network without such layers.
     """
     if name not in QUANTIZE:
-        raise WeightsError(f"quantize {name!r}; expected one of {', '.join(QUANTIZE)}")
+        raise QuantizeError(f"quantize {name!r}; expected one of {', '.join(QUANTIZE)}")
     if name == "none" or is_quantized(module):
         return
     layers = [(path, layer) for path, layer in _layers(module) if isinstance(layer, nnx.Linear)]
     if not layers:
-        raise WeightsError(f"quantize: {type(module).__name__} has none of a transformer's layers")
+        raise QuantizeError(f"quantize: {type(module).__name__} has none of a transformer's layers")
     for path, layer in layers:
         *parents, key = path
         parent = module

@@ -235,6 +235,7 @@ def test_weights_bring_their_config(tmp_path, capsys):
 class _Values:
     config = None
     overrides = ("video.frames=9",)
+    quantize = None
 
     def __init__(self, weights):
         self.weights = weights
