@@ -156,6 +156,7 @@ def test_the_flag_knows_the_same_names():
 FOUR_DEVICES = """
 import jax, numpy as np
 from flax import nnx
+from chameleon_jax.sharding import make_mesh, param_shardings, spec_of
 from chameleon_jax.weights.params import flat_params
 from chameleon_jax.weights.quantize import quantize
 from tests.tiny_dit import tiny_dit
