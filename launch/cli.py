@@ -163,7 +163,7 @@ class Parser:
 
     def decoder_flag(self, default: str | None = None) -> None:
         """`--decoder`; without a default the config decides."""
-        otherwise = "" if default else "; default small where config or weights have one, else vae"
+        otherwise = "" if default else "; default model.decoder of the config, else vae"
         self.flag(
             "decoder",
             "what makes frames of latents: vae, the full one; small, that of the weights; or a"

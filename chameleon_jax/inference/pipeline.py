@@ -162,19 +162,18 @@ class Pipeline:
         config = with_dtype(stored if config is None else config, dtype)
         paths = {name: folder / f"{name}.safetensors" for name in (*NETWORKS, *OPTIONAL)}
         if decoder is None or decoder in DECODERS:
-            config = check_config(with_decoder(config, decoder, stored))
-        else:
+            config = with_decoder(config, decoder, stored)
+        else:  # its sizes are its own, whatever the config and the weights say of another one
             paths["decoder"], group = find_decoder(decoder)
             config["model"] = {**config.get("model", {}), "decoder": group}
-            config = check_config(config)
+            stored = None if stored is None else with_decoder(stored, "vae")
+        config = check_config(config)
         if "decoder" in config.model and not paths["decoder"].is_file():
             raise PipelineError(
                 f"{name}: no small decoder (decoder.safetensors) in it; {HOW_TO_GET_ONE}"
             )
         if stored is not None:
-            beside = paths["decoder"].parent == folder
-            known = stored if beside else with_decoder(stored, "vae")
-            differences = model_differences(config, known)
+            differences = model_differences(config, stored)
             if differences:
                 raise WeightsError(f"{folder}: {differences}")
             config.model.vae.update({key: tuple(stored["model"]["vae"][key]) for key in MEASURED})

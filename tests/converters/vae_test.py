@@ -18,6 +18,7 @@ from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.weights.params import set_params
+from chameleon_jax.weights.tensors import ArrayTensor
 from converters import vae
 from converters.convert import prepare
 from converters.identify import identify
@@ -271,7 +272,9 @@ def test_lightvae_is_a_vae_with_a_narrow_decoder(tmp_path):
         "dynamic_feature_projection_heads.up_block_1.bias": (1024,),
     }
     assert len(shapes) == 198
-    empty = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    empty = {
+        name: ArrayTensor(np.broadcast_to(np.float32(0), shape)) for name, shape in shapes.items()
+    }
     part = identify(tmp_path / "MG-LightVAE_v2.pth", "", empty, {}, Sidecar())
     assert (part.network, part.layout, part.config) == (vae.VAE, "diffusers", narrow)
     folder, remarks = prepare([part], "jax")
