@@ -53,6 +53,9 @@ RULES: tuple[tuple[str, PartitionSpec | str], ...] = (
     (r"ffn\.(fc1|gate|up)\.kernel$", PartitionSpec("fsdp", "tensor")),
     (r"ffn\.(fc1|gate|up)\.bias$", PartitionSpec("tensor")),
     (r"ffn\.(fc2|down)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    # Scales of an 8-bit kernel (weights/quantize.py) are split as its output channels are.
+    (r"(attn\.(q|k|v)|ffn\.(fc1|gate|up))\.kernel_scale$", PartitionSpec("tensor")),
+    (r"(attn\.o|ffn\.(fc2|down))\.kernel_scale$", PartitionSpec("fsdp")),
     # A LoRA is split as its kernel is; between its two matrices are r channels, which stay whole
     # unless nothing else can be split over fsdp.
     (r"(attn\.(q|k|v)|ffn\.(fc1|gate|up))\.lora_a$", PartitionSpec("fsdp", None)),

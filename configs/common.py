@@ -15,6 +15,7 @@ from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion import wan22
 from chameleon_jax.models.dit import DiTConfig
 from chameleon_jax.models.reward import ClipVisionConfig
+from chameleon_jax.models.taehv import TaehvConfig
 from chameleon_jax.models.text import TextConfig
 from chameleon_jax.models.vae import VaeConfig
 
@@ -32,6 +33,7 @@ VAE_SIZES = (
 )
 DIT_SIZES = ("in_channels", "width", "ffn", "heads", "layers", "text_width", "text_length")
 CLIP_SIZES = ("width", "ffn", "heads", "layers", "projection")
+TAEHV_SIZES = ("z_dim", "enc_width", "dec_widths", "temporal_down", "temporal_up", "variant")
 TEXT_SIZES = ("vocab", "width", "heads", "head_dim", "ffn", "layers", "length")
 
 
@@ -123,6 +125,11 @@ def smoke() -> ConfigDict:
             },
         }
     )
+
+
+def small_decoder(sizes: TaehvConfig) -> dict[str, Any]:
+    """A group `model.decoder`: TAEHV in the place of the VAE's decoder."""
+    return {"network": "taehv", **_sizes(sizes, TAEHV_SIZES)}
 
 
 def clip_vit_l14() -> dict[str, Any]:

@@ -12,17 +12,22 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from chameleon_jax.diffusion import wan22
+from chameleon_jax.models.taehv import TaehvConfig
 from configs import common
 
-VARIANTS = ("wan22_5b", "teacher_forced")
+VARIANTS = ("wan22_5b", "teacher_forced", "taew2_2", "taew2_2_super")
+DECODERS = {"taew2_2": TaehvConfig.taew2_2, "taew2_2_super": TaehvConfig.taew2_2_super}
 
 
 def get_config(variant: str = "wan22_5b") -> ConfigDict:
     """`wan22_5b`: FashionChameleon's streaming setting (arXiv 2605.15824, section 5), for a
     distilled student. `teacher_forced`: for a checkpoint before distillation, with many steps and
-    guidance.
+    guidance. `taew2_2`, `taew2_2_super`: as `wan22_5b`, decoded by TAEHV, whose weights lie beside
+    the others as decoder.safetensors.
     """
     config = _distilled(variant)
+    if variant in DECODERS:
+        config.model.decoder = common.small_decoder(DECODERS[variant]())
     if variant == "teacher_forced":
         config.sampler = wan22.CAUSAL_SAMPLER
     return config

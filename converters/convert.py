@@ -23,6 +23,7 @@ from converters.identify import Part, RecognitionError, identify, layout_of
 from converters.layouts import OURS, TRAINING, Layout
 from converters.rules import IDENTITY, ConversionError, Transform, invert, plan, shapes_in
 from converters.sidecar import Sidecar
+from converters.taehv import TAEHV
 from converters.text import TEXT
 from converters.writing import Folder, OutFile
 
@@ -65,6 +66,8 @@ def prepare(
         raise RecognitionError("--lora: there is no transformer among the inputs to add it to")
     planned: list[_Planned] = []
     faults, remarks = [], []
+    if to == OURS:
+        parts = with_decoder(parts)
     for part in parts:
         try:
             planned.append(_planned(part, to, dtype, merges, label))
@@ -94,6 +97,20 @@ def prepare(
     if to == "diffusers" and set(PIPELINE) <= networks.keys():
         texts |= companions.diffusers_pipeline(networks["dit"].settings)
     return Folder(tuple(files), texts), remarks
+
+
+def with_decoder(parts: Sequence[Part | lora.LoraPart]) -> list[Part | lora.LoraPart]:
+    """The same parts; a small decoder beside a whole pipeline gets the name that pipelines read."""
+    groups = {part.group for part in parts if isinstance(part, Part)}
+    if not set(PIPELINE) <= groups:
+        return list(parts)
+
+    def renamed(part: Part | lora.LoraPart) -> Part | lora.LoraPart:
+        small = isinstance(part, Part) and part.network.kind == TAEHV.kind
+        alone = small and part.group == part.network.name
+        return dataclasses.replace(part, group="decoder") if alone else part
+
+    return [renamed(part) for part in parts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +193,13 @@ def not_carried(
       ConversionError: with the keys named, if not even a sidecar brings them back.
     """
     target, tensors = _target(part, to), _shaped(shapes)
+    written = part.path.with_name(Path(target.file).name)
     about = sidecar.plain(target.about(part.config)) if target.about else {}
 
     def read_back(beside: Sidecar) -> Any:
         """The config that a reader gets, None if it recognises another network or none."""
         try:
-            found = identify(part.path, "", tensors, about, beside)
+            found = identify(written, "", tensors, about, beside)
         except RecognitionError:
             return None
         if not isinstance(found, Part) or found.network is not part.network:

@@ -294,6 +294,7 @@ def _config(
             where = f"{path.parent / 'config.json'}: model.{group}"
             return network.config(**{k: v for k, v in stored.items() if k != "network"})
         found = network.sizes(shapes, about if model is None else {})
+        found = network.named(found, path.stem)
         if extra:
             where = f"{path.parent / sidecar.NAME}: model.{network.name}"
         return dataclasses.replace(found, **extra)

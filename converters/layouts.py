@@ -30,6 +30,10 @@ def _nothing(config: Any) -> None:
     return None
 
 
+def _unchanged(config: Any, stem: str) -> Any:
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One way in which a network is published.
@@ -70,6 +74,8 @@ class Network:
       sentence: the sizes in a few words, from a config.
       foreign: what it is, if a config is that of a well-known model of another project; else None.
       kind: its name in models/build.py, where several checkpoints are of one class; default `name`.
+      named: config from a config and the name of the file without its ending: what nothing else in
+        a public checkpoint says.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Network:
     sentence: Callable[[Any], str]
     foreign: Callable[[Any], str | None] = _nothing
     kind: str = ""
+    named: Callable[[Any, str], Any] = _unchanged
 
 
 def count(shapes: Shapes, pattern: str) -> int:

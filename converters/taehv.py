@@ -1,8 +1,11 @@
-"""TAEHV: the published layout of `taew2_2` and `taew2_2_super`.
+"""TAEHV: the published layout of `taew2_2` and `taew2_2_super`, and of LightX2V's `lighttaew2_2`.
 
 In the published layout encoder and decoder are one list of layers each, in which layers without
 parameters count too. So the tables depend on the config: layer numbers follow from the variant and
 from the number of blocks in a stage.
+
+`lighttaew2_2` has the tensors of `taew2_2`, but was trained on latents that are not scaled
+(LightX2V, models/video_encoders/hf/wan/vae_tiny.py). Only the name of its file says so.
 """
 
 from __future__ import annotations
@@ -153,12 +156,22 @@ def _network(name: str, title: str, full: TaehvConfig, block: str, file: str) ->
         expected=expected_shapes,
         sentence=sentence,
         kind="taehv",
+        named=_named,
     )
+
+
+def _named(config: TaehvConfig, stem: str) -> TaehvConfig:
+    """A file called `lighttae...` is LightTAE: its latents are not scaled."""
+    light = TaehvConfig.lighttaew2_2()
+    if "lighttae" not in stem.lower() or config.z_dim != light.z_dim:
+        return config
+    return dataclasses.replace(config, latent_mean=light.latent_mean, latent_std=light.latent_std)
 
 
 def sentence(config: TaehvConfig) -> str:
     """The sizes in a few words."""
-    return f"{config.z_dim} latent channels, decoder of {config.dec_widths} channels"
+    light = ", on latents that are not scaled (LightTAE)" if config.latent_std else ""
+    return f"{config.z_dim} latent channels, decoder of {config.dec_widths} channels{light}"
 
 
 TAEHV = _network(

@@ -1,5 +1,8 @@
 """Wan2.2 VAE: the original layout and that of diffusers' AutoencoderKLWan.
 
+MG-LightVAE (Matrix-Game 3.0, arXiv 2604.08995) is this VAE with a narrower decoder, in the names of
+diffusers, with the heads of its distillation beside.
+
 The tables depend on the config in one place: in the original layout a stage is one list, in which
 the layer that changes the resolution follows the residual blocks.
 """
@@ -27,6 +30,8 @@ from converters.rules import (
     flatten,
 )
 
+# Of LightVAE: used in its training alone.
+HEADS = tuple(f"dynamic_feature_projection_heads.up_block_{{i}}.{x}" for x in ("weight", "bias"))
 GAIN2D, GAIN3D = flatten("[c, 1, 1] -> [c]", 3), flatten("[c, 1, 1, 1] -> [c]", 4)
 
 
@@ -148,7 +153,7 @@ def sentence(config: VaeConfig) -> str:
     """The sizes in a few words."""
     return (
         f"{config.z_dim} latent channels, {config.spatial_factor}x in space,"
-        f" {config.temporal_factor}x in time"
+        f" {config.temporal_factor}x in time, {config.dec_width} channels at the decoder's end"
     )
 
 
@@ -216,6 +221,7 @@ VAE = Network(
             diffusers_rules,
             "vae/diffusion_pytorch_model.safetensors",
             diffusers_about,
+            ignore=HEADS,
             obstacle=diffusers_obstacle,
         ),
     },

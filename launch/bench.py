@@ -71,6 +71,8 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.flag("out", "JSON file to write", default="out/bench.json", metavar="FILE")
     parser.mesh_flag()
+    parser.decoder_flag()
+    parser.quantize_flag()
     parser.compilation_flag()
 
 
@@ -130,11 +132,13 @@ def run(values: cli.Values) -> None:
     rng = np.random.default_rng(0)
     begin = time.perf_counter()
     if values.weights == "random":
-        pipeline = Pipeline.random(config, seed=0, text=False, mesh=mesh)
+        pipeline = Pipeline.random(config, seed=0, text=False, decoder=values.decoder, mesh=mesh)
         states = (1, config.model.dit.text_length, config.model.dit.text_width)
         prompt = rng.standard_normal(states, np.float32)
     else:
-        pipeline = Pipeline.from_pretrained(values.weights, config, mesh=mesh)
+        pipeline = Pipeline.from_pretrained(
+            values.weights, config, decoder=values.decoder, mesh=mesh
+        )
         prompt = "a person walks"
     jax.block_until_ready((pipeline.stream.weights, pipeline.media.weights))
     loaded = time.perf_counter()

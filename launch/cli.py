@@ -166,6 +166,27 @@ class Parser:
         known = [f"  {file}: {', '.join(variants(file))}" for file in files]
         self._argparse.epilog = "variants, the default one first:\n" + "\n".join(known)
 
+    def decoder_flag(self, default: str | None = None) -> None:
+        """`--decoder`; without a default the config decides."""
+        otherwise = "" if default else "; default model.decoder of the config, else vae"
+        self.flag(
+            "decoder",
+            "what makes frames of latents: vae, the full one; small, that of the weights; or a"
+            f" file with a small one, such as taew2_2.safetensors{otherwise}",
+            default=default,
+            metavar="NAME",
+        )
+
+    def quantize_flag(self) -> None:
+        """`--quantize`."""
+        self.flag(
+            "quantize",
+            "the denoiser's large layers in 8 bits: int8 (TPU), fp8 (GPU) or none; default that of"
+            " the config, else none",
+            kind=one_of("none", "int8", "fp8"),
+            metavar="NAME",
+        )
+
     def compilation_flag(self) -> None:
         """`--nocompilation_cache`."""
         self.switch(

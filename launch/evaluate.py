@@ -121,6 +121,7 @@ def define_flags(parser: cli.Parser) -> None:
         kind=cli.whole_number(0, 2**32 - 1),
         metavar="N",
     )
+    parser.quantize_flag()
     parser.compilation_flag()
 
 

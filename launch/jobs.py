@@ -21,7 +21,7 @@ from PIL import Image
 from chameleon_jax import files, interrupts, machine, places, sharding
 from chameleon_jax.config import load_config, override
 from chameleon_jax.inference.pipeline import Pipeline
-from chameleon_jax.inference.settings import NETWORKS
+from chameleon_jax.inference.settings import NETWORKS, with_quantize
 from chameleon_jax.keys import check_seed
 from launch.cli import UsageError, Values
 
@@ -41,6 +41,7 @@ class Job:
     out: Path  # the video
     loras: tuple[tuple[Path, float], ...] = ()
     mesh: Mesh | None = None  # devices over which a stream is split; None: one
+    decoder: str | None = None  # of `Pipeline.from_pretrained`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,18 @@ def read_config(values: Values, default: str, is_for: Callable[[ConfigDict], boo
     if that describes such a task, else from `default`.
 
     Args:
-      values: the flags `config`, `overrides` and `weights`.
+      values: the flags `config`, `overrides`, `weights` and `quantize`.
       default: the task's config file.
       is_for: whether a config describes such a task.
 
     Raises:
       ConfigError: a config cannot be read.
     """
+    config = _read_config(values, default, is_for)
+    return config if values.quantize is None else with_quantize(config, values.quantize)
+
+
+def _read_config(values: Values, default: str, is_for: Callable[[ConfigDict], bool]) -> ConfigDict:
     stored = None if values.config is not None else _stored_config(values.weights)
     if stored is None:
         return load_config(values.config or default, values.overrides)
@@ -126,6 +132,7 @@ def check_common(values: Values, config: ConfigDict) -> dict[str, Any]:
         "seed": seed,
         "loras": _check_loras(values.lora),
         "mesh": stream_mesh(values.mesh),
+        "decoder": values.decoder,
     }
 
 
@@ -191,9 +198,11 @@ def _check_loras(texts: Sequence[str]) -> tuple[tuple[Path, float], ...]:
 def load_pipeline(job: Job) -> Pipeline:
     """The networks: from a folder or the Hub, or random ones; changed by LoRAs."""
     if job.weights == "random":
-        pipeline = Pipeline.random(job.config, job.seed, mesh=job.mesh)
+        pipeline = Pipeline.random(job.config, job.seed, decoder=job.decoder, mesh=job.mesh)
     else:
-        pipeline = Pipeline.from_pretrained(job.weights, job.config, mesh=job.mesh)
+        pipeline = Pipeline.from_pretrained(
+            job.weights, job.config, decoder=job.decoder, mesh=job.mesh
+        )
     for path, strength in job.loras:
         pipeline.add_lora(path, strength)
     return pipeline
@@ -327,6 +336,7 @@ def save_report(job: Job, made: Made, report: Mapping[str, Any], pipeline: Pipel
         "mesh": split_axes(job.mesh),
         "versions": machine.versions(),
         "weights": job.weights,
+        "decoder": job.decoder,
         "loras": [{"path": str(path), "strength": strength} for path, strength in job.loras],
         "config": pipeline.config.to_dict(),
     }

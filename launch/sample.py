@@ -170,6 +170,8 @@ def define_flags(parser: cli.Parser) -> None:
         metavar="NAME",
     )
     parser.mesh_flag()
+    parser.decoder_flag(default="vae")
+    parser.quantize_flag()
     parser.compilation_flag()
 
 

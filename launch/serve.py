@@ -68,6 +68,8 @@ def define_flags(parser: cli.Parser) -> None:
         metavar="N",
     )
     parser.mesh_flag()
+    parser.decoder_flag()
+    parser.quantize_flag()
     parser.compilation_flag()
 
 
@@ -99,9 +101,9 @@ def serve(values: cli.Values) -> int:
     print("loading the model ...", file=sys.stderr)
     mesh = jobs.stream_mesh(values.mesh)
     if weights == "random":
-        pipeline = Pipeline.random(config, 0, mesh=mesh)
+        pipeline = Pipeline.random(config, 0, decoder=values.decoder, mesh=mesh)
     else:
-        pipeline = Pipeline.from_pretrained(weights, config, mesh=mesh)
+        pipeline = Pipeline.from_pretrained(weights, config, decoder=values.decoder, mesh=mesh)
     wardrobe = Wardrobe(pipeline.size)
     fill(wardrobe, places.find(values.wardrobe) if values.wardrobe else None)
     token = new_token() if values.auth else None

@@ -6,7 +6,7 @@
     for frames in session: ...
 
 A folder of weights holds `config.json`, `vae.safetensors`, `dit.safetensors`, `text.safetensors`
-and `tokenizer.json`.
+and `tokenizer.json`; it may hold `decoder.safetensors`, a small decoder, too.
 
 Axes: b batch, t pixel frames, f latent frames, h w grid, c channels, l query tokens, m width.
 """
@@ -29,7 +29,12 @@ from jax.sharding import Mesh
 
 from chameleon_jax import files
 from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
-from chameleon_jax.inference.pretrained import PipelineError, find_weights, read_lora
+from chameleon_jax.inference.pretrained import (
+    PipelineError,
+    find_decoder,
+    find_weights,
+    read_lora,
+)
 from chameleon_jax.inference.programs import (
     MediaPrograms,
     StreamPrograms,
@@ -37,19 +42,25 @@ from chameleon_jax.inference.programs import (
     stream_arguments,
 )
 from chameleon_jax.inference.settings import (
+    DECODERS,
+    HOW_TO_GET_ONE,
     MEASURED,
+    NETWORKS,
+    OPTIONAL,
     check_config,
     check_mesh,
     chosen_for,
     model_differences,
     networks_of,
     read_stored,
+    with_decoder,
     with_dtype,
 )
 from chameleon_jax.models import build
 from chameleon_jax.models.build import DTYPES
 from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.models.vae import Vae
+from chameleon_jax.weights.quantize import is_quantized, quantize
 from chameleon_jax.weights.random import fill_randomly
 
 if TYPE_CHECKING:
@@ -65,11 +76,12 @@ class Pipeline:
 
     Args:
       vae: pixels to latents and back.
-      dit: the denoiser.
+      dit: the denoiser; with `quantize` in the config its large layers are changed in place, when
+        the programs are made.
       text: prompt encoder, or None if prompts will be given as encoded states.
       tokenizer: prompts to ids for `text`, or None with it.
       config: groups `model`, `video`, `cache`, `sampler`, `switch` and the key `dtype`, as in
-        `configs/`.
+        `configs/`; perhaps the key `quantize`, see weights/quantize.py.
       decoder: decodes latents in place of the VAE, see models/taehv.py; None: the VAE does.
       mesh: devices over which one stream is split, with the axes of `sharding`, of which `seq` and
         `tensor` may be larger than 1; see `programs` for what lies where. None: one device.
@@ -96,6 +108,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self._compiled = False
         self._compile_lock = threading.Lock()  # sessions may start in several threads
+        self._quantize_lock = threading.Lock()
 
     def __repr__(self) -> str:
         config, (height, width) = self.config, self.size
@@ -120,6 +133,7 @@ class Pipeline:
         *,
         mesh: Mesh | None = None,
         dtype: str | None = None,
+        decoder: str | os.PathLike | None = None,
     ) -> Pipeline:
         """Load weights: a folder written by `save` or by the converters, or a public checkpoint.
 
@@ -135,10 +149,13 @@ class Pipeline:
             `MEASURED`, is taken from the folder.
           mesh: as for the class; every parameter is read straight to its shards.
           dtype: "float32" or "bfloat16", of weights and computation; default that of the config.
+          decoder: "vae"; "small", the `decoder.safetensors` that lies with the weights; or the path
+            of another small decoder, in our layout or a public one. Default `model.decoder` of the
+            config if it has one, else the VAE.
 
         Raises:
           PipelineError: no such folder, a file missing, an unreadable `config.json`, a checkpoint
-            that does not fit.
+            that does not fit, no small decoder.
           MeshError: as for the class.
           WeightsError: weights that do not fit; the mismatches of all networks are listed in one
             error.
@@ -151,7 +168,19 @@ class Pipeline:
         stored = read_stored(folder / "config.json")
         if stored is None and config is None:
             raise PipelineError(f"{folder}: no config.json; expected one beside the weights")
-        config = check_config(with_dtype(stored if config is None else config, dtype))
+        config = with_dtype(stored if config is None else config, dtype)
+        paths = {name: folder / f"{name}.safetensors" for name in (*NETWORKS, *OPTIONAL)}
+        if decoder is None or decoder in DECODERS:
+            config = with_decoder(config, decoder, stored)
+        else:  # its sizes are its own, whatever the config and the weights say of another one
+            paths["decoder"], group = find_decoder(decoder)
+            config["model"] = {**config.get("model", {}), "decoder": group}
+            stored = None if stored is None else with_decoder(stored, "vae")
+        config = check_config(config)
+        if "decoder" in config.model and not paths["decoder"].is_file():
+            raise PipelineError(
+                f"{name}: no small decoder (decoder.safetensors) in it; {HOW_TO_GET_ONE}"
+            )
         check_mesh(config, mesh)  # before gigabytes are read
         if stored is not None:
             differences = model_differences(config, stored)
@@ -162,13 +191,13 @@ class Pipeline:
         for network in networks_of(config):  # all of them are compared before one is read
             modules[network] = _abstract(config, network)
             try:
-                check_file(folder / f"{network}.safetensors", modules[network])
+                check_file(paths[network], modules[network])
             except WeightsError as error:
                 faults.append(str(error))
         if faults:
             raise WeightsError(" | ".join(faults))
         for network, module in modules.items():
-            load_params(folder / f"{network}.safetensors", module, DTYPES[config.dtype], mesh)
+            load_params(paths[network], module, DTYPES[config.dtype], mesh)
         tokenizer = Tokenizer.from_file(folder / "tokenizer.json", config.model.text.length)
         if tokenizer.vocab > config.model.text.vocab:
             raise TokenizerError(
@@ -184,6 +213,7 @@ class Pipeline:
         seed: int = 0,
         *,
         text: bool = True,
+        decoder: str | None = None,
         mesh: Mesh | None = None,
     ) -> Pipeline:
         """Random weights in the config's dtype, for benchmarks and tests.
@@ -192,9 +222,23 @@ class Pipeline:
           config: as for the class.
           seed: of the weights, see weights/random.py.
           text: build the prompt encoder too, with a tokenizer of single bytes.
+          decoder: "vae" or "small"; default `model.decoder` of the config if it has one, else the
+            VAE.
           mesh: as for the class; the weights are the same on every mesh.
+
+        Raises:
+          PipelineError: as for the class; or a small decoder, and the config has none.
         """
-        config = check_config(config)
+        if decoder not in (None, *DECODERS):
+            raise PipelineError(
+                f"decoder {decoder!r} with random weights; expected {' or '.join(DECODERS)}"
+            )
+        if decoder == "small" and "decoder" not in config.get("model", {}):
+            raise PipelineError(
+                "the config has no model.decoder; choose one that has, such as"
+                " configs/wan22_5b.py:taew2_2"
+            )
+        config = check_config(with_decoder(config, decoder))
         check_mesh(config, mesh)
         modules: dict[str, Any] = {"text": None}
         for index, name in enumerate(networks_of(config, text=text)):
@@ -266,13 +310,17 @@ class Pipeline:
           dtype: cast the weights, e.g. jnp.bfloat16 to halve them.
 
         Raises:
-          PipelineError: the pipeline has no text encoder.
+          PipelineError: the pipeline has no text encoder; or its layers are 8-bit ones already.
         """
         from chameleon_jax.weights.params import save_params
 
         if self.text is None:
             raise PipelineError(
                 "a pipeline without a text encoder cannot be saved; build it with text=True"
+            )
+        if is_quantized(self.dit):
+            raise PipelineError(
+                f"the denoiser's layers are {self.config.quantize} by now; save right after loading"
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,15 +334,25 @@ class Pipeline:
         """(height, width) of the video in pixels."""
         return self.config.video.height, self.config.video.width
 
+    def _quantize(self) -> None:
+        """Give the denoiser the layers that the config asks for, before a program takes them.
+
+        Not earlier: a LoRA is added to the weights as they were loaded.
+        """
+        with self._quantize_lock:
+            quantize(self.dit, self.config.get("quantize", "none"))
+
     @functools.cached_property
     def media(self) -> MediaPrograms:
         """The programs for text, pictures and frames, shared by all users of this pipeline."""
+        self._quantize()
         rows = self.size[0] // self.vae.config.spatial_factor
         return MediaPrograms(self.vae, self.dit, self.text, self.decoder, self.mesh, rows)
 
     @functools.cached_property
     def stream(self) -> StreamPrograms:
         """The programs that make latents against a cache, shared by all sessions."""
+        self._quantize()
         factor = self.vae.config.spatial_factor
         return StreamPrograms(self.dit, self.config, factor, self.mesh)
 

@@ -7,19 +7,22 @@ What is not in our layout is converted once and kept, so that only the first sta
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chameleon_jax import places
 from chameleon_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from chameleon_jax.weights.lora import Lora
+    from converters.writing import Folder
 
 CACHE_VERSION = 1  # of our layout; a new one leaves older conversions aside
 # Of our layout.
@@ -63,6 +66,48 @@ def find_weights(name: str | os.PathLike) -> Path:
     """
     folder = _find_folder(name)
     return folder if _is_ours(folder) else _converted(folder)
+
+
+def find_decoder(name: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """A small decoder: its file in our layout, and its group of a config.
+
+    Args:
+      name: a file or folder, in our layout or a public one, that holds a TAEHV or a narrower VAE
+        (LightVAE); what is not in our layout is converted once, as pipelines are.
+
+    Raises:
+      PipelineError: no such file, or something else in it.
+    """
+    from converters import convert, folders, recognise
+    from converters.layouts import OURS
+
+    path = places.find(name)
+    if not path.exists():
+        raise PipelineError(
+            f"decoder {name}: no such file; expected vae, small, or a file or folder with a small"
+            " decoder, such as taew2_2.safetensors"
+        )
+    try:
+        found = recognise.look([path]).parts
+        small = [part for part in found if getattr(part, "group", "") == "decoder"]
+        small = small or [part for part in found if part.network.kind == "taehv"]
+        small = small or [part for part in found if part.network.name == "vae"]
+        if len(small) != 1:
+            titles = ", ".join(part.network.title for part in small or found)
+            raise PipelineError(f"decoder {name}: holds {titles}; expected one small decoder")
+        part = dataclasses.replace(small[0], group="decoder")
+        sizes = convert.our_config({"decoder": part})["model"]["decoder"]
+        if part.layout == OURS:
+            return part.path, sizes
+        files = [part.path] if path.is_dir() else folders.at(path).files
+        place = _place(part.path, files)
+        if not place.is_dir():
+            _write(convert.prepare([part], OURS)[0], part.path, place)
+        return place / "decoder.safetensors", sizes
+    except PipelineError:
+        raise
+    except UserError as error:
+        raise PipelineError(f"decoder {name}: {one_line(error)}") from None
 
 
 def _find_folder(name: str | os.PathLike) -> Path:
@@ -114,15 +159,14 @@ def _converted(folder: Path) -> Path:
     Raises:
       PipelineError: it is not the whole of a pipeline, or does not fit.
     """
-    from converters import convert, folders, recognise, writing
+    from converters import convert, folders, recognise
     from converters.families import PIPELINE
     from converters.layouts import OURS
 
     try:
         checkpoints, _ = folders.find(folder)
         files = [file for one in checkpoints for file in (one.path, *one.files)]
-        name = folder.resolve().name[:NAME_LENGTH]
-        place = places.cache_folder() / f"{name}-{_fingerprint(folder, files)}"
+        place = _place(folder, [*files, *folder.rglob("*.json"), *folder.rglob("*.safetensors")])
         if place.is_dir():
             return place
         found = recognise.look([folder])
@@ -137,21 +181,37 @@ def _converted(folder: Path) -> Path:
         plan, remarks = convert.prepare(found.parts, OURS)
         if remarks:
             raise PipelineError(f"{folder}: {remarks[0]}")
-        print(
-            f"converting {folder} ({plan.nbytes / 1e9:.1f} GB), once, to {place}", file=sys.stderr
-        )
-        writing.write_with_progress(plan, place)
+        _write(plan, folder, place)
     except PipelineError:
         raise
-    except writing.DestinationError as error:
-        if not place.is_dir():  # else another process was faster, and made the same
-            raise PipelineError(
-                f"{folder}: the conversion has no place: {one_line(error)}; another folder for"
-                " conversions is named by CHAMELEON_CACHE"
-            ) from None
     except UserError as error:
         raise PipelineError(f"{folder}: {one_line(error)}") from None
     return place
+
+
+def _place(source: Path, files: Iterable[Path]) -> Path:
+    """Where the conversion of a file or folder lies; another place if any of the files changes."""
+    name = source.resolve().name[:NAME_LENGTH]
+    return places.cache_folder() / f"{name}-{_fingerprint(source, files)}"
+
+
+def _write(plan: Folder, source: Path, place: Path) -> None:
+    """Write a conversion to its place.
+
+    Raises:
+      PipelineError: there is no room for it.
+    """
+    from converters import writing
+
+    print(f"converting {source} ({plan.nbytes / 1e9:.1f} GB), once, to {place}", file=sys.stderr)
+    try:
+        writing.write_with_progress(plan, place)
+    except writing.DestinationError as error:
+        if not place.is_dir():  # else another process was faster, and made the same
+            raise PipelineError(
+                f"{source}: the conversion has no place: {one_line(error)}; another folder for"
+                " conversions is named by CHAMELEON_CACHE"
+            ) from None
 
 
 def _listed(notes: list[str]) -> str:
@@ -176,10 +236,11 @@ def read_lora(path: str | os.PathLike) -> Lora:
         raise PipelineError(one_line(error)) from None
 
 
-def _fingerprint(folder: Path, files: list[Path]) -> str:
-    """Changes when any file of the checkpoint does."""
-    lines = [f"{CACHE_VERSION} {folder.resolve()}"]
-    for path in sorted({*files, *folder.rglob("*.json"), *folder.rglob("*.safetensors")}):
+def _fingerprint(source: Path, files: Iterable[Path]) -> str:
+    """Changes when any of the files does."""
+    lines = [f"{CACHE_VERSION} {source.resolve()}"]
+    for path in sorted(set(files)):
         about = path.stat()
-        lines.append(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}")
+        name = os.path.relpath(path, source)
+        lines.append(f"{name} {about.st_size} {about.st_mtime_ns}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

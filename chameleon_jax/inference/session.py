@@ -636,7 +636,10 @@ def _identity(config: Any) -> dict[str, Any]:
     """What two pipelines must share for a snapshot to continue: flat keys, JSON values."""
     from chameleon_jax.config import flatten
 
-    groups = {name: config[name] for name in ("model", "dtype", "video", "cache", "sampler")}
+    names = ["model", "dtype", "video", "cache", "sampler"]
+    if config.get("quantize", "none") != "none":
+        names.append("quantize")
+    groups = {name: config[name] for name in names}
     return json.loads(
         json.dumps(
             flatten({k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in groups.items()})

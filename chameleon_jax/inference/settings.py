@@ -21,11 +21,17 @@ from chameleon_jax.inference.pretrained import PipelineError
 from chameleon_jax.models.build import DTYPES, read_sizes
 from chameleon_jax.models.vae import conv_for
 from chameleon_jax.sharding import SAMPLES, MeshError, check_network
+from chameleon_jax.weights.quantize import QUANTIZE
 from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
 
 GROUPS = ("model", "dtype", "video", "cache", "sampler", "switch")
 NETWORKS = ("vae", "dit", "text")  # of every pipeline
 OPTIONAL = ("decoder",)  # decodes in place of the VAE, where a config has it
+DECODERS = ("vae", "small")  # what may decode; or a checkpoint of a small decoder
+HOW_TO_GET_ONE = (
+    "download taew2_2.safetensors or .pth of github.com/madebyollin/taehv and name that file as the"
+    " decoder, or put it beside the weights: python -m converters WEIGHTS FILE --to jax --out DIR"
+)
 LISTED = 10  # differences written out; a config of another model has dozens
 MEASURED = ("latent_mean", "latent_std")  # of the VAE, at the end of its training
 
@@ -45,6 +51,10 @@ def check_config(config: Mapping[str, Any]) -> ConfigDict:
         )
     if config.dtype not in DTYPES:
         raise PipelineError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if config.get("quantize", "none") not in QUANTIZE:
+        raise PipelineError(
+            f"quantize is {config.quantize!r}; expected one of {', '.join(QUANTIZE)}"
+        )
     try:
         make_policy(**config.cache)
         make_sampler(**config.sampler)
@@ -173,7 +183,8 @@ def model_differences(config: ConfigDict, stored: Mapping[str, Any]) -> str:
         ours, theirs = (
             dataclasses.asdict(read_sizes(name, sizes)) for sizes in (config.model[name], group)
         )
-        for key in sorted((ours.keys() | theirs.keys()) - {*HOW_TO_COMPUTE, *MEASURED}):
+        measured = MEASURED if name == "vae" else ()
+        for key in sorted((ours.keys() | theirs.keys()) - {*HOW_TO_COMPUTE, *measured}):
             if ours.get(key) != theirs.get(key):
                 lines.append(
                     f"model.{name}.{key} is {ours.get(key)}, the weights were made with"
@@ -212,6 +223,43 @@ def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     """A config with another dtype; None leaves it."""
     plain = _plain(config)
     return plain if dtype is None else plain | {"dtype": dtype}
+
+
+def with_quantize(config: ConfigDict, name: str) -> ConfigDict:
+    """A copy of a config that asks for 8-bit layers, see weights/quantize.py."""
+    config = config.copy_and_resolve_references().unlock()
+    config.quantize = name
+    return config.lock()
+
+
+def with_decoder(
+    config: Mapping[str, Any], decoder: str | None, stored: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A config in which that network decodes.
+
+    Args:
+      config: of a pipeline.
+      decoder: "vae", "small", or None, which leaves the config as it is: its `model.decoder`
+        decodes if it has one, else the VAE.
+      stored: the config that lies with the weights; it may know a small decoder, too.
+
+    Raises:
+      PipelineError: there is no small decoder.
+    """
+    plain = _plain(config)
+    if decoder is None:
+        return plain
+    model = {name: group for name, group in plain.get("model", {}).items() if name != "decoder"}
+    if decoder == "small":
+        groups = ((one or {}).get("model", {}).get("decoder") for one in (plain, stored))
+        group = next((group for group in groups if group), None)
+        if group is None:
+            raise PipelineError(
+                "neither the config nor the weights have a small decoder (model.decoder);"
+                f" {HOW_TO_GET_ONE}"
+            )
+        model["decoder"] = group
+    return plain | {"model": model}
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 TAEHV (Ollin Boer Bohan, github.com/madebyollin/taehv) imitates a large video VAE at a fraction of
 its cost, with slightly worse pictures. `Taehv` can stand where `models.vae.Vae` stands: the same
 scaled latents and the same pixels go in and come out. Two decoders are published, "base" and, about
-twice as large, "super"; the encoder is the same.
+twice as large, "super"; the encoder is the same. LightTAE (github.com/ModelTC/LightX2V) is "base"
+with other weights, trained on latents that are not scaled.
 
 Every layer works on single frames. Time enters in three places: memory blocks, which also see the
 input that they had for the frame before; pooling, which makes one frame of two; growth, which makes
@@ -29,8 +30,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from chameleon_jax.models.checks import check_choice, check_flags, check_sizes, to_tuples
+from chameleon_jax.models.checks import (
+    check_choice,
+    check_finite,
+    check_flags,
+    check_positive,
+    check_sizes,
+    to_tuples,
+)
 from chameleon_jax.models.vae import (
+    WAN22_LATENT_MEAN,
+    WAN22_LATENT_STD,
     check_latents,
     check_pixels,
     check_state,
@@ -61,9 +71,13 @@ class TaehvConfig:
     variant: str = "base"  # of the decoder: "base" or "super"
     blocks: int = 3  # memory blocks per stage
     patch: int = 2  # pixels of a patch x patch square become channels before the first convolution
+    # Mean and deviation of the VAE's latents, per channel, of a network that was trained on latents
+    # that are not scaled by them; empty: trained on scaled ones.
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
 
     def __post_init__(self):
-        to_tuples(self, "dec_widths", "temporal_down", "temporal_up")
+        to_tuples(self, "dec_widths", "temporal_down", "temporal_up", "latent_mean", "latent_std")
         check_sizes(self, "z_dim", "enc_width", "dec_widths", "blocks", "patch")
         check_flags(self, "temporal_down", "temporal_up")
         check_choice(self, "variant", VARIANTS)
@@ -78,6 +92,16 @@ class TaehvConfig:
                 " expected as many stages, and as many of them that change time, so that what is"
                 " encoded can be decoded"
             )
+        counts = len(self.latent_mean), len(self.latent_std)
+        if counts == (0, 0):
+            return
+        if counts != (self.z_dim, self.z_dim):
+            raise ValueError(
+                f"latent_mean and latent_std have {counts[0]} and {counts[1]} entries; expected"
+                f" z_dim={self.z_dim} each, or none"
+            )
+        check_finite(self, "latent_mean")
+        check_positive(self, "latent_std")
 
     @property
     def spatial_factor(self) -> int:
@@ -104,6 +128,13 @@ class TaehvConfig:
     def taew2_2_super(cls) -> TaehvConfig:
         """For Wan2.2-TI2V-5B, the better one: 112 tensors, 20,487,996 parameters."""
         return dataclasses.replace(cls.taew2_2(), dec_widths=(512, 256, 128, 64), variant="super")
+
+    @classmethod
+    def lighttaew2_2(cls) -> TaehvConfig:
+        """LightX2V's for Wan2.2-TI2V-5B: tensors of the same names and sizes as `taew2_2`."""
+        return dataclasses.replace(
+            cls.taew2_2(), latent_mean=WAN22_LATENT_MEAN, latent_std=WAN22_LATENT_STD
+        )
 
 
 class Build(TypedDict):
@@ -430,7 +461,10 @@ class Taehv(nnx.Module):
         x = (repeat_last(x_bthwc, group).astype(jnp.float32) + 1) / 2
         z, new_state = self.encoder(fold_pixels(x, self.config.patch), state)
         ended = x_bthwc.shape[1] % group != 0
-        return z.astype(jnp.float32), None if ended else new_state
+        z = z.astype(jnp.float32)
+        if self.config.latent_std:
+            z = (z - jnp.asarray(self.config.latent_mean)) / jnp.asarray(self.config.latent_std)
+        return z, None if ended else new_state
 
     def decode_chunk(
         self, z_bfhwc: jax.Array, state: State | None, first: bool
@@ -460,7 +494,10 @@ class Taehv(nnx.Module):
         if state is None and first:
             state = self.init_decode_state(z_bfhwc.shape[0], *z_bfhwc.shape[2:4])
         check_state(state)
-        x, state = self.decoder(z_bfhwc.astype(jnp.float32), state)
+        z = z_bfhwc.astype(jnp.float32)
+        if self.config.latent_std:
+            z = z * jnp.asarray(self.config.latent_std) + jnp.asarray(self.config.latent_mean)
+        x, state = self.decoder(z, state)
         if first:
             x = x[:, self.config.temporal_factor - 1 :]
         pixels = 2 * unfold_pixels(x.astype(jnp.float32), self.config.patch) - 1

@@ -50,6 +50,8 @@ def manifest(stream: Stream, config: Any) -> dict[str, Any]:
         "model": config.get("name", ""),
         "sampler": config.sampler.to_dict(),
         "dtype": config.dtype,
+        "quantize": config.get("quantize", "none"),
+        "decoder": "small" if "decoder" in config.model else "vae",
         "seed": stream.seed,
         "fps": float(config.video.fps),
         "frames": len(stream.shown),

@@ -190,6 +190,11 @@ def _faults(config: ConfigDict, flat: Mapping[str, Any]) -> Iterator[str]:
     for key in ("dtype", "export_dtype"):
         if flat[key] not in DTYPES:
             yield f"{key} is {flat[key]!r}; expected one of {', '.join(DTYPES)}"
+    if flat.get("quantize", "none") != "none":
+        yield (
+            f"quantize is {flat['quantize']!r}; expected none: rounding to 8 bits has no gradient,"
+            " it is for streams"
+        )
     if "alarms.action" in flat and flat["alarms.action"] not in ACTIONS:
         yield f"alarms.action is {flat['alarms.action']!r}; expected one of {', '.join(ACTIONS)}"
     if flat["train.best_mode"] not in ("min", "max"):

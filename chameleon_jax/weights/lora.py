@@ -241,6 +241,9 @@ def _layers(
         except (AttributeError, IndexError, KeyError):
             faults.append(f"there is no layer {path}")
             continue
+        if not jnp.issubdtype(linear.kernel.get_value().dtype, jnp.floating):
+            faults.append(f"{path} is quantized; add the LoRA before")
+            continue
         a, b = change.a.shape, change.b.shape
         if shape != (a[0], b[1]) or a[1] != b[0]:
             faults.append(f"{path} is {shape}, the LoRA changes {a} x {b}")

@@ -70,7 +70,12 @@ ODD = {
         length=13,
         eps=1e-3,
     ),
-    "taehv": dataclasses.replace(TAEHV, blocks=1),
+    "taehv": dataclasses.replace(
+        TAEHV,
+        blocks=1,
+        latent_mean=tuple(0.1 * i for i in range(TAEHV.z_dim)),
+        latent_std=tuple(1.0 + i for i in range(TAEHV.z_dim)),
+    ),
     "taehv_super": dataclasses.replace(TAEHV, dec_widths=(32, 16, 8, 4), variant="super"),
     "clip": ClipVisionConfig(
         width=12, ffn=10, heads=3, layers=1, projection=5, image=6, patch=2, eps=1e-3

@@ -16,11 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flax import nnx
+from safetensors.torch import save_file
 
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
-from chameleon_jax.weights.params import set_params
+from chameleon_jax.weights.params import load_params, set_params
 from converters import taehv
+from converters.recognise import recognise
 from converters.rules import ConversionError, convert, invert, rename
+from tests.commands import run_converter
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 FULL = {"taew2_2": TaehvConfig.taew2_2(), "taew2_2_super": TaehvConfig.taew2_2_super()}
@@ -305,3 +308,48 @@ def test_a_checkpoint_of_the_other_variant_is_refused_with_every_fault(name, oth
     for fault in faults:
         assert fault in message
     assert ": encoder." not in message.replace("nearest: ", "")  # the encoders are the same
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_lighttae_is_known_by_its_name_and_goes_out_and_comes_back(tmp_path, suffix):
+    """Tensors as those of taew2_2; decoded as LightX2V does it: latents without their scale."""
+    tensors = {key: torch.from_numpy(x) for key, x in _with_latents(_tensors("taew2_2")).items()}
+    config = dataclasses.replace(TINY["taew2_2"], z_dim=48)
+    light = TaehvConfig.lighttaew2_2()
+    unscaled = dataclasses.replace(
+        config, latent_mean=light.latent_mean, latent_std=light.latent_std
+    )
+    for name, expected in (("taew2_2", config), ("lighttaew2_2", unscaled)):
+        path = tmp_path / f"{name}{suffix}"
+        torch.save(tensors, path) if suffix == ".pth" else save_file(tensors, path)
+        run_converter(path, "--to", "jax", "--out", tmp_path / name)
+        (part,) = recognise([tmp_path / name])
+        assert part.config == expected
+        assert ("LightTAE" in part.describe()) == (name == "lighttaew2_2")
+    run_converter(tmp_path / "lighttaew2_2", "--to", "official", "--out", tmp_path / "back")
+    (part,) = recognise([tmp_path / "back"])  # called taew2_2.pth; the file beside it says the rest
+    assert part.config == unscaled
+
+    net = nnx.eval_shape(lambda: Taehv(unscaled, rngs=nnx.Rngs(0)))
+    load_params(tmp_path / "lighttaew2_2" / "taehv.safetensors", net)
+    z = np.random.default_rng(1).normal(size=(1, 2, 2, 2, 48)).astype(np.float32)
+    raw = z * np.asarray(light.latent_std) + np.asarray(light.latent_mean)
+    expected = _by_torch(_decode, tensors, raw.astype(np.float32))
+    np.testing.assert_allclose(net.decode(z), expected, rtol=0, atol=1e-4)
+    x = np.random.default_rng(2).uniform(-1, 1, (1, 5, 32, 32, 3)).astype(np.float32)
+    raw = _by_torch(_encode, tensors, x)
+    expected = (raw - np.asarray(light.latent_mean)) / np.asarray(light.latent_std)
+    np.testing.assert_allclose(net.encode(x), expected, rtol=0, atol=1e-4)
+
+
+def _with_latents(tensors: dict[str, np.ndarray], channels: int = 48) -> dict[str, np.ndarray]:
+    """A small checkpoint with as many latent channels as the public one has."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "encoder.17.weight": (channels, 8, 3, 3),
+        "encoder.17.bias": (channels,),
+        "decoder.1.weight": (32, channels, 3, 3),
+    }
+    return tensors | {
+        key: rng.normal(0, 0.1, shape).astype(np.float32) for key, shape in shapes.items()
+    }

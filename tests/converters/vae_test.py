@@ -18,8 +18,12 @@ from flax import nnx
 
 from chameleon_jax.models.vae import Vae, VaeConfig
 from chameleon_jax.weights.params import set_params
+from chameleon_jax.weights.tensors import ArrayTensor
 from converters import vae
+from converters.convert import prepare
+from converters.identify import identify
 from converters.rules import ConversionError, convert, invert, rename, shapes_in
+from converters.sidecar import Sidecar
 
 LISTINGS = Path(__file__).parent.parent / "data_files"
 # Wan2.2's own pattern of stages, and one in which the first stage halves time too.
@@ -253,3 +257,26 @@ def test_what_diffusers_can_build_is_known(case):
         takes = False
     assert (vae.diffusers_obstacle(config) is None) == takes
     assert takes == (case in FITTING)
+
+
+def test_lightvae_is_a_vae_with_a_narrow_decoder(tmp_path):
+    """MG-LightVAE_v2.pth has 198 tensors: the names of diffusers' full VAE, and the head of its
+    distillation. Its decoder has a quarter of the width.
+    """
+    narrow = dataclasses.replace(VaeConfig.wan22(), dec_width=64)
+    shapes = shapes_in(invert(vae.diffusers_rules(narrow)), vae.expected_shapes(narrow))
+    assert shapes.keys() == _listing("diffusers").keys()
+    assert shapes["decoder.conv_in.weight"][0] == 256
+    shapes |= {
+        "dynamic_feature_projection_heads.up_block_1.weight": (1024, 256, 1, 1, 1),
+        "dynamic_feature_projection_heads.up_block_1.bias": (1024,),
+    }
+    assert len(shapes) == 198
+    empty = {
+        name: ArrayTensor(np.broadcast_to(np.float32(0), shape)) for name, shape in shapes.items()
+    }
+    part = identify(tmp_path / "MG-LightVAE_v2.pth", "", empty, {}, Sidecar())
+    assert (part.network, part.layout, part.config) == (vae.VAE, "diffusers", narrow)
+    folder, remarks = prepare([part], "jax")
+    (file,) = folder.files
+    assert (file.path, len(file.entries), remarks) == ("vae.safetensors", 196, [])

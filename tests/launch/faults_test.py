@@ -20,7 +20,8 @@ import pytest
 from chameleon_jax.config import load_config
 from chameleon_jax.data.video import read_video
 from chameleon_jax.inference import Pipeline
-from launch import jobs, sample
+from chameleon_jax.models.taehv import Taehv
+from launch import cli, jobs, sample
 from launch.sample_shots import is_for_shots
 
 ROOT = Path(__file__).parents[2]
@@ -235,9 +236,39 @@ def test_weights_bring_their_config(tmp_path, capsys):
 class _Values:
     config = None
     overrides = ("video.frames=9",)
+    quantize = None
 
     def __init__(self, weights):
         self.weights = weights
+
+
+def test_decoder_and_8_bit_layers_reach_the_pipeline(tmp_path, capsys):
+    group = {
+        "network": "taehv",
+        "z_dim": 4,
+        "enc_width": 4,
+        "dec_widths": [8, 4, 4],
+        "temporal_down": [True, True],
+        "temporal_up": [True, True],
+    }
+    config = load_config(CONFIG).to_dict()
+    config["model"]["decoder"] = group
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(config))
+
+    def pipeline(*flags):
+        values = cli.read(sample.define_flags, [f"--config={path}", "--weights=random", *flags])
+        config = jobs.read_config(values, CONFIG, jobs.is_for_streams)
+        job = jobs.Job(**jobs.check_common(values, config), out=tmp_path / "x.mp4")
+        return jobs.load_pipeline(job)
+
+    made = pipeline("--quantize=int8")
+    assert made.config.quantize == "int8" and made.decoder is None  # a file is decoded in full
+    made = pipeline("--decoder=small")
+    assert isinstance(made.decoder, Taehv) and "quantize" not in made.config
+    code, _, stderr = call([*SMALL, "--decoder=small", f"--out={tmp_path / 'x.mp4'}"], capsys)
+    assert code == 2 and "the config has no model.decoder; choose one that has" in stderr
+    assert not (tmp_path / "x.mp4").exists()
 
 
 def test_weights_of_another_task_bring_their_networks_only(tmp_path):

@@ -164,6 +164,7 @@ def film(server, **start):
 def test_a_stream_is_made_again_from_its_manifest(server):
     first, manifest = film(server, codec="jpeg")
     assert manifest["frames"] == first.shown and not manifest["cut"]
+    assert (manifest["decoder"], manifest["quantize"]) == ("vae", "none")
     start, *changes = manifest["changes"]
     assert [sorted(one) for one in changes] == [
         ["frame", "garment", "prompt"],

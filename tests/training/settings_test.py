@@ -61,6 +61,13 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, key, value):
         check_settings(config)
 
 
+def test_eight_bit_layers_are_not_trained(tmp_path):
+    config = settings(tmp_path).copy_and_resolve_references().unlock()
+    config.quantize = "int8"
+    with pytest.raises(ConfigError, match="quantize is 'int8'; expected none: .* no gradient"):
+        check_settings(config)
+
+
 def test_all_faults_are_named_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.batch is 0.*; train\.steps is -1") as error:
         check_settings(settings(tmp_path, "data.batch=0", "train.steps=-1"))
