@@ -39,6 +39,7 @@ TOKENS_OF_HEADS = PartitionSpec(SAMPLES, None, "seq", "tensor")  # [b, f, p, n, 
 HEADS = PartitionSpec(SAMPLES, None, None, ("seq", "tensor"))  # [b, f, p, n, d]
 ROWS = PartitionSpec(SAMPLES, None, ("seq", "tensor"))  # [b, t, h, w, c]
 SEQUENCE_HEADS = PartitionSpec(SAMPLES, None, ("seq", "tensor"))  # [b, l, n, d]
+HEADS_SEQUENCE = PartitionSpec(SAMPLES, ("seq", "tensor"))  # [b, n, s, d]
 SEQUENCE_TENSOR = PartitionSpec(SAMPLES, None, "tensor")  # [b, s, n, d]
 LARGEST = "largest"  # the rule that splits the largest axis that fsdp divides
 MIN_SIZE = 4096  # smaller parameters are kept whole: sending them around costs more than they take

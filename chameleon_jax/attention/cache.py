@@ -6,6 +6,10 @@ keys and values of the chunk in flight to its slots, and lets it see the first `
 nothing is ever moved, one compiled program serves every chunk, and the ten-thousandth chunk costs
 what the tenth did.
 
+Kernels differ in how they read keys and values, and a copy of a layer for each pass would cost more
+than all that is written: so the buffers lie as the kernel reads them, tokens first [b, s, n, d], or
+heads first [b, n, s, d] with room for whole tiles.
+
 Axes: b batch, f latent frames, l query tokens, s key tokens, n heads, d head dim.
 """
 
@@ -20,9 +24,9 @@ from flax import struct
 
 from chameleon_jax.attention.core import Attend, attention
 from chameleon_jax.attention.policies import CachePolicy, State
-from chameleon_jax.attention.positions import apply_rope, rope
+from chameleon_jax.attention.positions import Rope, apply_rope, rope
 
-LayerCache = tuple[jax.Array, jax.Array]  # k, v: [b, frames * tokens, n, d]
+LayerCache = tuple[jax.Array, jax.Array]  # k, v: [b, frames * tokens, n, d], or heads first
 
 
 @struct.dataclass
@@ -45,12 +49,13 @@ class KVCache:
     """The cache as a value (a pytree). Donate it to the program that returns its successor.
 
     Attributes:
-      k: keys per layer, [b, frames * tokens, n, d] each; unrotated if the policy says so. Or, see
-        `Stacked`, those of all layers in one array.
+      k: keys per layer, [b, frames * tokens, n, d] each, or [b, n, s, d] with `heads_first`;
+        unrotated if the policy says so. Or, see `Stacked`, those of all layers in one array.
       v: values, as `k`.
       state: counters of the policy; traced.
       policy: which frames are kept; static.
       grid: rows and columns of tokens in a frame; static.
+      heads_first: how the buffers lie; static.
     """
 
     k: tuple[jax.Array, ...] | jax.Array
@@ -58,6 +63,7 @@ class KVCache:
     state: State
     policy: CachePolicy = struct.field(pytree_node=False)
     grid: tuple[int, int] = struct.field(pytree_node=False)
+    heads_first: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def tokens(self) -> int:
@@ -105,6 +111,7 @@ def init_cache(
     dtype: jnp.dtype = jnp.float32,
     *,
     stacked: bool = False,
+    heads_first: int | None = None,
 ) -> KVCache:
     """An empty cache; its condition frames must be prefilled before the first chunk.
 
@@ -116,13 +123,18 @@ def init_cache(
       heads, head_dim: of the transformer.
       dtype: of keys and values: the transformer's computing dtype.
       stacked: all layers in one array, for a transformer with `scan_layers`.
+      heads_first: room for so many tokens, heads first; see `core.cached_tokens`. None: tokens
+        first, as many as there are.
     """
     shape = (batch, policy.frames * grid[0] * grid[1], heads, head_dim)
+    if heads_first is not None:
+        shape = (batch, heads, heads_first, head_dim)
+    about = policy.start(), policy, tuple(grid), heads_first is not None
     if stacked:
         k, v = (jnp.zeros((layers, *shape), dtype) for _ in range(2))
-        return KVCache(k, v, policy.start(), policy, tuple(grid))
+        return KVCache(k, v, *about)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
-    return KVCache(k, v, policy.start(), policy, tuple(grid))
+    return KVCache(k, v, *about)
 
 
 def withdraw(cache: KVCache) -> KVCache:
@@ -149,7 +161,8 @@ def close_chunk(cache: KVCache) -> KVCache:
 
 
 def read_frames(cache: KVCache, slots: jax.Array) -> tuple[Any, Any]:
-    """Keys and values of some slots, as `put_frames` takes them: copies, in the layout of k and v.
+    """Keys and values of some slots, as `put_frames` takes them: copies, [..., f, tokens, n, d]
+    each, or [..., n, f, tokens, d] with heads first.
 
     Args:
       cache: stays as it is.
@@ -157,26 +170,38 @@ def read_frames(cache: KVCache, slots: jax.Array) -> tuple[Any, Any]:
     """
 
     def read(x: jax.Array) -> jax.Array:
-        return _by_frame(x, cache.tokens).take(slots, axis=x.ndim - 3)
+        by_frame, axis = _by_frame(x, cache)
+        return by_frame.take(slots, axis=axis)
 
     return jax.tree.map(read, cache.k), jax.tree.map(read, cache.v)
 
 
 def put_frames(cache: KVCache, slots: jax.Array, kept: tuple[Any, Any]) -> KVCache:
     """The inverse of `read_frames`; the counters stay. In place where the cache was donated."""
+    tokens, axis = cache.tokens, _token_axis(cache.heads_first)
 
     def put(x: jax.Array, frames: jax.Array) -> jax.Array:
-        by_frame = jnp.moveaxis(_by_frame(x, cache.tokens), x.ndim - 3, 0)
-        changed = by_frame.at[slots].set(jnp.moveaxis(frames, x.ndim - 3, 0))
-        return jnp.moveaxis(changed, 0, x.ndim - 3).reshape(x.shape)
+        for index in range(slots.shape[0]):
+            frame = jax.lax.index_in_dim(frames, index, frames.ndim + axis - 1, keepdims=False)
+            start = slots[index] * tokens
+            x = jax.lax.dynamic_update_slice_in_dim(x, frame, start, axis=x.ndim + axis)
+        return x
 
     k, v = kept
     return cache.replace(k=jax.tree.map(put, cache.k, k), v=jax.tree.map(put, cache.v, v))
 
 
-def _by_frame(x: jax.Array, tokens: int) -> jax.Array:
-    """[..., frames * tokens, n, d] to [..., frames, tokens, n, d]."""
-    return x.reshape(*x.shape[:-3], -1, tokens, *x.shape[-2:])
+def _token_axis(heads_first: bool) -> int:
+    """The axis of the tokens, from the end."""
+    return -2 if heads_first else -3
+
+
+def _by_frame(x: jax.Array, cache: KVCache) -> tuple[jax.Array, int]:
+    """The tokens axis as (frames, tokens), and where the frames are; room behind them left out."""
+    axis = x.ndim + _token_axis(cache.heads_first)
+    tokens, frames = cache.tokens, cache.policy.frames
+    x = jax.lax.slice_in_dim(x, 0, frames * tokens, axis=axis)
+    return x.reshape(*x.shape[:axis], frames, tokens, *x.shape[axis + 1 :]), axis
 
 
 def prefilling(cache: KVCache, head_dim: int, *, backend: str | None = None) -> Attend:
@@ -187,49 +212,75 @@ def prefilling(cache: KVCache, head_dim: int, *, backend: str | None = None) -> 
         rotated = apply_rope(k, turn)
         out = attention(apply_rope(q, turn), rotated, v, backend=backend)
         written = rotated if cache.policy.rotates_on_write else k
-        return out, _write(layer_cache, written, v, 0)
+        return out, _write(layer_cache, written, v, 0, cache.heads_first)
 
     return attend
 
 
 def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> Attend:
     """Attention of the chunk in flight: its k, v go to its slots, then it sees the first frames."""
-    policy, tokens = cache.policy, cache.tokens
+    policy, tokens, heads_first = cache.policy, cache.tokens, cache.heads_first
     turn = rope(policy.query_positions(cache.state), *cache.grid, head_dim)
     slots = policy.slots(cache.state)
     kv_length = tokens * policy.length(cache.state)
     by_age = policy.key_positions(cache.state)
     turn_keys = None if by_age is None else rope(by_age, *cache.grid, head_dim)
 
+    def turned(keys: jax.Array) -> jax.Array:
+        if turn_keys is None:
+            return keys
+        room = keys.shape[_token_axis(heads_first)] - turn_keys.cos.shape[0]
+        padded = Rope(*(jnp.pad(table, ((0, room), (0, 0))) for table in turn_keys))
+        return apply_rope(keys, padded, heads_first=heads_first)
+
     def attend(q, k, v, layer_cache):
         written = k if turn_keys else apply_rope(k, turn)
         if policy.contiguous:
-            layer_cache = _write(layer_cache, written, v, tokens * slots[0])
+            layer_cache = _write(layer_cache, written, v, tokens * slots[0], heads_first)
         else:
-            layer_cache = _write_frames(layer_cache, written, v, tokens, slots)
+            layer_cache = _write_frames(layer_cache, written, v, tokens, slots, heads_first)
         keys, values = layer_cache
-        keys = apply_rope(keys, turn_keys) if turn_keys else keys
-        out = attention(apply_rope(q, turn), keys, values, kv_length=kv_length, backend=backend)
+        out = attention(
+            apply_rope(q, turn),
+            turned(keys),
+            values,
+            kv_length=kv_length,
+            backend=backend,
+            heads_first=heads_first,
+        )
         return out, layer_cache
 
     return attend
 
 
 def _write(
-    layer_cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array | int
+    layer_cache: LayerCache,
+    k_blnd: jax.Array,
+    v_blnd: jax.Array,
+    start: jax.Array | int,
+    heads_first: bool,
 ) -> LayerCache:
     """Overwrite tokens from `start` on. In place where the buffer was donated."""
-    old_k, old_v = layer_cache
-    new_k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), start, axis=1)
-    new_v = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), start, axis=1)
-    return new_k, new_v
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.swapaxes(1, 2) if heads_first else new
+        axis = old.ndim + _token_axis(heads_first)
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=axis)
+
+    return write(layer_cache[0], k_blnd), write(layer_cache[1], v_blnd)
 
 
 def _write_frames(
-    layer_cache: LayerCache, k: jax.Array, v: jax.Array, tokens: int, slots: jax.Array
+    layer_cache: LayerCache,
+    k_blnd: jax.Array,
+    v_blnd: jax.Array,
+    tokens: int,
+    slots: jax.Array,
+    heads_first: bool,
 ) -> LayerCache:
     """Overwrite one frame after the other, each in its own slot."""
     for index in range(slots.shape[0]):
         own = slice(index * tokens, (index + 1) * tokens)
-        layer_cache = _write(layer_cache, k[:, own], v[:, own], tokens * slots[index])
+        start = tokens * slots[index]
+        layer_cache = _write(layer_cache, k_blnd[:, own], v_blnd[:, own], start, heads_first)
     return layer_cache

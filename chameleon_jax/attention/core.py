@@ -48,7 +48,10 @@ NEEDS = {
 }
 HOW_TO_INSTALL = {"cudnn": "pip install 'jax[cuda13]'", "splash": "pip install 'jax[tpu]'"}
 
-SPLASH_QUERIES, SPLASH_KEYS = 512, 1024  # tokens of a tile; arrays are padded up to whole tiles
+# Most tokens of a tile of splash attention; arrays are padded up to whole tiles. The backward
+# kernels hold several tiles of logits at once.
+SPLASH_QUERIES, SPLASH_QUERIES_BACKWARD, SPLASH_KEYS = 1024, 512, 1024
+SPLASH_WASTE = 0.02  # of the queries: more padding than that, and smaller tiles are taken
 LANES = 128  # minor tile size of a TPU
 
 
@@ -112,6 +115,7 @@ def attention(
     *,
     kv_length: jax.Array | int | None = None,
     backend: str | None = None,
+    heads_first: bool = False,
 ) -> jax.Array:
     """softmax(q k / sqrt(d)) v over the first `kv_length` keys.
 
@@ -121,6 +125,7 @@ def attention(
       v_bsnd: values.
       kv_length: how many keys count, from the front; at least 1. May be traced. None means all.
       backend: "cudnn", "splash", "xla", or None to choose by platform.
+      heads_first: keys and values are [b, n, s, d], as a cache may hold them.
 
     Returns:
       [b, l, n, d] in the dtype of the queries.
@@ -129,12 +134,14 @@ def attention(
       BackendError: see `choose_backend`.
     """
     kernel = KERNELS[choose_backend(backend, q_blnd.dtype)]
+    kernel = functools.partial(kernel, heads_first=heads_first)
     split = sharding.SEQUENCE_HEADS
+    of_keys = sharding.HEADS_SEQUENCE if heads_first else split
+    inputs = [split, of_keys, of_keys]
     if kv_length is None:
-        attend = sharding.per_device(functools.partial(kernel, kv_length=None), [split] * 3, split)
+        attend = sharding.per_device(functools.partial(kernel, kv_length=None), inputs, split)
         return attend(q_blnd, k_bsnd, v_bsnd)
-    everywhere = PartitionSpec()
-    attend = sharding.per_device(kernel, [split, split, split, everywhere], split)
+    attend = sharding.per_device(kernel, [*inputs, PartitionSpec()], split)
     return attend(q_blnd, k_bsnd, v_bsnd, jnp.asarray(kv_length))
 
 
@@ -185,14 +192,33 @@ def tapped(attend: Attend) -> Attend:
     return attend_and_show
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None) -> jax.Array:
+def cached_tokens(backend: str | None, dtype: jnp.dtype, tokens: int) -> int | None:
+    """How many tokens a cache of `tokens` holds, heads first, so that a kernel reads it in place.
+
+    None where kernels read tokens first, [b, s, n, d], without a copy.
+    """
+    if choose_backend(backend, dtype) != "splash":
+        return None
+    return _whole_tiles(tokens)[1]
+
+
+def _xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_length: jax.Array | int | None,
+    *,
+    heads_first: bool = False,
+) -> jax.Array:
     """Plain products, with heads in front of tokens and the sum of the weights divided out last.
 
     On a CPU that takes a fifth less time than the usual order: no copy of the weights is turned
     around for the second product, and the division touches d numbers of a query instead of s.
     """
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    q, k, v = (x.swapaxes(1, 2) for x in (scaled, k, v))  # [b, n, l or s, d]
+    q = scaled.swapaxes(1, 2)  # [b, n, l, d]
+    if not heads_first:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     logits = jnp.einsum("bnld,bnsd->bnls", q, k, preferred_element_type=jnp.float32)
     if kv_length is not None:
         least = jnp.finfo(jnp.float32).min
@@ -207,8 +233,15 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | 
 
 
 def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_length: jax.Array | int | None,
+    *,
+    heads_first: bool = False,
 ) -> jax.Array:
+    if heads_first:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     lengths = None if kv_length is None else jnp.full(q.shape[:1], kv_length, jnp.int32)
     return jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
@@ -216,19 +249,25 @@ def _cudnn(
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, kv_length: jax.Array | int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_length: jax.Array | int | None,
+    *,
+    heads_first: bool = False,
 ) -> jax.Array:
     """Splash attention has no scale, wants heads in front, whole tiles and heads of whole lanes."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    length, keys, heads, head_dim = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
-    block_l = min(SPLASH_QUERIES, _round_up(length, LANES))
-    block_s = min(SPLASH_KEYS, _round_up(keys, LANES))
-    padded_l, padded_s = _round_up(length, block_l), _round_up(keys, block_s)
+    if not heads_first:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    length, heads, head_dim, keys = q.shape[1], q.shape[2], q.shape[3], k.shape[2]
+    block_l = query_tile(length)
+    block_s, padded_s = _whole_tiles(keys)
+    padded_l = _round_up(length, block_l)
 
     def lay_out(x: jax.Array, tokens: int) -> jax.Array:
-        more = ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, -head_dim % LANES))
-        return jnp.pad(x, more).transpose(0, 2, 1, 3)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, tokens - x.shape[2]), (0, -head_dim % LANES)))
 
     kernel = _splash_kernel(heads, padded_l, padded_s, block_l, block_s)
     segments = None
@@ -236,10 +275,29 @@ def _splash(
     if padded_s != keys or kv_length is not None:
         valid = jnp.arange(padded_s) < (keys if kv_length is None else kv_length)
         segments = SegmentIds(jnp.ones(padded_l, jnp.int32), valid.astype(jnp.int32))
-    scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype).swapaxes(1, 2)
     inputs = lay_out(scaled, padded_l), lay_out(k, padded_s), lay_out(v, padded_s)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(*inputs)
     return out.transpose(0, 2, 1, 3)[:, :length, :, :head_dim].astype(q.dtype)
+
+
+def query_tile(length: int) -> int:
+    """Tokens of a tile of queries: whole lanes, large, and with little padding.
+
+    2,640 tokens, a chunk at 1280x704, are three tiles of 896 with 2 % of padding, where tiles of
+    512 would need 16 %.
+    """
+    counts = range(-(-length // SPLASH_QUERIES), max(1, length // LANES) + 1)
+    tiles = [_round_up(-(-length // count), LANES) for count in counts]
+    waste = {tile: _round_up(length, tile) / length - 1 for tile in tiles}
+    good = [tile for tile in waste if waste[tile] <= SPLASH_WASTE]
+    return max(good) if good else min(waste, key=lambda tile: (waste[tile], -tile))
+
+
+def _whole_tiles(keys: int) -> tuple[int, int]:
+    """Tokens of a tile of keys, and of all tiles."""
+    tile = min(SPLASH_KEYS, _round_up(keys, LANES))
+    return tile, _round_up(keys, tile)
 
 
 @functools.cache
@@ -255,14 +313,16 @@ def _splash_kernel(
         splash_attention_mask as splash_mask,
     )
 
+    smaller = range(LANES, SPLASH_QUERIES_BACKWARD + 1, LANES)
+    backward = max(tile for tile in smaller if queries % tile == 0)
     sizes = splash.BlockSizes(
         block_q=block_l,
         block_kv=block_s,
         block_kv_compute=block_s,
-        block_q_dkv=block_l,
+        block_q_dkv=backward,
         block_kv_dkv=block_s,
         block_kv_dkv_compute=block_s,
-        block_q_dq=block_l,
+        block_q_dq=backward,
         block_kv_dq=block_s,
     )
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, keys))] * heads)

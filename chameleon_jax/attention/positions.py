@@ -109,10 +109,10 @@ def rope(frames_f: jax.Array | np.ndarray, grid_h: int, grid_w: int, head_dim: i
     return Rope(spread(np.cos), spread(np.sin))
 
 
-def apply_rope(x_blnd: jax.Array, rope: Rope) -> jax.Array:
+def apply_rope(x_blnd: jax.Array, rope: Rope, *, heads_first: bool = False) -> jax.Array:
     """Turn every pair (a, b) of channels into (a cos - b sin, a sin + b cos).
 
-    Computed in float32, returned in the dtype of x.
+    Computed in float32, returned in the dtype of x. With `heads_first` x is [b, n, l, d].
 
     The partner of each channel is fetched by two shifts and a choice: an axis of size 2 would be
     padded to a whole vector register on accelerators.
@@ -120,6 +120,8 @@ def apply_rope(x_blnd: jax.Array, rope: Rope) -> jax.Array:
     x = x_blnd.astype(jnp.float32)
     even = np.arange(x.shape[-1]) % 2 == 0
     partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-    cos = jnp.repeat(rope.cos, 2, axis=-1)[:, None]
-    sin = jnp.where(even, -1.0, 1.0) * jnp.repeat(rope.sin, 2, axis=-1)[:, None]
+    cos = jnp.repeat(rope.cos, 2, axis=-1)
+    sin = jnp.where(even, -1.0, 1.0) * jnp.repeat(rope.sin, 2, axis=-1)
+    if not heads_first:
+        cos, sin = cos[:, None], sin[:, None]
     return (x * cos + partner * sin).astype(x_blnd.dtype)

@@ -39,6 +39,7 @@ from chameleon_jax.attention.cache import (
     prefilling,
     streaming,
 )
+from chameleon_jax.attention.core import cached_tokens
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.diffusion import flow
 from chameleon_jax.diffusion.sampler import guidance
@@ -295,7 +296,8 @@ def new_cache(dit: DiT, policy: CachePolicy, batch: int, latent_size: tuple[int,
     grid = (height // i, width // j)
     config = dit.config
     sizes = config.layers, batch, grid, config.heads, config.head_dim
-    return init_cache(policy, *sizes, dit.dtype, stacked=config.scan_layers)
+    room = cached_tokens(config.attention, dit.dtype, policy.frames * grid[0] * grid[1])
+    return init_cache(policy, *sizes, dit.dtype, stacked=config.scan_layers, heads_first=room)
 
 
 def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> KVCache:

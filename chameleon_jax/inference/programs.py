@@ -358,8 +358,11 @@ class StreamPrograms(Programs):
             return rollout.new_cache(dit, policy, self.streams, self.grid)
 
         empty = jax.eval_shape(lambda: new_cache(dit))
-        cache = jax.tree.map(lambda leaf: _on_heads(leaf.ndim), empty)
-        kept = WHOLE, _on_heads(jax.tree.leaves(empty.k)[0].ndim + 1)  # slots; their frames
+        axis = -3 if empty.heads_first else -2  # of the heads in [..., s, d] or [..., n, d]
+        cache = jax.tree.map(lambda leaf: _on_heads(leaf.ndim, axis), empty)
+        # Slots; their frames, of which the tokens have an axis more.
+        more = jax.tree.leaves(empty.k)[0].ndim + 1
+        kept = WHOLE, _on_heads(more, axis - empty.heads_first)
         self.empty = self.placed(empty, cache)  # shapes of a cache, and their places
         self.add("new_cache", "dit", new_cache, gives=cache)
         if policy.context:
@@ -493,12 +496,18 @@ def stream_arguments(
     return of_media, of_stream
 
 
-def _on_heads(ndim: int) -> PartitionSpec:
-    """How keys and values [..., n, d] of a cache are split; its counters, of fewer axes, are whole.
+def _on_heads(ndim: int, axis: int) -> PartitionSpec:
+    """How keys and values of a cache are split; its counters, of fewer axes, are whole.
 
     Over the heads that attention gives to each device: see `sharding.SEQUENCE_HEADS`.
+
+    Args:
+      ndim: axes of the array.
+      axis: of the heads, from the end.
     """
-    return PartitionSpec(*[None] * (ndim - 2), ("seq", "tensor")) if ndim >= 4 else WHOLE
+    if ndim < 4:
+        return WHOLE
+    return PartitionSpec(*[None] * (ndim + axis), ("seq", "tensor"))
 
 
 def compile_all(jobs: Sequence[tuple[Programs, Arguments]]) -> dict[str, float]:

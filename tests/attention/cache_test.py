@@ -62,12 +62,17 @@ def _qkv(rng, frames):
     return rng.standard_normal((3, 1, frames * TOKENS, HEADS, DIM)).astype(np.float32)
 
 
+@pytest.mark.parametrize("room", [None, 0, 7])
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_streaming_equals_a_list_of_frames(layout, positions):
-    """Over more than three rounds of the ring, two passes a chunk, a refresh and a withdrawal."""
+def test_streaming_equals_a_list_of_frames(layout, positions, room):
+    """Over more than three rounds of the ring, two passes a chunk, a refresh and a withdrawal.
+
+    Tokens first, and heads first with room for more tokens than there are.
+    """
     policy = Ring(**layout, positions=positions)
-    cache = init_cache(policy, 1, 1, GRID, HEADS, DIM)
+    heads_first = None if room is None else policy.frames * TOKENS + room
+    cache = init_cache(policy, 1, 1, GRID, HEADS, DIM, heads_first=heads_first)
     reference = FrameList(policy)
 
     @jax.jit
@@ -102,6 +107,32 @@ def test_streaming_equals_a_list_of_frames(layout, positions):
     assert int(cache.length) == policy.context
     q, k, v = _qkv(rng, policy.block)
     np.testing.assert_allclose(step(cache, q, k, v)[0], reference.attend(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("heads_first", [None, 23 * TOKENS + 5])
+def test_frames_that_are_put_back_are_where_they_were(heads_first, stacked):
+    cache = init_cache(Ring(), 2, 1, GRID, HEADS, DIM, stacked=stacked, heads_first=heads_first)
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    k, v = (jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), part)
+            for part in (cache.k, cache.v))  # fmt: skip
+    cache, slots = cache.replace(k=k, v=v), jnp.array([7, 2, 22])
+    kept = kv.read_frames(cache, slots)
+    axis = -3 if heads_first is None else -2
+    for whole, frames in zip(jax.tree.leaves((k, v)), jax.tree.leaves(kept), strict=True):
+        for index, slot in enumerate(slots):
+            expected = whole.take(jnp.arange(slot * TOKENS, (slot + 1) * TOKENS), axis)
+            np.testing.assert_array_equal(frames.take(index, axis - 1), expected)
+    spoilt = cache.replace(
+        k=jax.tree.map(jnp.copy, k), v=jax.tree.map(lambda x: jnp.full_like(x, 7), v)
+    )
+    back = kv.put_frames(spoilt, slots, kept)
+    for ours, frames in zip(
+        jax.tree.leaves(kv.read_frames(back, slots)), jax.tree.leaves(kept), strict=True
+    ):
+        np.testing.assert_array_equal(ours, frames)
+    others = kv.read_frames(back, jnp.array([0, 6, 8, 21]))[1]
+    assert all((leaf == 7).all() for leaf in jax.tree.leaves(others))
 
 
 def test_a_ring_closes_a_chunk_and_nothing_else():

@@ -70,6 +70,42 @@ def test_tpu_kernel_agrees(shape, length, monkeypatch):
     np.testing.assert_allclose(got, attention(q, k, v, kv_length=length, backend="xla"), atol=2e-5)
 
 
+@pytest.mark.parametrize("room", [300, 384])
+def test_tpu_kernel_reads_keys_with_the_heads_first(room, monkeypatch):
+    """As a cache holds them, with room for whole tiles or without."""
+    monkeypatch.setattr(core, "_installed", lambda name: True)
+    q, k, v = _qkv(b=1, n=2, l=130, s=300, d=128)
+    turned = [jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, room - 300), (0, 0))) for x in (k, v)]
+    expected = attention(q, k, v, kv_length=250, backend="xla")
+    plain = attention(q, *turned, kv_length=250, backend="xla", heads_first=True)
+    np.testing.assert_allclose(plain, expected, atol=2e-6)
+    with pltpu.force_tpu_interpret_mode():
+        got = jax.jit(lambda *x: attention(*x, kv_length=250, backend="splash", heads_first=True))(
+            q, *turned
+        )
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 100, 128, 440, 1760, 2640, 3520, 20240, 40480])
+def test_tiles_of_queries_are_whole_lanes_and_waste_little(length):
+    tile = core.query_tile(length)
+    waste = -(-length // tile) * tile - length
+    assert tile % core.LANES == 0 and tile <= core.SPLASH_QUERIES
+    assert waste < core.LANES or waste <= core.SPLASH_WASTE * length
+
+
+def test_a_chunk_at_the_published_size_is_three_tiles():
+    assert core.query_tile(2640) == 896
+
+
+def test_a_cache_lies_as_the_kernel_reads_it(monkeypatch):
+    monkeypatch.setattr(core, "_installed", lambda name: True)
+    assert core.cached_tokens("splash", jnp.bfloat16, 20240) == 20480
+    assert core.cached_tokens("splash", jnp.bfloat16, 100) == 128
+    assert core.cached_tokens("cudnn", jnp.bfloat16, 20240) is None
+    assert core.cached_tokens("xla", jnp.float32, 20240) is None
+
+
 def test_tpu_kernel_has_the_same_gradient(monkeypatch):
     monkeypatch.setattr(core, "_installed", lambda name: True)
     qkv = _qkv(b=1, l=130, s=150, n=2, d=64)
