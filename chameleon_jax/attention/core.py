@@ -92,8 +92,10 @@ def backend_for(device: jax.Device, dtype: jnp.dtype) -> str:
     """The backend of a device, which may be one of a topology that is not here."""
     if device.platform == "tpu":
         return "splash"
-    cuda = "cuda" in device.client.platform_version.lower()
-    return "cudnn" if cuda and _half(dtype) else "xla"
+    # A topology names the chip, a driver its version.
+    version = device.client.platform_version.lower()
+    nvidia = "cuda" in version or "nvidia" in version
+    return "cudnn" if nvidia and _half(dtype) else "xla"
 
 
 def _half(dtype: jnp.dtype) -> bool:

@@ -4,6 +4,8 @@ form, the choice.
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,23 @@ def test_tpu_kernel_has_the_same_gradient(monkeypatch):
 def test_the_platform_decides_if_nobody_asks():
     expected = {"cpu": "xla", "tpu": "splash"}.get(jax.devices()[0].platform, "cudnn")
     assert choose_backend(None, jnp.bfloat16) == expected
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "dtype", "expected"),
+    [
+        ("tpu", "TPU v6 lite", jnp.float32, "splash"),
+        ("gpu", "cuda 13000", jnp.bfloat16, "cudnn"),
+        ("gpu", "PJRT C API\nNVIDIA H200", jnp.bfloat16, "cudnn"),  # of a topology
+        ("gpu", "cuda 13000", jnp.float32, "xla"),
+        ("gpu", "rocm 70000", jnp.bfloat16, "xla"),
+        ("cpu", "", jnp.bfloat16, "xla"),
+    ],
+)
+def test_devices_have_the_kernel_of_their_maker(platform, version, dtype, expected):
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(platform=platform, client=client)
+    assert core.backend_for(device, dtype) == expected
 
 
 def test_what_is_asked_for_and_absent_is_an_error(monkeypatch):
