@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -218,11 +219,11 @@ def run(values: cli.Values) -> None:
     from launch import jobs
 
     config = check_config(jobs.read_config(values, CONFIG, jobs.is_for_streams))
-    if values.first_frame:
-        files.write_json(out, first_frame(values, config))
-        return
     with contextlib.ExitStack() as stack:
-        report = measured(values, config, groups, stack)
+        if values.first_frame:
+            report = first_frame(values, config)
+        else:
+            report = measured(values, config, groups, stack)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(out, report)
     print(f"written to {out}")
@@ -239,11 +240,13 @@ def measured(
     figures: dict[str, bench_figures.Figure] = {}
     starts: dict[str, Any] = {}
     if "start" in groups and not values.length_independence:
-        # Before this process takes the device. It reads the programs that the last start has left.
+        # Before this process takes the device.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         starts = bench_start.measure(config_flags(values), values.starts, folder)
         figures |= bench_start.figures(starts)
-        compilation.use_cache(folder)
+        kept = compilation.use_cache() if values.compilation_cache else None
+        if kept is not None:  # what the last start has compiled need not be compiled again
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
     cli.start_jax(values)
     begin = time.perf_counter()
     pipeline, prompt = load_pipeline(values, config)

@@ -11,7 +11,8 @@ Axes: b batch, f latent frames, l query tokens, s key tokens, n heads, d head di
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +193,20 @@ def prefilling(cache: KVCache, head_dim: int, *, backend: str | None = None) -> 
     return attend
 
 
-def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> Attend:
+class StreamingAttention(NamedTuple):
+    """`Attend` of a stream in its two steps, for who does not need what the second one gives."""
+
+    write: Callable[[jax.Array, jax.Array, LayerCache], LayerCache]  # k, v: to their slots
+    read: Callable[[jax.Array, LayerCache], jax.Array]  # q: what it sees of the first frames
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        layer_cache = self.write(k, v, layer_cache)
+        return self.read(q, layer_cache), layer_cache
+
+
+def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> StreamingAttention:
     """Attention of the chunk in flight: its k, v go to its slots, then it sees the first frames."""
     policy, tokens = cache.policy, cache.tokens
     turn = rope(policy.query_positions(cache.state), *cache.grid, head_dim)
@@ -201,18 +215,18 @@ def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> A
     by_age = policy.key_positions(cache.state)
     turn_keys = None if by_age is None else rope(by_age, *cache.grid, head_dim)
 
-    def attend(q, k, v, layer_cache):
+    def write(k, v, layer_cache):
         written = k if turn_keys else apply_rope(k, turn)
         if policy.contiguous:
-            layer_cache = _write(layer_cache, written, v, tokens * slots[0])
-        else:
-            layer_cache = _write_frames(layer_cache, written, v, tokens, slots)
+            return _write(layer_cache, written, v, tokens * slots[0])
+        return _write_frames(layer_cache, written, v, tokens, slots)
+
+    def read(q, layer_cache):
         keys, values = layer_cache
         keys = apply_rope(keys, turn_keys) if turn_keys else keys
-        out = attention(apply_rope(q, turn), keys, values, kv_length=kv_length, backend=backend)
-        return out, layer_cache
+        return attention(apply_rope(q, turn), keys, values, kv_length=kv_length, backend=backend)
 
-    return attend
+    return StreamingAttention(write, read)
 
 
 def _write(
