@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 from chameleon_jax import __version__
-from chameleon_jax.errors import UserError, one_line
+from chameleon_jax.errors import ROOT, UserError, one_line
 
 # What results depend on; accelerator plug-ins and optional packages where they are installed.
 PACKAGES = (
@@ -29,6 +30,9 @@ PACKAGES = (
     "nvidia-cudnn-cu12",
     "libtpu",
 )
+
+# What changes results or speed without being seen: variables of XLA, of libtpu and of JAX.
+SETTINGS = re.compile(r"^(XLA_|LIBTPU_|JAX_|NCCL_|TF_GPU_|OMP_NUM_THREADS$)")
 
 
 class DeviceError(UserError):
@@ -82,6 +86,34 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit() -> str | None:
+    """The commit of this project's clone, with "+" behind it if files differ; None if there is
+    none, or no git.
+    """
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def settings() -> dict[str, str]:
+    """Variables of the environment that change how JAX computes, see `SETTINGS`."""
+    return {name: os.environ[name] for name in sorted(os.environ) if SETTINGS.search(name)}
+
+
+def load() -> list[float] | None:
+    """Processes that ran or waited, on average over 1, 5 and 15 minutes; None where unknown."""
+    return [round(mean, 2) for mean in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
 def memory_in_use() -> int:
     """Bytes in use now: on the fullest accelerator of this process, or resident on a CPU."""
     found = _device_memory("bytes_in_use")
@@ -96,6 +128,11 @@ def peak_memory() -> int:
     """Largest number of bytes that were in use, as in `memory_in_use`."""
     found = _device_memory("peak_bytes_in_use")
     return found if found is not None else peak_resident() or 0
+
+
+def peak_device_memory() -> int | None:
+    """Largest number of bytes in use on the fullest accelerator; None on a CPU."""
+    return _device_memory("peak_bytes_in_use")
 
 
 def _device_memory(name: str) -> int | None:

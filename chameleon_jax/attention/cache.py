@@ -15,7 +15,8 @@ Axes: b batch, f latent frames, l query tokens, s key tokens, n heads, d head di
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,20 @@ def prefilling(cache: KVCache, head_dim: int, *, backend: str | None = None) -> 
     return attend
 
 
-def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> Attend:
+class StreamingAttention(NamedTuple):
+    """`Attend` of a stream in its two steps, for who does not need what the second one gives."""
+
+    write: Callable[[jax.Array, jax.Array, LayerCache], LayerCache]  # k, v: to their slots
+    read: Callable[[jax.Array, LayerCache], jax.Array]  # q: what it sees of the first frames
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, layer_cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        layer_cache = self.write(k, v, layer_cache)
+        return self.read(q, layer_cache), layer_cache
+
+
+def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> StreamingAttention:
     """Attention of the chunk in flight: its k, v go to its slots, then it sees the first frames."""
     policy, tokens, heads_first = cache.policy, cache.tokens, cache.heads_first
     turn = rope(policy.query_positions(cache.state), *cache.grid, head_dim)
@@ -233,14 +247,15 @@ def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> A
         padded = Rope(*(jnp.pad(table, ((0, room), (0, 0))) for table in turn_keys))
         return apply_rope(keys, padded, heads_first=heads_first)
 
-    def attend(q, k, v, layer_cache):
+    def write(k, v, layer_cache):
         written = k if turn_keys else apply_rope(k, turn)
         if policy.contiguous:
-            layer_cache = _write(layer_cache, written, v, tokens * slots[0], heads_first)
-        else:
-            layer_cache = _write_frames(layer_cache, written, v, tokens, slots, heads_first)
+            return _write(layer_cache, written, v, tokens * slots[0], heads_first)
+        return _write_frames(layer_cache, written, v, tokens, slots, heads_first)
+
+    def read(q, layer_cache):
         keys, values = layer_cache
-        out = attention(
+        return attention(
             apply_rope(q, turn),
             turned(keys),
             values,
@@ -248,9 +263,8 @@ def streaming(cache: KVCache, head_dim: int, *, backend: str | None = None) -> A
             backend=backend,
             heads_first=heads_first,
         )
-        return out, layer_cache
 
-    return attend
+    return StreamingAttention(write, read)
 
 
 def _write(

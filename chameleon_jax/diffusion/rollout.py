@@ -64,7 +64,7 @@ class Sampler(Protocol):
     Made by `make_sampler`; a static value.
 
     The last row is the clean pass: t is 0, and the step leaves x as it is. As a step of the loop it
-    costs 0.6 % (the last layer's output is not needed) and halves the program to compile.
+    halves the program to compile; what nobody needs of it, the end of the last layer, is left out.
     """
 
     opening: int  # rows in front that are for the first chunk alone; 0: it is as all others
@@ -331,7 +331,12 @@ def prefill(dit: DiT, cache: KVCache, z_context: jax.Array, text_kv: TextKV) -> 
 
 
 def forward(
-    dit: DiT, cache: KVCache, x_bfhwc: jax.Array, t_bf: jax.Array, text_kv: TextKV
+    dit: DiT,
+    cache: KVCache,
+    x_bfhwc: jax.Array,
+    t_bf: jax.Array,
+    text_kv: TextKV,
+    needed: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """One pass over the chunk in flight.
 
@@ -343,6 +348,7 @@ def forward(
       x_bfhwc: latents of the chunk [b, block, h, w, c].
       t_bf: their timesteps.
       text_kv: from `dit.text_kv`.
+      needed: is the velocity wanted, or any will do? A traced bool; None: it is.
 
     Returns:
       The chunk's velocity, and the cache with its keys and values of this pass.
@@ -355,7 +361,7 @@ def forward(
             f"{x_bfhwc.shape[1]} latent frames; a chunk of the cache has {cache.policy.block}"
         )
     attend = streaming(cache, dit.config.head_dim, backend=dit.config.attention)
-    v, layers = dit(x_bfhwc, t_bf, text_kv, attend, cache.layers)
+    v, layers = dit(x_bfhwc, t_bf, text_kv, attend, cache.layers, needed=needed)
     return v, cache.with_layers(layers)
 
 
@@ -412,23 +418,27 @@ def denoise_chunk(
     )
     draw = _draws(noise_key, noise, shape)
 
-    def predict(x: jax.Array, t: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def predict(
+        x: jax.Array, t: jax.Array, cache: KVCache, needed: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
         if not guides:
-            return forward(dit, cache, x, t, text_kv)
-        both, cache = forward(dit, cache, *(jnp.concatenate([a, a]) for a in (x, t)), text_kv)
+            return forward(dit, cache, x, t, text_kv, needed)
+        x, t = (jnp.concatenate([a, a]) for a in (x, t))
+        both, cache = forward(dit, cache, x, t, text_kv, needed)
         with_prompt, without = jnp.split(both.astype(jnp.float32), 2)
         return guidance(with_prompt, without, sampler.guidance), cache
 
     def step(
-        carry: tuple[jax.Array, Any, KVCache], row: Any
+        carry: tuple[jax.Array, Any, KVCache], this: tuple[Any, jax.Array]
     ) -> tuple[tuple[jax.Array, Any, KVCache], None]:
-        x, past, cache = carry
+        (x, past, cache), (row, needed) = carry, this
         x, t = hold(held, x, jnp.full(shape[:2], row.timestep))
-        v, cache = predict(x, t, cache)
+        v, cache = predict(x, t, cache, needed)
         x, past = sampler.step(row, past, x, v, draw)
         return (x, past, cache), None
 
     cache, rows, start = open_chunk(cache, cut), sampler.rows(dit.dtype), draw(0)
+    rows = rows, _needs_velocity(sampler, len(jax.tree.leaves(rows)[0]))
     carry = start, sampler.init(start), cache
     if sampler.opening:
         carry = _steps_of_chunk(step, carry, rows, sampler.opening, cache.chunk == 0)
@@ -436,6 +446,12 @@ def denoise_chunk(
         carry, _ = jax.lax.scan(step, carry, rows)
     x0, _, cache = carry
     return x0, close_chunk(cache)
+
+
+def _needs_velocity(sampler: Sampler, rows: int) -> jax.Array:
+    """Of each row: all but the clean passes, bool [rows]."""
+    clean = {rows - 1, sampler.opening - 1}
+    return jnp.asarray([row not in clean for row in range(rows)])
 
 
 def _steps_of_chunk(

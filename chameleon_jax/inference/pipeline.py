@@ -345,9 +345,13 @@ class Pipeline:
     @functools.cached_property
     def media(self) -> MediaPrograms:
         """The programs for text, pictures and frames, shared by all users of this pipeline."""
+        return self.media_with(self.decoder)
+
+    def media_with(self, decoder: nnx.Module | None) -> MediaPrograms:
+        """The same with another decoder, not compiled yet; None: the VAE decodes."""
         self._quantize()
         rows = self.size[0] // self.vae.config.spatial_factor
-        return MediaPrograms(self.vae, self.dit, self.text, self.decoder, self.mesh, rows)
+        return MediaPrograms(self.vae, self.dit, self.text, decoder, self.mesh, rows)
 
     @functools.cached_property
     def stream(self) -> StreamPrograms:

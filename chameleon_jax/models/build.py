@@ -16,6 +16,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -126,4 +127,18 @@ def builder(
 def abstract(name: str, group: Mapping[str, Any], **kw: Any) -> Any:
     """A network without weights: shapes and dtypes only; arguments as for `builder`."""
     build = builder(name, group, **kw)
-    return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build(_SameKey(jax.random.key(0))))
+
+
+class _SameKey:
+    """In the place of `nnx.Rngs` where no number is drawn: one key for all parameters.
+
+    Those streams count their draws in arrays, which takes most of the time in which a network is
+    traced, for instance before its weights are loaded.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key = key
+
+    def params(self) -> jax.Array:
+        return self._key

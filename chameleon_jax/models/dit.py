@@ -315,7 +315,13 @@ class Block(nnx.Module):
         self.ffn = MLP(config.width, config.ffn, config.width, gelu_tanh, **kw)
 
     def __call__(
-        self, x_bfpm: jax.Array, e0_bf6m: jax.Array, text_kv: KV, attend: Attend, layer_cache: Any
+        self,
+        x_bfpm: jax.Array,
+        e0_bf6m: jax.Array,
+        text_kv: KV,
+        attend: Attend,
+        layer_cache: Any,
+        needed: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         frames, eps = x_bfpm.shape[1], self.config.eps
         rows = self.modulation.get_value().astype(e0_bf6m.dtype) + e0_bf6m
@@ -327,18 +333,32 @@ class Block(nnx.Module):
             return rearrange(constrain(y_bfpnd, HEADS), "b f p n d -> b (f p) n d")
 
         y = modulate(x, shift1, scale1, eps)
-        k, v = self.self_attn.keys_values(y)
-        q, k, v = (sequence(z) for z in (self.self_attn.queries(y), k, v))
-        y, layer_cache = attend(q, k, v, layer_cache)
-        y = constrain(rearrange(y, "b (f p) n d -> b f p n d", f=frames), TOKENS_OF_HEADS)
-        x = gated(x, self.self_attn.output(y), gate1)
+        k, v = (sequence(z) for z in self.self_attn.keys_values(y))
 
-        q = self.cross_attn.queries(self.cross_norm(x))
-        y = cross_attention(q, *text_kv, backend=self.config.attention)
-        x = x + self.cross_attn.output(y)
+        def queries(y: jax.Array) -> jax.Array:
+            return sequence(self.self_attn.queries(y))
 
-        y = self.ffn(modulate(x, shift2, scale2, eps))
-        return gated(x, y, gate2), layer_cache
+        def rest(x: jax.Array, seen: jax.Array) -> jax.Array:
+            y = rearrange(seen, "b (f p) n d -> b f p n d", f=frames)
+            y = constrain(y, TOKENS_OF_HEADS)
+            x = gated(x, self.self_attn.output(y), gate1)
+
+            q = self.cross_attn.queries(self.cross_norm(x))
+            y = cross_attention(q, *text_kv, backend=self.config.attention)
+            x = x + self.cross_attn.output(y)
+
+            y = self.ffn(modulate(x, shift2, scale2, eps))
+            return gated(x, y, gate2)
+
+        if needed is None:
+            seen, layer_cache = attend(queries(y), k, v, layer_cache)
+            return rest(x, seen), layer_cache
+        layer_cache = attend.write(k, v, layer_cache)
+
+        def whole(x: jax.Array, y: jax.Array) -> jax.Array:
+            return rest(x, attend.read(queries(y), layer_cache))
+
+        return jax.lax.cond(needed, whole, lambda x, y: x, x, y), layer_cache
 
 
 class Head(nnx.Module):
@@ -410,6 +430,7 @@ class DiT(nnx.Module):
         cache: Cache = None,
         *,
         decoded: slice = slice(None),
+        needed: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Velocity of latent frames.
 
@@ -421,6 +442,9 @@ class DiT(nnx.Module):
           cache: what `attend` is handed, layer by layer: a tuple, `Stacked` (only with
             `scan_layers`), or None.
           decoded: the frames whose velocity is wanted.
+          needed: a traced bool; false: the velocity is not wanted, any will do, and what the last
+            layer computes behind its keys and values is left out. Only with an `attend` of
+            `cache.streaming`; with `scan_layers` nothing is left out.
 
         Returns:
           v [b, frames decoded, h, w, c] in the computing dtype, and the layers' caches as `attend`
@@ -444,7 +468,8 @@ class DiT(nnx.Module):
             timestep_embedding(t_bf, self.config.freq_width).astype(self.dtype)
         )
         e0_bf6m = rearrange(self.time_projection(jax.nn.silu(e_bfm)), "b f (r m) -> b f r m", r=6)
-        x, cache = self._run_blocks(self.patch_embedding(x_bfhwc), e0_bf6m, text_kv, attend, cache)
+        x = self.patch_embedding(x_bfhwc)
+        x, cache = self._run_blocks(x, e0_bf6m, text_kv, attend, cache, needed)
         said = self.head(x[:, decoded], e_bfm[:, decoded])
         said = rearrange(said, "b f (h w) (i j c) -> b f (h i) (w j) c", h=h // i, i=i, j=j)
         if self.config.says == "velocity":
@@ -453,7 +478,13 @@ class DiT(nnx.Module):
         return velocity_of_clean(noisy, said, t_bf[:, decoded]), cache
 
     def _run_blocks(
-        self, x: jax.Array, e0: jax.Array, text_kv: TextKV, attend: Attend, cache: Cache
+        self,
+        x: jax.Array,
+        e0: jax.Array,
+        text_kv: TextKV,
+        attend: Attend,
+        cache: Cache,
+        needed: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         """All blocks, as a loop of the compiler (scan) or of Python.
 
@@ -462,8 +493,8 @@ class DiT(nnx.Module):
         graphs, states = zip(*(nnx.split(block) for block in self.blocks), strict=True)
 
         def function(graph: nnx.GraphDef) -> Any:
-            def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any):
-                return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache)
+            def apply(state: nnx.State, x: jax.Array, kv: KV, layer_cache: Any, *needed: Any):
+                return nnx.merge(graph, state)(x, e0, kv, attend, layer_cache, *needed)
 
             return rematerialized(apply, self.config.remat)
 
@@ -481,7 +512,9 @@ class DiT(nnx.Module):
         caches = cache or (None,) * len(graphs)
         left = []
         for graph, state, kv, layer_cache in zip(graphs, states, text_kv, caches, strict=True):
-            x, layer_cache = applies[graph](state, x, kv, layer_cache)
+            is_last = len(left) == len(graphs) - 1
+            more = () if needed is None or not is_last else (needed,)
+            x, layer_cache = applies[graph](state, x, kv, layer_cache, *more)
             left.append(layer_cache)
         return x, tuple(left) if jax.tree.leaves(left) else None
 

@@ -268,6 +268,44 @@ def test_a_chunk_is_a_loop_and_a_clean_pass(sampler):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
+def test_a_clean_pass_computes_what_the_cache_needs_alone():
+    """The same program with and without the velocity: the same bits in the cache. Left out is
+    nearly one of the two layers.
+    """
+    stream = shared("relative")
+    graph, state = nnx.split(stream.dit)
+
+    @jax.jit
+    def run(state, cache, x, t, needed):
+        dit = nnx.merge(graph, state)
+        return rollout.forward(dit, cache, x, t, stream.text_kv, needed)
+
+    args = stream.started(), latents(1, 3), np.full((1, 3), 500.0, np.float32)
+    v, cache = run(state, *args, True)
+    other, cache_alone = run(state, *args, False)
+    for ours, expected in zip(jax.tree.leaves(cache_alone), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    expected, _ = stream.forward(copy(args[0]), *args[1:])
+    np.testing.assert_allclose(v, expected, atol=1e-5)
+    assert jnp.isfinite(other).all() and jnp.abs(other - v).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "clean"),
+    [
+        (EULER, [2]),
+        (FEW, [2]),
+        (make_sampler("unipc", steps=3), [3]),
+        (make_sampler("few_step", timesteps=(1000, 500), first=(1000, 750, 500, 250)), [4, 7]),
+    ],
+)
+def test_only_the_clean_passes_do_without_a_velocity(sampler, clean):
+    times = np.asarray(sampler.rows(jnp.float32).timestep)
+    needed = np.asarray(rollout._needs_velocity(sampler, len(times)))
+    assert list(np.flatnonzero(~needed)) == clean and not times[clean].any()
+    assert times[needed].all()
+
+
 def test_the_key_decides():
     stream = shared("short")
     cache = stream.started()
@@ -295,7 +333,7 @@ class Spy:
     def __init__(self, dtype):
         self.config, self.dtype = tiny_dit.CONFIG, dtype
 
-    def __call__(self, x, t_bf, text_kv, attend, cache):
+    def __call__(self, x, t_bf, text_kv, attend, cache, needed=None):
         return jnp.broadcast_to(t_bf[:, :, None, None, None], x.shape), cache
 
 

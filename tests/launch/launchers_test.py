@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from chameleon_jax.config import load_config
-from launch import cli, evaluate, prepare, train
+from launch import bench, cli, evaluate, prepare, train
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = ("train_slurm.sh", "train_tpu_pod.sh")
@@ -169,3 +171,81 @@ def test_the_mirror_is_trained_in_pieces(tmp_path):
     assert done.returncode == 0 and "done: vae stills" in done.stdout
     done, _ = run_mirror(tmp_path, "huge")
     assert done.returncode == 2 and "expected toy, laptop or gpu" in done.stderr
+
+
+# In the place of Python: notes what it is called with, and fails if that names $FAILS.
+PYTHON_THAT_FAILS = """#!/usr/bin/env bash
+printf '%s\\n' "$@" "flags:$XLA_FLAGS" --- >> "$NOTES"
+[[ -z "$FAILS" || "$*" != *"/$FAILS.json"* ]] || exit 3
+"""
+
+
+def run_h200(tmp_path: Path, *arguments: str, **settings: str):
+    """`bench_h200.sh`; returns what it did and the commands that it called."""
+    python, notes = tmp_path / "python", tmp_path / "notes"
+    python.write_text(PYTHON_THAT_FAILS)
+    python.chmod(0o755)
+    notes.write_text("")
+    env = os.environ | {"PYTHON": str(python), "NOTES": str(notes), "FAILS": "", "XLA_FLAGS": "a"}
+    env |= {"OUT": str(tmp_path / "out"), **settings}
+    command = ["bash", str(LAUNCH / "bench_h200.sh"), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    calls = [part.split() for part in notes.read_text().split("---\n") if part]
+    return done, calls
+
+
+@pytest.mark.parametrize("size", ["5b", "toy"])
+def test_the_benchmark_of_a_gpu_calls_what_exists(tmp_path, size):
+    done, calls = run_h200(tmp_path, size)
+    assert done.returncode == 0, done.stderr
+    groups = []
+    for words in calls:
+        assert words[:2] == ["-m", "launch.bench"]
+        flags = next(place for place, word in enumerate(words) if word.startswith("flags:"))
+        values = cli.read(bench.define_flags, words[2:flags])
+        load_config(values.config, values.overrides)
+        groups.append(bench.chosen_groups(values))
+    assert groups == [["start", "denoise", "decode"], ["delivered", "latency"], ["decode"]]
+    assert "--xla_gpu_force_conv_nhwc=true" in calls[2]
+    assert not any("nhwc" in word for words in calls[:2] for word in words)
+
+
+def test_a_part_of_the_benchmark_that_fails_does_not_end_it(tmp_path):
+    done, calls = run_h200(tmp_path, "toy", FAILS="throughput")
+    assert done.returncode == 3 and len(calls) == 3
+    assert "throughput: ended with code 3" in done.stderr
+
+
+def test_the_benchmark_of_a_gpu_leaves_out_what_it_has_no_time_for(tmp_path):
+    done, calls = run_h200(tmp_path, "toy", LIMIT="5")
+    assert done.returncode == 0 and not calls
+    assert "throughput: left out, no time is left" in done.stdout
+    _, calls = run_h200(tmp_path, "toy", LIMIT="120")
+    assert len(calls) == 2
+
+
+def test_the_benchmark_of_a_gpu_refuses_another_size(tmp_path):
+    done, calls = run_h200(tmp_path, "b200")
+    assert done.returncode == 2 and not calls and "expected 5b or toy" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_at_the_toy_size(tmp_path):
+    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "LEAST": "10000"}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "bench_h200.sh"), "toy"],
+        env=env,
+        cwd=LAUNCH.parent,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = {}
+    for name in ("throughput", "latency"):
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        figures |= report["figures"]
+        assert "median" in (tmp_path / f"{name}.txt").read_text()
+    assert {"start_cold_s", "denoise_fps", "with_vae_fps", "with_small_fps"} <= figures.keys()
+    assert {"delivered_vae_fps", "first_frame_ms", "switch_ms"} <= figures.keys()
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))

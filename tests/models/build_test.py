@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -37,6 +38,17 @@ def test_every_kind_is_built_under_its_own_name_and_under_any_other(kind):
     params = flat_params(module)
     assert params.keys() == flat_params(other).keys()
     assert {leaf.dtype for leaf in params.values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("kind", build.KINDS)
+def test_a_network_without_weights_is_that_with_weights(kind):
+    """Though no streams of random numbers are made for it."""
+    drawn = nnx.eval_shape(lambda: build.builder(kind, SMALL[kind])(nnx.Rngs(0)))
+    (graph, state), (expected, params) = map(nnx.split, (build.abstract(kind, SMALL[kind]), drawn))
+    assert graph == expected
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )
 
 
 def test_parameters_may_be_kept_in_another_dtype():
