@@ -50,10 +50,11 @@ class Case:
     target: str
     mesh: dict[str, int]
     programs: tuple[str, ...]  # empty: all
+    options: dict[str, Any]  # of the compiler
 
     def key(self, program: str, versions: dict[str, str]) -> str:
         """What a report is kept under: the same again would say the same."""
-        about = [self.config.to_dict(), self.target, self.mesh, program, versions]
+        about = [self.config.to_dict(), self.target, self.mesh, program, self.options, versions]
         text = json.dumps(about, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -82,6 +83,12 @@ def define_flags(parser: cli.Parser) -> None:
         kind=cli.number(above=0.0),
         default=60.0,
         metavar="N",
+    )
+    parser.flag(
+        "xla",
+        "an option of the compiler, for all programs; may be given several times",
+        repeated=True,
+        metavar="NAME=VALUE",
     )
     parser.flag("hlo", "folder for the texts of the compiled programs", metavar="DIR")
     parser.switch("again", "compile what is in --out already, too", default=False)
@@ -113,7 +120,9 @@ def run(values: cli.Values) -> int:
             key = case.key(program, versions)
             if key not in kept or values.again:
                 print(f"compiling {program} of {case.name} for {case.target}", file=sys.stderr)
-                job = compiling.Job(case.config.to_dict(), case.target, program, case.mesh)
+                job = compiling.Job(
+                    case.config.to_dict(), case.target, program, case.mesh, case.options
+                )
                 found = compiling.run(job, values.minutes, _text_file(values.hlo, case, program))
                 kept[key] = {"config": case.name, **found}
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +165,19 @@ def _cases(values: cli.Values) -> Iterator[Case]:
         ]
     for name, target, mesh, overrides, programs in rows:
         machines.check_installed(machines.find(target))
-        yield Case(name, load_config(name, overrides), target, mesh, programs)
+        config = load_config(name, overrides)
+        yield Case(name, config, target, mesh, programs, _options(values.xla))
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """Options of the compiler from `--xla`."""
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--xla {item}: expected NAME=VALUE")
+        options[name] = cli.WORDS.get(value.lower(), value)
+    return options
 
 
 def _programs(case: Case) -> Sequence[str]:

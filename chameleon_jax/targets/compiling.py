@@ -103,6 +103,7 @@ def report(job: Job, hlo: str | None = None) -> dict[str, Any]:
         "target": target.name,
         "program": job.program,
         "mesh": {axis: size for axis, size in made.mesh.shape.items() if size > 1},
+        "options": dict(job.options),
         "trace_seconds": round(lowering - begin, 1),
         "compile_seconds": round(done - lowering, 1),
         "bytes": memory,

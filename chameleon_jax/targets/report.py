@@ -103,7 +103,8 @@ def table(rows: Sequence[tuple[str, Report]]) -> str:
 
 def _cells(name: str, report: Report) -> tuple[str, ...]:
     mesh = " ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "-"
-    about = (name, report["target"], report["program"], mesh)
+    options = "".join(f" {key}={value}" for key, value in report.get("options", {}).items())
+    about = (name, report["target"], report["program"] + options, mesh)
     if "error" in report:
         verdict = "does not fit" if report.get("too_large") else report["error"]
         return (*about, verdict, *([""] * 6))

@@ -54,8 +54,10 @@ def test_what_is_changed_is_compiled_anew(tmp_path, asked):
     assert call(*SMALL, out, "--programs=chunk") == 0
     assert call(*SMALL, out, "--programs=chunk", "--config.cache.frames=9") == 0
     assert call(*SMALL, out, "--programs=chunk", "--mesh=tensor=1") == 0
-    assert len(asked) == 3
+    assert call(*SMALL, out, "--programs=chunk", "--xla=xla_a=true", "--xla=xla_b=x") == 0
+    assert len(asked) == 4
     assert asked[1][0].config["cache"]["frames"] == 9
+    assert asked[3][0].options == {"xla_a": True, "xla_b": "x"}
 
 
 def test_texts_of_programs_have_a_file_each(tmp_path, asked):
@@ -88,6 +90,7 @@ def test_a_list_of_cases_is_read(tmp_path, asked):
         (["--target=v9-1"], "expected a chip and how many of them, v5e-N, v5p-N, v6e-N, h200-N"),
         ([*SMALL, "--programs=chunks"], "smoke has encode_image, text_kv"),
         ([*SMALL, "--mesh=tensor"], "--mesh"),
+        ([*SMALL, "--xla=fast"], "--xla fast: expected NAME=VALUE"),
         ([*SMALL, "--out=x.txt"], "ends in .json"),
         (["--cases=configs/targets.py:small", "--target=v6e-1"], "give it alone"),
         (["--cases=configs/teacher.py:smoke"], "expected a list like that of"),
