@@ -129,6 +129,7 @@ def test_a_cache_of_stacked_layers_is_split_on_heads_too():
 SESSION = (
     COMMON
     + """
+config.unlock().sampler.guidance = 1.5  # two streams against caches of two rows
 pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), np.uint8)
 
 def stream(pipeline, path=None):
