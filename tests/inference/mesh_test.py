@@ -273,6 +273,14 @@ def test_what_does_not_divide_is_refused_before_weights_are_read(sizes, message,
             way(mesh=mesh(**sizes))
 
 
+def test_a_mesh_with_other_axes_is_refused():
+    other = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+    with pytest.raises(
+        sharding.MeshError, match=r"the axes x; expected data, .* sharding\.make_mesh"
+    ):
+        Pipeline.abstract(load_config(SMOKE), mesh=other)
+
+
 def test_a_mesh_of_one_device_is_said_of_abstract_pipelines():
     config = load_config(SMOKE, VIDEO)
     one = sharding.make_mesh({}, jax.devices()[:1])
