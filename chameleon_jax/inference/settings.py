@@ -20,7 +20,7 @@ from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference.pretrained import PipelineError
 from chameleon_jax.models.build import DTYPES, read_sizes
 from chameleon_jax.models.vae import conv_for
-from chameleon_jax.sharding import SAMPLES, MeshError, check_network
+from chameleon_jax.sharding import AXES, SAMPLES, MeshError, check_network
 from chameleon_jax.weights.quantize import QUANTIZE
 from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
 
@@ -80,6 +80,11 @@ def check_mesh(config: ConfigDict, mesh: Mesh | None) -> None:
     """
     if mesh is None:
         return
+    if tuple(mesh.shape) != AXES:
+        raise MeshError(
+            f"the mesh has the axes {', '.join(map(str, mesh.shape))}; expected {', '.join(AXES)}:"
+            " make it with sharding.make_mesh"
+        )
     for axis in SAMPLES:
         if mesh.shape[axis] > 1:
             raise MeshError(

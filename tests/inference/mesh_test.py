@@ -129,6 +129,7 @@ def test_a_cache_of_stacked_layers_is_split_on_heads_too():
 SESSION = (
     COMMON
     + """
+config.unlock().sampler.guidance = 1.5  # two streams against caches of two rows
 pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), np.uint8)
 
 def stream(pipeline, path=None):
@@ -270,6 +271,14 @@ def test_what_does_not_divide_is_refused_before_weights_are_read(sizes, message,
     for way in ways:
         with pytest.raises(sharding.MeshError, match=message):
             way(mesh=mesh(**sizes))
+
+
+def test_a_mesh_with_other_axes_is_refused():
+    other = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+    with pytest.raises(
+        sharding.MeshError, match=r"the axes x; expected data, .* sharding\.make_mesh"
+    ):
+        Pipeline.abstract(load_config(SMOKE), mesh=other)
 
 
 def test_a_mesh_of_one_device_is_said_of_abstract_pipelines():
