@@ -158,5 +158,6 @@ def streaming(inference: ConfigDict) -> ConfigDict:
     """What of a config of inference is not known from the config of training."""
     config = ConfigDict(inference.to_dict())
     del config.model, config.cache
-    config.video = {"frames": inference.video.frames}
+    kept = ("frames", "decode_at_once")
+    config.video = {name: inference.video[name] for name in kept if name in inference.video}
     return config

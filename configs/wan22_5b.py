@@ -40,7 +40,15 @@ def _distilled(variant: str) -> ConfigDict:
             "model": common.wan22_5b(),
             "weights": "",  # a folder, or `random`
             "dtype": "bfloat16",
-            "video": {"height": 1280, "width": 704, "fps": 24.0, "frames": 81},
+            "video": {
+                "height": 1280,
+                "width": 704,
+                "fps": 24.0,
+                "frames": 81,
+                # Latent frames that are decoded together; 0: all of a chunk, which takes 2 to 3
+                # times the memory.
+                "decode_at_once": 1,
+            },
             "cache": wan22.CACHE,  # M = 23 latent frames, chunks of 3
             "sampler": wan22.SAMPLER,  # four steps
             "switch": wan22.SWITCH,

@@ -351,7 +351,8 @@ class Pipeline:
         """The same with another decoder, not compiled yet; None: the VAE decodes."""
         self._quantize()
         rows = self.size[0] // self.vae.config.spatial_factor
-        return MediaPrograms(self.vae, self.dit, self.text, decoder, self.mesh, rows)
+        at_once = self.config.video.get("decode_at_once", 0)
+        return MediaPrograms(self.vae, self.dit, self.text, decoder, self.mesh, rows, at_once)
 
     @functools.cached_property
     def stream(self) -> StreamPrograms:

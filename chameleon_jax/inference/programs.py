@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import logging
 import time
@@ -61,6 +62,7 @@ from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.diffusion import rollout
 from chameleon_jax.keys import inference_key
+from chameleon_jax.models.decoding import decode_in_turn
 from chameleon_jax.models.dit import TextKV
 from chameleon_jax.weights.placement import place_params
 
@@ -240,6 +242,7 @@ class MediaPrograms(Programs):
       decoder: decodes latents; None: the VAE does.
       mesh: as for `Programs`.
       rows: of the latent frames that will be decoded.
+      at_once: latent frames that are decoded together, 0 for all of a chunk.
     """
 
     def __init__(
@@ -250,6 +253,7 @@ class MediaPrograms(Programs):
         decoder: nnx.Module | None = None,
         mesh: Mesh | None = None,
         rows: int = 1,
+        at_once: int = 0,
     ):
         modules = {"vae": vae, "dit": dit, "text": text, "decoder": decoder}
         modules = {name: module for name, module in modules.items() if module is not None}
@@ -262,13 +266,15 @@ class MediaPrograms(Programs):
         def text_kv(dit, states_blm):
             return dit.text_kv(states_blm)
 
+        decode = functools.partial(decode_in_turn, at_once=at_once, finish=to_uint8)
+
         def decode_first(decoder, latents):
-            x, state = decoder.decode_chunk(latents, None, first=True)
-            return to_uint8(x)[0], state
+            x, state = decode(decoder, latents, None, first=True)
+            return x[0], state
 
         def decode_next(decoder, latents, state):
-            x, state = decoder.decode_chunk(latents, state, first=False)
-            return to_uint8(x)[0], state
+            x, state = decode(decoder, latents, state, first=False)
+            return x[0], state
 
         self.add("encode_image", "vae", encode_image)
         self.add("text_kv", "dit", text_kv, gives=TEXT)

@@ -156,6 +156,12 @@ def _check_video(config: ConfigDict, sizes: Mapping[str, Any]) -> None:
         value = video.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PipelineError(f"video.{name} is {value!r}; expected a whole number of at least 1")
+    at_once = video.get("decode_at_once", 0)
+    if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 0:
+        raise PipelineError(
+            f"video.decode_at_once is {at_once!r}; expected a whole number of latent frames, or 0"
+            " for all of a chunk"
+        )
     fps = video.get("fps", 1)
     if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf:
         raise PipelineError(

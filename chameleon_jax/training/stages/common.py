@@ -24,6 +24,7 @@ from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
 from chameleon_jax.diffusion import flow
 from chameleon_jax.models.build import read_sizes
+from chameleon_jax.models.decoding import decode_in_turn
 from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.sharding import to_host
 from chameleon_jax.training import diagnosis
@@ -309,22 +310,8 @@ def latents(nets: Networks, params: ParamTree, batch: Batch) -> tuple[jax.Array,
 
 
 def decode_clip(vae: Any, z_bfhwc: jax.Array) -> jax.Array:
-    """Pixels uint8 [b, t, h, w, 3] of a clip, one latent frame after the other.
-
-    The same as `vae.decode`, with the memory of one latent frame.
-    """
-    first, state = vae.decode_chunk(z_bfhwc[:, :1], None, first=True)
-
-    def step(state: Any, z_bhwc: jax.Array) -> tuple[Any, jax.Array]:
-        pixels, state = vae.decode_chunk(z_bhwc[:, None], state, first=False)
-        return state, to_uint8(pixels)
-
-    if z_bfhwc.shape[1] == 1:
-        return to_uint8(first)
-    _, others = jax.lax.scan(step, state, jnp.moveaxis(z_bfhwc[:, 1:], 1, 0))
-    others = jnp.moveaxis(others, 0, 1)
-    others = others.reshape(others.shape[0], -1, *others.shape[3:])
-    return jnp.concatenate([to_uint8(first), others], axis=1)
+    """Pixels uint8 [b, t, h, w, 3] of a clip, with the memory of one latent frame."""
+    return decode_in_turn(vae, z_bfhwc, None, first=True, at_once=1, finish=to_uint8)[0]
 
 
 def loss_weights(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
