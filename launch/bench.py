@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -245,6 +244,8 @@ def measured(
     values: cli.Values, config: Any, groups: Sequence[str], stack: contextlib.ExitStack
 ) -> dict[str, Any]:
     """The whole report; tables are printed as they are made."""
+    import jax
+
     from chameleon_jax import chips, compilation, machine
     from launch import bench_figures, bench_start, bench_stream, jobs
 
@@ -252,13 +253,13 @@ def measured(
     figures: dict[str, bench_figures.Figure] = {}
     starts: dict[str, Any] = {}
     if "start" in groups and not values.length_independence:
-        # Before this process takes the device.
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        starts = bench_start.measure(config_flags(values), values.starts, folder)
-        figures |= bench_start.figures(starts)
+        # Before this process takes the device. It reads what the last start has compiled.
         kept = compilation.use_cache() if values.compilation_cache else None
-        if kept is not None:  # what the last start has compiled need not be compiled again
-            shutil.copytree(folder, kept, dirs_exist_ok=True)
+        if kept is None or (kept.exists() and any(kept.iterdir())):
+            kept = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        starts = bench_start.measure(config_flags(values), values.starts, kept)
+        figures |= bench_start.figures(starts)
+        jax.config.update("jax_compilation_cache_dir", str(kept))
     cli.start_jax(values)
     begin = time.perf_counter()
     pipeline, prompt = load_pipeline(values, config)

@@ -62,12 +62,12 @@ def rates(label: str, frames: int, seconds: Sequence[float]) -> Figure:
 
 def table(figures: Figures) -> str:
     """A row for each figure: median, then where most values and all values lie."""
-    head = f"{'':{LABEL}s} {'median':>9s} {'p10':>9s} {'p90':>9s} {'min':>9s} {'max':>9s}    n"
-    rows = [head]
+    names = ("median", "p10", "p90", "p95", "min", "max")
+    rows = [f"{'':{LABEL}s} {' '.join(f'{name:>9s}' for name in names)}    n"]
     for figure in figures.values():
         found = figure.summary()
-        numbers = [found[key] for key in ("median", "p10", "p90", "min", "max")]
-        columns = " ".join(f"{value:9.{_digits(value)}f}" for value in numbers)
+        values = [found[name] for name in names]
+        columns = " ".join(f"{value:9.{_digits(value)}f}" for value in values)
         count = len(figure.values)
         rows.append(f"{figure.label:{LABEL}s} {columns} {count:4d} {figure.unit}")
     return "\n".join(rows)
@@ -79,8 +79,8 @@ def work_rows(
     """Operations of what was timed, how fast they were done, and the share of the limits.
 
     Args:
-      flops: of a run, by the key of the figure that timed it, in ms, or in frames/s for `frames`.
-      figures: may lack some of them; `product_flops` is the limit that was measured.
+      flops: of a run, by the key of the figure in milliseconds that timed it.
+      figures: may lack some of them; `product_flops` is the limit that was measured, of one device.
       chip: the data sheet of a device, if it is known.
       devices: how many were used.
 
