@@ -113,15 +113,36 @@ def apply_rope(x_blnd: jax.Array, rope: Rope, *, heads_first: bool = False) -> j
     """Turn every pair (a, b) of channels into (a cos - b sin, a sin + b cos).
 
     Computed in float32, returned in the dtype of x. With `heads_first` x is [b, n, l, d].
-
-    The partner of each channel is fetched by two shifts and a choice: an axis of size 2 would be
-    padded to a whole vector register on accelerators.
     """
-    x = x_blnd.astype(jnp.float32)
-    even = np.arange(x.shape[-1]) % 2 == 0
-    partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-    cos = jnp.repeat(rope.cos, 2, axis=-1)
-    sin = jnp.where(even, -1.0, 1.0) * jnp.repeat(rope.sin, 2, axis=-1)
+    cos, sin = (jnp.repeat(table, 2, axis=-1) for table in rope)
     if not heads_first:
         cos, sin = cos[:, None], sin[:, None]
-    return (x * cos + partner * sin).astype(x_blnd.dtype)
+    # Each platform has its own way to bring the two channels of a pair together.
+    partner = jax.lax.platform_dependent(x_blnd, tpu=_partner_by_product, default=_partner_by_shift)
+    return (x_blnd.astype(jnp.float32) * cos + partner * sin).astype(x_blnd.dtype)
+
+
+def _partner_by_shift(x: jax.Array) -> jax.Array:
+    """(-b, a) for every pair (a, b) of channels, in float32: two shifts and a choice.
+
+    An axis of size 2 would be padded to a whole vector register on accelerators.
+    """
+    x = x.astype(jnp.float32)
+    even = np.arange(x.shape[-1]) % 2 == 0
+    return jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+
+
+def _partner_by_product(x: jax.Array) -> jax.Array:
+    """The same as a product with a matrix of 0, 1 and -1: exact, for every sum has one term.
+
+    On a TPU a shift by one channel is a copy of the whole array, and this is next to nothing.
+    """
+    swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(
+        "...d,de->...e",
+        x,
+        jnp.asarray(swap, x.dtype),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )

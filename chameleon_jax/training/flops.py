@@ -26,7 +26,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -159,7 +159,7 @@ def _of(eqn: JaxprEqn, again: bool) -> Flops:
     if name == "while":
         return _loop(eqn, again)
     if name == "cond":
-        return _branches([_sum_of(branch, again) for branch in params["branches"]])
+        return _branches([_sum_of(branch, again) for branch in _possible(params)])
     if name == "shard_map":
         mesh, axes = params["mesh"], params.get("manual_axes")
         axes = mesh.axis_names if axes is None else axes
@@ -184,6 +184,16 @@ def _loop(eqn: JaxprEqn, again: bool) -> Flops:
     if once.hardware or once.unknown:
         return Flops(unknown=once.unknown | {"while"})
     return Flops()
+
+
+def _possible(params: Mapping[str, Any]) -> Sequence[ClosedJaxpr]:
+    """The branches of a choice; of one among platforms the common one, so that a function counts
+    the same wherever it is traced.
+    """
+    branches, platforms = params["branches"], params.get("branches_platforms")
+    if platforms is None:
+        return branches
+    return [branch for branch, of in zip(branches, platforms, strict=True) if of is None]
 
 
 def _branches(branches: list[Flops]) -> Flops:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
+from chameleon_jax.attention import positions
 from chameleon_jax.attention.positions import PositionError, apply_rope, axis_dims, rope, rope_table
 
 
@@ -82,3 +83,13 @@ def test_half_precision_is_rotated_in_float32():
     got = apply_rope(x, turn)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, apply_rope(x.astype(jnp.float32), turn).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_both_ways_to_the_partner_of_a_channel_are_the_same_bits(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 3, 20), dtype)
+    by_product = positions._partner_by_product(x)
+    assert by_product.dtype == jnp.float32
+    np.testing.assert_array_equal(by_product, positions._partner_by_shift(x))
+    np.testing.assert_array_equal(by_product[..., 0], -x[..., 1].astype(jnp.float32))
+    np.testing.assert_array_equal(by_product[..., 1], x[..., 0].astype(jnp.float32))
