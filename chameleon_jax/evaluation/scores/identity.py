@@ -68,8 +68,9 @@ class FaceMetric(Metric):
         self, reference: np.ndarray, garment: np.ndarray, video: np.ndarray, prompt: str
     ) -> dict[str, Any]:
         person = self.embed(reference)
-        frames = [self.embed(video[i]) for i in spread(len(video), FRAMES)]
-        seen = [frame for frame in frames if frame is not None]
+        chosen = spread(len(video), FRAMES)  # of a short video some frames count twice
+        frames = {i: self.embed(video[i]) for i in set(chosen)}
+        seen = [frames[i] for i in chosen if frames[i] is not None]
         if person is None or not seen:
             where = "on the reference" if person is None else "in the video"
             return dict.fromkeys(self.columns) | {"why": f"no face {where}"}
