@@ -17,7 +17,7 @@ from typing import Any
 
 from chameleon_jax import files
 from chameleon_jax.data.sources import file_hash
-from chameleon_jax.evaluation.benches import Bench, Column, Sample
+from chameleon_jax.evaluation.benches import Bench, BenchError, Column, Row, Sample
 from chameleon_jax.evaluation.generation import SPEEDS, video_path
 from chameleon_jax.evaluation.intervals import Interval, interval
 from chameleon_jax.evaluation.scores.base import Setup
@@ -96,12 +96,17 @@ def write(bench: Bench, samples: Sequence[Sample], folder: Path, frames: int, se
 
     Returns:
       The table, as Markdown.
+
+    Raises:
+      BenchError: there are no videos in the folder.
     """
     models = {
         place.name: summarize(bench, samples, place)
         for place in sorted(folder.iterdir())
         if place.is_dir() and any(place.glob("output_*.mp4"))
     }
+    if not models:
+        raise BenchError(f"{folder}: no videos of a model in it; make them with --stage generate")
     text = _markdown(bench, len(samples), models, frames, setup)
     files.write_text(folder / "table.md", text)
     files.write_json(folder / "table.json", _json(bench, len(samples), models, frames))
@@ -170,7 +175,7 @@ def _beside(bench: Bench, models: Mapping[str, Summary], frames: int) -> str:
         cells = [cell(model.figures.get(figure)) for _, figure in columns]
         lines.append(f"| **{name}** | {' | '.join(cells)} |")
     for row in bench.rows.get(frames, ()):
-        cells = [_published(row.values.get(column.title)) for column, _ in columns]
+        cells = [_published(row, column) for column, _ in columns]
         lines.append(f"| {row.model} ({row.table}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -180,8 +185,9 @@ def _shown(column: Column, models: Mapping[str, Summary]) -> list[str]:
     return made or [column.figures[0]]
 
 
-def _published(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
+def _published(row: Row, column: Column) -> str:
+    value = row.values.get(column.title)
+    return "" if value is None else f"{value:.{column.digits}f}"
 
 
 def _all_figures(models: Mapping[str, Summary]) -> str:

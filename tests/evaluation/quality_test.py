@@ -55,29 +55,64 @@ def test_words_of_quality_are_weighed():
     assert quality.weighed(np.log([0.5, 0.25, 0.25, 1e-30, 1e-30])) == pytest.approx(0.8125)
 
 
-def test_qalign_sees_frames_from_the_first_to_the_last(tmp_path):
-    """The network's first logit is the largest value that it sees, the others are 0."""
+def test_three_frames_around_each_frame():
+    assert quality.windows(5) == [[0, 0, 0], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 3, 4]]
+    assert quality.windows(2) == [[0, 0, 0], [0, 0, 1]]
+    assert quality.windows(1) == [[0, 0, 0]]
+
+
+def test_both_frames_at_a_jump_are_faulty():
+    """One jump of 81 frames costs two of them, two jumps in a row three."""
+    marks = [0.8] * 40 + [0.82] + [0.9] * 40
+    assert quality.steady(marks) == pytest.approx(1 - 2 / 81)
+    assert quality.steady([0.8, 0.8, 0.9, 0.8, 0.8]) == pytest.approx(1 - 3 / 5)
+    assert quality.steady([0.8, 0.82, 0.84, 0.86]) == 1
+    assert quality.steady([0.8]) == 1
+
+
+def write_qalign(folder, outputs: int) -> None:
+    """The first logit is the mean of what it sees, in CLIP's units; the others are 0."""
     nodes = [
-        helper.make_node("ReduceMax", ["x"], ["most"], axes=[0, 1, 2, 3, 4], keepdims=0),
-        helper.make_node("Mul", ["most", "first"], ["y"]),
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0, 1, 2, 3, 4], keepdims=0),
+        helper.make_node("Mul", ["mean", "first"], ["y"]),
     ]
-    first = np.array([1, 0, 0, 0, 0], np.float32)
-    path = tmp_path / "onealign_video.onnx"
-    onnx_files.write(path, nodes, {"x": [1, 4, 3, 448, 448]}, {"y": [5]}, {"first": first})
-    setup = Setup(tmp_path)
-    bright, dark = (
-        score(quality.QAlign, setup, grey(*levels)) for levels in ((0, 0, 255), (0, 0, 0))
+    first = np.eye(outputs, dtype=np.float32)[0]
+    onnx_files.write(
+        folder / "onealign_window.onnx",
+        nodes,
+        {"x": [1, 3, 3, 448, 448]},
+        {"y": [outputs]},
+        {"first": first},
     )
-    white = (1 - quality.CLIP_MEAN.min()) / quality.CLIP_STD[2]
-    expected = np.array([white, 0, 0, 0, 0])
-    assert bright == pytest.approx(quality.weighed(expected), abs=1e-3) and dark < bright
+
+
+def test_qalign_of_a_video_that_flashes(tmp_path):
+    write_qalign(tmp_path, 5)
+    metric = quality.QAlign(Setup(tmp_path))
+
+    def mark(*levels: int) -> float:
+        means = [(level / 255 - quality.CLIP_MEAN) / quality.CLIP_STD for level in levels]
+        return quality.weighed(np.array([np.mean(means), 0, 0, 0, 0]))
+
+    video = grey(90, 90, 90, 255, size=(20, 20))
+    expected = [mark(90), mark(90), mark(90, 90, 255), mark(90, 90, 255)]
+    found = metric.score(PICTURE, PICTURE, video, "")
+    assert found["smoo_qalign"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert found["smoo_opens2v"] == 0.5  # the marks jump between the second and the third frame
+    still = metric.score(PICTURE, PICTURE, grey(90, 90, 90, size=(20, 20)), "")
+    assert still["smoo_opens2v"] == 1
+
+
+def test_frames_are_put_on_a_square_of_the_mean_colour():
+    shown = quality.squared(np.full((40, 20, 3), 255, np.uint8))
+    assert shown.shape == (448, 448, 3)
+    assert tuple(shown[224, 224]) == (255, 255, 255)
+    assert tuple(shown[224, 5]) == tuple((quality.CLIP_MEAN * 255).astype(int)) == (122, 116, 104)
 
 
 def test_qalign_with_other_outputs(tmp_path):
-    node = helper.make_node("ReduceMax", ["x"], ["y"], axes=[0, 1, 2, 3, 4], keepdims=1)
-    path = tmp_path / "onealign_video.onnx"
-    onnx_files.write(path, [node], {"x": [1, 4, 3, 448, 448]}, {"y": [1, 1, 1, 1, 1]}, {})
-    with pytest.raises(ScoreError, match="gives 1 numbers; expected 5 logits"):
+    write_qalign(tmp_path, 2)
+    with pytest.raises(ScoreError, match="gives 2 numbers; expected 5 logits"):
         score(quality.QAlign, Setup(tmp_path), grey(0, 0))
 
 

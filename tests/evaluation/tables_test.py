@@ -9,7 +9,7 @@ import pytest
 
 from chameleon_jax.data.sources import file_hash
 from chameleon_jax.evaluation import tables
-from chameleon_jax.evaluation.benches import Sample, hgc
+from chameleon_jax.evaluation.benches import BenchError, Sample, hgc
 from chameleon_jax.evaluation.generation import video_path
 from chameleon_jax.evaluation.intervals import interval
 from chameleon_jax.evaluation.scores.base import Setup
@@ -87,6 +87,11 @@ def test_rows_of_the_paper_stand_beside(tmp_path):
     assert "| 0.4911 | 0.6839 | 0.7771 | 0.7771 |" in paper and paper.count("|") == head.count("|")
     assert not any("Table 3" in line and line.startswith("| GR-DMD") for line in short)
     assert any(line.startswith("| GR-DMD, tau 0.2 (Table 3) | 0.4265 |") for line in long)
+
+
+def test_a_folder_without_videos(tmp_path):
+    with pytest.raises(BenchError, match="no videos of a model in it; make them"):
+        table(tmp_path)
 
 
 def test_other_lengths_have_no_rows_of_the_paper(tmp_path):

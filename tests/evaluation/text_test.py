@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,9 @@ def clip(tmp_path_factory):
     model = CLIPModel(config).eval()
     folder = tmp_path_factory.mktemp("clip")
     namespace = {"model": model, "folder": folder}
-    exec(export_of_the_document(), namespace)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about its exporter, of transformers' branches
+        exec(export_of_the_document(), namespace)
     tokenizer(folder / "clip_tokenizer.json")
     return folder, model
 

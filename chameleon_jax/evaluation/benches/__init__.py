@@ -44,10 +44,12 @@ class Column:
     Attributes:
       title: as printed there.
       figures: of ours that may be held to it, see scores/registry.py.
+      digits: printed behind the point.
     """
 
     title: str
     figures: tuple[str, ...]
+    digits: int = 4
 
 
 @dataclasses.dataclass(frozen=True)

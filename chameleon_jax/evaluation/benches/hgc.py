@@ -107,12 +107,12 @@ PAPER_COLUMNS = (
     Column("Cur.", ("cur", "arc")),
     Column("GME", ("gme",)),
     Column("Amp.", ("amp_paper", "amp_opens2v")),
-    Column("Smoo.", ("smoo_qalign",)),
+    Column("Smoo.", ("smoo_opens2v", "smoo_qalign")),
     Column("VQ", ("vq_musiq",)),
     Column("HGC", ("hgc",)),
     Column("LGC", ("lgc",)),
     Column("NTP", ("ntp",)),
-    Column("FPS", ("fps_paper",)),
+    Column("FPS", ("fps_paper",), digits=2),
 )
 
 

@@ -3,17 +3,21 @@
 vq_musiq      MUSIQ (Ke et al., ICCV 2021) trained on SPAQ, as VBench uses it: mean over frames
 vq_sharpness  no network: variance of the Laplacian of the grey frames, mean over frames. It
               ranks blurred against sharp; it is not on MUSIQ's scale
-smoo_qalign   Q-Align (Wu et al., arXiv 2312.17090), what the paper says: the probabilities of
-              five words of quality, weighed
+smoo_opens2v  what OpenS2V, which the paper follows, calls motion smoothness: three frames around
+              each frame are marked by Q-Align; the share of the frames whose mark does not jump
+smoo_qalign   what the paper's text says: Q-Align (Wu et al., arXiv 2312.17090), the probabilities
+              of five words of quality, weighed; mean of the same marks
 smoo_amt      what VBench calls smoothness: every second frame from an interpolating network
               (AMT, CVPR 2023), 1 - mean absolute difference
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from chameleon_jax.errors import need
 from chameleon_jax.evaluation.scores.base import (
@@ -22,7 +26,6 @@ from chameleon_jax.evaluation.scores.base import (
     Needs,
     ScoreError,
     Setup,
-    spread,
 )
 from chameleon_jax.evaluation.scores.onnx import CLIP_MEAN, CLIP_STD, OnnxModel, to_nchw
 
@@ -30,7 +33,7 @@ LONGEST = 512  # pixels of the longer side that MUSIQ sees
 # excellent, good, fair, poor, bad
 LEVELS = np.array((1.0, 0.75, 0.5, 0.25, 0.0))
 QALIGN_SIDE = 448  # pixels
-QALIGN_FRAMES = 8  # of a video, unless the file says how many
+JUMP = 0.025  # of two neighbours' marks, above which OpenS2V calls both frames faulty
 MULTIPLE = 16  # of the sides that AMT takes
 
 
@@ -96,42 +99,58 @@ class Sharpness(Metric):
 
 
 class QAlign(Metric):
-    """Q-Align of a video: one input [1, t, 3, 448, 448] as CLIP takes pixels, five logits out."""
+    """Q-Align of three frames around each frame: [1, 3, 3, 448, 448] in, five logits out."""
 
     name = "smoo_qalign"
-    columns = ("smoo_qalign",)
+    columns = ("smoo_opens2v", "smoo_qalign")
     needs = Needs(
-        ("cv2", "onnxruntime"),
-        (ModelFile("onealign_video.onnx", "MIT", "export it from q-future/one-align"),),
+        ("onnxruntime",),
+        (ModelFile("onealign_window.onnx", "MIT", "export it from q-future/one-align"),),
     )
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self._cv2 = need("cv2", "eval")
         self._model = OnnxModel(setup.models / self.needs.files[0].name, rank=5)
 
     def score(
         self, reference: np.ndarray, garment: np.ndarray, video: np.ndarray, prompt: str
     ) -> dict[str, Any]:
-        chosen = spread(len(video), self._model.shape[1] or QALIGN_FRAMES)
-        shown = np.stack([self._square(video[i]) for i in chosen])
-        pixels = to_nchw((shown.astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD)
-        logits = np.ravel(self._model(pixels[None])[0])
-        if logits.shape != LEVELS.shape:
-            raise ScoreError(f"{self._model.path}: gives {logits.size} numbers; expected 5 logits")
-        return {"smoo_qalign": weighed(logits)}
+        shown = np.stack([squared(frame) for frame in video])
+        marks = []
+        for window in windows(len(video)):
+            pixels = (shown[window].astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+            logits = np.ravel(self._model(to_nchw(pixels)[None])[0])
+            if logits.shape != LEVELS.shape:
+                raise ScoreError(
+                    f"{self._model.path}: gives {logits.size} numbers; expected 5 logits"
+                )
+            marks.append(weighed(logits))
+        return {"smoo_opens2v": steady(marks), "smoo_qalign": float(np.mean(marks))}
 
-    def _square(self, frame: np.ndarray) -> np.ndarray:
-        """On a square of the mean colour, the whole frame in its middle, scaled."""
-        height, width = frame.shape[:2]
-        side = max(height, width)
-        square = np.empty((side, side, 3), np.uint8)
-        square[:] = (CLIP_MEAN * 255).astype(np.uint8)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = frame
-        return self._cv2.resize(
-            square, (QALIGN_SIDE, QALIGN_SIDE), interpolation=self._cv2.INTER_AREA
-        )
+
+def windows(count: int) -> list[list[int]]:
+    """Numbers of the three frames around each of some frames, as OpenS2V chooses them.
+
+    The first frame is alone, three times; before the last stands the one before it, twice.
+    """
+    middle = [[i - 1, i, i + 1] for i in range(1, count - 1)]
+    last = [[count - 2, count - 2, count - 1]] if count > 1 else []
+    return [[0, 0, 0], *middle, *last]
+
+
+def steady(marks: Sequence[float]) -> float:
+    """Share of the frames whose mark differs from those of both neighbours by `JUMP` at most."""
+    jumps = np.flatnonzero(np.abs(np.diff(marks)) > JUMP)
+    return 1 - len({*jumps.tolist(), *(jumps + 1).tolist()}) / len(marks)
+
+
+def squared(frame: np.ndarray) -> np.ndarray:
+    """A frame in the middle of a square of CLIP's mean colour, uint8 [448, 448, 3]."""
+    height, width = frame.shape[:2]
+    side = max(height, width)
+    square = Image.new("RGB", (side, side), tuple(int(one * 255) for one in CLIP_MEAN))
+    square.paste(Image.fromarray(frame), ((side - width) // 2, (side - height) // 2))
+    return np.asarray(square.resize((QALIGN_SIDE, QALIGN_SIDE), Image.Resampling.BICUBIC))
 
 
 def weighed(logits: np.ndarray) -> float:
