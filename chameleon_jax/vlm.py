@@ -38,6 +38,7 @@ KEY = "CHAMELEON_VLM_KEY"  # variable of the environment that holds the key
 APIS = ("openai", "gemini")
 MAX_REPLY = 8 * 2**20  # bytes of a reply that are read
 SHOWN = 200  # characters of a server's complaint in a message
+ABOUT_ONE_QUESTION = (400, 413, 422)  # its words, its pictures or its size may be the reason
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # states of HTTP that are tried again
 
 
@@ -46,7 +47,7 @@ class VlmError(UserError):
 
 
 class UnavailableError(VlmError):
-    """An endpoint gave no answer in all tries; later it may."""
+    """An endpoint gave no answer to a question; later, or to another question, it may."""
 
 
 class JunkError(UserError):
@@ -156,8 +157,8 @@ def ask(
       sleep: waits for some seconds.
 
     Raises:
-      VlmError: the endpoint refuses the request.
-      UnavailableError: no answer at all in the last try.
+      VlmError: the endpoint cannot be used.
+      UnavailableError: it refuses this question, or some tries got no reply and the others junk.
     """
     url, body = _REQUESTS[endpoint.api](endpoint, parts, system)
     raw: list[str] = []
@@ -176,7 +177,7 @@ def ask(
             raise
 
     value, requests, trouble = _tries(endpoint, url, body, take, sleep)
-    if trouble and not raw:
+    if value is None and len(faults) < requests:  # some tries did not even get a reply
         raise _unavailable(endpoint, trouble)
     return Reply(value, tuple(raw), tuple(faults), model, requests)
 
@@ -191,8 +192,8 @@ def embed(
     """The embedding of one message, from `/embeddings` with `messages` as vLLM serves it.
 
     Raises:
-      VlmError: the endpoint refuses the request.
-      UnavailableError: no vector in all tries.
+      VlmError: the endpoint cannot be used.
+      UnavailableError: it refuses this message, or gives no vector in all tries.
     """
     body: dict[str, Any] = {"model": endpoint.model, "messages": _messages(parts, system)}
     body["encoding_format"] = "float"
@@ -354,7 +355,8 @@ def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError) -> Exception:
         403: f"; look at the key in {KEY}",
         404: f"; look at the address and at the model's name, {endpoint.model}",
     }.get(error.code, "")
-    return VlmError(f"{endpoint.url}: HTTP {error.code} ({shown}){advice}")
+    kind = UnavailableError if error.code in ABOUT_ONE_QUESTION else VlmError
+    return kind(f"{endpoint.url}: HTTP {error.code} ({shown}){advice}")
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:

@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from chameleon_jax import places
 from chameleon_jax.errors import UserError, need
 from chameleon_jax.evaluation import benches
@@ -263,7 +261,7 @@ def make_video(pipeline: Any, mechanisms: Any, frames: int, seed: int) -> Maker:
         started = time.perf_counter()
         made = 0
         while made < frames:
-            chunk: np.ndarray = session.next_chunk()[: frames - made]
+            chunk = session.next_chunk()[: frames - made]
             write(chunk)
             made += len(chunk)
         chunks = [

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from chameleon_jax import files, places
 from chameleon_jax.errors import need
-from launch import cli, jobs
+from launch import cli
 from launch.cli import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from chameleon_jax.evaluation.scenarios import Scenario, Truth
 
     Stream = Callable[[Scenario, Truth], tuple[np.ndarray, tuple[int, ...]]]
@@ -114,7 +114,10 @@ def make_stream(values: cli.Values, default_config: str) -> Stream:
     Raises:
       UsageError: the flags do not fit.
     """
+    import numpy as np
+
     from chameleon_jax.inference.pipeline import Pipeline
+    from launch import jobs
 
     config, mechanisms = jobs.read_stream(values, default_config)
     weights = values.weights or config.weights

@@ -142,7 +142,6 @@ def test_an_endpoint_that_is_not_there():
     [
         (Status(401, "bad key secret"), "HTTP 401 \\(bad key \\*\\*\\*\\); look at the key"),
         (Status(404, "no such model"), "HTTP 404 .* look at the address .* model"),
-        (Status(400, "too large"), "HTTP 400 \\(too large\\)"),
         (Status(302, headers=(("Location", "http://127.0.0.1:1/"),)), "HTTP 302"),
     ],
 )
@@ -150,6 +149,20 @@ def test_refusals_are_not_tried_again(step, message):
     with pytest.raises(VlmError, match=message) as caught:
         asked([step])
     assert not isinstance(caught.value, UnavailableError)
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_question_that_is_refused_is_not_tried_again(code):
+    """Another question may be answered, hence no fault of the endpoint."""
+    with ScriptedServer([Status(code, "too large")]) as server:
+        with pytest.raises(UnavailableError, match=f"HTTP {code} .too large."):
+            ask(Endpoint(server.url, "model"), ["?"], grade, sleep=lambda _: None)
+        assert len(server.requests) == 1
+
+
+def test_junk_beside_tries_without_a_reply_is_no_verdict():
+    with pytest.raises(UnavailableError, match="HTTP 429"):
+        asked(["junk", Status(429)], tries=3)
 
 
 def test_keys_come_from_the_environment(monkeypatch):

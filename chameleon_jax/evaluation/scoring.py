@@ -46,16 +46,24 @@ class Cache:
     Args:
       folder: of the videos.
       name: of the metric.
+
+    Raises:
+      ScoreError: a line cannot be read.
     """
 
     def __init__(self, folder: Path, name: str):
         self.path = folder / "scores" / f"{name}.jsonl"
         self.records: dict[int, dict[str, Any]] = {}
         self.latest: dict[str, Any] | None = None  # what the metric was in the last line
-        for line in self._whole_lines():
-            record = json.loads(line)
-            self.records[record["sample"]] = record
-            self.latest = record["about"]
+        for number, line in enumerate(self._whole_lines(), 1):
+            try:
+                record = json.loads(line)
+                self.records[record["sample"]] = record
+                self.latest = record["about"]
+            except (ValueError, KeyError, TypeError):
+                raise ScoreError(
+                    f"{self.path}: line {number} cannot be read; delete it to score its video again"
+                ) from None
 
     def _whole_lines(self) -> list[str]:
         """All lines that were written to their end."""
@@ -92,6 +100,9 @@ def score(
       metric: ready to be used.
       retry_missing: score those again that have no figure.
       on_video: called after each sample.
+
+    Returns:
+      What became of the samples.
 
     Raises:
       UserError: a picture or a video cannot be read, or does not suit the metric; or the endpoint
@@ -143,11 +154,13 @@ def _figures(
     from chameleon_jax.data.video import read_video
 
     pictures = (np.asarray(open_image(one)) for one in (sample.reference, sample.garment))
+    video = read_video(path)
     try:
-        found = metric.score(*pictures, read_video(path), sample.prompt)
+        found = metric.score(*pictures, video, sample.prompt)
     except ScoreError as error:
         raise ScoreError(f"{metric.name} of {path}: {error}") from None
     other = {name: value for name, value in found.items() if name not in metric.columns}
+    other["frames"] = len(video)
     return {name: _finite(found[name]) for name in metric.columns}, other
 
 

@@ -37,6 +37,7 @@ class Summary:
       about: what each metric was, by its name.
       devices: on which the videos were made.
       videos: how many there are.
+      lengths: frames of the videos that were scored, each once.
     """
 
     figures: Mapping[str, Interval]
@@ -44,6 +45,7 @@ class Summary:
     about: Mapping[str, Any]
     devices: Sequence[str]
     videos: int
+    lengths: Sequence[int]
 
 
 def summarize(bench: Bench, samples: Sequence[Sample], folder: Path) -> Summary:
@@ -53,15 +55,18 @@ def summarize(bench: Bench, samples: Sequence[Sample], folder: Path) -> Summary:
     figures: dict[str, Interval] = {}
     missing: dict[str, int] = {}
     about: dict[str, Any] = {}
+    lengths: set[int] = set()
     for name in bench.metrics:
         cache = Cache(folder, name)
-        used = [
-            record["values"]
+        records = [
+            record
             for index, record in cache.records.items()
             if record["about"] == cache.latest and record["video"] == hashes.get(index)
         ]
-        if not used:
+        if not records:
             continue
+        used = [record["values"] for record in records]
+        lengths |= {record["frames"] for record in records if "frames" in record}
         about[name] = cache.latest
         for column in METRICS[name].columns:
             values = [one.get(column) for one in used]
@@ -75,7 +80,7 @@ def summarize(bench: Bench, samples: Sequence[Sample], folder: Path) -> Summary:
     for name in SPEEDS:
         _put(figures, name, [report[name] for report in reports if name in report])
     devices = sorted({report["device"] for report in reports if "device" in report})
-    return Summary(figures, missing, about, devices, len(hashes))
+    return Summary(figures, missing, about, devices, len(hashes), sorted(lengths))
 
 
 def _put(figures: dict[str, Interval], name: str, values: Sequence[float]) -> None:
@@ -150,7 +155,7 @@ def _markdown(
     left_out = _left_out(bench, models, setup)
     if left_out:
         parts += ["## Not run", left_out]
-    parts += ["## Made with", _made_with(models)]
+    parts += ["## Made with", _made_with(models, frames)]
     if bench.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in bench.notes)]
     return "\n\n".join(parts) + "\n"
@@ -219,11 +224,14 @@ def _left_out(bench: Bench, models: Mapping[str, Summary], setup: Setup) -> str:
     return "\n".join(lines)
 
 
-def _made_with(models: Mapping[str, Summary]) -> str:
+def _made_with(models: Mapping[str, Summary], frames: int) -> str:
     lines = []
     for name, model in models.items():
         devices = ", ".join(model.devices) or "unknown"
         lines.append(f"- {name}: {model.videos} videos, made on {devices}")
+        if set(model.lengths) - {frames}:
+            found = ", ".join(map(str, model.lengths))
+            lines.append(f"    - **not all of {frames} frames, but of {found}**")
         for metric, about in model.about.items():
             needs = METRICS[metric].needs
             files_ = "; ".join(

@@ -60,6 +60,7 @@ def test_a_line_a_video(tmp_path):
     levels = [line["values"]["brightness"] for line in found]
     assert levels == pytest.approx([0, 40, 80], abs=3)
     assert found[1]["prompt"] == "prompt 1" and found[0]["size"] == [6, 4, 3]
+    assert found[2]["frames"] == 3
     assert found[0]["about"] == {"version": 1, "files": {}} and len(found[0]["video"]) == 16
 
 
@@ -100,6 +101,15 @@ def test_a_killed_run_goes_on(tmp_path):
     assert (tally.scored, tally.known) == (2, 1)
     texts = path.read_bytes().decode().split("\n")[:-1]
     assert [json.loads(text)["sample"] for text in texts] == [0, 1, 2]
+
+
+def test_a_line_that_somebody_broke_is_named(tmp_path):
+    samples, metric = make_videos(tmp_path, 2), Brightness()
+    scoring.score(samples, tmp_path, metric)
+    path = tmp_path / "scores" / "brightness.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"sample": 1', b'"sample" 1'))
+    with pytest.raises(ScoreError, match="brightness.jsonl: line 2 cannot be read; delete it"):
+        scoring.score(samples, tmp_path, metric)
 
 
 def test_missing_figures_are_kept_and_asked_for_again_if_wished(tmp_path):

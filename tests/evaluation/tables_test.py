@@ -29,7 +29,8 @@ def model(folder: Path, name: str, metric: str, values, about=ABOUT) -> Path:
         path = video_path(place, index)
         if not path.exists():
             path.write_bytes(f"video {name} {index}".encode())
-        cache.add({"sample": index, "video": file_hash(path), "about": about, "values": figures})
+        record = {"sample": index, "video": file_hash(path), "about": about, "values": figures}
+        cache.add(record | {"frames": 81})
     return place
 
 
@@ -139,6 +140,12 @@ def test_the_table_says_which_weights_and_model(tmp_path):
     text = table(tmp_path)
     assert "`vq_musiq`: version 1, musiq_spaq.onnx 0123abcd (weights Apache-2.0" in text
     assert "`garment`: version 1, model judge-1, prompt f00d, sees 16 frames" in text
+
+
+def test_videos_of_another_length_are_pointed_at(tmp_path):
+    model(tmp_path, "ours", "amp_paper", [{"amp_paper": 1.0}])
+    assert "not all of" not in table(tmp_path)
+    assert "**not all of 165 frames, but of 81**" in table(tmp_path, 165)
 
 
 def test_every_figure_has_a_title_and_every_metric_says_its_terms():

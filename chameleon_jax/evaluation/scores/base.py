@@ -123,7 +123,8 @@ class Metric(abc.ABC):
         files = [file for file in cls.needs.files if not (setup.models / file.name).is_file()]
         if files:
             listed = "; ".join(f"{one.name}, {one.source} ({one.licence})" for one in files)
-            return f"{cls.name} needs in {setup.models}: {listed}; docs/evaluation.md says how"
+            how = "" if cls.needs.commercial else f", with the extra {cls.needs.extra!r}"
+            return f"{cls.name} needs in {setup.models}: {listed}; docs/evaluation.md says how{how}"
         if cls.needs.endpoint and getattr(setup, cls.needs.endpoint) is None:
             flag = cls.needs.endpoint
             return f"{cls.name} needs an endpoint: give --{flag}_url and --{flag}_model"
