@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from chameleon_jax.evaluation.benches import Bench, Sample
     from chameleon_jax.evaluation.generation import Maker, Sink
     from chameleon_jax.evaluation.scores.base import Setup
+    from chameleon_jax.inference.pipeline import Pipeline
+    from chameleon_jax.inference.session import SwitchConfig
+    from launch.jobs import Job
 
 STAGES = ("generate", "score", "table")
 DEMO_SAMPLES = 4
@@ -200,19 +203,13 @@ def generate(
     """The first stage: stream a video for every sample."""
     need("av", "video")
     from chameleon_jax import compilation, machine
-    from chameleon_jax.attention.policies import make_policy
     from chameleon_jax.evaluation import generation
-    from chameleon_jax.inference.schedule import ChunkFrames, plan_stream
-    from chameleon_jax.inference.settings import check_config
     from launch import jobs
 
     cli.start_jax(values)
     values.seed = bench.seed if values.seed is None else values.seed
-    config, mechanisms = jobs.read_stream(values, default_config)
-    checked = check_config(config)
-    plan = plan_stream(values.frames, [], mechanisms, ChunkFrames.of(checked))
-    make_policy(**checked.cache).check_length(plan.longest - 1)
-    job = jobs.Job(**jobs.check_common(values, config), out=folder)
+    job, mechanisms = _stream_job(values, default_config, folder)
+    config = job.config
     recipe = {
         "weights": weights_hashes(job.weights, job.seed),
         "loras": {str(path): strength for path, strength in job.loras},
@@ -250,7 +247,25 @@ def generate(
     return 0
 
 
-def make_video(pipeline: Any, mechanisms: Any, frames: int, seed: int) -> Maker:
+def _stream_job(values: cli.Values, default_config: str, folder: Path) -> tuple[Job, SwitchConfig]:
+    """What is streamed, checked before weights are loaded.
+
+    Raises:
+      UserError: something cannot be used, or streams of this length cannot be made.
+    """
+    from chameleon_jax.attention.policies import make_policy
+    from chameleon_jax.inference.schedule import ChunkFrames, plan_stream
+    from chameleon_jax.inference.settings import check_config
+    from launch import jobs
+
+    config, mechanisms = jobs.read_stream(values, default_config)
+    checked = check_config(config)
+    plan = plan_stream(values.frames, [], mechanisms, ChunkFrames.of(checked))
+    make_policy(**checked.cache).check_length(plan.longest - 1)
+    return jobs.Job(**jobs.check_common(values, config), out=folder), mechanisms
+
+
+def make_video(pipeline: Pipeline, mechanisms: SwitchConfig, frames: int, seed: int) -> Maker:
     """How a pipeline makes the video of a sample: one stream each, from the same seed."""
     from chameleon_jax.evaluation.generation import speeds
 

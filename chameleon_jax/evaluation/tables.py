@@ -127,10 +127,8 @@ def _json(bench: Bench, samples: int, models: Mapping[str, Summary], frames: int
             name: {
                 "videos": model.videos,
                 "devices": list(model.devices),
-                "figures": {
-                    key: dataclasses.asdict(one) | {"missing": model.missing.get(key, 0)}
-                    for key, one in model.figures.items()
-                },
+                "figures": {key: dataclasses.asdict(one) for key, one in model.figures.items()},
+                "missing": {key: count for key, count in model.missing.items() if count},
                 "about": dict(model.about),
             }
             for name, model in models.items()
@@ -161,11 +159,14 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def cell(one: Interval | None) -> str:
-    """A figure in a table."""
-    if one is None:
-        return NOT_RUN
-    return f"{one.mean:.4f} ({one.low:.4f} to {one.high:.4f}), n {one.count}"
+def cell(model: Summary, name: str) -> str:
+    """A figure of a model in a table."""
+    one, missing = model.figures.get(name), model.missing.get(name, 0)
+    if one is not None:
+        text = f"{one.mean:.4f} ({one.low:.4f} to {one.high:.4f}), n {one.count}"
+    else:
+        text = "n 0" if missing else NOT_RUN
+    return f"{text}, missing {missing}" if missing else text
 
 
 def _beside(bench: Bench, models: Mapping[str, Summary], frames: int) -> str:
@@ -177,7 +178,7 @@ def _beside(bench: Bench, models: Mapping[str, Summary], frames: int) -> str:
     heads = [f"{column.title} (`{name}`)" for column, name in columns]
     lines = [f"| model | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
     for name, model in models.items():
-        cells = [cell(model.figures.get(figure)) for _, figure in columns]
+        cells = [cell(model, figure) for _, figure in columns]
         lines.append(f"| **{name}** | {' | '.join(cells)} |")
     for row in bench.rows.get(frames, ()):
         cells = [_published(row, column) for column, _ in columns]
@@ -200,13 +201,7 @@ def _all_figures(models: Mapping[str, Summary]) -> str:
     for name, title in TITLES.items():
         if not any(name in model.figures or model.missing.get(name) for model in models.values()):
             continue
-        cells = []
-        for model in models.values():
-            lacking = model.missing.get(name, 0)
-            text = cell(model.figures.get(name))
-            if name not in model.figures and lacking:
-                text = "n 0"
-            cells.append(f"{text}, missing {lacking}" if lacking else text)
+        cells = [cell(model, name) for model in models.values()]
         lines.append(f"| {title} (`{name}`) | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -42,9 +42,12 @@ def test_the_cosine():
     assert cosine(np.zeros(2), np.ones(2)) == 0
 
 
-def test_means_with_and_without_negative_cosines():
-    assert identity.means([0.5, -0.5, 0.1]) == (pytest.approx(0.3), pytest.approx(0.1 / 3))
-    assert identity.means([-0.5]) == (0, -0.5)
+def test_means_of_opens2v():
+    """Of CurricularFace negative cosines do not count, of ArcFace they count as 0."""
+    assert identity.clipped_mean([0.5, -0.5, 0.1], zeros=False) == pytest.approx(0.3)
+    assert identity.clipped_mean([0.5, -0.5, 0.1], zeros=True) == pytest.approx(0.2)
+    assert identity.clipped_mean([-0.5], zeros=False) == identity.clipped_mean([], zeros=True) == 0
+    assert identity.Arc.zeros and not identity.Cur.zeros
 
 
 def test_a_similarity_is_found_again():
@@ -124,9 +127,10 @@ def test_the_same_person_and_nobody(setup, metric):
     # Of 32 chosen frames 16 are the first, 15 the second and 1 the third.
     assert found["faces"] == 17
     nobody = made.score(person, person, video[1:2], "")
-    assert nobody[metric.columns[0]] is None and nobody["why"] == "no face in the video"
+    assert nobody == {metric.columns[0]: 0, metric.columns[1]: None, "faces": 0}
     nobody = made.score(video[1], person, video, "")
-    assert nobody[metric.columns[1]] is None and nobody["why"] == "no face on the reference"
+    assert nobody[metric.columns[0]] is nobody[metric.columns[1]] is None
+    assert nobody["why"] == "no face on the reference"
 
 
 def test_another_person_is_less_like(setup):

@@ -13,6 +13,7 @@ from PIL import Image
 from chameleon_jax.data.images import open_image
 from chameleon_jax.evaluation import benches
 from chameleon_jax.evaluation.benches import BenchError, hgc
+from launch import cli, evaluate
 
 PROMPT = 'She says "hi", then turns;\nher coat, red, swings.'
 
@@ -34,6 +35,25 @@ def write(folder, rows, *, head=hgc.COLUMNS, before="", pictures=("a.png", "b.pn
 
 def test_a_benchmark_is_found_by_its_file():
     assert "hgc" in benches.names() and benches.load("hgc") is hgc.BENCH
+
+
+def test_a_new_benchmark_is_one_file(tmp_path, monkeypatch):
+    text = """
+from chameleon_jax.evaluation.benches import Bench, Sample
+
+def read(folder):
+    return [Sample(0, folder / "a.png", folder / "b.png", "a person walks")]
+
+BENCH = Bench(title="Mine", read=read, metrics=("amp_paper",), frames=33)
+"""
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.setattr(benches, "__path__", [*benches.__path__, str(tmp_path)])
+    assert benches.names() == ["hgc", "mine"]
+    assert benches.load("mine").read(tmp_path)[0].prompt == "a person walks"
+    values = cli.read(evaluate.define_flags, ["--bench=mine", f"--data={tmp_path}"])
+    assert values.bench == "mine"
+    with pytest.raises(cli.UsageError, match="expected one of runway, judge, hgc, mine"):
+        cli.read(evaluate.define_flags, ["--bench=their"])
 
 
 def test_json_in_quotes_behind_a_byte_order_mark(tmp_path):

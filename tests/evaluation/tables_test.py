@@ -72,7 +72,8 @@ def test_missing_scores_are_no_zeros(tmp_path):
     assert "(`hgc`) | 5.0000 (5.0000 to 5.0000), n 3, missing 1 | n 0, missing 1 |" in text
     found = json.loads((tmp_path / "table.json").read_text())["models"]
     assert found["ours"]["figures"]["hgc"]["count"] == 3
-    assert "hgc" not in found["theirs"]["figures"]
+    assert found["theirs"]["figures"] == {} and found["theirs"]["missing"]["hgc"] == 1
+    assert "| **theirs** | not run | not run |" in text and text.count("n 0, missing 1") == 6
 
 
 def test_rows_of_the_paper_stand_beside(tmp_path):

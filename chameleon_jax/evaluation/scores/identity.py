@@ -3,12 +3,14 @@
 The paper's text says ArcFace; its column "Cur." and the code that it cites (OpenS2V) are
 CurricularFace. Both are here, beside SFace, which may be used commercially. Each gives two means:
 
-    cur, arc, sface                    as the cited code: negative cosines count as none
-    cur_plain, arc_plain, sface_plain  as the text: of all frames with a face
+    cur, arc, sface                    as the cited code: a negative cosine counts as 0, for `cur`
+                                       and `sface` not at all; without a face in the video it is 0
+    cur_plain, arc_plain, sface_plain  as the text: of all frames with a face; without any of them
+                                       there is no figure
 
-Of 32 frames, the largest face of each; frames without a face do not count; without any there is no
-figure. The cited code finds faces with the detector of insightface, whose weights are for research
-only; ours is YuNet.
+Of 32 frames, the largest face of each; frames without a face do not count. Without a face on the
+reference there is no figure at all. The cited code finds faces with the detector of insightface,
+whose weights are for research only; ours is YuNet.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ class FaceMetric(Metric):
     Attributes:
       cut: pixels of the sides of the face that is cut out, before it is scaled to 112.
       middle, half: of the recogniser's range: pixels become (pixel - middle) / half.
+      zeros: whether a negative cosine counts as 0; else it does not count.
     """
 
     cut: ClassVar[int] = RECOGNISED
     middle: ClassVar[float] = 127.5
     half: ClassVar[float] = 127.5
+    zeros: ClassVar[bool] = False
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -71,17 +75,17 @@ class FaceMetric(Metric):
         chosen = spread(len(video), FRAMES)  # of a short video some frames count twice
         frames = {i: self.embed(video[i]) for i in set(chosen)}
         seen = [frames[i] for i in chosen if frames[i] is not None]
-        if person is None or not seen:
-            where = "on the reference" if person is None else "in the video"
-            return dict.fromkeys(self.columns) | {"why": f"no face {where}"}
+        if person is None:
+            return dict.fromkeys(self.columns) | {"why": "no face on the reference"}
         similar = [cosine(person, frame) for frame in seen]
-        return dict(zip(self.columns, means(similar), strict=True)) | {"faces": len(seen)}
+        found = clipped_mean(similar, self.zeros), float(np.mean(similar)) if seen else None
+        return dict(zip(self.columns, found, strict=True)) | {"faces": len(seen)}
 
 
-def means(similar: list[float]) -> tuple[float, float]:
-    """Mean of the cosines above 0, 0 if none is, as in OpenS2V; and of all of them."""
-    above = [value for value in similar if value > 0]
-    return float(np.mean(above)) if above else 0.0, float(np.mean(similar))
+def clipped_mean(similar: list[float], zeros: bool) -> float:
+    """Mean of cosines as OpenS2V takes it: those above 0, with `zeros` the others as 0; or 0."""
+    kept = [max(0.0, value) for value in similar if zeros or value > 0]
+    return float(np.mean(kept)) if kept else 0.0
 
 
 class Cur(FaceMetric):
@@ -106,15 +110,16 @@ class Cur(FaceMetric):
 
 
 class Arc(FaceMetric):
-    """ArcFace, of insightface's antelopev2."""
+    """ArcFace of insightface's buffalo_l, which OpenS2V takes (ResNet-50, WebFace600K)."""
 
     name = "arc"
+    zeros = True
     columns = ("arc", "arc_plain")
     needs = Needs(
         PACKAGES,
         (
             faces.YUNET,
-            ModelFile("glintr100.onnx", "research only", "take it out of insightface's antelopev2"),
+            ModelFile("w600k_r50.onnx", "research only", "take it out of insightface's buffalo_l"),
         ),
         commercial=False,
     )
