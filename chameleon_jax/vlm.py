@@ -64,10 +64,18 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """A whole video as the bytes of a file; for `gemini` alone."""
+    """A whole video as the bytes of a file; for `gemini` alone.
+
+    Attributes:
+      data: of the file.
+      kind: its media type.
+      fps: frames that are looked at, a second of the video, at most 24; None: as many as the server
+        chooses, which is 1 at Google.
+    """
 
     data: bytes
     kind: str = "video/mp4"
+    fps: float | None = None
 
 
 Part = str | Picture | Film
@@ -405,12 +413,14 @@ def _openai_request(
 def _gemini_request(
     endpoint: Endpoint, parts: Sequence[Part], system: str
 ) -> tuple[str, dict[str, Any]]:
-    content = [
-        {"text": part}
-        if isinstance(part, str)
-        else {"inline_data": {"mime_type": part.kind, "data": _base64(part.data)}}
-        for part in parts
-    ]
+    content: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, str):
+            content.append({"text": part})
+            continue
+        content.append({"inline_data": {"mime_type": part.kind, "data": _base64(part.data)}})
+        if isinstance(part, Film) and part.fps is not None:
+            content[-1]["video_metadata"] = {"fps": part.fps}
     body: dict[str, Any] = {"contents": [{"role": "user", "parts": content}]}
     if system:
         body["system_instruction"] = {"parts": [{"text": system}]}

@@ -115,7 +115,7 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.flag(
         "vlm_frames",
-        "hgc: frames of a video that it is sent; default 16",
+        "hgc: frames of a video that it looks at; default 16; of gemini, as many as Google chooses",
         kind=cli.whole_number(1, 1000),
         metavar="N",
     )
@@ -385,7 +385,7 @@ def _setup(values: cli.Values) -> Setup:
         endpoints[kind] = None if url is None else Endpoint.open(url, model, **settings)
     return Setup(
         models=Path(values.models) if values.models else places.cache_folder() / "metrics",
-        frames=values.vlm_frames or 16,
+        frames=values.vlm_frames,
         prompt=_prompt(values.vlm_prompt),
         **endpoints,
     )

@@ -51,6 +51,8 @@ def test_gemini_takes_films_and_its_thoughts_are_left_out():
     assert request["headers"]["x-goog-api-key"] == "secret"
     film = {"inline_data": {"mime_type": "video/mp4", "data": base64.b64encode(b"mp4").decode()}}
     assert request["body"]["contents"] == [{"role": "user", "parts": [{"text": "Look:"}, film]}]
+    _, (request,) = asked([answer], parts=[Film(b"mp4", fps=4.5)], api="gemini")
+    assert request["body"]["contents"][0]["parts"] == [film | {"video_metadata": {"fps": 4.5}}]
     assert request["body"]["system_instruction"] == {"parts": [{"text": "You judge."}]}
 
 

@@ -106,13 +106,22 @@ def test_marks_written_as_4_point_0():
     assert marks(dict.fromkeys(KEYS, 4.0)) == {"hgc": 4, "lgc": 4, "ntp": 4}
 
 
-def test_gemini_sees_the_whole_video():
+@pytest.mark.parametrize(("frames", "rate"), [(None, None), (3, 8.0), (99, 24.0)])
+def test_gemini_sees_the_whole_video(frames, rate):
+    """Of 9 frames at 24 a second, 3 are 8 a second."""
     answer = {"candidates": [{"content": {"parts": [{"text": reply(4, 4, 4)}]}}]}
-    found, (request,) = scored([answer], api="gemini")
-    assert found["hgc"] == 4
-    kinds = [
-        part["inline_data"]["mime_type"]
-        for part in request["body"]["contents"][0]["parts"]
-        if "inline_data" in part
-    ]
+    with ScriptedServer([answer]) as server:
+        setup = Setup(Path(), vlm=Endpoint(server.url, "judge", api="gemini"), frames=frames)
+        metric = Garment(setup)
+        assert metric.score(PICTURE, PICTURE, VIDEO, "")["hgc"] == 4
+    parts = server.requests[0]["body"]["contents"][0]["parts"]
+    sent = [part for part in parts if "inline_data" in part]
+    kinds = [part["inline_data"]["mime_type"] for part in sent]
     assert kinds == ["image/jpeg", "image/jpeg", "video/mp4"]
+    assert sent[2].get("video_metadata", {}).get("fps") == rate
+    assert metric.about()["sees"] == ("film" if rate is None else f"{frames} frames of the film")
+
+
+def test_sixteen_frames_are_sent_unless_told_otherwise():
+    setup = Setup(Path(), vlm=Endpoint("http://localhost", "judge"))
+    assert Garment(setup).about()["sees"] == "16 frames"

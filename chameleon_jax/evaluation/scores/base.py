@@ -77,7 +77,8 @@ class Setup:
       models: folder of weights.
       vlm: model that is asked about garments.
       gme: model that embeds texts and pictures.
-      frames: of a video that the VLM sees, if it takes no whole videos.
+      frames: of a video that the VLM sees; None: 16, or of a whole video as many as its server
+        chooses.
       prompt: with which the VLM is asked; empty: scores/garment.py has one.
       sleep: waits for some seconds, between two tries.
     """
@@ -85,7 +86,7 @@ class Setup:
     models: Path
     vlm: Endpoint | None = None
     gme: Endpoint | None = None
-    frames: int = 16
+    frames: int | None = None
     prompt: str = ""
     sleep: Callable[[float], None] = time.sleep
 

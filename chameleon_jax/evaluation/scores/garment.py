@@ -22,7 +22,8 @@ KEYS = {
     "low-level garment consistency": "lgc",
     "non-target garment preservation": "ntp",
 }
-FPS = 24.0  # of the film that is sent
+FPS = 24.0  # of the film that is sent; that of the paper's videos
+FRAMES = 16  # that are sent, where no film can be
 
 PROMPT = """\
 You judge a video that was made by a model for virtual try-on.
@@ -69,8 +70,14 @@ class Garment(Metric):
         return super().about() | {
             "model": endpoint.model,
             "prompt": prompt_hash(self.prompt),
-            "sees": "film" if endpoint.api == "gemini" else f"{self.setup.frames} frames",
+            "sees": self._sees(),
         }
+
+    def _sees(self) -> str:
+        """What of a video is shown to the model."""
+        if self.setup.vlm.api != "gemini":
+            return f"{self.setup.frames or FRAMES} frames"
+        return "film" if self.setup.frames is None else f"{self.setup.frames} frames of the film"
 
     def score(
         self, reference: np.ndarray, garment: np.ndarray, video: np.ndarray, prompt: str
@@ -78,9 +85,9 @@ class Garment(Metric):
         parts: list[Part] = ["[Image 1]", to_send(reference), "[Image 2]", to_send(garment)]
         parts.append("[Video 1]")
         if self.setup.vlm.api == "gemini":
-            parts.append(film(video, FPS))
+            parts.append(film(video, FPS, self.setup.frames))
         else:
-            parts += [to_send(video[i]) for i in spread(len(video), self.setup.frames)]
+            parts += [to_send(video[i]) for i in spread(len(video), self.setup.frames or FRAMES)]
         parts.append("The JSON object:")
         reply = ask(self.setup.vlm, parts, marks, system=self.prompt, sleep=self.setup.sleep)
         found = reply.value or dict.fromkeys(self.columns)
