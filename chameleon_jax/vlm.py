@@ -90,6 +90,7 @@ class Endpoint:
       url: up to and without `/chat/completions` (openai) or `/models/...` (gemini).
       model: its name there.
       key: sent with every request; None: none is.
+      key_name: variable of the environment that it comes from, for messages.
       api: one of `APIS`.
       timeout: seconds that one try may take, in all.
       tries: at most so many requests for one question.
@@ -101,6 +102,7 @@ class Endpoint:
     url: str
     model: str
     key: str | None = dataclasses.field(default=None, repr=False)
+    key_name: str = KEY
     api: str = "openai"
     timeout: float = 180.0
     tries: int = 5
@@ -125,7 +127,7 @@ class Endpoint:
         key = os.environ.get(key_name, "").strip() or None
         if key is None and not _is_local(parts.hostname):
             raise VlmError(f"{url}: no key; put it into the variable {key_name} of the environment")
-        return cls(url.rstrip("/"), model, key, **settings)
+        return cls(url.rstrip("/"), model, key, key_name, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,8 +361,8 @@ def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError) -> Exception:
     if error.code in PASSING:
         return _Passing(f"HTTP {error.code} ({shown})", _retry_after(error))
     advice = {
-        401: f"; look at the key in {KEY}",
-        403: f"; look at the key in {KEY}",
+        401: f"; look at the key in {endpoint.key_name}",
+        403: f"; look at the key in {endpoint.key_name}",
         404: f"; look at the address and at the model's name, {endpoint.model}",
     }.get(error.code, "")
     kind = UnavailableError if error.code in ABOUT_ONE_QUESTION else VlmError

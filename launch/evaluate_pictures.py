@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STAGES = ("generate", "score", "table")
 DEMO_SAMPLES = 4
+GME_KEY = "CHAMELEON_GME_KEY"  # variable of the environment
 # Of these benchmarks alone.
 FLAGS = (
     "frames",
@@ -122,7 +123,11 @@ def define_flags(parser: cli.Parser) -> None:
     parser.flag(
         "vlm_prompt", "hgc: text file to ask it with; default our own words", metavar="FILE"
     )
-    parser.flag("gme_url", "hgc: endpoint that embeds texts and pictures with GME", metavar="URL")
+    parser.flag(
+        "gme_url",
+        f"hgc: endpoint that embeds texts and pictures with GME; its key is read from {GME_KEY}",
+        metavar="URL",
+    )
     parser.flag("gme_model", "hgc: its name there", metavar="NAME")
     parser.switch("retry_missing", "hgc: score those videos again that got no figure", default=None)
     parser.flag(
@@ -378,7 +383,11 @@ def _setup(values: cli.Values) -> Setup:
     from chameleon_jax.vlm import Endpoint
 
     endpoints: dict[str, Endpoint | None] = {}
-    for kind, settings in (("vlm", {"api": values.vlm_api or "openai"}), ("gme", {})):
+    # Two variables: no server is sent the key of another one.
+    for kind, settings in (
+        ("vlm", {"api": values.vlm_api or "openai"}),
+        ("gme", {"key_name": GME_KEY}),
+    ):
         url, model = getattr(values, f"{kind}_url"), getattr(values, f"{kind}_model")
         if (url is None) != (model is None):
             raise UsageError(f"--{kind}_url and --{kind}_model belong together; give both")

@@ -175,6 +175,8 @@ def test_keys_come_from_the_environment(monkeypatch):
     monkeypatch.setenv(vlm.KEY, "secret")
     endpoint = Endpoint.open("https://example.com/v1", "model", api="gemini")
     assert endpoint.key == "secret" and "secret" not in repr(endpoint)
+    with pytest.raises(VlmError, match="variable OTHER_KEY"):
+        Endpoint.open("https://example.com/v1", "model", key_name="OTHER_KEY")
 
 
 @pytest.mark.parametrize(

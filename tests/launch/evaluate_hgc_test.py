@@ -131,6 +131,7 @@ def test_metrics_run_in_processes_of_their_own(made, tmp_path, capfd):
         (["--stage=scor"], "'scor': expected one of .*; did you mean score?"),
         (["--vlm_url=http://localhost"], "--vlm_url and --vlm_model belong together"),
         (["--vlm_url=https://example.com", "--vlm_model=m"], "no key; put it into .*_VLM_KEY"),
+        (["--gme_url=https://example.com", "--gme_model=m"], "no key; put it into .*_GME_KEY"),
         (["--vlm_prompt=nowhere.txt"], "--vlm_prompt nowhere.txt: cannot be read"),
         (["--name=../theirs"], "--name ../theirs: expected the name of a folder"),
         (["--judge=x"], "--judge is not for --bench hgc; leave it out"),
@@ -138,7 +139,10 @@ def test_metrics_run_in_processes_of_their_own(made, tmp_path, capfd):
     ],
 )
 def test_what_stops_the_command_is_one_line(made, capfd, monkeypatch, flags, message):
-    monkeypatch.delenv(vlm.KEY, raising=False)
+    for name in (vlm.KEY, "CHAMELEON_GME_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    if "--gme_model=m" in flags:
+        monkeypatch.setenv(vlm.KEY, "of another server")
     assert run(*made, *flags) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert re.search(message, line)
