@@ -46,6 +46,9 @@ EXTRAS = {
         "importlib-resources>=6.0",  # tensorflow-datasets 4.9.10 imports it and does not name it
         "tensorboardX>=2.6.4",
     ],
+    "eval": ["av>=14.0,<20", "onnxruntime>=1.20", "opencv-python-headless>=4.10,<6"],
+    # To make the files of metrics whose weights or code are for research only; docs/evaluation.md.
+    "eval-nc": ["insightface>=0.7.3", "onnx>=1.17", "pyiqa>=0.1.14", "torch>=2.6"],
     "convert": ["torch>=2.6"],  # for .pth, .pt and .bin; safetensors need nothing
     "parity": [
         "torch>=2.6",
@@ -54,7 +57,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "peft>=0.17",
     ],
-    "dev": ["httpx2>=2.0", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.14"],
+    "dev": ["httpx2>=2.0", "onnx>=1.17", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.14"],
 }
 
 setup(

@@ -4,7 +4,7 @@
     chameleon serve      a live stream in a browser: click a garment, see it change
     chameleon bench      measure how fast a stream is on this machine
     chameleon targets    what a program needs on chips that are not here, and how fast it can be
-    chameleon evaluate   measure a model on Runway-Bench
+    chameleon evaluate   measure a model on HGC-Bench or Runway-Bench
     chameleon train      train one stage
     chameleon curves     draw the curves of training runs
     chameleon prepare    make training data, or a tokenizer

@@ -1,87 +1,49 @@
-"""Measure a model, or the judge that measures it.
+"""Measure a model on a benchmark, or the judge that measures it.
 
+    python -m launch.evaluate --bench hgc --data HGC-Bench --weights weights/chameleon \\
+        --out out/hgc --vlm_url https://host/v1 --vlm_model NAME
+    python -m launch.evaluate --bench hgc --make_demo out/demo_bench
     python -m launch.evaluate --bench runway --judge runs/judge/export --out out/bench
-    python -m launch.evaluate --bench runway --judge runs/judge/export --out out/bench \\
-        --weights runs/dmd/export --switch refresh --name refresh
     python -m launch.evaluate --bench judge --judge runs/judge/export
+
+HGC-Bench (and every other file in chameleon_jax/evaluation/benches) has three stages, each of which
+goes on where it stopped: `generate` streams a video for every sample, `score` measures the videos,
+each metric in a process of its own, `table` writes the means beside those of the paper. Weights of
+metrics are never bundled; what is absent is one line that says which file to put where. Keys of
+endpoints are read from CHAMELEON_VLM_KEY. See docs/evaluation.md.
 
 Runway-Bench streams fixed scenarios of the synthetic world (one garment, two and five changes, long
 streams, a change of the prompt) with any model that `launch.sample` can stream, and compares each
-with the exact truth; see chameleon_jax/evaluation. Beside the model it measures the truth itself,
-and the truth in the garment of the start all the time: a figure of a change that does not tell
-these two apart is left out of the table.
+with the exact truth. Beside the model it measures the truth itself, and the truth in the garment of
+the start all the time: a figure of a change that does not tell these two apart is left out of the
+table. Needs the extra `runway`.
 
-Finished scenarios are kept in `--out`; the same command goes on. The table of all models in a
-folder is written anew each time. Needs the extra `runway`.
+What is finished is kept in `--out`; the same command goes on.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-import numpy as np
-
-from chameleon_jax import files, places
-from chameleon_jax.errors import need
-from launch import cli, jobs
+from chameleon_jax.evaluation import benches
+from launch import cli, evaluate_pictures, evaluate_runway
 from launch.cli import UsageError
-
-if TYPE_CHECKING:
-    from chameleon_jax.evaluation.scenarios import Scenario, Truth
-
-    Stream = Callable[[Scenario, Truth], tuple[np.ndarray, tuple[int, ...]]]
 
 CONFIG = "configs/runway_tiny.py"
 CONTINUES = "the same command continues"
-TRUTH, UNCHANGED = "truth", "unchanged"
-SHEET_EVERY = 6  # frames from one on a contact sheet to the next
-# What the table calls the figures.
-NAMES = {
-    "first_type": "first garment, type, by the judge",
-    "first_pattern": "first garment, pattern",
-    "first_colours": "first garment, both colours",
-    "first_type_and_colours": "first garment, type and colours",
-    "changed_type": "after a change, type",
-    "changed_pattern": "after a change, pattern",
-    "changed_colours": "after a change, both colours",
-    "changed_type_and_colours": "after a change, type and colours",
-    "wrong_frames": "after a change, frames in the garment before",
-    "first_garment_psnr": "garment in the first frames, PSNR in dB",
-    "person_cosine": "person, cosine to the picture in the end",
-    "person_same": "person, the same one in the end",
-    "background_psnr": "background in the end, PSNR in dB",
-    "clothes_distance": "other clothes in the end, CIELAB distance",
-    "garment_sharpness": "sharpness of the garment, end over start",
-    "head_sharpness": "sharpness of the head, end over start",
-    "prompt_arms": "prompt, arms and which hand",
-    "prompt_side": "prompt, side of a shift",
-    "jump_joints": "jump at a change, joints, over the usual change",
-    "jump_background": "jump at a change, background",
-    "jump_head": "jump at a change, head",
-}
+OTHERS = ("runway", "judge")  # benchmarks that are no files in evaluation/benches
 
 
 def define_flags(parser: cli.Parser) -> None:
     """The flags of this command."""
-    parser.config_flag((CONFIG, ""))
+    pictures = benches.names()
+    parser.config_flag((CONFIG, ""), others=["configs/wan22_5b.py"])
     parser.flag(
         "bench",
-        "runway: measure a model; judge: measure the judge",
-        kind=cli.one_of("runway", "judge"),
+        f"{', '.join(pictures)} or runway: measure a model; judge: measure the judge",
+        kind=cli.one_of(*OTHERS, *pictures),
         default="runway",
         metavar="BENCH",
-    )
-    parser.flag("judge", "folder of the judge's weights", needed=True, metavar="DIR")
-    parser.flag(
-        "data",
-        "judge: set of labelled clips, its validation split; default: clips of --world, rendered"
-        " now",
-        metavar="DIR",
     )
     parser.flag(
         "weights",
@@ -89,20 +51,8 @@ def define_flags(parser: cli.Parser) -> None:
         metavar="DIR",
     )
     parser.flag("name", "of the model in the table", default="model", metavar="NAME")
-    parser.flag("out", "folder to write", default="out/runway_bench", metavar="DIR")
-    parser.flag("world", "of the scenarios: mirror or open", default="mirror", metavar="NAME")
     parser.flag(
-        "scenarios",
-        "how many; 128 are all",
-        kind=cli.whole_number(1, 128),
-        default=128,
-        metavar="N",
-    )
-    parser.flag(
-        "kind",
-        "only scenarios of this kind: one, two, five, long, endless or prompt; may be repeated",
-        repeated=True,
-        metavar="KIND",
+        "out", "folder to write; default out/BENCH, for runway out/runway_bench", metavar="DIR"
     )
     parser.flag(
         "switch",
@@ -117,238 +67,43 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.flag(
         "seed",
-        "of the noise; default that of the config",
+        "of the noise; default that of the benchmark (hgc: 42), else of the config",
         kind=cli.whole_number(0, 2**32 - 1),
         metavar="N",
     )
+    parser.flag(
+        "data",
+        "hgc: its folder, with meta_data.csv; judge: set of labelled clips, its validation split;"
+        " default: clips of --world, rendered now",
+        metavar="DIR",
+    )
+    evaluate_pictures.define_flags(parser)
+    evaluate_runway.define_flags(parser)
     parser.quantize_flag()
     parser.compilation_flag()
 
 
-def evaluate(values: cli.Values) -> int:
-    """The command. Returns the exit code."""
-    need("numba", "runway")
-    places.check_writable(Path(values.out) / "table.md")
-    cli.start_jax(values)
-    return check_judge(values) if values.bench == "judge" else run_bench(values)
-
-
-def check_judge(values: cli.Values) -> int:
-    """Measure the judge, and write what was found beside it."""
-    from chameleon_jax.data.rendered import RenderedSource
-    from chameleon_jax.data.sources import open_sources
-    from chameleon_jax.evaluation import judge, scenarios
-
-    kinds = ("labels", "joints", "attributes")
-    if values.data:
-        source = open_sources(values.data, "validation", kinds)
-    else:
-        source = RenderedSource(
-            judge.SEEDS, scenarios.SIZE, world=values.world, people=judge.PEOPLE, labels=kinds
-        )
-    size = tuple(int(side) for side in source.sizes[0])
-    card = judge.check(values.judge, source, size)
-    print(json.dumps(card, indent=2))
-    return 0
-
-
-def make_stream(values: cli.Values) -> Stream:
-    """How the model of the command line streams a scenario.
+def run(values: cli.Values) -> int:
+    """The command. Returns the exit code.
 
     Raises:
-      UsageError: the flags do not fit.
+      UserError: an input cannot be used.
     """
-    from chameleon_jax.inference.pipeline import Pipeline
-    from chameleon_jax.inference.schedule import with_steps
-    from chameleon_jax.inference.session import SwitchConfig
-
-    config = jobs.read_config(values, CONFIG, jobs.is_for_streams)
-    if values.steps is not None:
-        config = with_steps(config, values.steps)
-    weights = values.weights or config.weights
-    if weights == "random":
-        pipeline = Pipeline.random(config, 0)
-    else:
-        pipeline = Pipeline.from_pretrained(weights, config)
-    mechanisms = SwitchConfig(**config.switch)
-    if values.switch is not None:
-        try:
-            mechanisms = SwitchConfig.parse(
-                values.switch, drop_repeated_frame=config.switch.drop_repeated_frame
-            )
-        except ValueError as error:
-            raise UsageError(f"--switch: {error}") from None
-    seed = config.seed if values.seed is None else values.seed
-    pipeline.compile()
-
-    def stream(scenario: Scenario, truth: Truth) -> tuple[np.ndarray, tuple[int, ...]]:
-        session = pipeline.session(mechanisms)
-        session.start(truth.reference, truth.pictures[0], scenario.prompts[0][1], seed)
-        asked = list(zip(scenario.starts[1:], truth.pictures[1:], strict=True))
-        prompts, switches, made = list(scenario.prompts[1:]), [], []
-        while session.frames < scenario.frames:
-            while asked and asked[0][0] <= session.frames:
-                switches.append(session.switch_garment(asked.pop(0)[1]))
-            while prompts and prompts[0][0] <= session.frames:
-                session.switch_prompt(prompts.pop(0)[1])
-            made.append(session.next_chunk())
-        worn = tuple(switch.effective for switch in switches)
-        return np.concatenate(made)[: scenario.frames], (0, *worn)
-
-    return stream
-
-
-def unchanged(scenario: Scenario) -> np.ndarray:
-    """The truth, but in the garment of the start all the time."""
-    from chameleon_jax.evaluation import scenarios
-
-    first = dataclasses.replace(scenario, garments=scenario.garments[:1], starts=(0,))
-    return scenarios.render(first).video
-
-
-def run_bench(values: cli.Values) -> int:
-    """Stream and measure the scenarios, and write the table."""
-    from tqdm import tqdm
-
-    from chameleon_jax.evaluation import runway_bench, scenarios
-    from chameleon_jax.evaluation.judge import load_judge
-
-    if values.name in (TRUTH, UNCHANGED):
-        raise UsageError(f"--name {values.name}: stands in the table already; choose another name")
-    judge = load_judge(values.judge)
-    try:
-        chosen = scenarios.scenarios(values.world, values.scenarios, values.kind or None)
-    except ValueError as error:
-        raise UsageError(f"--scenarios, --kind: {error}") from None
-    out = Path(values.out) / values.world
-    _check_recipes(out, values)
-    stream: Stream | None = None
-    with tqdm(total=len(chosen), unit=" scenarios", file=sys.stderr, dynamic_ncols=True) as bar:
-        for scenario in chosen:
-            results = {
-                name: out / name / f"{scenario.name}.json"
-                for name in (TRUTH, UNCHANGED, values.name)
-            }
-            missing = [name for name, path in results.items() if not path.is_file()]
-            if missing:
-                truth = scenarios.render(scenario)
-                person = judge(truth.reference[None])
-            for name in missing:
-                if name == TRUTH:
-                    video, starts = truth.video, scenario.starts
-                elif name == UNCHANGED:
-                    video, starts = unchanged(scenario), scenario.starts
-                else:
-                    stream = stream or make_stream(values)
-                    video, starts = stream(scenario, truth)
-                made = runway_bench.Made(video, judge(video), starts)
-                figures = runway_bench.measure(scenario, truth, made, person, judge.card)
-                save_sheet(results[name].with_suffix(".png"), truth, video)
-                files.write_json(results[name], {"starts": list(starts), "figures": figures})
-            bar.update()
-    table = write_table(out, {scenario.name for scenario in chosen}, values.name)
-    print(table)
-    return 0
-
-
-def _check_recipes(folder: Path, values: cli.Values) -> None:
-    """Note what the figures in a folder are made with; figures made otherwise are not gone on with.
-
-    Raises:
-      UsageError: they were made with another judge, or those of this name with another model.
-    """
-    from chameleon_jax.data.sources import file_hash
-
-    weights = values.weights or "that of the config"
-    dit = places.find(values.weights) / "dit.safetensors" if values.weights else None
-    model = {
-        "weights": file_hash(dit) if dit is not None and dit.is_file() else weights,
-        "config": values.config,
-        "overrides": list(values.overrides),
-        "switch": values.switch,
-        "steps": values.steps,
-        "seed": values.seed,
-    }
-    judge = {"judge": file_hash(places.find(values.judge) / "judge.safetensors")}
-    for path, recipe, remedy in (
-        (folder / "judge.recipe", judge, "choose another --out"),
-        (folder / f"{values.name}.recipe", model, "choose another --name or --out"),
-    ):
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, recipe)
-            continue
-        known = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key in recipe if known.get(key) != recipe[key]]
-        if other:
-            raise UsageError(
-                f"{folder}: the figures there were made with another {', '.join(other)}; {remedy}"
-            )
-
-
-def save_sheet(path: Path, truth: Truth, video: np.ndarray) -> None:
-    """Person and garments, frames of the truth, and the same frames of the video."""
-    from chameleon_jax.data.sheets import contact_sheet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shown = slice(None, None, SHEET_EVERY * max(1, len(video) // 165))
-    rows = [[truth.reference, *truth.pictures], truth.video[shown], video[shown]]
-    labels = ["person, garments", "truth", "made"]
-    with files.replacing(path) as part:
-        contact_sheet(rows, labels).save(part, "PNG")
-
-
-def write_table(folder: Path, names: set[str], model: str) -> str:
-    """The figures of all models in a folder over some scenarios: table.md, and a JSON each.
-
-    Args:
-      folder: of one world.
-      names: scenarios that count; models that lack one of them are left out.
-      model: comes last.
-    """
-    from chameleon_jax.evaluation import runway_bench
-
-    columns = {}
-    for place in sorted(_models(folder), key=lambda place: (place.name == model, place.name)):
-        paths = [place / f"{name}.json" for name in sorted(names)]
-        if not all(path.is_file() for path in paths):
-            continue
-        figures = [json.loads(path.read_text(encoding="utf-8"))["figures"] for path in paths]
-        columns[place.name] = runway_bench.summarize(figures)
-        files.write_json(
-            folder / f"{place.name}.json",
-            {key: dataclasses.asdict(one) for key, one in columns[place.name].items()},
-        )
-    ordered = {name: columns.pop(name) for name in (TRUTH, UNCHANGED) if name in columns}
-    blind = runway_bench.blind(ordered[TRUTH], ordered[UNCHANGED]) if len(ordered) == 2 else []
-    table = runway_bench.table(
-        {
-            name: {key: column[key] for key in NAMES if key in column and key not in blind}
-            for name, column in (ordered | columns).items()
-        },
-        lambda name: NAMES[name],
-    )
-    if blind:
-        table += (
-            "\n\nLeft out, for this judge does not tell the truth from the garment before by them:"
-            f" {'; '.join(NAMES[name] for name in blind)}."
-        )
-    text = (
-        f"# Runway-Bench, world {folder.name}\n\n{len(names)} scenarios; means over scenarios with"
-        f" 95 % intervals (bootstrap).\n\n{table}\n"
-    )
-    with files.replacing(folder / "table.md") as part:
-        Path(part).write_text(text, encoding="utf-8")
-    return table
-
-
-def _models(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.is_dir())
+    theirs = {
+        "runway": evaluate_runway.FLAGS,
+        "judge": evaluate_runway.FLAGS,
+    }.get(values.bench, evaluate_pictures.FLAGS)
+    for name in (*evaluate_runway.FLAGS, *evaluate_pictures.FLAGS):
+        if getattr(values, name) not in (None, [], False) and name not in theirs:
+            raise UsageError(f"--{name} is not for --bench {values.bench}; leave it out")
+    if values.bench in OTHERS:
+        return evaluate_runway.run(values, CONFIG)
+    return evaluate_pictures.run(values, CONFIG)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "python -m launch.evaluate") -> None:
     """The command line."""
-    cli.main(program, __doc__, define_flags, evaluate, argv, interrupted=CONTINUES)
+    cli.main(program, __doc__, define_flags, run, argv, interrupted=CONTINUES)
 
 
 if __name__ == "__main__":

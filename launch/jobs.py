@@ -21,6 +21,8 @@ from PIL import Image
 from chameleon_jax import files, interrupts, machine, places, sharding
 from chameleon_jax.config import load_config, override
 from chameleon_jax.inference.pipeline import Pipeline
+from chameleon_jax.inference.schedule import with_steps
+from chameleon_jax.inference.session import SwitchConfig
 from chameleon_jax.inference.settings import NETWORKS, with_quantize
 from chameleon_jax.keys import check_seed
 from launch.cli import UsageError, Values
@@ -92,6 +94,30 @@ def _read_config(values: Values, default: str, is_for: Callable[[ConfigDict], bo
 def is_for_streams(config: ConfigDict) -> bool:
     """Whether a config describes a stream with a person and a garment."""
     return "switch" in config and config.get("cache", {}).get("context", 0) > 0
+
+
+def read_stream(values: Values, default: str) -> tuple[ConfigDict, SwitchConfig]:
+    """The config of a stream, by `read_config`, with other steps; and what a switch does in it.
+
+    Args:
+      values: as for `read_config`, and `steps` and `switch`.
+      default: config file.
+
+    Raises:
+      UserError: the config cannot be read, or the flags do not fit it.
+    """
+    config = read_config(values, default, is_for_streams)
+    if values.steps is not None:
+        config = with_steps(config, values.steps)
+    mechanisms = SwitchConfig(**config.switch)
+    if values.switch is not None:
+        try:
+            mechanisms = SwitchConfig.parse(
+                values.switch, drop_repeated_frame=config.switch.drop_repeated_frame
+            )
+        except ValueError as error:
+            raise UsageError(f"--switch: {error}") from None
+    return config, mechanisms
 
 
 def _stored_config(weights: str | None) -> ConfigDict | None:

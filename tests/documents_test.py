@@ -23,6 +23,7 @@ DOCUMENTS = (
     "docs/checkpoints.md",
     "docs/clusters.md",
     "docs/data.md",
+    "docs/evaluation.md",
     "docs/performance.md",
     "docs/serving.md",
     "docs/training.md",

@@ -51,7 +51,7 @@ def read_table(path: Path) -> list[Row]:
       TableError: unreadable or empty, or a row that is not as said, with its number.
     """
     rows = [
-        _parse_row(row, f"{path}: row {number}") for number, row in enumerate(_read_rows(path), 1)
+        _parse_row(row, f"{path}: row {number}") for number, row in enumerate(read_rows(path), 1)
     ]
     if not rows:
         raise TableError(f"{path}: no rows")
@@ -66,7 +66,12 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table by the names of its columns, whatever these are; nothing is checked.
+
+    Raises:
+      TableError: unreadable, or a row with more values than the header.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

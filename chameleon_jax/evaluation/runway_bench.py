@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from chameleon_jax.data.labels import BACKGROUND, CLOTHES, GARMENT, HEAD
+from chameleon_jax.evaluation.intervals import Interval, interval
 from chameleon_jax.evaluation.judge import COLOUR_RIGHT, Readings
 from chameleon_jax.evaluation.metrics import to_lab, unit
 from chameleon_jax.evaluation.scenarios import Scenario, Truth, arm_poses
@@ -33,7 +34,6 @@ from chameleon_jax.runway import asset
 SETTLE = 9  # frames after a change before a garment is judged
 CHUNK = 12  # frames that are the first, and the last, of a video; or that are looked at in the end
 USUAL = 12  # frames on each side of a change that say how much usually changes
-RESAMPLES = 2000
 
 # What a change of garment is judged by.
 OF_A_CHANGE = (
@@ -60,16 +60,6 @@ class Made:
     video: np.ndarray
     seen: Readings
     starts: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean over scenarios, its 95 % interval, and how many scenarios have the figure."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
 
 
 def measure(
@@ -272,13 +262,9 @@ def summarize(
     rng = rng or np.random.default_rng(0)
     summary = {}
     for name in dict.fromkeys(key for one in figures for key in one):
-        values = np.array([one[name] for one in figures if name in one])
-        values = values[np.isfinite(values)]
-        if not len(values):
-            continue
-        drawn = rng.choice(values, (RESAMPLES, len(values))).mean(1)
-        low, high = np.percentile(drawn, (2.5, 97.5))
-        summary[name] = Interval(float(values.mean()), float(low), float(high), len(values))
+        found = interval([one[name] for one in figures if name in one], rng)
+        if found is not None:
+            summary[name] = found
     return summary
 
 

@@ -16,7 +16,7 @@ from chameleon_jax.evaluation import judge, runway_bench, scenarios
 from chameleon_jax.evaluation.metrics import to_lab
 from chameleon_jax.runway import asset
 from chameleon_jax.splits import split_of
-from launch import evaluate
+from launch import evaluate_runway
 
 CARD = {"same_person": 0.5}
 
@@ -90,7 +90,7 @@ def test_a_perfect_video_has_perfect_figures(two):
     assert figures["first_garment_psnr"] == figures["background_psnr"] == 90
     assert figures["clothes_distance"] == 0
     assert figures["jump_joints"] < 4 and figures["jump_background"] < 2
-    assert set(figures) <= set(evaluate.NAMES)
+    assert set(figures) <= set(evaluate_runway.NAMES)
 
 
 def test_the_garment_of_the_start_is_wrong_after_a_change(two):

@@ -20,6 +20,7 @@ COMMANDS = (
     "bench",
     "train",
     "convert",
+    "evaluate",
     "prepare runway",
     "prepare latents",
     "prepare tokenizer",
@@ -160,7 +161,7 @@ def test_help_imports_neither_jax_nor_any_extra():
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "all loaded: []"
     assert (
-        done.stdout.count("--help, -h") == len(COMMANDS) + 4
+        done.stdout.count("--help, -h") == len(COMMANDS) + 5
     )  # those without commands of their own: twice
 
 

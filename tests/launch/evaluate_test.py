@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from launch import cli, evaluate
+from launch import cli, evaluate, evaluate_runway
 from launch.cli import UsageError
 
 
@@ -20,7 +20,7 @@ def test_figures_that_were_made_otherwise_are_not_gone_on_with(tmp_path):
         folder.mkdir()
         (folder / "judge.safetensors").write_bytes(b"weights" * number)
         (folder / "dit.safetensors").write_bytes(b"dit" * number)
-    check, out = evaluate._check_recipes, tmp_path / "out"
+    check, out = evaluate_runway._check_recipes, tmp_path / "out"
     check(out, values(judge, "--weights", str(judge)))
     check(out, values(judge, "--weights", str(judge)))
     check(out, values(judge, "--weights", str(other), "--name", "b"))
@@ -38,7 +38,7 @@ def test_a_table_has_the_models_that_have_all_scenarios(tmp_path):
             path = tmp_path / model / f"one_{number}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps({"starts": [0], "figures": {"first_type": number}}))
-    table = evaluate.write_table(tmp_path, {"one_0", "one_1"}, "mine")
+    table = evaluate_runway.write_table(tmp_path, {"one_0", "one_1"}, "mine")
     assert table.splitlines()[0] == "| figure | truth | unchanged | mine |"
     assert "| first garment, type, by the judge | 0.5 (0 to 1) |" in table
     assert table in (tmp_path / "table.md").read_text()
@@ -58,13 +58,13 @@ def test_a_figure_that_does_not_tell_the_truth_from_the_garment_before_is_left_o
             noise = 0.3 * (-1) ** number
             found = {name: mean + noise for name, mean in means.items()}
             path.write_text(json.dumps({"starts": [0, 27], "figures": found}))
-    table = evaluate.write_table(tmp_path, {f"two_{number}" for number in range(20)}, "mine")
+    table = evaluate_runway.write_table(tmp_path, {f"two_{number}" for number in range(20)}, "mine")
     assert "| after a change, type | 1 (" in table and "| after a change, pattern |" not in table
     assert "Left out" in table and table.endswith("by them: after a change, pattern.")
 
 
 def test_reserved_names_and_missing_judges(tmp_path):
     with pytest.raises(UsageError, match="--name truth: stands in the table already"):
-        evaluate.run_bench(values(tmp_path, "--name", "truth"))
+        evaluate_runway.run_bench(values(tmp_path, "--name", "truth"), evaluate.CONFIG)
     with pytest.raises(ValueError, match="expected judge.safetensors and config.json"):
-        evaluate.run_bench(values(tmp_path))
+        evaluate.run(values(tmp_path))

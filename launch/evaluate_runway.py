@@ -1,0 +1,297 @@
+"""Runway-Bench and the judge that it measures with: `launch.evaluate --bench runway` or `judge`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chameleon_jax import files, places
+from chameleon_jax.errors import need
+from launch import cli
+from launch.cli import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from chameleon_jax.evaluation.scenarios import Scenario, Truth
+
+    Stream = Callable[[Scenario, Truth], tuple[np.ndarray, tuple[int, ...]]]
+
+FLAGS = ("judge", "world", "scenarios", "kind")  # of these benchmarks alone
+OUT, WORLD, SCENARIOS = "out/runway_bench", "mirror", 128
+TRUTH, UNCHANGED = "truth", "unchanged"
+SHEET_EVERY = 6  # frames from one on a contact sheet to the next
+# What the table calls the figures.
+NAMES = {
+    "first_type": "first garment, type, by the judge",
+    "first_pattern": "first garment, pattern",
+    "first_colours": "first garment, both colours",
+    "first_type_and_colours": "first garment, type and colours",
+    "changed_type": "after a change, type",
+    "changed_pattern": "after a change, pattern",
+    "changed_colours": "after a change, both colours",
+    "changed_type_and_colours": "after a change, type and colours",
+    "wrong_frames": "after a change, frames in the garment before",
+    "first_garment_psnr": "garment in the first frames, PSNR in dB",
+    "person_cosine": "person, cosine to the picture in the end",
+    "person_same": "person, the same one in the end",
+    "background_psnr": "background in the end, PSNR in dB",
+    "clothes_distance": "other clothes in the end, CIELAB distance",
+    "garment_sharpness": "sharpness of the garment, end over start",
+    "head_sharpness": "sharpness of the head, end over start",
+    "prompt_arms": "prompt, arms and which hand",
+    "prompt_side": "prompt, side of a shift",
+    "jump_joints": "jump at a change, joints, over the usual change",
+    "jump_background": "jump at a change, background",
+    "jump_head": "jump at a change, head",
+}
+
+
+def define_flags(parser: cli.Parser) -> None:
+    """The flags of these benchmarks alone."""
+    parser.flag("judge", "runway, judge: folder of the judge's weights", metavar="DIR")
+    parser.flag(
+        "world", f"runway: of the scenarios, mirror or open; default {WORLD}", metavar="NAME"
+    )
+    parser.flag(
+        "scenarios",
+        f"runway: how many; default all {SCENARIOS}",
+        kind=cli.whole_number(1, SCENARIOS),
+        metavar="N",
+    )
+    parser.flag(
+        "kind",
+        "runway: only scenarios of this kind: one, two, five, long, endless or prompt; may be"
+        " repeated",
+        repeated=True,
+        metavar="KIND",
+    )
+
+
+def run(values: cli.Values, default_config: str) -> int:
+    """The benchmarks. Returns the command's exit code.
+
+    Raises:
+      UserError: an input cannot be used.
+    """
+    if values.judge is None:
+        raise UsageError(f"--bench {values.bench} needs --judge, the folder of the judge's weights")
+    need("numba", "runway")
+    values.out = values.out or OUT
+    values.world = values.world or WORLD
+    values.scenarios = values.scenarios or SCENARIOS
+    places.check_writable(Path(values.out) / "table.md")
+    cli.start_jax(values)
+    return check_judge(values) if values.bench == "judge" else run_bench(values, default_config)
+
+
+def check_judge(values: cli.Values) -> int:
+    """Measure the judge, and write what was found beside it."""
+    from chameleon_jax.data.rendered import RenderedSource
+    from chameleon_jax.data.sources import open_sources
+    from chameleon_jax.evaluation import judge, scenarios
+
+    kinds = ("labels", "joints", "attributes")
+    if values.data:
+        source = open_sources(values.data, "validation", kinds)
+    else:
+        source = RenderedSource(
+            judge.SEEDS, scenarios.SIZE, world=values.world, people=judge.PEOPLE, labels=kinds
+        )
+    size = tuple(int(side) for side in source.sizes[0])
+    card = judge.check(values.judge, source, size)
+    print(json.dumps(card, indent=2))
+    return 0
+
+
+def make_stream(values: cli.Values, default_config: str) -> Stream:
+    """How the model of the command line streams a scenario.
+
+    Raises:
+      UsageError: the flags do not fit.
+    """
+    import numpy as np
+
+    from chameleon_jax.inference.pipeline import Pipeline
+    from launch import jobs
+
+    config, mechanisms = jobs.read_stream(values, default_config)
+    weights = values.weights or config.weights
+    if weights == "random":
+        pipeline = Pipeline.random(config, 0)
+    else:
+        pipeline = Pipeline.from_pretrained(weights, config)
+    seed = config.seed if values.seed is None else values.seed
+    pipeline.compile()
+
+    def stream(scenario: Scenario, truth: Truth) -> tuple[np.ndarray, tuple[int, ...]]:
+        session = pipeline.session(mechanisms)
+        session.start(truth.reference, truth.pictures[0], scenario.prompts[0][1], seed)
+        asked = list(zip(scenario.starts[1:], truth.pictures[1:], strict=True))
+        prompts, switches, made = list(scenario.prompts[1:]), [], []
+        while session.frames < scenario.frames:
+            while asked and asked[0][0] <= session.frames:
+                switches.append(session.switch_garment(asked.pop(0)[1]))
+            while prompts and prompts[0][0] <= session.frames:
+                session.switch_prompt(prompts.pop(0)[1])
+            made.append(session.next_chunk())
+        worn = tuple(switch.effective for switch in switches)
+        return np.concatenate(made)[: scenario.frames], (0, *worn)
+
+    return stream
+
+
+def unchanged(scenario: Scenario) -> np.ndarray:
+    """The truth, but in the garment of the start all the time."""
+    from chameleon_jax.evaluation import scenarios
+
+    first = dataclasses.replace(scenario, garments=scenario.garments[:1], starts=(0,))
+    return scenarios.render(first).video
+
+
+def run_bench(values: cli.Values, default_config: str) -> int:
+    """Stream and measure the scenarios, and write the table."""
+    from tqdm import tqdm
+
+    from chameleon_jax.evaluation import runway_bench, scenarios
+    from chameleon_jax.evaluation.judge import load_judge
+
+    if values.name in (TRUTH, UNCHANGED):
+        raise UsageError(f"--name {values.name}: stands in the table already; choose another name")
+    judge = load_judge(values.judge)
+    try:
+        chosen = scenarios.scenarios(values.world, values.scenarios, values.kind or None)
+    except ValueError as error:
+        raise UsageError(f"--scenarios, --kind: {error}") from None
+    out = Path(values.out) / values.world
+    _check_recipes(out, values)
+    stream: Stream | None = None
+    with tqdm(total=len(chosen), unit=" scenarios", file=sys.stderr, dynamic_ncols=True) as bar:
+        for scenario in chosen:
+            results = {
+                name: out / name / f"{scenario.name}.json"
+                for name in (TRUTH, UNCHANGED, values.name)
+            }
+            missing = [name for name, path in results.items() if not path.is_file()]
+            if missing:
+                truth = scenarios.render(scenario)
+                person = judge(truth.reference[None])
+            for name in missing:
+                if name == TRUTH:
+                    video, starts = truth.video, scenario.starts
+                elif name == UNCHANGED:
+                    video, starts = unchanged(scenario), scenario.starts
+                else:
+                    stream = stream or make_stream(values, default_config)
+                    video, starts = stream(scenario, truth)
+                made = runway_bench.Made(video, judge(video), starts)
+                figures = runway_bench.measure(scenario, truth, made, person, judge.card)
+                save_sheet(results[name].with_suffix(".png"), truth, video)
+                files.write_json(results[name], {"starts": list(starts), "figures": figures})
+            bar.update()
+    table = write_table(out, {scenario.name for scenario in chosen}, values.name)
+    print(table)
+    return 0
+
+
+def _check_recipes(folder: Path, values: cli.Values) -> None:
+    """Note what the figures in a folder are made with; figures made otherwise are not gone on with.
+
+    Raises:
+      UsageError: they were made with another judge, or those of this name with another model.
+    """
+    from chameleon_jax.data.sources import file_hash
+
+    weights = values.weights or "that of the config"
+    dit = places.find(values.weights) / "dit.safetensors" if values.weights else None
+    model = {
+        "weights": file_hash(dit) if dit is not None and dit.is_file() else weights,
+        "config": values.config,
+        "overrides": list(values.overrides),
+        "switch": values.switch,
+        "steps": values.steps,
+        "seed": values.seed,
+    }
+    judge = {"judge": file_hash(places.find(values.judge) / "judge.safetensors")}
+    for path, recipe, remedy in (
+        (folder / "judge.recipe", judge, "choose another --out"),
+        (folder / f"{values.name}.recipe", model, "choose another --name or --out"),
+    ):
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, recipe)
+            continue
+        known = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key in recipe if known.get(key) != recipe[key]]
+        if other:
+            raise UsageError(
+                f"{folder}: the figures there were made with another {', '.join(other)}; {remedy}"
+            )
+
+
+def save_sheet(path: Path, truth: Truth, video: np.ndarray) -> None:
+    """Person and garments, frames of the truth, and the same frames of the video."""
+    from chameleon_jax.data.sheets import contact_sheet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = slice(None, None, SHEET_EVERY * max(1, len(video) // 165))
+    rows = [[truth.reference, *truth.pictures], truth.video[shown], video[shown]]
+    labels = ["person, garments", "truth", "made"]
+    with files.replacing(path) as part:
+        contact_sheet(rows, labels).save(part, "PNG")
+
+
+def write_table(folder: Path, names: set[str], model: str) -> str:
+    """The figures of all models in a folder over some scenarios: table.md, and a JSON each.
+
+    Args:
+      folder: of one world.
+      names: scenarios that count; models that lack one of them are left out.
+      model: comes last.
+    """
+    from chameleon_jax.evaluation import runway_bench
+
+    columns = {}
+    for place in sorted(_models(folder), key=lambda place: (place.name == model, place.name)):
+        paths = [place / f"{name}.json" for name in sorted(names)]
+        if not all(path.is_file() for path in paths):
+            continue
+        figures = [json.loads(path.read_text(encoding="utf-8"))["figures"] for path in paths]
+        columns[place.name] = runway_bench.summarize(figures)
+        files.write_json(
+            folder / f"{place.name}.json",
+            {key: dataclasses.asdict(one) for key, one in columns[place.name].items()},
+        )
+    ordered = {name: columns.pop(name) for name in (TRUTH, UNCHANGED) if name in columns}
+    blind = runway_bench.blind(ordered[TRUTH], ordered[UNCHANGED]) if len(ordered) == 2 else []
+    table = runway_bench.table(
+        {
+            name: {key: column[key] for key in NAMES if key in column and key not in blind}
+            for name, column in (ordered | columns).items()
+        },
+        lambda name: NAMES[name],
+    )
+    if blind:
+        table += (
+            "\n\nLeft out, for this judge does not tell the truth from the garment before by them:"
+            f" {'; '.join(NAMES[name] for name in blind)}."
+        )
+    text = (
+        f"# Runway-Bench, world {folder.name}\n\n{len(names)} scenarios; means over scenarios with"
+        f" 95 % intervals (bootstrap).\n\n{table}\n"
+    )
+    with files.replacing(folder / "table.md") as part:
+        Path(part).write_text(text, encoding="utf-8")
+    return table
+
+
+def _models(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.is_dir())
+
+
+if __name__ == "__main__":
+    cli.library_module("evaluate_runway", "python -m launch.evaluate --judge DIR")
