@@ -1,9 +1,9 @@
 """From a video to clips of a few seconds without a cut.
 
-FashionChameleon (arXiv 2605.15824, appendix A): shots by PySceneDetect, then clips of 3 to 5 s; what
-is discontinuous or too short is dropped. PySceneDetect's adaptive detector finds hard cuts. It is
-not made for slow cross-fades, so a second detector looks for spans in which every picture is a mix
-of the first and the last one, which motion is not.
+FashionChameleon (arXiv 2605.15824, appendix A): shots by PySceneDetect, then clips of 3 to 5 s;
+what is discontinuous or too short is dropped. PySceneDetect's adaptive detector finds hard cuts. It
+is not made for slow cross-fades, so a second detector looks for spans in which every picture is a
+mix of the first and the last one, which motion is not.
 
 Needs the extra `curation`.
 
@@ -12,6 +12,7 @@ Axes: t frames, h w pixels of a thumbnail.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -27,7 +28,7 @@ THUMBNAIL = (18, 24)  # rows and columns, of the pictures in which cross-fades a
 # Half lengths of a cross-fade that are tried, seconds.
 HALF_FADES = (0.15, 0.3, 0.6, 0.9)
 FADE_CHANGE = 0.05  # least mean difference across a cross-fade, as share of full scale
-FADE_RESIDUAL = 0.16  # most that its pictures differ from a mix, relative to that difference
+FADE_RESIDUAL = 0.27  # most that its pictures differ from a mix, relative to that difference
 MARGIN = 1  # frames left out at either end of a shot: encoders blend across a cut
 
 
@@ -106,7 +107,6 @@ class Shots(Stage):
 
 
 def _seen(clip: Clip, seconds: float, rejection: Rejection | None) -> Clip:
-    import dataclasses
 
     return dataclasses.replace(
         clip,
