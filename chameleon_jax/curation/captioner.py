@@ -45,17 +45,17 @@ AGAIN = " Your last reply could not be used: {why}. Reply with the JSON object a
 
 # Words of things that are worn. Pockets and collars are left out: hands go there.
 _WORN = (
-    "apron bikini blazer blouse boot boots bra bracelet cape cardigan cloak clothes clothing coat"
-    " dress dresses dungarees earring earrings fabric garment garments gown hat hats heels hoodie"
-    " jacket jackets jeans jumper jumpsuit kimono leggings necklace necktie outfit outfits overalls"
-    " pants polo pullover robe sandals sari scarf shirt shirts shoe shoes shorts skirt skirts"
-    " sleeve sleeves sneakers sock socks stockings suit suits sundress sweater sweaters sweatshirt"
-    " swimsuit t-shirt tee tights top tops trousers tshirt turtleneck tunic underwear uniform vest"
-    " wear wearing wears worn"
-).split()
+    r"apron|bikini|blazer|blouse|boot|boots|bra|bracelet|cape|cardigan|cloak|clothes|clothing"
+    r"|coat|dress|dresses|dungarees|earring|earrings|fabric|garment|garments|gown|hat|hats"
+    r"|hoodie|jacket|jackets|jeans|jumper|jumpsuit|kimono|leggings|necklace|necktie|outfit"
+    r"|outfits|overalls|pants|polo|pullover|robe|sandals|sari|scarf|shirt|shirts|shoe|shoes"
+    r"|shorts|skirt|skirts|sleeve|sleeves|sneakers|sock|socks|stockings|suit|suits|sundress"
+    r"|sweater|sweaters|sweatshirt|swimsuit|t-shirt|tee|tights|top|tops|trousers|tshirt"
+    r"|turtleneck|tunic|underwear|uniform|vest|wear|wearing|wears|worn"
+)
 # "On top of" and the like are places.
 _PLACES = re.compile(r"\b(on|at|to|over|from) (the )?top\b|\btop of\b", re.IGNORECASE)
-_WORN_ENGLISH = re.compile(rf"\b({'|'.join(map(re.escape, _WORN))})\b", re.IGNORECASE)
+_WORN_ENGLISH = re.compile(rf"\b({_WORN})\b", re.IGNORECASE)
 _WORN_CHINESE = re.compile(
     "衣|裙|裤|衫|袍|毛衣|外套|夹克|西装|礼服|旗袍|马甲|背心|卫衣|帽子|围巾|鞋|靴|袜|项链|耳环|手镯"
     "|穿着|身穿|身着|服装|服饰|面料|袖"

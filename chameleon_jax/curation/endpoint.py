@@ -33,6 +33,7 @@ from chameleon_jax.errors import one_line, printable
 
 MAX_TEXT, MAX_PICTURE = 4 * 2**20, 64 * 2**20  # bytes of an answer
 LONGEST_WAIT = 60.0  # seconds that an endpoint may ask for before the next try
+CONNECTING = 15.0  # seconds until a server has to be reached
 FIRST_WAIT = 1.0  # seconds; doubled with each try
 JPEG_QUALITY = 90
 MODEL_FAULTS = (400, 404, 413, 415, 422)
@@ -40,6 +41,10 @@ MODEL_FAULTS = (400, 404, 413, 415, 422)
 
 class NoAnswerError(CurationError):
     """Nobody answered, but the endpoint is there: it is busy, or it hangs. Another try may help."""
+
+
+class _UnreachableError(Exception):
+    """There is nobody at the address."""
 
 
 class VisionModel(Protocol):
@@ -163,9 +168,11 @@ class Endpoint:
                 wait *= 2
             try:
                 status, asked_wait, data = self._send(path, body, kind, most)
+            except _UnreachableError as error:
+                why = one_line(error)
+                continue
             except (OSError, http.client.HTTPException) as error:
-                why = one_line(error) or type(error).__name__
-                reached = reached or isinstance(error, (TimeoutError, http.client.HTTPException))
+                why, reached = one_line(error), True
                 continue
             reached = True
             if status == 200:
@@ -212,6 +219,12 @@ class Endpoint:
                 parts.hostname or "", parts.port, timeout=self.timeout
             )
         try:
+            try:
+                connection.timeout = min(CONNECTING, self.timeout)
+                connection.connect()
+            except OSError as error:
+                raise _UnreachableError(one_line(error)) from None
+            connection.sock.settimeout(self.timeout)
             connection.request("POST", f"{parts.path.rstrip('/')}/{path}", body, headers)
             response = connection.getresponse()
             data = bytearray()
