@@ -37,7 +37,7 @@ PERSON_CLASS = 0  # of COCO
 # Another person counts above this share of the first one's area, however blurred.
 PROMINENT = 0.15
 # A smaller one counts if it is at least so large and about as sharp as the first.
-SMALL, AS_SHARP = 0.04, 0.6
+SMALL, AS_SHARP = 0.04, 0.75
 EDGE = 0.012  # of the picture; a box that is nearer to its border goes on beyond it
 SEEN_IN = 0.2  # share of the frames in which another person has to be seen, to count
 

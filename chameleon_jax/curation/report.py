@@ -268,7 +268,8 @@ def _figure(reason: str, sheet: Image.Image) -> str:
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
+    said = html.escape(reason, quote=True)
     return (
-        f"<figure><figcaption>{html.escape(reason)}</figcaption>"
-        f"<img alt='{html.escape(reason, quote=True)}' src='data:image/jpeg;base64,{data}'></figure>"
+        f"<figure><figcaption>{said}</figcaption>"
+        f"<img alt='{said}' src='data:image/jpeg;base64,{data}'></figure>"
     )
