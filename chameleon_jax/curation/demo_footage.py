@@ -39,6 +39,7 @@ GOOD = ("good", "background")
 SIZE, FPS = (128, 80), 8.0
 LONG, SHORT = 30, 10  # frames of a take, besides those of its cross-fades
 FADES = (0, 6, 0, 10)  # frames of the joints, in turn; 0 is a cut
+ROOM = 1.9  # metres across the picture: arms that are stretched out are in it
 MOVING = ("walk_turn", "turn", "spin", "sidestep", "squat")
 SLOTS = ("top", "bottom", "dress")  # of the garments that a take may be about
 
@@ -181,7 +182,7 @@ def staged(seed: int, frames: int, size: tuple[int, int], fps: float):
     from chameleon_jax.runway import sample_spec
 
     spec = sample_spec(seed, frames=frames, size=size, fps=fps)
-    camera = dataclasses.replace(spec.camera, framing="full", move="static", follow=1.0)
+    camera = dataclasses.replace(spec.camera, framing="full", move="static", follow=1.0, room=ROOM)
     motion = dataclasses.replace(spec.motion, locomotion=MOVING[seed % len(MOVING)])
     return dataclasses.replace(spec, camera=camera, motion=motion)
 

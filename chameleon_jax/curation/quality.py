@@ -1,8 +1,8 @@
 """Blur and technical faults, measured without a network.
 
 The paper scores quality with FAST-VQA-M, whose licence is not known. These are cheap measures of
-single faults, each with one cause: monotone in that cause, and blind to everything else. A model
-that was trained on opinions sees more; it has a place behind `Aesthetics` (see `aesthetics`).
+single faults, each with one cause, and blind to everything else. A model that was trained on
+opinions sees more; it has a place behind `aesthetics.FrameScorer`.
 
 Axes: h w pixels.
 """
