@@ -46,6 +46,14 @@ EXTRAS = {
         "importlib-resources>=6.0",  # tensorflow-datasets 4.9.10 imports it and does not name it
         "tensorboardX>=2.6.4",
     ],
+    "curation": [
+        "opencv-python-headless>=4.11,<6",
+        "scenedetect-headless>=0.7,<0.8",
+        "av>=14.0,<20",
+        "array-record>=0.8",
+        "importlib-resources>=6.0",
+    ],
+    "ray": ["ray[data]>=2.60,<2.64"],  # 2.64 drops the way in which restarts are bounded
     "convert": ["torch>=2.6"],  # for .pth, .pt and .bin; safetensors need nothing
     "parity": [
         "torch>=2.6",

@@ -22,6 +22,7 @@ well each step does. Needs the extras `curation`, `video` and `train`; the demo 
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -64,6 +65,19 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.flag("sample", "of --keep: clips of the sample", kind=cli.whole_number(5), default=500)
     parser.flag("split", "of the records", default="train")
+    parser.flag(
+        "ray",
+        "run on Ray: address of a cluster whose machines all see --videos and --out, auto, or local"
+        " to start one here (extra `ray`)",
+        metavar="ADDRESS",
+    )
+    parser.flag(
+        "workers",
+        "of --ray: workers of each group of stages",
+        kind=cli.whole_number(1, 10_000),
+        default=2,
+        metavar="N",
+    )
     parser.switch("demo", "curate rendered footage, and say how well each step does", default=False)
     parser.flag("demo_videos", "of --demo", kind=cli.whole_number(1, 1000), default=6, metavar="N")
     parser.flag(
@@ -81,6 +95,8 @@ def run(values: cli.Values) -> None:
     """Curate, print the funnel, say where everything is."""
     if bool(values.videos) == values.demo:
         raise UsageError("give --videos (a folder) or --demo, one of them")
+    if values.demo and values.ray:
+        raise UsageError("--demo runs in one process; leave out --ray")
     if values.keep is not None and values.keep > 1:
         raise UsageError(f"--keep {values.keep:g}: expected a share from 0 to 1")
     for module in ("cv2", "scenedetect"):
@@ -94,6 +110,8 @@ def run(values: cli.Values) -> None:
     from chameleon_jax.config import load_config
     from chameleon_jax.curation import garment, intake, pipeline
 
+    if values.ray:
+        need("ray", "ray")
     config = load_config(values.config or CONFIG, values.overrides)
     folder, out = Path(values.videos), Path(values.out)
     videos = intake.find_videos(folder, values.licence, values.source)
@@ -102,18 +120,39 @@ def run(values: cli.Values) -> None:
         cli.start_jax(values)
     models = pipeline.real_models(config, garments)
     print(f"{len(videos)} videos", file=sys.stderr)
-    result = curate(values, pipeline.Pipeline(config, folder, out, models), videos)
+    stages = pipeline.Pipeline(config, folder, out, models)
+    make_runner = pipeline.serial
+    if values.ray:
+        build = pipeline.RealGroups(
+            pipeline.to_json(config), folder.resolve(), out.resolve(), garments
+        )
+        make_runner = functools.partial(ray_runner, values, build)
+    result = curate(values, stages, videos, make_runner)
     print(summary_lines(result, out))
 
 
-def curate(values: cli.Values, pipeline: Pipeline, videos: Sequence[Any]) -> Result:
+def ray_runner(values: cli.Values, build: Any, groups: Any, out: Path, progress: Any) -> Any:
+    """The runner on Ray."""
+    from chameleon_jax.curation.ray_runner import RayRunner
+
+    print("Ray starts ...", file=sys.stderr)
+    return RayRunner(
+        groups, out, build, address=values.ray, workers=values.workers, progress=progress
+    )
+
+
+def curate(
+    values: cli.Values, pipeline: Pipeline, videos: Sequence[Any], make_runner: Any = None
+) -> Result:
     """Run a pipeline with a line of progress."""
     from chameleon_jax.curation.pipeline import run as run_pipeline
+    from chameleon_jax.curation.pipeline import serial
 
     with StageLine() as line:
         return run_pipeline(
             pipeline,
             videos,
+            make_runner=make_runner or serial,
             keep=values.keep,
             sample=values.sample,
             split=values.split,

@@ -37,8 +37,8 @@ class ClipScorer:
     """CLIP and the aesthetic predictor.
 
     Args:
-      folder: holds what `python -m converters` makes of the two checkpoints, clip.safetensors and
-        aesthetic.safetensors; or both as reward.safetensors.
+      folder: holds, itself or in folders, what `python -m converters` makes of the two checkpoints,
+        clip.safetensors and aesthetic.safetensors; or both as reward.safetensors.
       sizes: of the image encoder, `models.reward.ClipVisionConfig`'s; None: ViT-L/14.
 
     Raises:
@@ -79,15 +79,18 @@ def reward_files(folder: Path) -> list[Path]:
     """
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
-    files = [folder / name for name in FILES]
-    for file in files:
-        if not file.is_file():
+    files = []
+    for name in FILES:
+        found = sorted(folder.rglob(name))  # the converter makes a folder for each
+        if not found:
             raise CurationError(
-                f"{file}: no such file; aesthetics need the vision tower of"
+                f"{folder}: no {name} in it; aesthetics need the vision tower of"
                 " openai/clip-vit-large-patch14 (MIT) and sac+logos+ava1-l14-linearMSE.pth"
-                " (Apache-2.0), each converted by `python -m converters IN --to jax --out"
-                f" {folder}`; or leave them out with --config.aesthetics.weights=none"
+                " (Apache-2.0), converted by `python -m converters IN --to jax --out`"
+                f" {folder}/clip and {folder}/head; or leave them out with"
+                " --config.aesthetics.weights=none"
             )
+        files.append(found[0])
     return files
 
 

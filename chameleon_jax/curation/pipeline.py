@@ -7,7 +7,8 @@ with those of the demo and with those of a test.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,27 @@ class Pipeline:
 
 
 @dataclasses.dataclass(frozen=True)
+class RealGroups:
+    """Builds the stages of a config anew, in a worker; can be pickled.
+
+    Attributes:
+      config: as JSON.
+      folder, out: of the videos, and of the run; the same on all machines.
+      garments: of the user's own.
+    """
+
+    config: str
+    folder: Path
+    out: Path
+    garments: Sequence[Garment] = ()
+
+    def __call__(self) -> list[list[Stage]]:
+        config = from_json(self.config)
+        models = real_models(config, self.garments)
+        return Pipeline(config, self.folder, self.out, models).groups
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """What a run made.
 
@@ -173,10 +195,20 @@ class Result:
     records: int | None
 
 
+# Makes a runner of groups of stages, the folder of the run, and what is called for progress.
+MakeRunner = Callable[[Sequence[Sequence[Stage]], Path, Progress | None], SerialRunner]
+
+
+def serial(groups: Sequence[Sequence[Stage]], out: Path, progress: Progress | None) -> SerialRunner:
+    """The runner of one process."""
+    return SerialRunner(groups, out, progress=progress)
+
+
 def run(
     pipeline: Pipeline,
     videos: Sequence[Clip],
     *,
+    make_runner: MakeRunner = serial,
     keep: float | None = None,
     sample: int = 500,
     split: str = "train",
@@ -188,6 +220,7 @@ def run(
     Args:
       pipeline: the stages.
       videos: see `intake.find_videos`.
+      make_runner: of the stages; default one of this process.
       keep: share of a sample of clips that the graded filters are to keep; None: thresholds are
         those of the config.
       sample: clips that thresholds are chosen by.
@@ -201,7 +234,7 @@ def run(
     """
     out, config = pipeline.out, pipeline.config
     with only_run(out):
-        runner = SerialRunner(pipeline.groups, out, progress=progress)
+        runner = make_runner(pipeline.groups, out, progress)
         clips = runner.run_group(pipeline.groups[0], videos)
         chosen: dict[str, float] = {}
         if keep is not None:
@@ -264,8 +297,6 @@ def _chosen_thresholds(
     pipeline: Pipeline, runner: SerialRunner, clips: Sequence[Clip], keep: float, sample: int
 ) -> dict[str, float]:
     """Those of an earlier run with the same `keep` and stages, or chosen now."""
-    import json
-
     path = pipeline.out / CHOSEN
     asked = {"keep": keep, "stages": {stage.name: stage.version for stage in pipeline.filters}}
     if path.exists():
@@ -275,9 +306,25 @@ def _chosen_thresholds(
     inside = survivors(clips)
     step = max(1, len(inside) // sample)
     some = inside[::step][:sample]
-    chosen = calibrate.calibrate(runner, [pipeline.filters], some, keep)
+    chosen = calibrate.calibrate(runner, [pipeline.groups[1]], some, keep)
     files.write_json(path, {"asked": asked, "clips": len(some), "chosen": chosen})
     return chosen
+
+
+def to_json(config: ConfigDict) -> str:
+    """A config as JSON text."""
+    return json.dumps(config.to_dict())
+
+
+def from_json(text: str) -> ConfigDict:
+    """Inverse of `to_json`."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: tuples(item) for name, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(json.loads(text)))
 
 
 def limits_of(group: ConfigDict) -> dict[str, Limits]:
@@ -286,6 +333,4 @@ def limits_of(group: ConfigDict) -> dict[str, Limits]:
 
 
 def _lines(clips: Sequence[Clip]) -> str:
-    import json
-
     return "".join(json.dumps(clip.to_json(), ensure_ascii=False) + "\n" for clip in clips)

@@ -87,7 +87,13 @@ def test_an_endpoint_that_is_not_there_stops_the_run_and_keeps_what_was_found(
         "tries": "1",
     }
     flags = [f"--config.vision.{name}={value}" for name, value in vision.items()]
-    filters = given(tmp_path, footage, *limits, "--config.person.limits.cut=(None,1.0)")
+    filters = given(
+        tmp_path,
+        footage,
+        *limits,
+        "--config.person.limits.cut=(None,1.0)",
+        "--config.technical.limits.blocks=(None,1.0)",
+    )
     with pytest.raises(UserError, match="no answer after 1 tries.*the same command continues"):
         run(*filters, *flags)
     before = (tmp_path / "out/journal/person.jsonl").read_bytes()
