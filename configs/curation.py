@@ -28,7 +28,7 @@ def paper() -> ConfigDict:
             "shots": {
                 "seconds": (3.0, 5.0),
                 "adaptive": 3.0,  # of PySceneDetect's adaptive detector: ratio to the neighbours
-                "content": 15.0,  # least difference of a cut, 0 to 255
+                "content": 10.0,  # least difference of a cut, 0 to 255
             },
             # Limits are (least, most); None is none.
             "person": {
@@ -45,7 +45,7 @@ def paper() -> ConfigDict:
             "blur": {"limits": {"sharpness": (0.4, None)}},  # 0 to 1
             "technical": {
                 "limits": {
-                    "blocks": (None, 0.15),  # share of jumps at borders of blocks, beyond the usual
+                    "blocks": (None, 0.1),  # share of jumps at borders of blocks, beyond the usual
                     "brightness": (0.08, 0.95),  # mean, 0 to 1
                     "clipped": (None, 0.5),  # share of pixels that are black or white
                 }

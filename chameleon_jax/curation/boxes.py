@@ -22,6 +22,16 @@ def intersection_over_union(a: Sequence[float], b: Sequence[float]) -> float:
     return shared / max(float(area(a) + area(b)) - shared, 1e-12)
 
 
+def beside(box: Box, other: Box) -> Box:
+    """The wider part of a box to the left or to the right of another one; maybe of no width."""
+    if min(box[2], other[2]) <= max(box[0], other[0]):
+        return box
+    left, right = other[0] - box[0], box[2] - other[2]
+    if left >= right:
+        return box[0], box[1], max(box[0], other[0]), box[3]
+    return min(box[2], other[2]), box[1], box[2], box[3]
+
+
 def clip_box(box: Sequence[float]) -> Box:
     """A box without what lies outside of the picture."""
     left, top, right, bottom = (float(min(max(side, 0.0), 1.0)) for side in box)

@@ -208,10 +208,10 @@ def _with_other(frames: np.ndarray, masks: np.ndarray, other, background: bool) 
         figure = cv2.warpAffine(figure, matrix, (width, height), flags=cv2.INTER_AREA)
         solid = cv2.warpAffine(solid, matrix, (width, height))
         second = of_mask(solid > 0.5)
-        if background:
-            figure, solid = (cv2.GaussianBlur(x, (0, 0), 2.0) for x in (figure, solid))
-            solid = solid * ~mask
         mixed = frame * (1 - solid[..., None]) + figure * solid[..., None]
+        if background:  # out of focus, as is all that is behind
+            mixed = cv2.GaussianBlur(mixed, (0, 0), 2.0)
+            mixed = np.where(mask[..., None], frame, mixed)
         out.append(np.rint(mixed).astype(np.uint8))
         people.append([box for box in (of_mask(mask), second) if box])
     return Rendered(np.stack(out), people)

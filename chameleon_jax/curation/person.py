@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from chameleon_jax.curation import boxes
-from chameleon_jax.curation.boxes import Box, clip_box, crop, intersection_over_union
+from chameleon_jax.curation.boxes import Box, beside, clip_box, crop, intersection_over_union
 from chameleon_jax.curation.clip import Clip
 from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
@@ -35,9 +35,10 @@ YOLOX_GREY = 114  # what fills the rest of its square
 PERSON_CLASS = 0  # of COCO
 
 # Another person counts above this share of the first one's area, however blurred.
-PROMINENT = 0.15
+PROMINENT = 0.2
 # A smaller one counts if it is at least so large and about as sharp as the first.
 SMALL, AS_SHARP = 0.04, 0.75
+LEAST_SEEN = 0.25  # of a box beside the first person's, or it says nothing of sharpness
 EDGE = 0.012  # of the picture; a box that is nearer to its border goes on beyond it
 SEEN_IN = 0.2  # share of the frames in which another person has to be seen, to count
 
@@ -224,12 +225,16 @@ def prominent(frame: np.ndarray, people: Sequence[Person]) -> int:
     if not people:
         return 0
     first = people[0]
-    sharp = sharpness(crop(frame, first.box))
+    sharp_enough = AS_SHARP * sharpness(crop(frame, first.box))
     count = 1
     for other in people[1:]:
         share = other.area / max(first.area, 1e-9)
-        as_sharp = share >= SMALL and sharpness(crop(frame, other.box)) >= AS_SHARP * sharp
-        count += share >= PROMINENT or as_sharp
+        seen = beside(other.box, first.box)
+        hidden = boxes.area(seen) < LEAST_SEEN * other.area
+        small_and_sharp = (
+            share >= SMALL and not hidden and sharpness(crop(frame, seen)) > sharp_enough
+        )
+        count += share >= PROMINENT or small_and_sharp
     return count
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ Factory = Callable[[], Sequence[Sequence[Stage]]]
 
 LOCAL = "local"  # the address of a cluster that is started here, for this run
 STORE = 512 * 2**20  # bytes of its object store: clips are told, their pixels are not sent
+CONNECTING = 10.0  # seconds until a cluster has to be reached
 RESTARTS = 3  # of a worker that dies
 
 
@@ -202,6 +204,7 @@ def start(address: str, workers: int) -> None:
     need("ray.data", "ray")
     if ray.is_initialized():
         return
+    _check_reachable(address)
     how: dict[str, Any] = {"address": address}
     if address == LOCAL:
         how |= {"num_cpus": workers, "object_store_memory": STORE, "include_dashboard": False}
@@ -214,6 +217,20 @@ def start(address: str, workers: int) -> None:
         ) from None
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise if nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECTING).close()
+    except (OSError, OverflowError) as error:
+        raise CurationError(
+            f"--ray {address}: no cluster there ({one_line(error)}); start one with `ray start"
+            " --head`, or give --ray local"
+        ) from None
 
 
 def _told(error: Exception) -> Exception:

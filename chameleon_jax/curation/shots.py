@@ -27,8 +27,11 @@ DETECTED_WIDTH = 256  # pixels across, of the frames in which cuts are looked fo
 THUMBNAIL = (18, 24)  # rows and columns, of the pictures in which cross-fades are looked for
 # Half lengths of a cross-fade that are tried, seconds.
 HALF_FADES = (0.15, 0.3, 0.6, 0.9)
-FADE_CHANGE = 0.05  # least mean difference across a cross-fade, as share of full scale
-FADE_RESIDUAL = 0.27  # most that its pictures differ from a mix, relative to that difference
+FADE_CHANGE = 0.03  # least mean difference across a cross-fade, as share of full scale
+# Most that its pictures differ from a mix, relative to that difference. The less changes, the more
+# like a mix slow motion looks: (share, more with the change, at most).
+FADE_RESIDUAL = (0.1, 1.9, 0.32)
+FADE_ENDS = 1.6  # times as much is let pass where a cross-fade was found, to find its ends
 MARGIN = 1  # frames left out at either end of a shot: encoders blend across a cut
 
 
@@ -52,7 +55,7 @@ class Shots(Stage):
         footage: Footage,
         seconds: tuple[float, float] = (3.0, 5.0),
         adaptive: float = 3.0,
-        content: float = 15.0,
+        content: float = 10.0,
     ):
         need("cv2", "curation")
         need("scenedetect", "curation")
@@ -152,7 +155,7 @@ class CutDetector:
       fps: of them.
     """
 
-    def __init__(self, adaptive: float = 3.0, content: float = 15.0):
+    def __init__(self, adaptive: float = 3.0, content: float = 10.0):
         from scenedetect.detectors import AdaptiveDetector
 
         self.frames, self.fps = 0, 0.0
@@ -217,7 +220,7 @@ def find_fades(
     Returns:
       (first frame, last frame) of each span, which may overlap.
     """
-    frames, found = len(thumbnails), []
+    frames, found, likely = len(thumbnails), [], []
     is_cut = np.zeros(frames + 1, bool)
     is_cut[list(cuts)] = True
     for half in halves:
@@ -226,16 +229,25 @@ def find_fades(
             if is_cut[first + 1 : last + 1].any():
                 continue
             change = thumbnails[last] - thumbnails[first]
-            if np.abs(change).mean() < FADE_CHANGE:
+            changed = float(np.abs(change).mean())
+            if changed < FADE_CHANGE:
                 continue
             inner = thumbnails[first + 1 : last] - thumbnails[first]
             share = inner @ change / (change @ change)
             rest = np.linalg.norm(inner - share[:, None] * change, axis=1)
             rest /= np.linalg.norm(change)
             steady = np.diff(share, prepend=0, append=1).min() > 0.3 / (2 * half)
-            if steady and rest.max() < FADE_RESIDUAL:
+            most = min(FADE_RESIDUAL[0] + FADE_RESIDUAL[1] * changed, FADE_RESIDUAL[2])
+            if steady and rest.max() < most:
                 found.append((first, last))
-    return found
+            elif steady and rest.max() < FADE_ENDS * most:
+                likely.append((first, last))
+    ends = [
+        (first, last)
+        for first, last in likely
+        if any(first < there[1] and last > there[0] for there in found)
+    ]
+    return found + ends
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

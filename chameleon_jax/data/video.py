@@ -364,7 +364,12 @@ def iterate_frames(source: str | os.PathLike | bytes) -> Iterator[tuple[float, n
                     picture = shown.orientation.apply(shown.array(frame)[None])[0]
                     yield rate, np.ascontiguousarray(picture)
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{name}: not a readable video ({one_line(error)})") from None
+            raise VideoError(f"{name}: not a readable video ({_why(error)})") from None
+
+
+def _why(error: Exception) -> str:
+    """What FFmpeg says, without the number by which it knows the file."""
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def read_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
@@ -407,7 +412,7 @@ def _using(
         with av.open(file, **LENIENT) as container:
             return work(container)
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{name}: not a readable video ({one_line(error)})") from None
+        raise VideoError(f"{name}: not a readable video ({_why(error)})") from None
 
 
 def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:

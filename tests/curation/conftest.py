@@ -21,6 +21,6 @@ def pytest_terminal_summary(terminalreporter):
     """Say what did not run."""
     if NOT_RUN:
         terminalreporter.write_line(
-            f"NOT RUN: {len(NOT_RUN)} tests on Ray, which is not installed: pip install 'ray[data]'",
+            f"NOT RUN: {len(NOT_RUN)} tests on Ray, which is not installed (extra `ray`)",
             yellow=True,
         )

@@ -121,6 +121,7 @@ def test_technical_faults(tmp_path):
         ([(0.2, 0.1, 0.6, 0.9), (0.6, 0.1, 0.9, 0.9)], 2),  # as large
         ([(0.2, 0.1, 0.6, 0.9), (0.7, 0.4, 0.76, 0.6)], 1),  # under every threshold
         ([(0.2, 0.1, 0.6, 0.9), (0.7, 0.3, 0.85, 0.55)], 2),  # small, and as sharp
+        ([(0.2, 0.1, 0.6, 0.9), (0.3, 0.3, 0.45, 0.6)], 1),  # behind the first one
     ],
 )
 def test_who_counts(boxes, expected):
@@ -250,6 +251,15 @@ def test_aesthetics_by_a_small_clip(tmp_path):
     stage = aesthetics.AestheticFilter(Footage(tmp_path), scorer, limits)
     (out,) = stage([clip("a")])
     assert refused(out).reason == "aesthetic too low" and refused(out).threshold == 1e9
+
+
+def test_what_of_a_box_is_beside_another():
+    from chameleon_jax.curation.boxes import beside
+
+    other = (0.4, 0.1, 0.6, 0.9)
+    assert beside((0.7, 0.2, 0.9, 0.8), other) == (0.7, 0.2, 0.9, 0.8)
+    assert beside((0.5, 0.2, 0.9, 0.8), other) == (0.6, 0.2, 0.9, 0.8)
+    assert beside((0.1, 0.2, 0.7, 0.8), other) == (0.1, 0.2, 0.4, 0.8)
 
 
 def test_the_box_of_a_mask():

@@ -156,9 +156,9 @@ def test_footage_gives_the_same_clips(tmp_path):
     assert spread.summary["speed"]["motion"]["clips"] == 3
 
 
-def test_a_cluster_that_is_not_there(tmp_path):
+def test_a_cluster_that_is_not_there(monkeypatch):
     from chameleon_jax.curation import ray_runner
 
-    ray_runner.stop()
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(CurationError, match="--ray 127.0.0.1:1: no cluster there"):
         ray_runner.start("127.0.0.1:1", 1)
