@@ -56,7 +56,7 @@ $(VENV)/.live: setup.py | $(BIN)/python
 # The TPU extra brings the compiler that shows, without a TPU, that the 5B step fits one.
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e ".[video,runway,train,serve,eval,tpu,parity,dev]"
+	$(PIP) install -e ".[video,runway,train,curation,ray,serve,eval,tpu,parity,dev]"
 	touch $@
 
 clean:

@@ -49,6 +49,14 @@ EXTRAS = {
     "eval": ["av>=14.0,<20", "onnxruntime>=1.20", "opencv-python-headless>=4.10,<6"],
     # To make the files of metrics whose weights or code are for research only; docs/evaluation.md.
     "eval-nc": ["insightface>=0.7.3", "onnx>=1.17", "pyiqa>=0.1.14", "torch>=2.6"],
+    "curation": [
+        "opencv-python-headless>=4.11,<6",
+        "scenedetect-headless>=0.7,<0.8",
+        "av>=14.0,<20",
+        "array-record>=0.8",
+        "importlib-resources>=6.0",
+    ],
+    "ray": ["ray[data]>=2.60,<2.64"],  # 2.64 drops the way in which restarts are bounded
     "convert": ["torch>=2.6"],  # for .pth, .pt and .bin; safetensors need nothing
     "parity": [
         "torch>=2.6",

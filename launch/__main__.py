@@ -8,6 +8,7 @@
     chameleon train      train one stage
     chameleon curves     draw the curves of training runs
     chameleon prepare    make training data, or a tokenizer
+    chameleon curate     make training data of a folder of videos
     chameleon runway     look at the synthetic data
     chameleon convert    read and write public checkpoints and LoRAs
 
@@ -36,6 +37,7 @@ MODULES = {
     "train": "launch.train",
     "curves": "launch.curves",
     "prepare": "launch.prepare",
+    "curate": "launch.curate",
     "runway": "launch.runway",
     "convert": "launch.convert",
 }

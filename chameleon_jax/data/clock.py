@@ -36,7 +36,10 @@ def usual_interval(times: Sequence[Fraction]) -> Fraction | None:
 
 
 def at_regular_times(
-    frames: Iterable[tuple[Fraction, Frame]], interval: Fraction, last_for: Fraction
+    frames: Iterable[tuple[Fraction, Frame]],
+    interval: Fraction,
+    last_for: Fraction,
+    first: Fraction | None = None,
 ) -> Iterator[Frame]:
     """Of each regular time the frame that is nearest to it; of two, the earlier one.
 
@@ -44,24 +47,25 @@ def at_regular_times(
 
     Args:
       frames: with their times; those whose time does not go on are left out.
-      interval: between two regular times, the first of which is that of the first frame.
+      interval: between two regular times.
       last_for: how long the last frame is shown.
+      first: of the regular times; None: that of the first frame.
 
     Yields:
       Frames, as soon as it is known that no later one is nearer.
     """
     before: tuple[Fraction, Frame] | None = None
-    wanted = Fraction(0)
+    wanted = first
     for time, frame in frames:
-        if before is None:
+        if wanted is None:
             wanted = time
-        elif time <= before[0]:
+        if before is not None and time <= before[0]:
             continue
         while wanted <= time:
             nearer = before is not None and wanted - before[0] <= time - wanted
             yield before[1] if nearer else frame
             wanted += interval
         before = (time, frame)
-    while before is not None and wanted < before[0] + last_for / 2:
+    while before is not None and wanted is not None and wanted < before[0] + last_for / 2:
         yield before[1]
         wanted += interval

@@ -44,6 +44,8 @@ DESCRIPTION = {
     "runway_garment": "Rendered triplets for garment video: clip, person in another garment,"
     " garment.",
     "runway_latents": "Triplets for garment video as latents of a video VAE.",
+    "curated_garment": "Triplets for garment video, curated from footage: clip, person in another"
+    " garment, garment.",
     "prompt_states": "Prompts as states of a text encoder.",
 }
 SHARD_NAMES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"

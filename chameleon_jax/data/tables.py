@@ -12,9 +12,11 @@ import io
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chameleon_jax import files
 from chameleon_jax.data import captions
 from chameleon_jax.errors import UserError
 
@@ -56,6 +58,39 @@ def read_table(path: Path) -> list[Row]:
     if not rows:
         raise TableError(f"{path}: no rows")
     return rows
+
+
+def write_table(
+    path: Path, rows: Sequence[Row], more: Sequence[Mapping[str, str]] | None = None
+) -> None:
+    """Write a CSV that `read_table` reads; it appears complete or not at all.
+
+    Args:
+      path: of the table.
+      rows: the clips.
+      more: other columns of each row, the same in all; `prompt`, if it is among them, takes the
+        place of what `captions` would make.
+    """
+    text = io.StringIO()
+    columns = ["video", "prompt", "width", "height", "fps"]
+    others = [dict(row) for row in more or [{}] * len(rows)]
+    extra = [name for name in (others[0] if others else {}) if name not in columns]
+    writer = csv.DictWriter(text, [*columns, *extra], lineterminator="\n")
+    writer.writeheader()
+    for row, other in zip(rows, others, strict=True):
+        prompt = {"en_long": [row.captions["dynamic"], row.captions["static"]]}
+        height, width = row.size or ("", "")
+        writer.writerow(
+            {
+                "video": row.video,
+                "prompt": json.dumps(prompt, ensure_ascii=False),
+                "width": width,
+                "height": height,
+                "fps": "" if row.fps is None else f"{row.fps:.12g}",
+            }
+            | other
+        )
+    files.write_text(path, text.getvalue())
 
 
 def number(value: Any) -> float:

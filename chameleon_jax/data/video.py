@@ -38,6 +38,7 @@ MAX_PIXELS = 50_000_000  # of one frame, as for pictures
 MAX_DECODED = 8 * 2**30  # bytes of one decoded clip: 81 frames of 1280 x 704 are 0.2 GiB
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 MAX_PIXEL_ASPECT = 10  # of a pixel's longer side to its shorter one; that of DV is at most 1.5
+SEEK_BEFORE = Fraction(1, 2)  # seconds before a place at which decoding begins at the latest
 MAX_GAP = 10  # seconds from one frame to the next: time stamps that jump further are damaged
 # What cameras write as 23.976, 29.97, 59.94 ... frames a second.
 NTSC_RATES = tuple(Fraction(fps * 1000, 1001) for fps in (24, 30, 48, 60, 120))
@@ -300,7 +301,10 @@ def read_video(source: str | os.PathLike | bytes, frames: int | None = None) -> 
 
 
 def read_clip(
-    source: str | os.PathLike | bytes, frames: int | None = None, fps: float | None = None
+    source: str | os.PathLike | bytes,
+    frames: int | None = None,
+    fps: float | None = None,
+    start: float = 0.0,
 ) -> Clip:
     """Decode a video as a player shows it.
 
@@ -312,9 +316,11 @@ def read_clip(
 
     Args:
       source: a path, or the bytes of a file.
-      frames: decode only the first so many; None is all.
+      frames: decode only so many; None is all.
       fps: frames per second to read it at; None is its own rate, which of a variable one is the
         usual rate.
+      start: seconds behind the first frame at which to begin; what lies before is not decoded,
+        but for the frames since a key frame.
 
     Raises:
       VideoError: missing, empty, damaged, without a video, shorter than `frames`, or shown in a way
@@ -326,11 +332,44 @@ def read_clip(
         clip = _using(
             file,
             name,
-            functools.partial(_decode, name=name, count=frames, times=times, wanted=wanted),
+            functools.partial(
+                _decode, name=name, count=frames, times=times, wanted=wanted, start=start
+            ),
         )
     if frames is not None and len(clip.frames) < frames:
         raise VideoError(f"{name}: {len(clip.frames)} frames; {frames} are needed")
     return clip
+
+
+def iterate_frames(source: str | os.PathLike | bytes) -> Iterator[tuple[float, np.ndarray]]:
+    """The frames of a video of any length, one by one, as `read_clip` gives them.
+
+    Yields:
+      The frame rate, always the same, and a frame uint8 [h, w, 3].
+
+    Raises:
+      VideoError: see `read_clip`.
+    """
+    with _opened(source) as (file, name):
+        times = _using(file, name, functools.partial(_times, name=name))
+        file.seek(0)
+        try:
+            with av.open(file, **LENIENT) as container:
+                stream = _video_stream(container, name)
+                usual = _usual_interval(times)
+                rate = float(1 / usual if usual else stream.average_rate or 0)
+                shown = None
+                for frame in _at_times(container, stream, times, usual, None):
+                    shown = shown or _Shown(stream, frame, name)
+                    picture = shown.orientation.apply(shown.array(frame)[None])[0]
+                    yield rate, np.ascontiguousarray(picture)
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError(f"{name}: not a readable video ({_why(error)})") from None
+
+
+def _why(error: Exception) -> str:
+    """What FFmpeg says, without the number by which it knows the file."""
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def read_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
@@ -373,7 +412,7 @@ def _using(
         with av.open(file, **LENIENT) as container:
             return work(container)
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{name}: not a readable video ({one_line(error)})") from None
+        raise VideoError(f"{name}: not a readable video ({_why(error)})") from None
 
 
 def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
@@ -421,15 +460,14 @@ def _decode(
     count: int | None,
     times: list[Fraction] | None,
     wanted: Fraction | None,
+    start: float = 0.0,
 ) -> Clip:
-    """The first `count` frames, `wanted` seconds apart; None: all, as far apart as they are."""
+    """`count` frames, `wanted` seconds apart; None: all, as far apart as they are."""
     stream = _video_stream(container, name)
-    usual = clock.usual_interval(times) if times else None
-    decoded = container.decode(stream)
-    if usual is not None:
-        usual = max(usual, 1 / Fraction(MAX_FPS))  # damaged times could ask for millions of frames
-        timed = _with_times(decoded, usual)
-        decoded = clock.at_regular_times(timed, wanted or usual, last_for=usual)
+    usual = _usual_interval(times)
+    if start and usual is None:
+        raise VideoError(f"{name}: has no times, so that no place in it can be found")
+    decoded = _at_times(container, stream, times, usual, wanted, start)
     arrays: list[np.ndarray] = []
     before = shown = None
     for frame in decoded:
@@ -450,6 +488,32 @@ def _decode(
     rate = 1 / interval if interval else stream.average_rate or 0
     frames = np.ascontiguousarray(shown.orientation.apply(np.stack(arrays)))
     return Clip(frames, float(rate), (stream.height, stream.width))
+
+
+def _usual_interval(times: list[Fraction] | None) -> Fraction | None:
+    """See `clock.usual_interval`; damaged times could ask for millions of frames."""
+    usual = clock.usual_interval(times) if times else None
+    return None if usual is None else max(usual, 1 / Fraction(MAX_FPS))
+
+
+def _at_times(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    times: list[Fraction] | None,
+    usual: Fraction | None,
+    wanted: Fraction | None,
+    start: float = 0.0,
+) -> Iterator[av.VideoFrame]:
+    """The frames of a stream at regular times; all as they are, if it has no times."""
+    if usual is None or not times:
+        return container.decode(stream)
+    first = None
+    if start:
+        first = times[0] + Fraction(start).limit_denominator(10**6)
+        # The last key frame that lies well before, so that nothing that is needed is missing.
+        container.seek(int((first - SEEK_BEFORE) / stream.time_base), stream=stream)
+    timed = _with_times(container.decode(stream), usual)
+    return clock.at_regular_times(timed, wanted or usual, last_for=usual, first=first)
 
 
 def _with_times(

@@ -58,3 +58,9 @@ def test_frames_come_as_early_as_they_can():
     regular = clock.at_regular_times(frames(), Fraction(1), Fraction(1))
     assert [next(regular) for _ in range(5)] == [0, 1, 2, 3, 4]
     assert read == [0, 1, 2, 3, 4]
+
+
+def test_regular_times_may_begin_between_frames():
+    frames = [(Fraction(time), time) for time in range(6)]
+    found = clock.at_regular_times(frames, Fraction(1), Fraction(1), first=Fraction(12, 5))
+    assert list(found) == [2, 3, 4, 5]

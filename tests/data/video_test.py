@@ -322,3 +322,25 @@ def audio_only() -> bytes:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+def test_a_clip_can_begin_anywhere(tmp_path):
+    path = tmp_path / "a.mp4"
+    video.write_video(path, clip(60), 23.976)
+    whole = video.read_clip(path)
+    for first in (1, 23, 24, 47, 55):
+        part = video.read_clip(path, frames=5, start=first / whole.fps)
+        assert np.array_equal(part.frames, whole.frames[first : first + 5])
+    with pytest.raises(VideoError, match="5 are needed"):
+        video.read_clip(path, frames=5, start=56 / whole.fps)
+
+
+def test_frames_one_by_one_are_those_of_the_clip(tmp_path):
+    path = tmp_path / "a.mp4"
+    video.write_video(path, clip(20), 16)
+    rates, frames = zip(*video.iterate_frames(path), strict=True)
+    assert set(rates) == {16.0}
+    assert np.array_equal(np.stack(frames), video.read_video(path))
+    (tmp_path / "b.mp4").write_bytes(path.read_bytes()[:300])
+    with pytest.raises(VideoError, match="not a readable video"):
+        next(video.iterate_frames(tmp_path / "b.mp4"))
