@@ -24,7 +24,7 @@ from chameleon_jax.curation.boxes import Box, beside, clip_box, crop, intersecti
 from chameleon_jax.curation.clip import Clip
 from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
-from chameleon_jax.curation.quality import sharpness
+from chameleon_jax.curation.quality import BLUR, sharpness
 from chameleon_jax.curation.stage import CurationError, Found, Limits
 from chameleon_jax.errors import need, one_line
 
@@ -225,17 +225,24 @@ def prominent(frame: np.ndarray, people: Sequence[Person]) -> int:
     if not people:
         return 0
     first = people[0]
-    sharp_enough = AS_SHARP * sharpness(crop(frame, first.box))
     count = 1
     for other in people[1:]:
         share = other.area / max(first.area, 1e-9)
-        seen = beside(other.box, first.box)
-        hidden = boxes.area(seen) < LEAST_SEEN * other.area
-        small_and_sharp = (
-            share >= SMALL and not hidden and sharpness(crop(frame, seen)) > sharp_enough
-        )
-        count += share >= PROMINENT or small_and_sharp
+        count += share >= PROMINENT or (share >= SMALL and as_sharp(frame, other, first))
     return count
+
+
+def as_sharp(frame: np.ndarray, other: Person, first: Person) -> bool:
+    """Whether what is seen of someone beside the first person is about as sharp as that one."""
+    seen = beside(other.box, first.box)
+    if boxes.area(seen) < LEAST_SEEN * other.area:
+        return False
+    part = crop(frame, seen)
+    # One filter for both, small enough for the smaller one.
+    taps = 2 * (min(*part.shape[:2], 3 * BLUR) // 6) + 1
+    return sharpness(part, max(taps, 3)) >= AS_SHARP * sharpness(
+        crop(frame, first.box), max(taps, 3)
+    )
 
 
 def is_cut(box: Box) -> bool:
