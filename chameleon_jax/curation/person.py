@@ -26,6 +26,7 @@ from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
 from chameleon_jax.curation.quality import BLUR, sharpness
 from chameleon_jax.curation.stage import CurationError, Found, Limits
+from chameleon_jax.data.sources import file_hash
 from chameleon_jax.errors import need, one_line
 
 YOLOX_FILE = "weights/yolox_s.onnx"
@@ -62,7 +63,10 @@ class Person:
 
 
 class PersonDetector(Protocol):
-    """Finds people in pictures."""
+    """Finds people in pictures.
+
+    Another `name`, if it has one, says that the same pictures may show other people now.
+    """
 
     def detect(self, frames: np.ndarray) -> list[list[Person]]:
         """The people in each of the frames uint8 [n, h, w, 3], RGB."""
@@ -89,6 +93,7 @@ class YoloxDetector:
                 f"{weights}: no such file; the detector of people is YOLOX-s (Apache-2.0): get"
                 f" {YOLOX_FROM} and put it there, or set person.weights"
             )
+        self.name = f"yolox {file_hash(weights)} {least:g} {overlap:g}"
         try:
             self._net = cv2.dnn.readNetFromONNX(str(weights))
         except cv2.error as error:
@@ -193,6 +198,8 @@ class PersonFilter(PictureFilter):
     def __init__(self, footage: Footage, detector: PersonDetector, limits: Mapping[str, Limits]):
         super().__init__(footage)
         self.detector, self.limits = detector, limits
+        name = getattr(detector, "name", type(detector).__name__)
+        self.settings = {**self.settings, "detector": name}
 
     def look(self, clip: Clip, samples: Samples) -> Found:
         """See `PictureFilter`."""

@@ -179,6 +179,13 @@ def test_exactly_one_prominent_person(tmp_path, people, reason):
     assert len(out.made["person"]) == 8
 
 
+def test_another_detector_looks_again():
+    first, second = Seen(), Seen()
+    second.name = "another"
+    stages = [PersonFilter(Footage("."), one, LIMITS) for one in (first, second)]
+    assert stages[0].fingerprint() != stages[1].fingerprint()
+
+
 def test_a_clip_that_cannot_be_read_is_a_refusal(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     (out,) = PersonFilter(Footage(tmp_path), OnePerson(), LIMITS)([clip("a")])
