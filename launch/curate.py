@@ -170,7 +170,7 @@ def run_demo(values: cli.Values) -> None:
 
     config = load_config(values.config or DEMO, values.overrides)
     out = Path(values.out)
-    folder = out / "footage"
+    folder = out / f"footage_{values.demo_videos}x{values.demo_takes}_{values.seed}"
     with StageLine() as line:
         videos = demo_footage.make(
             values.demo_videos,

@@ -20,6 +20,7 @@ from chameleon_jax.curation.clip import Clip
 from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
 from chameleon_jax.curation.stage import CurationError, Found, Limits
+from chameleon_jax.data.sources import file_hash
 
 FRAMES = 4  # of a clip that are scored
 FILES = ("clip.safetensors", "aesthetic.safetensors")
@@ -27,7 +28,10 @@ WHOLE = "reward.safetensors"
 
 
 class FrameScorer(Protocol):
-    """Scores pictures."""
+    """Scores pictures.
+
+    Another `name`, if it has one, says that the same pictures may have other scores now.
+    """
 
     def score(self, frames: np.ndarray) -> np.ndarray:
         """[n], higher is better, of uint8 [n, h, w, 3], RGB."""
@@ -55,6 +59,7 @@ class ClipScorer:
         from chameleon_jax.weights.tensors import read_tensors
 
         files = reward_files(Path(folder))
+        self.name = " ".join(["clip", *(file_hash(file) for file in files)])
         config = ClipVisionConfig.vit_l14() if sizes is None else ClipVisionConfig(**sizes)
         model = nnx.eval_shape(lambda: Reward(config, rngs=nnx.Rngs(0)))
         tensors: dict[str, np.ndarray] = {}
@@ -110,6 +115,8 @@ class AestheticFilter(PictureFilter):
     def __init__(self, footage: Footage, scorer: FrameScorer, limits: Mapping[str, Limits]):
         super().__init__(footage)
         self.scorer, self.limits = scorer, limits
+        name = getattr(scorer, "name", type(scorer).__name__)
+        self.settings = {**self.settings, "scorer": name}
 
     def look(self, clip: Clip, samples: Samples) -> Found:
         """See `PictureFilter`."""

@@ -37,6 +37,9 @@ from chameleon_jax.curation.stage import CurationError
 THUMBNAIL = (16, 12)  # rows and columns, by which pictures are known again
 KINDS = {"top": "upper", "outer": "upper", "bottom": "lower", "dress": "full"}
 MOST_APART = 0.05  # mean difference up to which a picture counts as a known one
+# Mean difference, 0 to 255: that of two neighbouring frames, for one of which the other may have
+# been taken. Another garment differs by more.
+SAME_PICTURE = 1.0
 NEAR = 2  # frames that a boundary may be found beside a cut
 
 
@@ -444,7 +447,7 @@ def _right_reference(truth: Truth, book: GarmentBook, clip: Clip, out: Path) -> 
     for other in book.all:
         if other.slot == own.slot and repr(other) != repr(own):
             right = counterfactual(truth, shown, other)
-            if np.abs(made - right).mean() < 0.01:
+            if np.abs(made - right).mean() < SAME_PICTURE:
                 return True
     return False
 

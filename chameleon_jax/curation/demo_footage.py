@@ -210,7 +210,7 @@ def _with_other(frames: np.ndarray, masks: np.ndarray, other, background: bool) 
         second = of_mask(solid > 0.5)
         mixed = frame * (1 - solid[..., None]) + figure * solid[..., None]
         if background:  # out of focus, as is all that is behind
-            mixed = cv2.GaussianBlur(mixed, (0, 0), 2.0)
+            mixed = cv2.GaussianBlur(mixed, (0, 0), height / 40)
             mixed = np.where(mask[..., None], frame, mixed)
         out.append(np.rint(mixed).astype(np.uint8))
         people.append([box for box in (of_mask(mask), second) if box])

@@ -24,8 +24,9 @@ from chameleon_jax.curation.boxes import Box, beside, clip_box, crop, intersecti
 from chameleon_jax.curation.clip import Clip
 from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
-from chameleon_jax.curation.quality import sharpness
+from chameleon_jax.curation.quality import BLUR, sharpness
 from chameleon_jax.curation.stage import CurationError, Found, Limits
+from chameleon_jax.data.sources import file_hash
 from chameleon_jax.errors import need, one_line
 
 YOLOX_FILE = "weights/yolox_s.onnx"
@@ -62,7 +63,10 @@ class Person:
 
 
 class PersonDetector(Protocol):
-    """Finds people in pictures."""
+    """Finds people in pictures.
+
+    Another `name`, if it has one, says that the same pictures may show other people now.
+    """
 
     def detect(self, frames: np.ndarray) -> list[list[Person]]:
         """The people in each of the frames uint8 [n, h, w, 3], RGB."""
@@ -89,6 +93,7 @@ class YoloxDetector:
                 f"{weights}: no such file; the detector of people is YOLOX-s (Apache-2.0): get"
                 f" {YOLOX_FROM} and put it there, or set person.weights"
             )
+        self.name = f"yolox {file_hash(weights)} {least:g} {overlap:g}"
         try:
             self._net = cv2.dnn.readNetFromONNX(str(weights))
         except cv2.error as error:
@@ -193,6 +198,8 @@ class PersonFilter(PictureFilter):
     def __init__(self, footage: Footage, detector: PersonDetector, limits: Mapping[str, Limits]):
         super().__init__(footage)
         self.detector, self.limits = detector, limits
+        name = getattr(detector, "name", type(detector).__name__)
+        self.settings = {**self.settings, "detector": name}
 
     def look(self, clip: Clip, samples: Samples) -> Found:
         """See `PictureFilter`."""
@@ -225,17 +232,24 @@ def prominent(frame: np.ndarray, people: Sequence[Person]) -> int:
     if not people:
         return 0
     first = people[0]
-    sharp_enough = AS_SHARP * sharpness(crop(frame, first.box))
     count = 1
     for other in people[1:]:
         share = other.area / max(first.area, 1e-9)
-        seen = beside(other.box, first.box)
-        hidden = boxes.area(seen) < LEAST_SEEN * other.area
-        small_and_sharp = (
-            share >= SMALL and not hidden and sharpness(crop(frame, seen)) > sharp_enough
-        )
-        count += share >= PROMINENT or small_and_sharp
+        count += share >= PROMINENT or (share >= SMALL and as_sharp(frame, other, first))
     return count
+
+
+def as_sharp(frame: np.ndarray, other: Person, first: Person) -> bool:
+    """Whether what is seen of someone beside the first person is about as sharp as that one."""
+    seen = beside(other.box, first.box)
+    if boxes.area(seen) < LEAST_SEEN * other.area:
+        return False
+    part = crop(frame, seen)
+    # One filter for both, small enough for the smaller one.
+    taps = 2 * (min(*part.shape[:2], 3 * BLUR) // 6) + 1
+    return sharpness(part, max(taps, 3)) >= AS_SHARP * sharpness(
+        crop(frame, first.box), max(taps, 3)
+    )
 
 
 def is_cut(box: Box) -> bool:

@@ -31,14 +31,15 @@ def grey(frame: np.ndarray) -> np.ndarray:
     return frame.astype(np.float32) @ np.array([0.2126, 0.7152, 0.0722], np.float32)
 
 
-def sharpness(frame: np.ndarray) -> float:
+def sharpness(frame: np.ndarray, taps: int = BLUR) -> float:
     """How much is lost when a picture is blurred once more: 0 nothing, it was blurred; to 1.
 
     Unlike the variance of the Laplacian it does not depend on contrast and hardly on what is
     shown (after Crete et al., "The blur effect", SPIE 6492, 2007).
 
     Args:
-      frame: uint8 [h, w, 3].
+      frame: uint8 [h, w, 3]; it should be a few times as large as the filter.
+      taps: pixels of the filter that blurs once more, odd.
     """
     import cv2
 
@@ -51,7 +52,7 @@ def sharpness(frame: np.ndarray) -> float:
     for axis in (0, 1):
         if y.shape[axis] < 3:
             continue
-        kernel = (1, BLUR) if axis == 0 else (BLUR, 1)
+        kernel = (1, taps) if axis == 0 else (taps, 1)
         before = np.abs(np.diff(y, axis=axis))
         after = np.abs(np.diff(cv2.blur(y, kernel), axis=axis))
         total = float(before.sum())

@@ -16,6 +16,7 @@ from chameleon_jax.curation.motion import FlowEstimator, MotionFilter
 from chameleon_jax.curation.person import Person, PersonFilter, YoloxDetector
 from chameleon_jax.curation.quality import BlurFilter, TechnicalFilter, blockiness, sharpness
 from chameleon_jax.curation.stage import CurationError, Limits
+from tests.curation import onnx_file
 from tests.curation.made import FPS, SIZE, OnePerson, box, clip, refused, scene, write_scene
 
 cv2 = pytest.importorskip("cv2")
@@ -178,6 +179,13 @@ def test_exactly_one_prominent_person(tmp_path, people, reason):
     assert len(out.made["person"]) == 8
 
 
+def test_another_detector_looks_again():
+    first, second = Seen(), Seen()
+    second.name = "another"
+    stages = [PersonFilter(Footage("."), one, LIMITS) for one in (first, second)]
+    assert stages[0].fingerprint() != stages[1].fingerprint()
+
+
 def test_a_clip_that_cannot_be_read_is_a_refusal(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     (out,) = PersonFilter(Footage(tmp_path), OnePerson(), LIMITS)([clip("a")])
@@ -211,6 +219,23 @@ def test_a_letterbox_keeps_the_shape():
     assert square.shape == (1, 3, 640, 640) and scale == 6.4
     assert square[0, :, 0, 0].tolist() == [3, 2, 1]  # BGR
     assert square[0, :, 0, -1].tolist() == [114, 114, 114]
+
+
+def test_a_detector_from_an_onnx_file(tmp_path):
+    """OpenCV reads the file, and boxes come back in shares of the picture."""
+    out = np.zeros((1, 8400, 85), np.float32)
+    cell = 80 * 80 + 20 * 40 + 10  # of the grid of 16: its centre is at (168, 328) of 640
+    out[0, cell, :6] = (0.5, 0.5, np.log(4), np.log(8), 0.9, 0.8)
+    out[0, cell + 1, :6] = (-0.5, 0.5, np.log(4), np.log(8), 0.9, 0.7)  # the same one again
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant(640, out))
+    ((found,),) = YoloxDetector(tmp_path / "net.onnx").detect(np.zeros((1, 320, 160, 3), np.uint8))
+    # 640 / 320 = 2 pixels of the square for one of the picture.
+    assert found.box == pytest.approx((136 / 320, 264 / 640, 200 / 320, 392 / 640), abs=1e-4)
+    assert found.score == pytest.approx(0.72)
+    (tmp_path / "other.onnx").write_bytes(onnx_file.constant(640, out[:, :100]))
+    other = YoloxDetector(tmp_path / "other.onnx")
+    with pytest.raises(CurationError, match="gives .*expected \\[1, 8400, 85\\]"):
+        other.detect(np.zeros((1, 32, 32, 3), np.uint8))
 
 
 def test_a_missing_detector_says_which_file_goes_where(tmp_path):
