@@ -73,6 +73,7 @@ def paper() -> ConfigDict:
                 "timeout": 300.0,
                 "tries": 4,
                 "pictures": 3,  # that are made before a clip is refused
+                "most_alike": 0.9,  # cosine from which on two garments count as the same
             },
             "out": {
                 "size": (1280, 704),

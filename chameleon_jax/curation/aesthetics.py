@@ -20,6 +20,7 @@ from chameleon_jax.curation.clip import Clip
 from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
 from chameleon_jax.curation.stage import CurationError, Found, Limits
+from chameleon_jax.data.images import fit_on_white
 from chameleon_jax.data.sources import file_hash
 
 FRAMES = 4  # of a clip that are scored
@@ -38,7 +39,7 @@ class FrameScorer(Protocol):
 
 
 class ClipScorer:
-    """CLIP and the aesthetic predictor.
+    """CLIP and the aesthetic predictor: scores frames, and says which garments are alike.
 
     Args:
       folder: holds, itself or in folders, what `python -m converters` makes of the two checkpoints,
@@ -52,9 +53,10 @@ class ClipScorer:
 
     def __init__(self, folder: str | os.PathLike, sizes: Mapping[str, int] | None = None):
         import jax
+        import jax.numpy as jnp
         from flax import nnx
 
-        from chameleon_jax.models.reward import ClipVisionConfig, Reward
+        from chameleon_jax.models.reward import ClipVisionConfig, Reward, preprocess
         from chameleon_jax.weights.params import check_fit, param_shapes, set_params
         from chameleon_jax.weights.tensors import read_tensors
 
@@ -69,7 +71,26 @@ class ClipScorer:
         check_fit(param_shapes(model), found, what=str(folder))
         set_params(model, tensors)
         graph, self._state = nnx.split(model)
+        self._side = config.image
         self._run = jax.jit(lambda state, frames: nnx.merge(graph, state).score(frames))
+
+        def embed(state, frames):
+            x = nnx.merge(graph, state).vision(preprocess(frames, config.image))
+            return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+        self._embed = jax.jit(embed)
+
+    def embed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """See `garment.Embedder`; pictures of any shapes, whole and on white."""
+        from PIL import Image
+
+        size = (self._side, self._side)
+        whole = [
+            fit_on_white(Image.fromarray(picture), size, Image.Resampling.BICUBIC, round, round)
+            for picture in pictures
+        ]
+        # One at a time: one program, however many garments there are.
+        return np.concatenate([np.asarray(self._embed(self._state, x[None])) for x in whole])
 
     def score(self, frames: np.ndarray) -> np.ndarray:
         """See `FrameScorer`; one program for each size and number of frames."""
@@ -126,6 +147,6 @@ class AestheticFilter(PictureFilter):
         return Found(values={"aesthetic": float(np.mean(scores))})
 
 
-def chosen_scorer(weights: str, sizes: Mapping[str, int] | None = None) -> Sequence[FrameScorer]:
+def chosen_scorer(weights: str, sizes: Mapping[str, int] | None = None) -> list[ClipScorer]:
     """The scorer of a config; empty if aesthetics are left out (`none`)."""
     return [] if weights == "none" else [ClipScorer(weights, sizes)]

@@ -93,7 +93,7 @@ class LookEmbedder:
     """Colours and their places in the garment, without a network.
 
     It knows two pictures of one garment again and tells different colours and patterns apart; it
-    knows nothing of style. A CLIP encoder has a place here.
+    knows nothing of style. `aesthetics.ClipScorer` does, where its weights are.
     """
 
     name = "look-1"

@@ -81,9 +81,12 @@ def real_models(config: ConfigDict, garments: Sequence[Garment] = ()) -> Models:
         raise CurationError(
             "editor is set and vision.url is not: nobody would check the pictures; set vision.url"
         )
+    detector = YoloxDetector(config.person.weights, config.person.score)
+    scorers = chosen_scorer(config.aesthetics.weights)
     return Models(
-        detector=YoloxDetector(config.person.weights, config.person.score),
-        scorers=chosen_scorer(config.aesthetics.weights),
+        detector=detector,
+        scorers=scorers,
+        embedder=scorers[0] if scorers else LookEmbedder(),
         vision=vision,
         editor=editor,
         garments=garments,
@@ -144,7 +147,12 @@ class Pipeline:
                 checks = Checks(models.editor, models.vision, config.editor.pictures)
                 made.append(GarmentStage(self.footage, self.out, checks))
                 reference = ReferenceStage(
-                    self.footage, self.out, checks, models.embedder, models.garments
+                    self.footage,
+                    self.out,
+                    checks,
+                    models.embedder,
+                    models.garments,
+                    most_alike=config.editor.most_alike,
                 )
                 self.groups.append([reference])
 

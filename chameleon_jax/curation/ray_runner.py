@@ -153,11 +153,10 @@ class _Worker:
 
     def __init__(self, factory: Factory, number: int, limits: Sequence[Any], inside: str):
         self.group = factory()[number]
+        clips = [Clip.from_json(one) for one in json.loads(inside)]
         for stage, known in zip(self.group, limits, strict=True):
             stage.limits = {name: Limits(*pair) for name, pair in known.items()}
-            begin = getattr(stage, "begin", None)
-            if begin is not None:
-                begin([Clip.from_json(one) for one in json.loads(inside)])
+            stage.begin(clips)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         told = []

@@ -82,9 +82,7 @@ class SerialRunner:
     def run_group(self, group: Sequence[Stage], clips: Sequence[Clip]) -> list[Clip]:
         """One group alone; see `__call__`."""
         for stage in group:
-            begin = getattr(stage, "begin", None)
-            if begin is not None:
-                begin([clip for clip in clips if clip.rejection is None])
+            stage.begin([clip for clip in clips if clip.rejection is None])
         out: list[Clip] = []
         done = 0
         for some in _batches(clips, self.batch):

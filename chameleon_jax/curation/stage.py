@@ -90,6 +90,10 @@ class Stage(abc.ABC):
     limits: Mapping[str, Limits] = {}
     graded: Sequence[str] = ()
 
+    def begin(self, clips: Sequence[Clip]) -> None:
+        """Called with all clips that are in, before any of them is looked at; most need it not."""
+        del clips
+
     @abc.abstractmethod
     def measure(self, clips: Sequence[Clip]) -> list[Found]:
         """Look at clips that are in; one result each, in their order."""

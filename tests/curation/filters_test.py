@@ -271,6 +271,9 @@ def test_aesthetics_by_a_small_clip(tmp_path):
     scorer = aesthetics.ClipScorer(tmp_path, sizes)
     expected = np.asarray(model.score(jnp.asarray(frames)))
     assert scorer.score(frames) == pytest.approx(expected, abs=1e-5)
+    vectors = scorer.embed([frames[0], frames[1][:40], frames[0]])  # of any shape
+    assert vectors.shape == (3, 8) and np.linalg.norm(vectors, axis=1) == pytest.approx(1)
+    assert np.array_equal(vectors[0], vectors[2]) and not np.allclose(vectors[0], vectors[1])
     write_scene(tmp_path / "a.mp4", [1])
     limits = {"aesthetic": Limits(least=1e9)}
     stage = aesthetics.AestheticFilter(Footage(tmp_path), scorer, limits)

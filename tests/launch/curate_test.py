@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from chameleon_jax.curation.endpoint import encode_png
+from chameleon_jax.data import sources
+from chameleon_jax.data.images import open_image
 from chameleon_jax.errors import UserError
 from launch import cli, curate
-from tests.curation.made import write_scene
+from tests.curation import onnx_file
+from tests.curation.endpoint_test import Server, said
+from tests.curation.garment_test import GOOD_GARMENT, GOOD_REFERENCE, cloth
+from tests.curation.made import GOOD, write_scene
 
 ROOT = Path(__file__).parents[2]
 OPEN = [
@@ -102,6 +112,64 @@ def test_an_endpoint_that_is_not_there_stops_the_run_and_keeps_what_was_found(
     assert (tmp_path / "out/journal/person.jsonl").read_bytes() == before
     said = capsys.readouterr().out
     assert "1 clips pass; no records yet" in said and "report.html" in said
+
+
+class Models(Server):
+    """A captioner and an editor that do well, every fourth time only when they are asked again."""
+
+    def answer(self, handler, status, headers, body):
+        path, _, request = self.requests[-1]
+        if len(self.requests) % 4 == 0:
+            return super().answer(handler, 429, {"Retry-After": "0"}, {})
+        if path.endswith("images/edits"):
+            made = base64.b64encode(encode_png(self.edited(request))).decode()
+            return super().answer(handler, 200, {}, {"data": [{"b64_json": made}]})
+        asked = json.loads(request)["messages"][1]["content"][0]["text"]
+        answers = {'"type"': {"type": "upper"}, "textural": GOOD_GARMENT, '"worn"': GOOD_REFERENCE}
+        found = [answer for word, answer in answers.items() if word in asked]
+        return super().answer(handler, 200, {}, said(found[-1] if found else GOOD))
+
+    def edited(self, request: bytes) -> np.ndarray:
+        """A garment of the only picture, or the first of two in another one."""
+        starts = [found.start() for found in re.finditer(re.escape(b"\x89PNG"), request)]
+        frame = np.asarray(open_image(request[starts[0] :])).copy()
+        if len(starts) == 1:
+            return cloth(int(frame.sum()) % 999)
+        frame[20:40, 18:30] = 255 - frame[20:40, 18:30]
+        return frame
+
+
+def test_a_whole_run_with_an_onnx_file_and_endpoints(tmp_path, monkeypatch, capsys):
+    """All that a user has, but small: the detector by OpenCV, the models behind a server."""
+    monkeypatch.setattr("chameleon_jax.curation.endpoint.FIRST_WAIT", 0.0)
+    out = np.zeros((1, 8400, 85), np.float32)  # a person in the middle of every picture
+    out[0, 80 * 80 + 20 * 40 + 16, :6] = (0.0, 0.0, np.log(20), np.log(30), 0.95, 0.95)
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant(640, out))
+    for number in range(2):
+        write_scene(tmp_path / f"footage/v{number}.mp4", [number, 10 + number])
+    settings = {
+        "person.weights": tmp_path / "net.onnx",
+        "aesthetics.weights": "none",
+        "technical.limits.blocks": "(None,1.0)",
+        "motion.limits.flow": "(0.0,9.0)",
+        "blur.limits.sharpness": "(0.0,1.0)",
+        "out.size": "(64,48)",
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    where = ["--videos", tmp_path / "footage", "--out", tmp_path / "out"]
+    licence = ["--licence", "own", "--source", "us", "--config", "configs/curation.py:demo"]
+    with Models((200, {}, {})) as server:
+        urls = [f"--config.{name}.url={server.url}" for name in ("vision", "editor")]
+        run(*where, *licence, *flags, *urls)
+        asked = len(server.requests)
+        run(*where, *licence, *flags, *urls)  # all of it is there
+        assert len(server.requests) == asked
+    assert "records: 4 records" in capsys.readouterr().out.replace("records'", "records")
+    records = sources.open_sources(tmp_path / "out/records", "train")
+    table = sources.open_sources(tmp_path / "out/table")
+    assert len(records) == len(table) == 4
+    assert records.load(0, 25, (64, 48))["captions"]["dynamic"] == GOOD["en_long"][0]
+    assert json.loads(records.raw(0)["spec"])["captions_by"]["model"] == "scripted"
 
 
 def test_help_needs_no_heavy_module():
