@@ -66,16 +66,17 @@ def test_the_5b_chunk_fits_one_tpu_v6e_and_never_copies_the_cache():
 
 
 @pytest.mark.slow
-def test_two_layers_of_the_5b_step_compile_for_four_tpu_v5e():
+def test_a_layer_of_the_5b_step_compiles_for_four_tpu_v5e():
     """Kernels on the heads of each, the cache in its place, and sums behind the projections only:
     three of activations a layer, and one each for the norms of self- and cross-attention.
     """
-    config = load_config("configs/wan22_5b.py", ["model.dit.layers=2"]).to_dict()
+    config = load_config("configs/wan22_5b.py", ["model.dit.layers=1"]).to_dict()
     found = run(Job(config, "v5e-4", "chunk"), minutes=60)
     assert "error" not in found
     assert found["mesh"] == {"tensor": 4}
+    assert found["kernels"]["splash attention"] >= 2 * (PASSES - 1)
     assert set(found["collectives"]) == {"all-reduce"}
-    assert found["collectives"]["all-reduce"]["count"] <= 5 * 2 * PASSES
+    assert found["collectives"]["all-reduce"]["count"] <= 5 * PASSES + 5
     assert found["bytes"]["alias"] >= found["resident"]["cache"]
 
 
