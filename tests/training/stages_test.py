@@ -415,7 +415,8 @@ def test_every_config_describes_a_run(file, variant):
     assert exported.keys() == inference.keys()
     networks = {name: config.model[name].to_dict() for name in ("vae", "dit", "text")}
     assert exported["model"] == networks
-    assert exported["video"] == config.video.to_dict() | {"frames": inference["video"]["frames"]}
+    frames = {"frames": inference["video"]["frames"]}
+    assert exported["video"] == inference["video"] | config.video.to_dict() | frames
     # How it is sampled: in few steps where these are trained, before that in many.
     names = {
         "teacher_forcing": {"unipc", "euler"},
