@@ -141,7 +141,9 @@ def test_starts_of_a_process_cold_and_warm(tmp_path):
         (start,) = report["starts"][kind]
         assert start["programs"] == [0, 0, 0] and start["seconds"] > start["parts"]["compile"] > 0
         assert report["figures"][f"start_{kind}_s"]["values"] == [start["seconds"]]
-    assert report["programs_from_cache"] == len(report["compile_seconds_by_program"])
+    # An empty cache is compiled too fast to be kept, see `compilation.SHORTEST`.
+    programs = set(report["compile_seconds_by_program"]) - {"new_cache"}
+    assert report["programs_from_cache"] in (len(programs), len(programs) + 1)
 
 
 def test_a_start_that_fails_is_one_line(tmp_path, capsys):
