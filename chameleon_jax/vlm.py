@@ -50,6 +50,10 @@ class UnavailableError(VlmError):
     """An endpoint gave no answer to a question; later, or to another question, it may."""
 
 
+class UnreachableError(UnavailableError):
+    """Nobody was at the address in any try."""
+
+
 class JunkError(UserError):
     """A reply is not what was asked for. The message is one line: what is wrong with it."""
 
@@ -111,19 +115,29 @@ class Endpoint:
     temperature: float | None = None
 
     @classmethod
-    def open(cls, url: str, model: str, *, key_name: str = KEY, **settings: Any) -> Endpoint:
+    def open(cls, url: str, model: str, *, key_name: str | None = KEY, **settings: Any) -> Endpoint:
         """An endpoint with the key from the environment; one on this machine needs none.
+
+        Args:
+          url, model: see the class.
+          key_name: variable that holds the key; None: a server without keys.
+          settings: other fields of the class.
 
         Raises:
           VlmError: not an address or an API that can be used, or the key is missing.
         """
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise VlmError(f"{url!r} is no endpoint; expected http:// or https:// and a host")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise VlmError(
+                f"{url!r} is no endpoint; expected http:// or https://, a host and a path such as"
+                " /v1, and no key in it"
+            )
         if not model:
             raise VlmError(f"{url}: no model named; expected its name at this endpoint")
         if settings.get("api", "openai") not in APIS:
             raise VlmError(f"API {settings['api']!r}: expected {' or '.join(APIS)}")
+        if key_name is None:
+            return cls(url.rstrip("/"), model, **settings)
         key = os.environ.get(key_name, "").strip() or None
         if key is None and not _is_local(parts.hostname):
             raise VlmError(f"{url}: no key; put it into the variable {key_name} of the environment")
@@ -186,10 +200,10 @@ def ask(
             faults.append(one_line(error))
             raise
 
-    value, requests, trouble = _tries(endpoint, url, body, take, sleep)
-    if value is None and len(faults) < requests:  # some tries did not even get a reply
-        raise _unavailable(endpoint, trouble)
-    return Reply(value, tuple(raw), tuple(faults), model, requests)
+    sent = send(endpoint, url, _encoded(body), take, sleep=sleep)
+    if sent.value is None and len(faults) < sent.requests:  # some tries did not even get a reply
+        raise sent.error
+    return Reply(sent.value, tuple(raw), tuple(faults), model, sent.requests)
 
 
 def embed(
@@ -217,10 +231,40 @@ def embed(
             raise JunkError("the reply holds no embedding")
         return vector
 
-    vector, _, trouble = _tries(endpoint, f"{endpoint.url}/embeddings", body, take, sleep)
-    if vector is None:
-        raise _unavailable(endpoint, trouble)
-    return vector
+    sent = send(endpoint, f"{endpoint.url}/embeddings", _encoded(body), take, sleep=sleep)
+    if sent.error is not None:
+        raise sent.error
+    return sent.value
+
+
+def say(
+    endpoint: Endpoint,
+    parts: Sequence[Part],
+    *,
+    system: str = "",
+    sleep: Callable[[float], None] = time.sleep,
+) -> str:
+    """The text of one reply, whatever it is; empty if there is none in it.
+
+    Args:
+      endpoint, parts, system, sleep: as for `ask`.
+
+    Raises:
+      VlmError: the endpoint cannot be used.
+      UnavailableError: it refuses this question, or gives no reply in all tries.
+    """
+    url, body = _REQUESTS[endpoint.api](endpoint, parts, system)
+
+    def take(answer: Any) -> str:
+        try:
+            return _TEXTS[endpoint.api](answer)[0]
+        except JunkError:
+            return ""
+
+    sent = send(endpoint, url, _encoded(body), take, sleep=sleep)
+    if sent.error is not None:
+        raise sent.error
+    return sent.value
 
 
 def find_json(text: str) -> dict[str, Any]:
@@ -255,45 +299,78 @@ def prompt_hash(*texts: str) -> str:
 
 
 class _Passing(Exception):
-    """Something that may pass; `least` seconds should be waited for it."""
+    """Something that may pass.
 
-    def __init__(self, message: str, least: float = 0.0):
+    Attributes:
+      least: seconds that should be waited for it.
+      reached: whether somebody was at the address.
+    """
+
+    def __init__(self, message: str, least: float = 0.0, *, reached: bool = True):
         super().__init__(message)
-        self.least = least
+        self.least, self.reached = least, reached
 
 
-def _tries(
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What became of a request.
+
+    Attributes:
+      value: what was made of its answer; None if all tries failed.
+      requests: sent in all.
+      error: why there is no value; None if there is one.
+    """
+
+    value: Any
+    requests: int
+    error: UnavailableError | None = None
+
+
+def send(
     endpoint: Endpoint,
     url: str,
-    body: dict[str, Any],
+    body: bytes,
     take: Callable[[Any], Any],
-    sleep: Callable[[float], None],
-) -> tuple[Any, int, str]:
-    """Send a request until its answer is taken.
+    *,
+    kind: str = "application/json",
+    most: int = MAX_REPLY,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Sent:
+    """Send a request until its answer is taken, `endpoint.tries` times at most.
 
-    Returns:
-      What `take` made of the answer, None if all tries failed; requests sent; and what was wrong in
-      the last try, empty if nothing was.
+    Args:
+      endpoint: who is asked.
+      url: where, behind `endpoint.url`.
+      body: what is sent.
+      take: makes a value of the JSON of the answer, or raises JunkError: then it is sent again.
+      kind: media type of the body.
+      most: bytes of an answer that are read.
+      sleep: waits for some seconds.
+
+    Raises:
+      VlmError: the endpoint cannot be used.
+      UnavailableError: it refuses this request.
     """
-    trouble, least = "", 0.0
+    trouble, least, reached = "", 0.0, False
     for number in range(endpoint.tries):
         if number:
             doubled = endpoint.wait * 2 ** (number - 1)
             sleep(min(max(doubled, least), endpoint.longest_wait))
         try:
-            return take(_post(endpoint, url, body)), number + 1, ""
+            return Sent(take(_post(endpoint, url, body, kind, most)), number + 1)
         except _Passing as error:
-            trouble, least = str(error), error.least
+            trouble, least, reached = str(error), error.least, reached or error.reached
         except JunkError as error:
-            trouble, least = one_line(error), 0.0
-    return None, endpoint.tries, trouble
-
-
-def _unavailable(endpoint: Endpoint, trouble: str) -> UnavailableError:
+            trouble, least, reached = one_line(error), 0.0, True
     times = f"{endpoint.tries} times" if endpoint.tries > 1 else "once"
-    return UnavailableError(
-        f"{endpoint.url}: {trouble}, {times}; look at the endpoint, the same command continues"
-    )
+    failed = UnavailableError if reached else UnreachableError
+    advice = "look at the endpoint, the same command continues"
+    error = failed(f"{endpoint.url}: {trouble}, {times}; {advice}")
+    return Sent(None, endpoint.tries, error)
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -301,51 +378,50 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _post(endpoint: Endpoint, url: str, body: dict[str, Any]) -> Any:
-    """Send JSON and read JSON, within the time of the endpoint.
+def _post(endpoint: Endpoint, url: str, body: bytes, kind: str, most: int) -> Any:
+    """Send a body and read JSON, within the time of the endpoint.
 
     Raises:
       VlmError: refused for good.
       _Passing: it may work later.
     """
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    headers = {"Content-Type": kind, "Accept": "application/json"}
     if endpoint.key is not None:
         gemini = endpoint.api == "gemini"
         name = "x-goog-api-key" if gemini else "Authorization"
         headers[name] = endpoint.key if gemini else f"Bearer {endpoint.key}"
-    data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
     handlers: list[Any] = [_NoRedirect]
     if _is_local(urllib.parse.urlsplit(url).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))  # no proxy reaches this machine
     deadline = time.monotonic() + endpoint.timeout
     try:
-        request = urllib.request.Request(url, data, headers, method="POST")
+        request = urllib.request.Request(url, body, headers, method="POST")
         opener = urllib.request.build_opener(*handlers)
         with opener.open(request, timeout=endpoint.timeout) as response:
-            return json.loads(_read(response, deadline))
+            return json.loads(_read(response, deadline, most))
     except urllib.error.HTTPError as error:
         with error:
             raise _refusal(endpoint, error) from None
+    except urllib.error.URLError as error:  # before anything was answered: nobody is there
+        why = one_line(str(error.reason) or repr(error))
+        raise _Passing(f"cannot be reached ({why})", reached=False) from None
     except TimeoutError:
         raise _Passing(f"no answer within {endpoint.timeout:g} s") from None
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            raise _Passing(f"no answer within {endpoint.timeout:g} s") from None
-        raise _Passing(f"cannot be reached ({one_line(str(reason) or repr(error))})") from None
+    except (http.client.HTTPException, OSError) as error:
+        raise _Passing(f"cannot be reached ({one_line(str(error) or repr(error))})") from None
     except (ValueError, RecursionError):
         raise _Passing("answered with something that is not JSON") from None
 
 
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+def _read(response: http.client.HTTPResponse, deadline: float, most: int) -> bytes:
     """A body, also if it drips in: within the deadline, and not without end."""
     found = b""
     while chunk := response.read1(2**16):
         found += chunk
         if time.monotonic() > deadline:
             raise TimeoutError
-        if len(found) > MAX_REPLY:
-            raise _Passing(f"answered with more than {MAX_REPLY // 2**20} MiB")
+        if len(found) > most:
+            raise _Passing(f"answered with more than {most} bytes")
     return found
 
 
@@ -365,6 +441,8 @@ def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError) -> Exception:
         403: f"; look at the key in {endpoint.key_name}",
         404: f"; look at the address and at the model's name, {endpoint.model}",
     }.get(error.code, "")
+    if 300 <= error.code < 400:
+        advice = "; it wants to redirect, which is not followed: give the address itself"
     kind = UnavailableError if error.code in ABOUT_ONE_QUESTION else VlmError
     return kind(f"{endpoint.url}: HTTP {error.code} ({shown}){advice}")
 

@@ -6,11 +6,11 @@ used only if it holds exactly one object and that has exactly the fields that we
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from chameleon_jax.errors import UserError
+from chameleon_jax.vlm import JunkError, find_json
 
 MAX_ANSWER = 40_000  # characters; four captions have a tenth of it
 
@@ -27,21 +27,10 @@ def read_object(answer: str) -> dict[str, Any]:
     """
     if len(answer) > MAX_ANSWER:
         raise AnswerError(f"{len(answer)} characters; at most {MAX_ANSWER} are read")
-    decoder, found, place = json.JSONDecoder(object_pairs_hook=_once_each), [], 0
-    while (place := answer.find("{", place)) >= 0:
-        try:
-            value, place = decoder.raw_decode(answer, place)
-        except ValueError as error:
-            if isinstance(error, AnswerError):
-                raise
-            place += 1
-            continue
-        except RecursionError:
-            raise AnswerError("JSON that is nested too deep") from None
-        found.append(value)
-    if len(found) != 1:
-        raise AnswerError(f"{len(found)} JSON objects in it; expected one")
-    return found[0]
+    try:
+        return find_json(answer)
+    except JunkError as error:
+        raise AnswerError(str(error)) from None
 
 
 def read_verdict(answer: str, questions: Sequence[str]) -> dict[str, bool]:
@@ -69,10 +58,3 @@ def read_choice(answer: str, field: str, words: Sequence[str]) -> str:
     if set(found) != {field} or found[field] not in words:
         raise AnswerError(f"{found!r}"[:120] + f"; expected {field} and one of {', '.join(words)}")
     return found[field]
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise AnswerError("a field is there twice")
-    return found

@@ -1,11 +1,8 @@
 """Models behind an endpoint that speaks OpenAI's protocol: words about pictures, edited pictures.
 
-OpenAI's own, Gemini's (https://generativelanguage.googleapis.com/v1beta/openai), vLLM, SGLang and
-many others answer `chat/completions`; `images/edits` takes pictures and an instruction.
-
-What comes back is data, never trusted: it has a largest size and a longest time, redirections are
-not followed, and whoever asks checks the answer. The key is read from the environment and is in no
-message and in no record.
+`chat/completions` answers questions, `images/edits` takes pictures and an instruction. How they are
+sent, waited for and asked again is that of `vlm`. What comes back is data, never trusted: whoever
+asks checks the answer. The key is read from the environment and is in no message and in no record.
 
 Axes: h w pixels.
 """
@@ -13,38 +10,29 @@ Axes: h w pixels.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
-import http.client
 import io
-import json
 import os
 import secrets
-import ssl
 import time
-import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from chameleon_jax import vlm
 from chameleon_jax.curation.stage import CurationError
-from chameleon_jax.errors import one_line, printable
+from chameleon_jax.errors import one_line
 
-MAX_TEXT, MAX_PICTURE = 4 * 2**20, 64 * 2**20  # bytes of an answer
-LONGEST_WAIT = 60.0  # seconds that an endpoint may ask for before the next try
-CONNECTING = 15.0  # seconds until a server has to be reached
+MAX_PICTURE = 64 * 2**20  # bytes of an answer that holds one
 FIRST_WAIT = 1.0  # seconds; doubled with each try
 JPEG_QUALITY = 90
-MODEL_FAULTS = (400, 404, 413, 415, 422)
 
 
 class NoAnswerError(CurationError):
     """Nobody answered, but the endpoint is there: it is busy, or it hangs. Another try may help."""
-
-
-class _UnreachableError(Exception):
-    """There is nobody at the address."""
 
 
 class VisionModel(Protocol):
@@ -107,152 +95,74 @@ class Endpoint:
     sleep: Callable[[float], None] = dataclasses.field(default=time.sleep, repr=False)
 
     def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise CurationError(
-                f"endpoint {printable(self.url)!r}: expected http:// or https://, a host and a path"
-                " such as /v1, and no key in it"
-            )
-        if not self.model:
-            raise CurationError(f"endpoint {self.url}: no model named; set the model's name")
+        with _named_errors():
+            self._opened()  # faults of the settings are named before anything is asked
+
+    def ask(self, system: str, text: str, pictures: Sequence[np.ndarray]) -> str:
+        """See `VisionModel`."""
+        files = [vlm.Picture(encode_jpeg(picture), "image/jpeg") for picture in pictures]
+        with _named_errors():
+            return vlm.say(self._opened(), [text, *files], system=system, sleep=self.sleep)
+
+    def edit(self, pictures: Sequence[np.ndarray], text: str, seed: int) -> np.ndarray:
+        """See `PictureEditor`; an answer that is no picture counts as none."""
+        fields = {"model": self.model, "prompt": text, "seed": str(seed), "n": "1"}
+        body, kind = multipart(fields, [encode_png(picture) for picture in pictures])
+        with _named_errors():
+            opened = self._opened()
+            sent = vlm.send(
+                opened, f"{opened.url}/images/edits", body, _edited,
+                kind=kind, most=MAX_PICTURE, sleep=self.sleep,
+            )  # fmt: skip
+            if sent.error is not None:
+                raise sent.error
+        return sent.value
+
+    def _opened(self) -> vlm.Endpoint:
+        """The same for `vlm`, with the key."""
         if self.key and not os.environ.get(self.key):
             raise CurationError(
                 f"endpoint {self.url}: the environment variable {self.key} is empty; put the key"
                 " there, or set the name to '' for a server without keys"
             )
-
-    def ask(self, system: str, text: str, pictures: Sequence[np.ndarray]) -> str:
-        """See `VisionModel`."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        for picture in pictures:
-            url = "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(picture)).decode()
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        request = {
-            "model": self.model,
-            "messages": [
-                {"role": "system", "content": system},
-                {"role": "user", "content": content},
-            ],
-        }
-        answer = self._post(
-            "chat/completions", json.dumps(request).encode(), "application/json", MAX_TEXT
+        return vlm.Endpoint.open(
+            self.url,
+            self.model,
+            key_name=self.key or None,
+            timeout=self.timeout,
+            tries=self.tries,
+            wait=FIRST_WAIT,
         )
-        try:
-            said = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            said = None
-        return said if isinstance(said, str) else ""
-
-    def edit(self, pictures: Sequence[np.ndarray], text: str, seed: int) -> np.ndarray:
-        """See `PictureEditor`; an answer that is no picture counts as none."""
-        from chameleon_jax.data.images import ImageError, open_image
-
-        fields = {"model": self.model, "prompt": text, "seed": str(seed), "n": "1"}
-        body, kind = multipart(fields, [encode_png(picture) for picture in pictures])
-        answer = self._post("images/edits", body, kind, MAX_PICTURE)
-        try:
-            data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
-            return np.asarray(open_image(data, name="the edited picture"))
-        except (KeyError, IndexError, TypeError, ValueError, ImageError) as error:
-            raise NoAnswerError(
-                f"{self.url}: images/edits gave no picture ({one_line(error)[:80]}); expected"
-                " data[0].b64_json"
-            ) from None
-
-    def _post(self, path: str, body: bytes, kind: str, most: int) -> Any:
-        """The JSON that a request is answered with, {} where it is none; waits and tries again."""
-        wait, why, reached = FIRST_WAIT, "", False
-        for attempt in range(self.tries):
-            if attempt:
-                self.sleep(min(wait, LONGEST_WAIT))
-                wait *= 2
-            try:
-                status, asked_wait, data = self._send(path, body, kind, most)
-            except _UnreachableError as error:
-                why = one_line(error)
-                continue
-            except (OSError, http.client.HTTPException) as error:
-                why, reached = one_line(error), True
-                continue
-            reached = True
-            if status == 200:
-                return _parsed(data)
-            why = f"status {status}"
-            if status == 429 or status >= 500:
-                wait = max(wait, asked_wait)
-                continue
-            self._refuse(status, data)
-        kind_of_error = NoAnswerError if reached else CurationError
-        advice = "" if reached else "; see whether the server runs, the same command continues"
-        raise kind_of_error(f"{self.url}: no answer after {self.tries} tries ({why}){advice}")
-
-    def _refuse(self, status: int, data: bytes) -> None:
-        said = printable(one_line(data[:200].decode("utf-8", "replace")))
-        what = "the key is refused" if status in (401, 403) else "the request is refused"
-        advice = f"see {self.key or 'whether it wants a key'}"
-        if status in MODEL_FAULTS:
-            advice = f"see the address and the model {self.model!r}"
-        elif 300 <= status < 400:
-            advice = "it wants to redirect, which is not followed; give the address itself"
-        raise CurationError(f"{self.url}: {what} (status {status}: {said}); {advice}")
-
-    def _send(self, path: str, body: bytes, kind: str, most: int) -> tuple[int, float, bytes]:
-        """Status, seconds that the server asks to wait, and the answer.
-
-        Raises:
-          OSError, HTTPException: it cannot be reached, or is not through within `timeout`.
-        """
-        parts = urllib.parse.urlsplit(self.url)
-        headers = {"Content-Type": kind, "Accept": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {os.environ[self.key]}"
-        deadline = time.monotonic() + self.timeout
-        if parts.scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname or "",
-                parts.port,
-                timeout=self.timeout,
-                context=ssl.create_default_context(),
-            )
-        else:
-            connection = http.client.HTTPConnection(
-                parts.hostname or "", parts.port, timeout=self.timeout
-            )
-        try:
-            try:
-                connection.timeout = min(CONNECTING, self.timeout)
-                connection.connect()
-            except OSError as error:
-                raise _UnreachableError(one_line(error)) from None
-            connection.sock.settimeout(self.timeout)
-            connection.request("POST", f"{parts.path.rstrip('/')}/{path}", body, headers)
-            response = connection.getresponse()
-            data = bytearray()
-            # A server that sends a byte now and then must not hold the run for ever.
-            while piece := response.read1(2**16):
-                data += piece
-                if len(data) > most:
-                    raise http.client.HTTPException(f"more than {most} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not through after {self.timeout:g} s")
-            return response.status, _seconds(response.headers.get("Retry-After")), bytes(data)
-        finally:
-            connection.close()
 
 
-def _seconds(text: str | None) -> float:
-    """What Retry-After says in seconds; dates, which no such server sends, count as 0."""
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    """Errors of `vlm` as those of a run: nobody at the address ends it, a busy server does not."""
     try:
-        return min(max(float(text or 0), 0.0), LONGEST_WAIT)
-    except ValueError:
-        return 0.0
+        yield
+    except vlm.UnreachableError as error:
+        raise CurationError(str(error)) from None
+    except vlm.UnavailableError as error:
+        raise NoAnswerError(str(error)) from None
+    except vlm.VlmError as error:
+        raise CurationError(str(error)) from None
 
 
-def _parsed(data: bytes) -> Any:
+def _edited(answer: Any) -> np.ndarray:
+    """The picture in an answer of `images/edits`.
+
+    Raises:
+      JunkError: there is none.
+    """
+    from chameleon_jax.data.images import ImageError, open_image
+
     try:
-        return json.loads(data)
-    except ValueError:
-        return {}
+        data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+        return np.asarray(open_image(data, name="the edited picture"))
+    except (KeyError, IndexError, TypeError, ValueError, ImageError) as error:
+        raise vlm.JunkError(
+            f"images/edits gave no picture ({one_line(error)[:80]}); expected data[0].b64_json"
+        ) from None
 
 
 def multipart(fields: Mapping[str, str], pictures: Sequence[bytes]) -> tuple[bytes, str]:
