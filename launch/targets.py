@@ -113,7 +113,7 @@ def run(values: cli.Values) -> int:
     from chameleon_jax.targets import report
 
     versions = machine.versions()
-    kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    kept = _read_kept(out)
     rows, failed = [], False
     for case in cases:
         for program in _programs(case):
@@ -134,6 +134,19 @@ def run(values: cli.Values) -> int:
         print(line)
     print(f"written to {out}")
     return int(failed)
+
+
+def _read_kept(out: Path) -> dict[str, Any]:
+    """The reports of an earlier call."""
+    if not out.is_file():
+        return {}
+    try:
+        kept = json.loads(out.read_text(encoding="utf-8"))
+    except ValueError:
+        kept = None
+    if not isinstance(kept, dict) or not all(isinstance(one, dict) for one in kept.values()):
+        raise UsageError(f"--out {out}: not a file of this command; name another, or remove it")
+    return kept
 
 
 def _cases(values: cli.Values) -> Iterator[Case]:

@@ -75,7 +75,7 @@ def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
         return backend_for(jax.devices()[0], dtype)
     if backend not in BACKENDS:
         raise BackendError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if NEEDS[backend] and not any(_installed(name) for name in NEEDS[backend]):
+    if not is_installed(backend):
         raise BackendError(
             f"attention backend {backend!r} was asked for but is not installed:"
             f" {HOW_TO_INSTALL[backend]}, or choose 'xla'"
@@ -100,6 +100,11 @@ def backend_for(device: jax.Device, dtype: jnp.dtype) -> str:
 
 def _half(dtype: jnp.dtype) -> bool:
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+
+
+def is_installed(backend: str) -> bool:
+    """Is there what a backend, and the compiler of its chips, needs?"""
+    return not NEEDS[backend] or any(_installed(name) for name in NEEDS[backend])
 
 
 @functools.cache

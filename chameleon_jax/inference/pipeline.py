@@ -383,24 +383,18 @@ class Pipeline:
         of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
         return {**of_media, **of_stream}
 
-    def trace(
-        self, program: str, sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Traced:
-        """A program traced at the sizes of the config; `trace(...).lower()` can be compiled.
+    def trace(self, program: str) -> jax.stages.Traced:
+        """A program traced at the sizes of the config, on the devices of the mesh if there is one.
 
         Args:
           program: a name of `arguments`.
-          sharding: where all arguments lie, see `Programs.trace`; not for a pipeline with a mesh,
-            which says it itself.
         """
         programs = self.stream if program in self.stream.names else self.media
-        return programs.trace(program, self.arguments()[program], sharding)
+        return programs.trace(program, self.arguments()[program])
 
-    def lower(
-        self, program: str, sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Lowered:
+    def lower(self, program: str) -> jax.stages.Lowered:
         """The same, ready to be compiled."""
-        return self.trace(program, sharding).lower()
+        return self.trace(program).lower()
 
     def session(
         self, mechanisms: SwitchConfig | None = None, *, measure: bool = False, keep: int = 0

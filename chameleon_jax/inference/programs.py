@@ -120,32 +120,20 @@ class Programs:
         with self._split():
             return function(self.weights[network], *args)
 
-    def trace(
-        self, program: str, args: Sequence[Any], sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Traced:
+    def trace(self, program: str, args: Sequence[Any]) -> jax.stages.Traced:
         """A program traced for arguments of these shapes.
 
         Args:
           program: its name.
-          args: arrays or `jax.ShapeDtypeStruct`, weights left out.
-          sharding: where all arguments lie, e.g. on one device of a description of
-            `jax.experimental.topologies`; default where the weights are, or as the programs of
-            a mesh say. The weights may be abstract.
+          args: arrays or `jax.ShapeDtypeStruct`, weights left out; the weights may be abstract.
         """
         network, function = self._jitted[program]
-        args = (self.weights[network], *args)
-        if sharding is not None:
-            args = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
-            )
         with self._split():
-            return function.trace(*args)
+            return function.trace(self.weights[network], *args)
 
-    def lower(
-        self, program: str, args: Sequence[Any], sharding: jax.sharding.Sharding | None = None
-    ) -> jax.stages.Lowered:
+    def lower(self, program: str, args: Sequence[Any]) -> jax.stages.Lowered:
         """The same, ready to be compiled."""
-        return self.trace(program, args, sharding).lower()
+        return self.trace(program, args).lower()
 
     def use_compiled(self, program: str, args: Sequence[Any], compiled: Callable) -> None:
         """From now on run `compiled` for arguments of these shapes."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from chameleon_jax import chips
+from chameleon_jax.attention.core import HOW_TO_INSTALL, is_installed
 from chameleon_jax.chips import Chip
 from chameleon_jax.errors import UserError
 
@@ -33,24 +33,14 @@ class Compiler:
 
     Attributes:
       platform: as `jax.experimental.topologies` names it.
-      attention: the backend that its programs use, see attention/core.py.
-      needs: modules that hold it; any one of them will do.
-      install: how to get it.
+      attention: the backend that its programs use, which needs the same packages.
     """
 
     platform: str
     attention: str
-    needs: tuple[str, ...]
-    install: str
 
 
-TPU = Compiler("tpu", "splash", ("libtpu",), "pip install 'chameleon-jax[tpu]'")
-CUDA = Compiler(
-    "cuda",
-    "cudnn",
-    ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"),
-    "pip install 'chameleon-jax[cuda13]'",
-)
+TPU, CUDA = Compiler("tpu", "splash"), Compiler("cuda", "cudnn")
 COMPILERS = {"v5e": TPU, "v5p": TPU, "v6e": TPU, "h200": CUDA}  # by the names of `chips`
 
 
@@ -90,9 +80,10 @@ def find(name: str) -> Target:
 
 def check_installed(target: Target) -> None:
     """Raise a TargetError unless the compiler of a target is installed."""
-    if not any(_installed(module) for module in target.compiler.needs):
+    backend = target.compiler.attention
+    if not is_installed(backend):
         raise TargetError(
-            f"target {target.name}: its compiler is not installed; {target.compiler.install}"
+            f"target {target.name}: its compiler is not installed; {HOW_TO_INSTALL[backend]}"
         )
 
 
@@ -109,12 +100,12 @@ def devices(target: Target) -> list[Any]:
     shape = _topology(chip, target.count)
     if target.compiler is CUDA:
         description = topologies.get_topology_desc(
-            chip, "cuda", target_config=DESCRIPTION.read_text(), topology=shape
+            chip, CUDA.platform, target_config=DESCRIPTION.read_text(), topology=shape
         )
     else:
         # One chip is a part of a host, which has four of them.
         bounds = {"chips_per_host_bounds": [1, 1, 1]} if target.count == 1 else {}
-        description = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **bounds)
+        description = topologies.get_topology_desc(f"{chip}:{shape}", TPU.platform, **bounds)
     return list(description.devices)
 
 
@@ -152,11 +143,3 @@ def _boxes() -> dict[int, tuple[int, ...]]:
         (8, 8, 8),
     ]  # fmt: skip
     return {math.prod(side): side for side in sides}
-
-
-@functools.cache
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False

@@ -74,6 +74,15 @@ def test_a_program_that_was_not_compiled_is_a_row_and_an_exit_code(tmp_path, mon
     assert "the compiler failed (x)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}'])
+def test_a_file_of_something_else_is_not_overwritten(text, tmp_path, asked, capsys):
+    out = tmp_path / "other.json"
+    out.write_text(text)
+    assert call(*SMALL, f"--out={out}", "--programs=chunk") == 2
+    assert "not a file of this command" in capsys.readouterr().err
+    assert out.read_text() == text and asked == []
+
+
 def test_a_list_of_cases_is_read(tmp_path, asked):
     out = f"--out={tmp_path / 't.json'}"
     assert call("--cases=configs/targets.py:small", out) == 0

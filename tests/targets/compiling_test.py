@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pytest
 
+from chameleon_jax.attention.core import is_installed
 from chameleon_jax.config import load_config
 from chameleon_jax.errors import UserError
 from chameleon_jax.targets import machines
 from chameleon_jax.targets.compiling import Job, run
 
 LAYERS, PASSES = 30, 5  # of the published transformer; of a chunk
-CUDA = any(machines._installed(name) for name in machines.CUDA.needs)
+CUDA = is_installed(machines.CUDA.attention)
 
 
 def job(config: str, *args, **kwargs) -> Job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chameleon_jax.attention import core
 from chameleon_jax.targets import machines
 from chameleon_jax.targets.machines import TargetError
 
@@ -34,8 +35,8 @@ def test_what_is_no_target_is_refused_with_those_that_there_are(name, said):
 
 
 def test_a_compiler_that_is_not_installed_is_named_with_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(machines, "_installed", lambda module: False)
-    with pytest.raises(TargetError, match=r"v6e-1.*pip install 'chameleon-jax\[tpu\]'"):
+    monkeypatch.setattr(core, "_installed", lambda module: False)
+    with pytest.raises(TargetError, match=r"v6e-1.*pip install 'jax\[tpu\]'"):
         machines.check_installed(machines.find("v6e-1"))
-    with pytest.raises(TargetError, match=r"pip install 'chameleon-jax\[cuda13\]'"):
+    with pytest.raises(TargetError, match=r"pip install 'jax\[cuda13\]'"):
         machines.check_installed(machines.find("h200-1"))
