@@ -131,7 +131,7 @@ stage = simple_stage(
     config, "dit", trained={"dit": network}, weights={"dit": file}, loss=loss, preview=None,
     batches=None, eval_batches=None,
 )
-like = loop._blueprint(stage, mesh)
+like = loop.blueprint(stage, mesh)
 state_part = sum(
     leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
     for leaf in jax.tree.leaves(like)
