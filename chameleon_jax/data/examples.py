@@ -447,17 +447,12 @@ def latent_features(
     """
     tfds = import_tfds()
     packed = functools.partial(tfds.features.Tensor, encoding=tfds.features.Encoding.ZLIB)
-    known = {
-        "labels": packed(shape=(*shape[:3], len(labels.NAMES)), dtype=np.uint8),
-        "origin": packed(shape=(*shape[:3], 2), dtype=np.uint8),
-        "joints": packed(shape=(shape[0], joints, 2), dtype=np.float16),
-        "attributes": packed(shape=(labels.ATTRIBUTES,), dtype=np.float32),
-    }
+    known = labels.cell_shapes(*shape[:3], joints)
     latent = functools.partial(
         tfds.features.Tensor, dtype=np.float16, encoding=tfds.features.Encoding.BYTES
     )
     return tfds.features.FeaturesDict(
-        {name: known[name] for name in kinds}
+        {name: packed(shape=known[name][0], dtype=known[name][1]) for name in kinds}
         | {
             "z_video": latent(shape=shape),
             "z_reference": latent(shape=(1, *shape[1:])),

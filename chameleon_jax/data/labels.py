@@ -176,6 +176,23 @@ def to_cells(
     return cells
 
 
+def cell_shapes(
+    frames: int, height: int, width: int, joints: int = 0
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every kind of labels beside the latents of a clip.
+
+    Args:
+      frames, height, width: of the latents.
+      joints: of a person; 0 where nobody asks for them.
+    """
+    return {
+        "labels": ((frames, height, width, len(NAMES)), np.dtype(np.uint8)),
+        "origin": ((frames, height, width, 2), np.dtype(np.uint8)),
+        "joints": ((frames, joints, 2), np.dtype(np.float16)),
+        "attributes": ((ATTRIBUTES,), np.dtype(np.float32)),
+    }
+
+
 def _cell_means(x: np.ndarray, frames_per_latent: int, factor: int) -> np.ndarray:
     """Means of [t, h, w, c] over the pixels of each latent pixel, [f, h, w, c]."""
     t, h, w, c = x.shape

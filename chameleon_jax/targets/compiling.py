@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v6e-1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_TRACEBACK_FILTERING": "off",  # the last line of a traceback is then the exception's
 }
 
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
+from chameleon_jax.data.labels import cell_shapes
 from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.data.text_states import TextExamples, write_text_states
 from chameleon_jax.inference.pipeline import Pipeline
@@ -199,7 +200,7 @@ def named_inputs(config: ConfigDict) -> Iterator[ConfigDict]:
 
 
 def batch_of(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of stored latents and text states, as shapes placed on the mesh."""
+    """A batch of stored latents, labels and text states, as shapes placed on the mesh."""
     vae = read_sizes("vae", config.model.vae)
     grid = [side // vae.spatial_factor for side in (config.video.height, config.video.width)]
     frames = latent_frames(config.video.frames, vae.temporal_factor)
@@ -209,10 +210,13 @@ def batch_of(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         "z_video": (frames, *grid, vae.z_dim),
         "text": (config.model.text.length, config.model.text.width),
     }
+    kinds = {name: (shape, jnp.float16) for name, shape in shapes.items()}
+    known = cell_shapes(frames, *grid)
+    kinds |= {name: known[name] for name in config.data.get("labels", ())}
     place = NamedSharding(mesh, sharding.BATCH)
     return {
-        name: jax.ShapeDtypeStruct((config.data.batch, *shape), jnp.float16, sharding=place)
-        for name, shape in shapes.items()
+        name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=place)
+        for name, (shape, dtype) in kinds.items()
     }
 
 

@@ -38,6 +38,17 @@ def test_the_steps_of_a_stage_are_traced_without_any_file(stage, mesh):
     assert made.resident == {}
 
 
+def test_a_batch_has_the_labels_that_the_loss_reads(mesh):
+    overrides = ["data.labels=('labels','origin')", "loss.garment=3.0", "loss.labels=.1"]
+    config = load_config("configs/teacher_forcing.py:smoke", [*overrides, "loss.labels_layer=0"])
+    batch = programs.batch_of(config, mesh)
+    b, f, h, w, _ = batch["z_video"].shape
+    assert batch["labels"].shape == (b, f, h, w, 5) and batch["labels"].dtype == jnp.uint8
+    assert batch["origin"].shape == (b, f, h, w, 2) and batch["origin"].dtype == jnp.uint8
+    made = programs.of_stage(programs.with_attention(config, "xla"), mesh)
+    assert count_jaxpr(made.traced["teacher_forcing"]().jaxpr).model > 0
+
+
 def test_the_config_is_not_changed(mesh):
     config = load_config("configs/teacher.py:smoke")
     before = config.to_dict()
