@@ -7,13 +7,25 @@
 #     launch/train_mirror.sh gpu             one large GPU and its host, tens of minutes
 #     launch/train_mirror.sh gpu vae starts  only these stages
 #
-# Stages, in order: vae latents stills starts clips teacher consistency dmd judge bench
+# Stages, in order: vae latents stills starts clips teacher consistency dmd judge bench. The stage
+# latents can also be had in two, latents_starts and latents_clips: stills and starts need the first
+# only, so that clips may be rendered while those are trained.
 #
 # Each goes on where it stopped and is left out once it is done, so the script can be stopped and
 # called again at any time. No piece of training takes longer than $MINUTES (default 8); while some
 # stage is not finished the exit code is 75: call it again. Everything lies under $WORK (default
 # runs/mirror). Settings of a stage can be changed, for instance
 # STILLS="--config.train.steps=20000".
+#
+# Where the clock decides, not the number of steps, BUDGET says minutes for stages, compiling
+# included: BUDGET="stills=3 starts=2 clips=5". Such a stage keeps its rate of learning, ends when
+# its time is over, and is done then; what it exports is the average of its weights. VAE_WEIGHTS
+# names a VAE that is good already: the stage vae is left out then. Ten minutes of one GPU:
+#
+#     export VAE_WEIGHTS=chameleon_jax/assets/runway_tiny BUDGET="stills=3 starts=2 clips=3"
+#     launch/train_mirror.sh gpu latents_starts
+#     launch/train_mirror.sh gpu latents_clips & launch/train_mirror.sh gpu stills starts
+#     wait; launch/train_mirror.sh gpu clips
 set -euo pipefail
 
 SIZE=${1:?toy, laptop or gpu}
@@ -24,6 +36,8 @@ MINUTES=${MINUTES:-8}
 PYTHON=${PYTHON:-.venv/bin/python}
 TOKENIZER=${TOKENIZER:-chameleon_jax/assets/runway_tiny/tokenizer.json}
 START=${START:-} # weights of a VAE to go on with; empty: random ones
+VAE_WEIGHTS=${VAE_WEIGHTS:-$WORK/vae/export}
+BUDGET=${BUDGET:-}
 AGAIN=75
 
 case "$SIZE" in
@@ -44,6 +58,9 @@ case "$SIZE" in
     gpu)
         CLIPS=2500 STARTS=6000 SCENES=4000 SCENARIOS=128 WORKERS=$(nproc) HELD=64
         declare -A STEPS=([vae]=6000 [stills]=6000 [starts]=3000 [clips]=2000 [teacher]=600 [consistency]=600 [dmd]=600 [judge]=2000)
+        # Two processes may share the GPU, one that trains and one that encodes. One compiled block
+        # instead of six: compiling takes a good part of ten minutes.
+        export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.4}
         COMMON="--config.dtype=bfloat16 --config.train.log_every=50 --config.train.eval_every=500 --config.train.preview_every=1000"
         VAE="--config.data.crops=((17,64,64,32),(33,48,48,32),(1,128,80,64)) ${VAE:-}"
         STILLS="--config.data.batch=128 ${STILLS:-}"
@@ -62,10 +79,19 @@ esac
 
 LABELS="--label labels --label origin"
 MIRROR="--config.data.world=mirror --config.data.render_workers=$WORKERS"
-LATENT="--config.data.tokenizer=$TOKENIZER --config.weights.vae=$WORK/vae/export"
+LATENT="--config.data.tokenizer=$TOKENIZER --config.weights.vae=$VAE_WEIGHTS"
 
-# Whether a run has taken all of its steps.
+# The minutes that BUDGET has for a run; nothing if it has none.
+budget() {
+    local entry
+    for entry in $BUDGET; do
+        [[ "${entry%%=*}" != "$1" ]] || echo "${entry#*=}"
+    done
+}
+
+# Whether a run has taken all of its steps, or had its time.
 finished() {
+    [[ ! -e "$WORK/$1/done" ]] || return 0
     [[ -d "$WORK/$1/export" ]] && "$PYTHON" - "$WORK/$1/metrics.jsonl" "${STEPS[$1]}" <<'PYTHON'
 import json, sys
 steps = [json.loads(line).get("step", 0) for line in open(sys.argv[1])]
@@ -78,10 +104,19 @@ train() {
     local name=$1 config=$2
     shift 2
     finished "$name" && return
-    echo "== $name: up to ${STEPS[$name]} steps, at most $MINUTES minutes now"
+    local minutes steps=${STEPS[$name]} clock=""
+    minutes=$(budget "$name")
+    if [[ -n "$minutes" ]]; then
+        steps=1000000 clock="--config.schedule.name=constant"
+        echo "== $name: $minutes minutes"
+    else
+        minutes=$MINUTES
+        echo "== $name: up to $steps steps, at most $minutes minutes now"
+    fi
     # shellcheck disable=SC2086
     "$PYTHON" -m launch.train --config "$config" --config.workdir="$WORK/$name" \
-        --config.train.steps="${STEPS[$name]}" --config.train.max_minutes="$MINUTES" $COMMON "$@"
+        --config.train.steps="$steps" --config.train.max_minutes="$minutes" $COMMON $clock "$@"
+    [[ -z "$clock" ]] || touch "$WORK/$name/done"
     finished "$name" || {
         echo "== $name is not finished: call the same command again"
         exit "$AGAIN"
@@ -92,7 +127,7 @@ train() {
 encode() {
     local out=$1 frames=$2 clips=$3
     # shellcheck disable=SC2086
-    "$PYTHON" -m launch.prepare latents --world mirror --weights "$WORK/vae/export" $LABELS \
+    "$PYTHON" -m launch.prepare latents --world mirror --weights "$VAE_WEIGHTS" $LABELS \
         --out "$out" --frames "$frames" --clips "$clips" --seed_start "$4" --workers "$WORKERS"
 }
 
@@ -100,14 +135,21 @@ encode() {
 stage() {
     case "$1" in
         vae)
+            [[ "$VAE_WEIGHTS" == "$WORK/vae/export" ]] || return 0
             local from=""
             [[ -n "$START" ]] && from="--config.init_from=$START --config.loss.inflate=false"
             train vae configs/vae.py:runway_tiny_video $MIRROR $from --config.data.clips="$CLIPS" \
                 --config.data.labels="('labels',)" --config.loss.garment=3 --config.loss.head=4 ${VAE:-}
             ;;
         latents)
+            stage latents_starts
+            stage latents_clips
+            ;;
+        latents_starts)
             encode "$WORK/latents_starts" 9 "$STARTS" 100000
             encode "$WORK/latents_starts" 9 "$HELD" 810000
+            ;;
+        latents_clips)
             encode "$WORK/latents_clips" 33 "$CLIPS" 0
             encode "$WORK/latents_clips" 33 "$HELD" 800000
             ;;

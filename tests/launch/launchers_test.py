@@ -173,6 +173,29 @@ def test_the_mirror_is_trained_in_pieces(tmp_path):
     assert done.returncode == 2 and "expected toy, laptop or gpu" in done.stderr
 
 
+def test_the_mirror_is_trained_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setenv("BUDGET", "stills=3 clips=.5")
+    monkeypatch.setenv("VAE_WEIGHTS", "weights/vae")
+    stages = ("vae", "latents_starts", "stills", "starts", "latents_clips", "clips")
+    done, calls = run_mirror(tmp_path, "gpu", *stages)
+    assert done.returncode == 0, done.stderr
+    trained = {}
+    for _, module, *words in calls:
+        if module == "launch.train":
+            values = cli.read(train.define_flags, words)
+            config = load_config(values.config, values.overrides)
+            trained[Path(config.workdir).name] = config
+            assert config.weights.vae == "weights/vae"
+        else:
+            assert "weights/vae" in words
+    minutes = {name: config.train.max_minutes for name, config in trained.items()}
+    assert minutes == {"stills": 3, "starts": 8, "clips": 0.5}
+    rates = {name: config.schedule.name for name, config in trained.items()}
+    assert rates == {"stills": "constant", "starts": "linear", "clips": "constant"}
+    again, calls = run_mirror(tmp_path, "gpu", *stages)
+    assert again.returncode == 0 and all(call[1] == "launch.prepare" for call in calls)
+
+
 # In the place of Python: notes what it is called with, and fails if that names $FAILS.
 PYTHON_THAT_FAILS = """#!/usr/bin/env bash
 printf '%s\\n' "$@" "flags:$XLA_FLAGS" --- >> "$NOTES"
