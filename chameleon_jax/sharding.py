@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chameleon_jax.errors import UserError
@@ -79,7 +79,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       devices: default all devices of all processes.
 
     Raises:
-      MeshError: unknown axes, or sizes whose product is not the number of devices.
+      MeshError: unknown axes, sizes whose product is not the number of devices, or see `in_order`.
     """
     devices = jax.devices() if devices is None else list(devices)
     if not set(sizes) <= set(AXES):
@@ -97,8 +97,37 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         )
     if len(devices) < len(jax.devices()):
         return Mesh(np.array(devices).reshape(shape), AXES)
-    # All devices: in an order that suits the interconnect.
-    return Mesh(jax.make_mesh(tuple(shape), AXES, devices=devices).devices, AXES)
+    return Mesh(in_order(shape, devices), AXES)
+
+
+def in_order(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array of this shape, in an order that suits what joins them.
+
+    Neighbours on a TPU's torus become neighbours along an axis; an axis of the mesh may take a part
+    of an axis of the torus. Slices of TPUs, which only a network joins, lie along data, or else
+    along fsdp. GPUs keep their order, hosts outermost.
+
+    Args:
+      shape: size of each of `AXES`.
+      devices: as many as the shape has places.
+
+    Raises:
+      MeshError: neither data nor fsdp is a multiple of the number of slices.
+    """
+    split = {"allow_split_physical_axes": True}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu" or slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **split)
+    for axis in (AXES.index(name) for name in SAMPLES):
+        if shape[axis] % slices == 0:
+            outer, inner = [1] * len(shape), list(shape)
+            outer[axis], inner[axis] = slices, shape[axis] // slices
+            return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+    raise MeshError(
+        f"mesh {dict(zip(AXES, shape, strict=True))}: only a network joins the {slices} slices of"
+        f" these TPUs, and samples go over it, not parts of them; make data or fsdp a multiple of"
+        f" {slices}"
+    )
 
 
 def spec_of(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +18,56 @@ class FakeMesh:
     """Only the sizes: rules need no devices."""
 
     shape = {"data": 1, "fsdp": 4, "tensor": 2}  # noqa: RUF012
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeChip:
+    """What a device says of where it is."""
+
+    id: int
+    coords: tuple[int, ...]
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 4
+
+
+def chips(sides: tuple[int, ...], slices: int = 1, **about: str) -> list[FakeChip]:
+    places = [(*place, 0) for place in itertools.product(*map(range, sides))]
+    numbered = enumerate(itertools.product(range(slices), places))
+    return [FakeChip(i, place, number, **about) for i, (number, place) in numbered]
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 4, 1), (1, 64, 2, 2), (2, 32, 4, 1), (1, 256, 1, 1)])
+def test_a_torus_of_other_sides_than_the_mesh_is_split(shape):
+    devices = chips((16, 16))
+    made = sharding.in_order(shape, devices)
+    assert made.shape == shape and set(made.flat) == set(devices)
+    # Those that share the tokens of a clip lie within four by four chips.
+    for group in made.reshape(-1, shape[2] * shape[3]):
+        places = np.array([chip.coords[:2] for chip in group])
+        assert (np.ptp(places, axis=0) <= 3).all()
+
+
+def test_slices_lie_along_the_axes_of_samples():
+    devices = chips((2, 2), slices=2)
+    for shape, axis in (((2, 1, 2, 2), 0), ((1, 4, 2, 1), 1), ((4, 2, 1, 1), 0)):
+        made = sharding.in_order(shape, devices)
+        assert set(made.flat) == set(devices)
+        for half, part in enumerate(np.split(made, 2, axis=axis)):
+            assert {chip.slice_index for chip in part.flat} == {half}
+    with pytest.raises(sharding.MeshError, match="make data or fsdp a multiple of 2"):
+        sharding.in_order((1, 1, 4, 2), devices)
+
+
+def test_hosts_with_gpus_keep_their_order():
+    devices = chips((8,), slices=2, platform="gpu", device_kind="NVIDIA H200")
+    made = sharding.in_order((1, 8, 1, 2), devices)
+    assert [chip.id for chip in made.flat] == list(range(16))
 
 
 @pytest.mark.parametrize(
