@@ -41,6 +41,20 @@ def paper() -> ConfigDict:
                     "cut": (None, 0.5),  # share of the frames that cut off head or arms
                 },
             },
+            # Which way the person faces, by the joints of an ONNX file.
+            "pose": {
+                "weights": "weights/rtmpose_m.onnx",  # none: left out
+                "score": 0.3,  # of a joint, below which it is not seen
+                "angle": 60.0,  # degrees from the camera up to which a person faces it
+                # That have to be in the picture: head, shoulders, elbows, wrists, hips, knees,
+                # ankles.
+                "parts": ("head", "shoulders", "hips"),
+                "limits": {
+                    "front": (0.3, None),  # share of the frames in which the person faces it
+                    "first": (None, 100.0),  # degrees in the first frame; 90 is a profile
+                    "whole": (0.9, None),  # share of the frames with all parts in the picture
+                },
+            },
             "motion": {"limits": {"flow": (0.02, 2.0)}},  # heights of the picture a second
             "blur": {"limits": {"sharpness": (0.4, None)}},  # 0 to 1
             "technical": {

@@ -25,12 +25,15 @@ from chameleon_jax.errors import need, one_line
 
 DETECTED_WIDTH = 256  # pixels across, of the frames in which cuts are looked for
 THUMBNAIL = (18, 24)  # rows and columns, of the pictures in which cross-fades are looked for
-# Half lengths of a cross-fade that are tried, seconds.
-HALF_FADES = (0.15, 0.3, 0.6, 0.9)
+# Half lengths of a cross-fade that are tried: from, to (seconds), each so many times the one before.
+HALF_FADES = (0.15, 0.9, 1.25)
 FADE_CHANGE = 0.03  # least mean difference across a cross-fade, as share of full scale
 # Most that its pictures differ from a mix, relative to that difference. The less changes, the more
 # like a mix slow motion looks: (share, more with the change, at most).
 FADE_RESIDUAL = (0.1, 1.9, 0.32)
+# Least and most that the share of the second picture grows from one picture to the next, relative to
+# an even growth. Across a hard cut it grows at once.
+FADE_STEPS = (0.3, 2.0)
 FADE_ENDS = 1.6  # times as much is let pass where a cross-fade was found, to find its ends
 MARGIN = 1  # frames left out at either end of a shot: encoders blend across a cut
 
@@ -187,9 +190,10 @@ class CutDetector:
         if not self.frames:
             return []
         thumbnails = np.stack(self._thumbnails).astype(np.float32).reshape(self.frames, -1)
-        halves = sorted({max(2, round(half * self.fps)) for half in HALF_FADES})
         found = [(cut - 1, cut) for cut in self._cuts]
-        found += find_fades(thumbnails, halves, self._cuts)
+        # Some cuts lie within cross-fades: halfway from one colour to another the mix is grey, and
+        # its hue jumps, which PySceneDetect takes for a cut. They are joined to what they are in.
+        found += find_fades(thumbnails, half_lengths(self.fps), self._cuts)
         return list(_joined(sorted(found)))
 
     def shots(self) -> list[tuple[int, int]]:
@@ -204,30 +208,35 @@ class CutDetector:
         return shots
 
 
+def half_lengths(fps: float) -> list[int]:
+    """Half lengths of a cross-fade that are tried, in frames: at least 2, in order."""
+    shortest, longest, ratio = HALF_FADES
+    steps = round(math.log(longest / shortest, ratio))
+    return sorted({max(2, round(shortest * ratio**step * fps)) for step in range(steps + 1)})
+
+
 def find_fades(
-    thumbnails: np.ndarray, halves: Sequence[int], cuts: Iterable[int] = ()
+    thumbnails: np.ndarray, halves: Sequence[int], cuts: Sequence[int] = ()
 ) -> list[tuple[int, int]]:
     """Spans in which each picture is a mix of the first and the last one.
 
     For a cross-fade from A to B, f = (1 - a) A + a B, the share a found by least squares rises from
-    0 to 1 and little is left over. Where something moves, much is left over.
+    0 to 1 in steps of about one size, and little is left over. Where something moves, much is left
+    over; a hard cut is one large step.
 
     Args:
       thumbnails: [t, pixels], shares of full scale.
       halves: half lengths to try, frames.
-      cuts: numbers of frames behind hard cuts; no cross-fade holds one.
+      cuts: numbers of frames behind hard cuts. A span that holds one and no large step says that it
+        is none, and may be less like a mix.
 
     Returns:
       (first frame, last frame) of each span, which may overlap.
     """
     frames, found, likely = len(thumbnails), [], []
-    is_cut = np.zeros(frames + 1, bool)
-    is_cut[list(cuts)] = True
     for half in halves:
         for middle in range(half, frames - half):
             first, last = middle - half, middle + half
-            if is_cut[first + 1 : last + 1].any():
-                continue
             change = thumbnails[last] - thumbnails[first]
             changed = float(np.abs(change).mean())
             if changed < FADE_CHANGE:
@@ -236,16 +245,18 @@ def find_fades(
             share = inner @ change / (change @ change)
             rest = np.linalg.norm(inner - share[:, None] * change, axis=1)
             rest /= np.linalg.norm(change)
-            steady = np.diff(share, prepend=0, append=1).min() > 0.3 / (2 * half)
+            steps = 2 * half * np.diff(share, prepend=0, append=1)
+            steady = steps.min() > FADE_STEPS[0] and steps.max() < FADE_STEPS[1]
             most = min(FADE_RESIDUAL[0] + FADE_RESIDUAL[1] * changed, FADE_RESIDUAL[2])
             if steady and rest.max() < most:
                 found.append((first, last))
             elif steady and rest.max() < FADE_ENDS * most:
                 likely.append((first, last))
+    sure = found + [(cut - 1, cut) for cut in cuts]
     ends = [
         (first, last)
         for first, last in likely
-        if any(first < there[1] and last > there[0] for there in found)
+        if any(first < there[1] and last > there[0] for there in sure)
     ]
     return found + ends
 

@@ -22,10 +22,12 @@ from tests.curation import onnx_file
 from tests.curation.endpoint_test import Server, said
 from tests.curation.garment_test import GOOD_GARMENT, GOOD_REFERENCE, cloth
 from tests.curation.made import GOOD, write_scene
+from tests.curation.pose_test import SIZE, simcc, standing
 
 ROOT = Path(__file__).parents[2]
 OPEN = [
     "--config.aesthetics.weights=none",
+    "--config.pose.weights=none",
     "--config.out.frames=25",
     "--config.out.fps=8",
 ]
@@ -73,6 +75,11 @@ def test_missing_models_are_named(tmp_path, footage):
     weights = f"--config.person.weights={tmp_path}/yolox_s.onnx"
     with pytest.raises(UserError, match="yolox_s.onnx: no such file; the detector of people"):
         run(*given(tmp_path, footage, weights))
+    out = np.zeros((1, 8400, 85), np.float32)
+    (tmp_path / "yolox_s.onnx").write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    joints = f"--config.pose.weights={tmp_path}/rtmpose_m.onnx"
+    with pytest.raises(UserError, match="rtmpose_m.onnx: no such file; joints are found by"):
+        run(*given(tmp_path, footage, weights, joints))
 
 
 def test_an_endpoint_needs_its_model(tmp_path, footage):
@@ -144,11 +151,15 @@ def test_a_whole_run_with_an_onnx_file_and_endpoints(tmp_path, monkeypatch, caps
     monkeypatch.setattr("chameleon_jax.curation.endpoint.FIRST_WAIT", 0.0)
     out = np.zeros((1, 8400, 85), np.float32)  # a person in the middle of every picture
     out[0, 80 * 80 + 20 * 40 + 16, :6] = (0.0, 0.0, np.log(20), np.log(30), 0.95, 0.95)
-    (tmp_path / "net.onnx").write_bytes(onnx_file.constant(640, out))
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    along_x, along_y = simcc(standing(at=(96, 80), trunk=60).joints * SIZE[::-1], np.full(17, 0.9))
+    joints = onnx_file.constant((1, 3, 256, 192), simcc_x=along_x, simcc_y=along_y)
+    (tmp_path / "joints.onnx").write_bytes(joints)
     for number in range(2):
         write_scene(tmp_path / f"footage/v{number}.mp4", [number, 10 + number])
     settings = {
         "person.weights": tmp_path / "net.onnx",
+        "pose.weights": tmp_path / "joints.onnx",
         "aesthetics.weights": "none",
         "technical.limits.blocks": "(None,1.0)",
         "motion.limits.flow": "(0.0,9.0)",
@@ -169,7 +180,9 @@ def test_a_whole_run_with_an_onnx_file_and_endpoints(tmp_path, monkeypatch, caps
     table = sources.open_sources(tmp_path / "out/table")
     assert len(records) == len(table) == 4
     assert records.load(0, 25, (64, 48))["captions"]["dynamic"] == GOOD["en_long"][0]
-    assert json.loads(records.raw(0)["spec"])["captions_by"]["model"] == "scripted"
+    spec = json.loads(records.raw(0)["spec"])
+    assert spec["captions_by"]["model"] == "scripted"
+    assert spec["measured"]["front"] == spec["measured"]["whole"] == 1
 
 
 def test_help_needs_no_heavy_module():
