@@ -115,7 +115,7 @@ def run(values: cli.Values) -> None:
     config = load_config(values.config or CONFIG, values.overrides)
     folder, out = Path(values.videos), Path(values.out)
     videos = intake.find_videos(folder, values.licence, values.source)
-    garments = garment.own_garments(Path(values.garments)) if values.garments else []
+    garments = garment.own_garments(Path(values.garments).resolve()) if values.garments else []
     if config.aesthetics.weights != "none":
         cli.start_jax(values)
     models = pipeline.real_models(config, garments)

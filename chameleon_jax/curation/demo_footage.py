@@ -236,7 +236,7 @@ def _turn(renderer: Any, spec: Any, angle: float) -> None:
     renderer.motion = dataclasses.replace(
         motion,
         root=motion.root @ turn,
-        pelvis=motion.pelvis + (0, angle, 0),
+        pelvis=motion.pelvis + np.array([0, angle, 0]),
         feet=feet,
         path=path,
     )

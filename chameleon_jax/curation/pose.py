@@ -51,7 +51,7 @@ JOINTS = (
     "right ankle",
 )
 FACE, HEAD, SHOULDERS, HIPS = slice(0, 3), slice(0, 5), slice(5, 7), slice(11, 13)
-# What has to be in the picture for a part to be there: one of the head's joints, both of the others.
+# What has to be in the picture for a part to be there: one joint of the head, both of the others.
 PARTS = {
     "head": HEAD,
     "shoulders": SHOULDERS,

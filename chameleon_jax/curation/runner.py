@@ -2,7 +2,7 @@
 
 Stages come in groups. Within a group a few clips go through all stages before the next few, so that
 a clip is decoded once for all of them. A group begins when the one before has ended: its stages may
-look at all clips that are in (`Stage.begin`), as the choice of another garment does.
+know of all clips that are in (`Stage.looks_around`), as the choice of another garment does.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class SerialRunner:
     def run_group(self, group: Sequence[Stage], clips: Sequence[Clip]) -> list[Clip]:
         """One group alone; see `__call__`."""
         for stage in group:
-            stage.begin([clip for clip in clips if clip.rejection is None])
+            if stage.looks_around and any(self._lacks(group, clip) for clip in clips):
+                stage.begin(stage.index(stage.survey(survivors(clips))))
         out: list[Clip] = []
         done = 0
         for some in _batches(clips, self.batch):
@@ -92,6 +93,20 @@ class SerialRunner:
             out += some
             self._progress(group[-1].name, done, len(clips))
         return out
+
+    def _lacks(self, group: Sequence[Stage], clip: Clip) -> bool:
+        """Whether a stage has to look at a clip."""
+        for stage in group:
+            if clip.rejection is not None:
+                return False
+            found = self._journals[stage.name].get(clip.id)
+            if found is None:
+                return True
+            judged = stage.judge(clip, found)
+            if len(judged) != 1:  # a stage that cuts is alone in its group
+                return False
+            clip = judged[0]
+        return False
 
     def _run_stage(self, stage: Stage, clips: Sequence[Clip]) -> list[Clip]:
         journal = self._journals[stage.name]

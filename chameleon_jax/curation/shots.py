@@ -25,14 +25,14 @@ from chameleon_jax.errors import need, one_line
 
 DETECTED_WIDTH = 256  # pixels across, of the frames in which cuts are looked for
 THUMBNAIL = (18, 24)  # rows and columns, of the pictures in which cross-fades are looked for
-# Half lengths of a cross-fade that are tried: from, to (seconds), each so many times the one before.
+# Half lengths of a cross-fade that are tried: from, to (seconds), by this factor.
 HALF_FADES = (0.15, 0.9, 1.25)
 FADE_CHANGE = 0.03  # least mean difference across a cross-fade, as share of full scale
 # Most that its pictures differ from a mix, relative to that difference. The less changes, the more
 # like a mix slow motion looks: (share, more with the change, at most).
 FADE_RESIDUAL = (0.1, 1.9, 0.32)
-# Least and most that the share of the second picture grows from one picture to the next, relative to
-# an even growth. Across a hard cut it grows at once.
+# Least and most by which the share of the second picture grows from a picture to the next, as part
+# of an even growth. Across a hard cut it grows at once.
 FADE_STEPS = (0.3, 2.0)
 FADE_ENDS = 1.6  # times as much is let pass where a cross-fade was found, to find its ends
 MARGIN = 1  # frames left out at either end of a shot: encoders blend across a cut
