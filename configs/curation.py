@@ -28,7 +28,7 @@ def paper() -> ConfigDict:
             "shots": {
                 "seconds": (3.0, 5.0),
                 "adaptive": 3.0,  # of PySceneDetect's adaptive detector: ratio to the neighbours
-                "content": 10.0,  # least difference of a cut, 0 to 255
+                "content": 7.0,  # least difference of a cut, 0 to 255
             },
             # Limits are (least, most); None is none.
             "person": {
