@@ -30,7 +30,7 @@ HALF_FADES = (0.15, 0.9, 1.25)
 FADE_CHANGE = 0.015  # least difference of a pixel across a cross-fade, as share of full scale
 # Least share of the picture that changes so and is a mix all the way. In a cross-fade people may
 # move; without one what moves is less than that, and what a moving camera shows is no mix.
-FADE_AREA = 0.35
+FADE_AREA = 0.4
 # Most that a pixel may differ from the mix: as part of its change, and as share of full scale.
 FADE_REST, FADE_NOISE = 0.2, 0.006
 # Least and most by which the share of the second picture grows from a picture to the next, as part

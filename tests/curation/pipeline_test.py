@@ -102,6 +102,34 @@ def test_records_and_a_table_come_out(footage, tmp_path):
     assert text.splitlines()[0] == "video,prompt,width,height,fps,licence,source"
 
 
+def test_a_tfds_builder_finds_the_records_by_their_name(footage, tmp_path):
+    """The lines of docs/data.md."""
+    import tensorflow_datasets as tfds
+
+    import chameleon_jax.data.builder  # noqa: F401
+    from chameleon_jax.data.sources import SourceError
+
+    out = tmp_path / "out"
+    run(footage, out)
+    there = tfds.builder_from_directory(out / "records").as_data_source("train")
+    made = tfds.builder("curated_garment", data_dir=tmp_path / "tfds", file_format="array_record")
+    nowhere = tfds.download.DownloadConfig(manual_dir=footage)
+    with pytest.raises(SourceError, match="there is no dataset_info.json in it"):
+        made.download_and_prepare(download_config=nowhere)
+    where = tfds.download.DownloadConfig(manual_dir=out / "records")
+    made.download_and_prepare(download_config=where)
+    again = tfds.builder("curated_garment", data_dir=tmp_path / "tfds")
+    found = again.as_data_source("train")
+    assert len(found) == len(there) == 3
+    for index in range(3):
+        assert found[index].keys() == there[index].keys()
+        assert all(found[index][name] == there[index][name] for name in found[index])
+    assert again.info.metadata["fps"] == 8 and again.info.metadata["kind"] == "pixels"
+    # What training reads is either of the two.
+    source = RecordSource(again.data_path, "train")
+    assert source.load(1, 25, (32, 24))["video"].shape == (25, 32, 24, 3)
+
+
 def test_the_funnel_and_the_report_say_what_became_of_each(footage, tmp_path):
     out = tmp_path / "out"
     strict = config(**{"technical.limits": {"brightness": (None, 0.0)}})
