@@ -48,6 +48,7 @@ MOVING = ("walk_turn", "turn", "spin", "sidestep", "squat")
 TURNED = {"back": np.pi, "side": np.pi / 2}  # radians by which a take is turned as a whole
 KEEPS_TURNED = ("sidestep", "squat")  # what is done in those
 SEEN, HIDDEN = 0.9, 0.0  # scores of joints
+PROFILE = -0.3  # cosine of the angle up to which a head shows its nose
 # Nose, eyes and ears from the head's joint, for a person of 1.72 m; metres to the person's left,
 # up and to the front.
 FACE = np.array(
@@ -209,7 +210,8 @@ class TakeRenderer:
         face = head + person.size * FACE @ turn.T
         points = np.concatenate([face, joints[[bone[name] for name in _body_joints()]]])
         scores = np.full(len(points), SEEN)
-        if (camera.eye - head) @ turn[:, 2] <= 0:
+        towards = (camera.eye - head) / np.linalg.norm(camera.eye - head)
+        if towards @ turn[:, 2] < PROFILE:
             scores[NOSE_AND_EYES] = HIDDEN
         height, width = self.size
         placed = project(points[None], camera.matrix[None])[0] / (width, height)

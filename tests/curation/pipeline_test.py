@@ -198,6 +198,17 @@ def test_more_videos_make_the_set_grow(footage, tmp_path):
     assert len(DirectorySource(out / "table")) == 5
 
 
+def test_an_unreadable_shard_is_made_again(footage, tmp_path, caplog):
+    out = tmp_path / "out"
+    run(footage, out)
+    shard = out / "records/curated_garment-train.array_record-00000"
+    good = shard.read_bytes()
+    shard.write_bytes(b"no shard" + good[8:100])
+    assert run(footage, out).records == 3
+    assert shard.read_bytes() == good
+    assert f"{shard.name}" in caplog.text and "it is made again" in caplog.text
+
+
 def test_keep_is_chosen_once(footage, tmp_path):
     for number in range(4):
         write_scene(footage / f"more{number}.mp4", [20 + number])

@@ -87,6 +87,48 @@ def test_an_endpoint_needs_its_model(tmp_path, footage):
         run(*given(tmp_path, footage, "--config.vision.url=http://127.0.0.1:1/v1"))
 
 
+def test_a_missing_key_is_named(tmp_path, footage, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    weights = tmp_path / "yolox_s.onnx"
+    out = np.zeros((1, 8400, 85), np.float32)
+    weights.write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    vision = {"url": "https://example.org/v1", "model": "m", "key": "NO_SUCH_KEY"}
+    flags = [f"--config.vision.{name}={value}" for name, value in vision.items()]
+    with pytest.raises(UserError, match="NO_SUCH_KEY") as error:
+        run(*given(tmp_path, footage, f"--config.person.weights={weights}", *flags))
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on(tmp_path):
+    """The largest file that a process may write stands for what is left of the disk."""
+    for number in range(3):
+        write_scene(tmp_path / f"footage/v{number}.mp4", [number, 10 + number])
+    out = np.zeros((1, 8400, 85), np.float32)
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    weights = f"--config.person.weights={tmp_path}/net.onnx"
+    flags = given(tmp_path, tmp_path / "footage", weights)
+
+    def curated(left: int | None) -> subprocess.CompletedProcess:
+        code = (
+            "import resource, sys\nfrom launch import curate\n"
+            "if sys.argv[1] != 'None':\n"
+            "    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n"
+            "curate.main(sys.argv[2:])"
+        )
+        command = [sys.executable, "-c", code, str(left), *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    full = curated(150)
+    assert full.returncode == 2 and not full.stdout
+    said = full.stderr.strip().splitlines()[-1]
+    assert "shots.jsonl: cannot be written" in said and "the same command continues" in said
+    assert "Traceback" not in full.stderr
+    again = curated(None)
+    assert again.returncode == 0, again.stderr
+    lines = (tmp_path / "out/journal/shots.jsonl").read_text().splitlines()
+    assert sorted({json.loads(line)["clip"][:2] for line in lines}) == ["v0", "v1", "v2"]
+
+
 def test_an_endpoint_that_is_not_there_stops_the_run_and_keeps_what_was_found(
     tmp_path, footage, monkeypatch, capsys
 ):
