@@ -51,7 +51,7 @@ def paper() -> ConfigDict:
                 "parts": ("head", "shoulders", "hips"),
                 "limits": {
                     "front": (0.3, None),  # share of the frames in which the person faces it
-                    "first": (None, 100.0),  # degrees in the first frame; 90 is a profile
+                    "first_turned": (None, 100.0),  # degrees in the first frame; 90 is a profile
                     "whole": (0.9, None),  # share of the frames with all parts in the picture
                 },
             },

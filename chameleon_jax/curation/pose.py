@@ -269,9 +269,9 @@ class PoseFilter(PictureFilter):
 
     It measures
 
-      front   share of the frames in which the body is turned away by at most `angle`
-      first   degrees by which it is turned away in the first frame; 180 if that is not seen
-      whole   share of the frames in which all `parts` are seen inside of the picture
+      front         share of the frames in which the body is turned away by at most `angle`
+      first_turned  degrees by which it is turned away in the first frame; 180 if not seen
+      whole         share of the frames in which all `parts` are seen inside of the picture
 
     of those sampled frames that have a person in them.
 
@@ -322,7 +322,7 @@ class PoseFilter(PictureFilter):
         return Found(
             values={
                 "front": float(np.mean(front)) if front else 0.0,
-                "first": BEHIND if first is None else first,
+                "first_turned": BEHIND if first is None else first,
                 "whole": float(np.mean([is_whole(pose, self.parts, self.least) for pose in poses]))
                 if poses
                 else 0.0,

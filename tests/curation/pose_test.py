@@ -115,7 +115,7 @@ class Standing:
 
 
 FRONT, BACK, PROFILE = standing(), standing(180, hidden=("nose", "eye")), standing(88)
-LIMITS = {"front": Limits(least=0.3), "first": Limits(most=100), "whole": Limits(least=0.9)}
+LIMITS = {"front": Limits(least=0.3), "first_turned": Limits(most=100), "whole": Limits(least=0.9)}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ LIMITS = {"front": Limits(least=0.3), "first": Limits(most=100), "whole": Limits
         ([standing(65)] * 8, "front too low", 0),
         ([FRONT] * 3 + [BACK] * 5, None, 3 / 8),  # turns round
         ([FRONT] * 2 + [BACK] * 6, "front too low", 2 / 8),
-        ([BACK] * 3 + [FRONT] * 5, "first too high", 180),
+        ([BACK] * 3 + [FRONT] * 5, "first_turned too high", 180),
         ([PROFILE] * 3 + [FRONT] * 5, None, 5 / 8),
         ([standing(at=(50, 10))] * 8, "whole too low", 0),
         ([FRONT] * 6 + [standing(hidden=("hip",))] * 2, "whole too low", 6 / 8),
@@ -142,13 +142,16 @@ def test_the_person_has_to_face_the_camera(tmp_path, poses, reason, value):
     stage = PoseFilter(Footage(tmp_path), Standing(*poses), LIMITS)
     people = [None if one is None else [0.2, 0.1, 0.8, 0.9] for one in poses]
     (out,) = stage([dataclasses.replace(clip("a", size=SIZE), made={"person": people})])
-    assert set(out.measured) == {"front", "first", "whole"}
+    assert set(out.measured) == {"front", "first_turned", "whole"}
     if reason is None:
         assert out.rejection is None and out.measured["front"] == pytest.approx(value)
         return
     assert out.rejection.stage == "pose" and out.rejection.reason == reason
     assert out.rejection.value == pytest.approx(value)
-    assert out.rejection.threshold == {"front": 0.3, "first": 100, "whole": 0.9}[reason.split()[0]]
+    assert (
+        out.rejection.threshold
+        == {"front": 0.3, "first_turned": 100, "whole": 0.9}[reason.split()[0]]
+    )
 
 
 def test_another_rule_or_network_looks_again():
