@@ -96,8 +96,10 @@ class RayRunner(SerialRunner):
         ]
         tally = ray.remote(num_cpus=0)(_Tally).remote()
         arrived = self._mapped(rows, _Worker, (self.factory, number, limits, indices, tally))
+        by_id = {clip.id: clip for clip in missing}
         for done, row in enumerate(arrived, 1):
-            self._keep(group, json.loads(row["found"]))
+            told = json.loads(row["found"])
+            self._keep(group, by_id[told["clip"]], told)
             self._progress(group[-1].name, done, len(missing))
 
     def _indices(
@@ -112,8 +114,10 @@ class RayRunner(SerialRunner):
             return {}
         rows = [{"clip": json.dumps(clip.to_json()), "place": i} for i, clip in enumerate(inside)]
         said: list[dict[str, Any]] = [{} for _ in rows]
-        for row in self._mapped(rows, _Surveyor, (self.factory, number, names)):
+        arrived = self._mapped(rows, _Surveyor, (self.factory, number, names))
+        for done, row in enumerate(arrived, 1):
             said[row["place"]] = pickle.loads(row["said"])
+            self._progress("index", done, len(rows))
         by_name = {stage.name: stage for stage in group}
         return {name: ray.put(by_name[name].index([one[name] for one in said])) for name in names}
 
@@ -146,15 +150,15 @@ class RayRunner(SerialRunner):
         found = {stage.name: self._journals[stage.name].get(clip.id) for stage in group}
         return json.dumps({name: one.to_json() for name, one in found.items() if one is not None})
 
-    def _keep(self, group: Sequence[Stage], told: Mapping[str, Any]) -> None:
+    def _keep(self, group: Sequence[Stage], clip: Clip, told: Mapping[str, Any]) -> None:
         """Write what a worker found about one clip to the journals."""
         for stage in group:
             if stage.name not in told["found"]:
                 continue
             found = Found.from_json(told["found"][stage.name])
-            self._journals[stage.name].add({told["clip"]: found})
+            self._journals[stage.name].add({clip.id: found})
             spent = self.spent[stage.name]
-            spent.clips += 1
+            spent.clips += len(stage.judge(clip, found))
             spent.seconds += told["seconds"][stage.name]
             self._count_unanswered(stage, found.passing, found.refused)
 

@@ -28,7 +28,7 @@ class Spent:
     """What a stage did in this run.
 
     Attributes:
-      clips: that it looked at; those of earlier runs do not count.
+      clips: that it looked at, or that it made of videos; those of earlier runs do not count.
       seconds: that it took.
     """
 
@@ -112,22 +112,24 @@ class SerialRunner:
         journal = self._journals[stage.name]
         inside = [clip for clip in clips if clip.rejection is None]
         missing = [clip for clip in inside if journal.get(clip.id) is None]
+        spent = self.spent[stage.name]
         if missing:
             began = time.monotonic()
             found = stage.measure(missing)
-            spent = self.spent[stage.name]
-            spent.clips += len(missing)
             spent.seconds += time.monotonic() - began
             journal.add({clip.id: one for clip, one in zip(missing, found, strict=True)})
             for one in found:
                 self._count_unanswered(stage, one.passing, one.refused)
+        now = {clip.id for clip in missing}
         out: list[Clip] = []
         for clip in clips:
             found_here = journal.get(clip.id)
             if clip.rejection is not None or found_here is None:
                 out.append(clip)
-            else:
-                out += stage.judge(clip, found_here)
+                continue
+            judged = stage.judge(clip, found_here)
+            spent.clips += len(judged) if clip.id in now else 0
+            out += judged
         return out
 
     def _count_unanswered(

@@ -143,6 +143,7 @@ def test_the_funnel_and_the_report_say_what_became_of_each(footage, tmp_path):
     assert steps["captions"]["entered"] == 0 and funnel["kept"] == 0 and result.records == 0
     assert sum(funnel["measured"]["brightness"]["counts"]) == 3
     assert funnel["speed"]["technical"]["clips"] == 3 and "captions" not in funnel["speed"]
+    assert funnel["speed"]["shots"]["clips"] == 4  # of three videos
     report = (out / "report.html").read_text()
     assert "technical: brightness too high" in report and "data:image/jpeg" in report
     lines = [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()]

@@ -170,6 +170,7 @@ def test_footage_gives_the_same_clips(tmp_path):
     assert spread.clips == serial.clips and len(spread.clips) == 4
     assert spread.summary["steps"] == serial.summary["steps"]
     assert spread.summary["speed"]["motion"]["clips"] == 3
+    assert spread.summary["speed"]["shots"]["clips"] == 4
 
 
 @dataclasses.dataclass
