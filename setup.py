@@ -56,7 +56,7 @@ EXTRAS = {
         "array-record>=0.8",
         "importlib-resources>=6.0",
     ],
-    "ray": ["ray[data]>=2.60,<2.64"],  # 2.64 drops the way in which restarts are bounded
+    "ray": ["ray[data]>=2.60,<3"],
     "convert": ["torch>=2.6"],  # for .pth, .pt and .bin; safetensors need nothing
     "parity": [
         "torch>=2.6",

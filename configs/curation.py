@@ -28,7 +28,7 @@ def paper() -> ConfigDict:
             "shots": {
                 "seconds": (3.0, 5.0),
                 "adaptive": 3.0,  # of PySceneDetect's adaptive detector: ratio to the neighbours
-                "content": 10.0,  # least difference of a cut, 0 to 255
+                "content": 7.0,  # least difference of a cut, 0 to 255
             },
             # Limits are (least, most); None is none.
             "person": {
@@ -39,6 +39,20 @@ def paper() -> ConfigDict:
                     "people": (1.0, 1.0),  # prominent ones
                     "area": (0.08, 0.9),  # of the person's box, share of the picture
                     "cut": (None, 0.5),  # share of the frames that cut off head or arms
+                },
+            },
+            # Which way the person faces, by the joints of an ONNX file.
+            "pose": {
+                "weights": "weights/rtmpose_m.onnx",  # none: left out
+                "score": 0.3,  # of a joint, below which it is not seen
+                "angle": 60.0,  # degrees from the camera up to which a person faces it
+                # That have to be in the picture: head, shoulders, elbows, wrists, hips, knees,
+                # ankles.
+                "parts": ("head", "shoulders", "hips"),
+                "limits": {
+                    "front": (0.3, None),  # share of the frames in which the person faces it
+                    "first_turned": (None, 100.0),  # degrees in the first frame; 90 is a profile
+                    "whole": (0.9, None),  # share of the frames with all parts in the picture
                 },
             },
             "motion": {"limits": {"flow": (0.02, 2.0)}},  # heights of the picture a second

@@ -5,10 +5,10 @@
     python -m launch.curate --demo --out out/curation_demo
 
 Videos are cut into clips of 3 to 5 seconds without a cut in them. Filters keep those of one
-prominent person who moves, sharp, without technical faults and of good looks. A vision model says
-what happens and what it looks like; an image editor shows the garment alone and the person in
-another one, and the vision model checks both. Out come records as trained on, a table of clips, and
-a report.
+prominent person who faces the camera and moves, sharp, without technical faults and of good looks.
+A vision model says what happens and what it looks like; an image editor shows the garment alone and
+the person in another one, and the vision model checks both. Out come records as trained on, a table
+of clips, and a report.
 
 Licence and source of every video are required: `--licence` and `--source` for all, or a table
 `sources.csv` beside the videos (columns video, licence, source). Without an endpoint
@@ -115,7 +115,7 @@ def run(values: cli.Values) -> None:
     config = load_config(values.config or CONFIG, values.overrides)
     folder, out = Path(values.videos), Path(values.out)
     videos = intake.find_videos(folder, values.licence, values.source)
-    garments = garment.own_garments(Path(values.garments)) if values.garments else []
+    garments = garment.own_garments(Path(values.garments).resolve()) if values.garments else []
     if config.aesthetics.weights != "none":
         cli.start_jax(values)
     models = pipeline.real_models(config, garments)
@@ -185,6 +185,7 @@ def run_demo(values: cli.Values) -> None:
     book = demo.GarmentBook([*own, *spare])
     models = pipeline.Models(
         detector=demo.ScriptedDetector(truth),
+        estimators=[demo.ScriptedPoses(truth)],
         scorers=[demo.ScriptedScorer(truth)],
         vision=demo.ScriptedVision(truth, book),
         editor=demo.ScriptedEditor(truth, book),

@@ -1,9 +1,10 @@
 """Curation of footage of which everything is known, with scripted models: what is each step worth?
 
-The detector of people, the captioner, try-off and try-on answer from the renderer: exact boxes,
-exact captions, and the same person in the same posture in another garment. They know what they are
-shown by comparing it with all pictures that were rendered, as no model would. Some of their answers
-are wrong on purpose, so that the checks have something to find.
+The detector of people, the finder of joints, the captioner, try-off and try-on answer from the
+renderer: exact boxes, its skeleton, exact captions, and the same person in the same posture in
+another garment. They know what they are shown by comparing it with all pictures that were rendered,
+as no model would. Some of their answers are wrong on purpose, so that the checks have something to
+find.
 
 What is measured by the pixels alone is real: cuts, motion, blur, technical faults. For the others
 precision and recall say whether the rules and the plumbing are right, and nothing about a model.
@@ -32,6 +33,7 @@ from chameleon_jax.curation.demo_footage import (
 )
 from chameleon_jax.curation.garment import Garment
 from chameleon_jax.curation.person import Person
+from chameleon_jax.curation.pose import Pose
 from chameleon_jax.curation.stage import CurationError
 
 THUMBNAIL = (16, 12)  # rows and columns, by which pictures are known again
@@ -147,6 +149,22 @@ class ScriptedDetector:
     def detect(self, frames: np.ndarray) -> list[list[Person]]:
         """See `PersonDetector`."""
         return [[Person(box) for box in self.truth.shown(frame).people] for frame in frames]
+
+
+class ScriptedPoses:
+    """Knows the joints from the renderer's skeleton."""
+
+    def __init__(self, truth: Truth):
+        self.truth = truth
+
+    def estimate(self, frames: np.ndarray, people: Sequence[Box | None]) -> list[Pose | None]:
+        """See `PoseEstimator`."""
+        found: list[Pose | None] = []
+        for frame, box in zip(frames, people, strict=True):
+            note = self.truth.shown(frame)
+            there = self.truth.renderer(note.take).pose(note.frame)
+            found.append(None if box is None else there)
+        return found
 
 
 class ScriptedScorer:

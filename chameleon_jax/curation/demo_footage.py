@@ -15,12 +15,14 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from chameleon_jax import files
 from chameleon_jax.curation.boxes import Box, clip_box, of_mask
+from chameleon_jax.curation.pose import Pose
 from chameleon_jax.errors import need
 
 # Faults, and the filter that has to refuse a take with each; the others have none.
@@ -29,6 +31,8 @@ FAULTS = {
     "two": "person",
     "far": "person",
     "cut": "person",
+    "back": "pose",
+    "side": "pose",
     "still": "motion",
     "blurred": "blur",
     "blocky": "technical",
@@ -41,6 +45,18 @@ LONG, SHORT = 30, 10  # frames of a take, besides those of its cross-fades
 FADES = (0, 6, 0, 10)  # frames of the joints, in turn; 0 is a cut
 ROOM = 1.9  # metres across the picture: arms that are stretched out are in it
 MOVING = ("walk_turn", "turn", "spin", "sidestep", "squat")
+TURNED = {"back": np.pi, "side": np.pi / 2}  # radians by which a take is turned as a whole
+KEEPS_TURNED = ("sidestep", "squat")  # what is done in those
+SEEN, HIDDEN = 0.9, 0.0  # scores of joints
+PROFILE = -0.3  # cosine of the angle up to which a head shows its nose
+# Nose, eyes and ears from the head's joint, for a person of 1.72 m; metres to the person's left,
+# up and to the front.
+FACE = np.array(
+    [(0, 0.06, 0.11), (0.03, 0.1, 0.09), (-0.03, 0.1, 0.09), (0.07, 0.07, 0), (-0.07, 0.07, 0)]
+)
+FAR, CUT_OFF = 0.3, 0.3  # size of someone far away; share of the picture that cuts off a head
+NOSE_AND_EYES = slice(0, 3)
+ASIDE, OTHER_ASIDE = 0.18, 0.3  # of the width, by which two people step apart
 SLOTS = ("top", "bottom", "dress")  # of the garments that a take may be about
 
 
@@ -148,8 +164,10 @@ class TakeRenderer:
         from chameleon_jax.runway.clip import ClipRenderer
 
         self.take, self.size = take, size
-        self.spec = staged(take.seed, take.frames, size, fps)
+        self.spec = staged(take.seed, take.frames, size, fps, take.fault)
         self._renderer = ClipRenderer(self.spec)
+        if take.fault in TURNED:
+            _turn(self._renderer, self.spec, TURNED[take.fault])
         self._other = None
         if take.fault in ("two", "background"):
             self._other_spec = staged(take.seed + 500_000, take.frames, size, fps)
@@ -176,14 +194,69 @@ class TakeRenderer:
             return _with_other(frames, masks, other, self.take.fault == "background")
         return _spoilt(frames, people, self.take.fault)
 
+    def pose(self, frame: int) -> Pose:
+        """The joints of the first person in a frame of the take.
 
-def staged(seed: int, frames: int, size: tuple[int, int], fps: float):
+        All are seen but for nose and eyes, which are hidden where the head is turned away.
+        """
+        from chameleon_jax.runway import asset, body
+        from chameleon_jax.runway.clip import project
+
+        number = 0 if self.take.fault == "still" else frame
+        person, motion = self._renderer.figure.person, self._renderer.motion
+        matrices, joints = body.skeleton(person, motion.pose(number))
+        bone, camera = asset.load().bone, self._renderer.cameras[number]
+        head, turn = joints[bone["head"]], matrices[bone["head"], :, :3]
+        face = head + person.size * FACE @ turn.T
+        points = np.concatenate([face, joints[[bone[name] for name in _body_joints()]]])
+        scores = np.full(len(points), SEEN)
+        towards = (camera.eye - head) / np.linalg.norm(camera.eye - head)
+        if towards @ turn[:, 2] < PROFILE:
+            scores[NOSE_AND_EYES] = HIDDEN
+        height, width = self.size
+        placed = project(points[None], camera.matrix[None])[0] / (width, height)
+        by, scale = _placed(self.take.fault)
+        return Pose(placed * scale + by, scores)
+
+
+def _body_joints() -> list[str]:
+    """Bones whose joints are those of COCO behind the head's, in its order."""
+    names = ("upperarm01", "lowerarm01", "wrist", "upperleg01", "lowerleg01", "foot")
+    return [f"{name}.{side}" for name in names for side in "LR"]
+
+
+def _turn(renderer: Any, spec: Any, angle: float) -> None:
+    """Turn the motion of a `runway.clip.ClipRenderer` about the upright axis."""
+    from chameleon_jax.runway import body, scene
+    from chameleon_jax.runway.renderer import cloth_swing
+
+    motion, turn = renderer.motion, body.turned(yaw=angle)[::2, ::2].T  # of x and z, as rows
+    feet, path = motion.feet.copy(), motion.path.copy()
+    feet[..., :2], path[:, :2] = feet[..., :2] @ turn, path[:, :2] @ turn
+    feet[..., 3] += angle
+    path[:, 2] += angle
+    renderer.motion = dataclasses.replace(
+        motion,
+        root=motion.root @ turn,
+        pelvis=motion.pelvis + np.array([0, angle, 0]),
+        feet=feet,
+        path=path,
+    )
+    renderer.swing = cloth_swing(renderer.motion)
+    hair, person = spec.person.hair.thickness, renderer.figure.person
+    renderer.cameras = scene.make_cameras(
+        spec.camera, spec.motion, person, hair, renderer.motion, spec.size
+    )
+
+
+def staged(seed: int, frames: int, size: tuple[int, int], fps: float, fault: str = "good"):
     """The scene of a seed as a `runway.ClipSpec`, with the whole body in view and in motion."""
     from chameleon_jax.runway import sample_spec
 
     spec = sample_spec(seed, frames=frames, size=size, fps=fps)
     camera = dataclasses.replace(spec.camera, framing="full", move="static", follow=1.0, room=ROOM)
-    motion = dataclasses.replace(spec.motion, locomotion=MOVING[seed % len(MOVING)])
+    moving = KEEPS_TURNED if fault in TURNED else MOVING
+    motion = dataclasses.replace(spec.motion, locomotion=moving[seed % len(moving)])
     return dataclasses.replace(spec, camera=camera, motion=motion)
 
 
@@ -193,7 +266,7 @@ def _with_other(frames: np.ndarray, masks: np.ndarray, other, background: bool) 
 
     height, width = frames.shape[1:3]
     scale = 0.3 if background else 1.0
-    shift = round(width * (0.36 if background else 0.3))
+    shift = round(width * (0.36 if background else OTHER_ASIDE))
     out, people = [], []
     for frame, mask, figure, part in zip(frames, masks, other.frames, other.parts, strict=True):
         solid = (part > 0).astype(np.float32)
@@ -202,7 +275,7 @@ def _with_other(frames: np.ndarray, masks: np.ndarray, other, background: bool) 
             [[scale, 0, (1 - scale) * width / 2 + shift], [0, scale, (1 - scale) * height / 2]]
         )
         if not background:  # the first one steps to the other side
-            aside = np.float32([[1, 0, -width * 0.18], [0, 1, 0]])
+            aside = np.float32([[1, 0, -width * ASIDE], [0, 1, 0]])
             frame = cv2.warpAffine(frame, aside, (width, height), borderMode=cv2.BORDER_REPLICATE)
             mask = cv2.warpAffine(mask.astype(np.uint8), aside, (width, height)) > 0
         figure = cv2.warpAffine(figure, matrix, (width, height), flags=cv2.INTER_AREA)
@@ -228,27 +301,36 @@ def _spoilt(frames: np.ndarray, people: list[list[Box]], fault: str) -> Rendered
     if fault == "blocky":
         return Rendered(_each(_as_bad_jpeg, frames), people)
     if fault == "far":
-        scale = 0.3
-        rows, columns = round(height * scale), round(width * scale)
-        top, left = (height - rows) // 2, (width - columns) // 2
+        (left, top), (across, down) = _placed(fault)
+        rows, columns = round(height * down), round(width * across)
+        top, left = round(height * top), round(width * left)
 
         def away(frame: np.ndarray) -> np.ndarray:
             small = cv2.resize(frame, (columns, rows), interpolation=cv2.INTER_AREA)
             borders = (top, height - rows - top, left, width - columns - left)
             return cv2.copyMakeBorder(small, *borders, cv2.BORDER_REPLICATE)
 
-        moved = (left / width, top / height)
-        placed = (columns / width, rows / height)
-        return Rendered(_each(away, frames), _moved(people, moved, placed))
+        return Rendered(_each(away, frames), _moved(people, *_placed(fault)))
     if fault == "cut":
-        first = round(height * 0.3)
+        first = round(height * CUT_OFF)
 
         def nearer(frame: np.ndarray) -> np.ndarray:
             return cv2.resize(frame[first:], (width, height), interpolation=cv2.INTER_LINEAR)
 
-        scale = height / (height - first)
-        return Rendered(_each(nearer, frames), _moved(people, (0, 1 - scale), (1, scale)))
+        return Rendered(_each(nearer, frames), _moved(people, *_placed(fault)))
     return Rendered(frames, people)
+
+
+def _placed(fault: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where the whole picture of the first person goes: by how much, and how large, in shares."""
+    if fault == "far":
+        return ((1 - FAR) / 2, (1 - FAR) / 2), (FAR, FAR)
+    if fault == "cut":
+        scale = 1 / (1 - CUT_OFF)
+        return (0.0, 1 - scale), (1.0, scale)
+    if fault == "two":
+        return (-ASIDE, 0.0), (1.0, 1.0)
+    return (0.0, 0.0), (1.0, 1.0)
 
 
 def _moved(

@@ -225,6 +225,19 @@ class Garment:
     file: Path
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class GarmentIndex:
+    """Garments that may be put on.
+
+    Attributes:
+      garments: of all clips and of the user.
+      vectors: float32 [n, d], of length 1, of an `Embedder`.
+    """
+
+    garments: Sequence[Garment]
+    vectors: np.ndarray
+
+
 class ReferenceStage(Stage):
     """Puts another garment on the person of each clip; what it makes is `reference`.
 
@@ -244,6 +257,7 @@ class ReferenceStage(Stage):
 
     name, version = "reference", "1"
     needs = ("person", "garment")
+    looks_around = True
 
     def __init__(
         self,
@@ -266,19 +280,30 @@ class ReferenceStage(Stage):
             "unchanged": unchanged,
             "changed": changed,
         }
-        self._garments: list[Garment] = []
-        self._vectors = np.zeros((0, 1), np.float32)
+        self._known = GarmentIndex((), np.zeros((0, 1), np.float32))
 
-    def begin(self, clips: Sequence[Clip]) -> None:
-        """Called with all clips that are in, before any of them is looked at."""
-        seen = [
-            Garment(clip.id, clip.video, clip.made["garment"]["type"], self._file(clip))
+    def survey(self, clips: Sequence[Clip]) -> list[tuple[Garment, np.ndarray]]:
+        """The garment of each clip, and its vector."""
+        return [
+            self._described(
+                Garment(clip.id, clip.video, clip.made["garment"]["type"], self._file(clip))
+            )
             for clip in clips
         ]
-        self._garments = [*self.own, *seen]
-        if self._garments:
-            pictures = [read_picture(garment.file) for garment in self._garments]
-            self._vectors = self.embedder.embed(pictures)
+
+    def index(self, surveyed: Sequence[tuple[Garment, np.ndarray]]) -> GarmentIndex:
+        """All garments, the user's own first."""
+        pairs = [*map(self._described, self.own), *surveyed]
+        if not pairs:
+            return self._known
+        return GarmentIndex(tuple(one for one, _ in pairs), np.stack([two for _, two in pairs]))
+
+    def begin(self, index: GarmentIndex) -> None:
+        """See `Stage.begin`."""
+        self._known = index
+
+    def _described(self, garment: Garment) -> tuple[Garment, np.ndarray]:
+        return garment, self.embedder.embed([read_picture(garment.file)])[0]
 
     def measure(self, clips: Sequence[Clip]) -> list[Found]:
         """See `Stage.measure`."""
@@ -286,12 +311,14 @@ class ReferenceStage(Stage):
 
     def candidates(self, clip: Clip) -> list[tuple[Garment, float]]:
         """Other garments of the same type with their cosine, the most alike first."""
-        me = next(i for i, garment in enumerate(self._garments) if garment.id == clip.id)
-        alike = self._vectors @ self._vectors[me]
+        garments, vectors = self._known.garments, self._known.vectors
+        me = next(i for i, garment in enumerate(garments) if garment.id == clip.id)
+        # Not by BLAS, whose last bits depend on how many threads a process has.
+        alike = np.einsum("nd,d->n", vectors, vectors[me])
         kind = clip.made["garment"]["type"]
         found = [
             (garment, float(alike[i]))
-            for i, garment in enumerate(self._garments)
+            for i, garment in enumerate(garments)
             if garment.type == kind and garment.video != clip.video and alike[i] < self.most_alike
         ]
         return sorted(found, key=lambda pair: (-pair[1], pair[0].id))

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from chameleon_jax.curation.stage import CurationError, Found, Stage
+from chameleon_jax.errors import one_line
 
 FOLDER = "journal"
 
@@ -54,15 +55,25 @@ class Journal:
         return found
 
     def add(self, found: Mapping[str, Found]) -> None:
-        """Keep what was found about some clips; on disk when this returns."""
+        """Keep what was found about some clips; on disk when this returns.
+
+        Raises:
+          CurationError: the disk is full, or cannot be written to.
+        """
         lines = [
             json.dumps({"clip": clip, "by": self._fingerprint, **one.to_json()}, ensure_ascii=False)
             for clip, one in found.items()
         ]
-        with self._path.open("ab") as file:
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("ab") as file:
+                file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a line that is not finished is cut off by the next run
+            raise CurationError(
+                f"{self._path}: cannot be written ({one_line(error)}); see to the disk, the same"
+                " command continues"
+            ) from None
         self._known.update(found)
         self._tried_now.update(found)
 

@@ -33,6 +33,7 @@ from chameleon_jax.curation.garment import (
 from chameleon_jax.curation.journal import only_run
 from chameleon_jax.curation.motion import MotionFilter
 from chameleon_jax.curation.person import PersonDetector, PersonFilter, YoloxDetector
+from chameleon_jax.curation.pose import PoseEstimator, PoseFilter, chosen_estimator
 from chameleon_jax.curation.quality import BlurFilter, TechnicalFilter
 from chameleon_jax.curation.runner import Progress, SerialRunner, survivors
 from chameleon_jax.curation.shots import Shots
@@ -47,6 +48,7 @@ class Models:
 
     Attributes:
       detector: finds people.
+      estimators: of joints; empty: poses are left out.
       scorers: of frames; empty: aesthetics are left out.
       vision: captions, and checks of pictures; None: the run ends behind the filters.
       editor: makes pictures; None: it ends behind the captions.
@@ -55,6 +57,7 @@ class Models:
     """
 
     detector: PersonDetector
+    estimators: Sequence[PoseEstimator] = ()
     scorers: Sequence[FrameScorer] = ()
     vision: VisionModel | None = None
     editor: PictureEditor | None = None
@@ -82,9 +85,11 @@ def real_models(config: ConfigDict, garments: Sequence[Garment] = ()) -> Models:
             "editor is set and vision.url is not: nobody would check the pictures; set vision.url"
         )
     detector = YoloxDetector(config.person.weights, config.person.score)
+    estimators = chosen_estimator(config.pose.weights)
     scorers = chosen_scorer(config.aesthetics.weights)
     return Models(
         detector=detector,
+        estimators=estimators,
         scorers=scorers,
         embedder=scorers[0] if scorers else LookEmbedder(),
         vision=vision,
@@ -131,6 +136,7 @@ class Pipeline:
         )
         filters: list[Stage] = [
             PersonFilter(self.footage, models.detector, limits_of(config.person.limits)),
+            *(self._pose_filter(estimator) for estimator in models.estimators),
             MotionFilter(self.footage, limits_of(config.motion.limits)),
             BlurFilter(self.footage, limits_of(config.blur.limits)),
             TechnicalFilter(self.footage, limits_of(config.technical.limits)),
@@ -155,6 +161,11 @@ class Pipeline:
                     most_alike=config.editor.most_alike,
                 )
                 self.groups.append([reference])
+
+    def _pose_filter(self, estimator: PoseEstimator) -> PoseFilter:
+        pose = self.config.pose
+        limits = limits_of(pose.limits)
+        return PoseFilter(self.footage, estimator, limits, pose.score, pose.angle, pose.parts)
 
     @property
     def stages(self) -> list[Stage]:

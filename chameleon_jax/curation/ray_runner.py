@@ -4,7 +4,12 @@ The driver knows what was found before and sends only what is missing. Actors bu
 take batches of clips through a group, and send back what they found, which the driver writes to the
 same journals as the serial runner does. So a run can begin on a laptop and end on a cluster, both
 give the same records, a driver that is killed goes on where it was, and Ray starts a worker that
-dies anew and sends its batch again.
+dies anew and sends its batch again. Ray itself would do so for ever, also with a clip that kills
+each worker; such a clip is refused here after some tries, and tried again by the next run.
+
+A group begins when the one before has ended. A stage that has to know of all clips is asked about
+each of them by the workers first (`Stage.survey`); of that the driver makes the index once, and all
+workers read it from Ray's object store.
 
 Needs the extra `ray`.
 """
@@ -14,14 +19,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chameleon_jax.curation.clip import Clip
-from chameleon_jax.curation.runner import BATCH, Progress, SerialRunner
+from chameleon_jax.curation.runner import BATCH, Progress, SerialRunner, survivors
 from chameleon_jax.curation.stage import CurationError, Found, Limits, Stage
 from chameleon_jax.errors import UserError, need, one_line
 
@@ -31,7 +37,8 @@ Factory = Callable[[], Sequence[Sequence[Stage]]]
 LOCAL = "local"  # the address of a cluster that is started here, for this run
 STORE = 512 * 2**20  # bytes of its object store: clips are told, their pixels are not sent
 CONNECTING = 10.0  # seconds until a cluster has to be reached
-RESTARTS = 3  # of a worker that dies
+RESTARTS = 3  # of workers that die with the same clip
+DIED = "workers die with it"
 
 
 class RayRunner(SerialRunner):
@@ -74,26 +81,12 @@ class RayRunner(SerialRunner):
             self._look(group, number, clips, missing)
         return self._judged(group, clips)
 
-    def _lacks(self, group: Sequence[Stage], clip: Clip) -> bool:
-        """Whether a stage has to look at a clip."""
-        for stage in group:
-            if clip.rejection is not None:
-                return False
-            found = self._journals[stage.name].get(clip.id)
-            if found is None:
-                return True
-            judged = stage.judge(clip, found)
-            if len(judged) != 1:  # a stage that cuts is alone in its group
-                return False
-            clip = judged[0]
-        return False
-
     def _look(
         self, group: Sequence[Stage], number: int, clips: Sequence[Clip], missing: Sequence[Clip]
     ) -> None:
         import ray
 
-        inside = [clip.to_json() for clip in clips if clip.rejection is None]
+        indices = self._indices(group, number, clips)
         limits = [
             {name: (one.least, one.most) for name, one in stage.limits.items()} for stage in group
         ]
@@ -101,21 +94,55 @@ class RayRunner(SerialRunner):
             {"clip": json.dumps(clip.to_json()), "known": self._known(group, clip)}
             for clip in missing
         ]
+        tally = ray.remote(num_cpus=0)(_Tally).remote()
+        arrived = self._mapped(rows, _Worker, (self.factory, number, limits, indices, tally))
+        by_id = {clip.id: clip for clip in missing}
+        for done, row in enumerate(arrived, 1):
+            told = json.loads(row["found"])
+            self._keep(group, by_id[told["clip"]], told)
+            self._progress(group[-1].name, done, len(missing))
+
+    def _indices(
+        self, group: Sequence[Stage], number: int, clips: Sequence[Clip]
+    ) -> dict[str, Any]:
+        """References to what stages have to know of all clips, by the stage's name."""
+        import ray
+
+        names = [stage.name for stage in group if stage.looks_around]
+        inside = survivors(clips)
+        if not names:
+            return {}
+        rows = [{"clip": json.dumps(clip.to_json()), "place": i} for i, clip in enumerate(inside)]
+        said: list[dict[str, Any]] = [{} for _ in rows]
+        arrived = self._mapped(rows, _Surveyor, (self.factory, number, names))
+        for done, row in enumerate(arrived, 1):
+            said[row["place"]] = pickle.loads(row["said"])
+            self._progress("index", done, len(rows))
+        by_name = {stage.name: stage for stage in group}
+        return {name: ray.put(by_name[name].index([one[name] for one in said])) for name in names}
+
+    def _mapped(
+        self, rows: Sequence[Any], worker: type, arguments: tuple[Any, ...]
+    ) -> Iterator[dict[str, Any]]:
+        """What workers make of rows, as it arrives, in any order.
+
+        Raises:
+          UserError: of a stage, in a worker.
+        """
+        import ray
+
+        if not rows:
+            return
         # As many blocks as there are batches: a block is what a worker takes, and what is lost.
         blocks = max(1, -(-len(rows) // self.batch))
-        done = 0
-        data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-            _Worker,
-            fn_constructor_args=(self.factory, number, limits, json.dumps(inside)),
+        data = ray.data.from_items(list(rows), override_num_blocks=blocks).map_batches(
+            worker,
+            fn_constructor_args=arguments,
             batch_size=self.batch,
             compute=ray.data.ActorPoolStrategy(size=self.workers),
-            ray_remote_args_fn=_restarts,
         )
         try:
-            for row in data.iter_rows():
-                self._keep(group, json.loads(row["found"]))
-                done += 1
-                self._progress(group[-1].name, done, len(missing))
+            yield from data.iter_rows()
         except ray.exceptions.RayError as error:
             raise _told(error) from None
 
@@ -123,15 +150,15 @@ class RayRunner(SerialRunner):
         found = {stage.name: self._journals[stage.name].get(clip.id) for stage in group}
         return json.dumps({name: one.to_json() for name, one in found.items() if one is not None})
 
-    def _keep(self, group: Sequence[Stage], told: Mapping[str, Any]) -> None:
+    def _keep(self, group: Sequence[Stage], clip: Clip, told: Mapping[str, Any]) -> None:
         """Write what a worker found about one clip to the journals."""
         for stage in group:
             if stage.name not in told["found"]:
                 continue
             found = Found.from_json(told["found"][stage.name])
-            self._journals[stage.name].add({told["clip"]: found})
+            self._journals[stage.name].add({clip.id: found})
             spent = self.spent[stage.name]
-            spent.clips += 1
+            spent.clips += len(stage.judge(clip, found))
             spent.seconds += told["seconds"][stage.name]
             self._count_unanswered(stage, found.passing, found.refused)
 
@@ -148,21 +175,62 @@ class RayRunner(SerialRunner):
         return list(clips)
 
 
+class _Surveyor:
+    """Says what stages have to know of clips."""
+
+    def __init__(self, factory: Factory, number: int, names: Sequence[str]):
+        self.stages = [stage for stage in factory()[number] if stage.name in names]
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        clips = [Clip.from_json(json.loads(clip)) for clip in batch["clip"]]
+        said = [
+            {stage.name: one for stage, one in zip(self.stages, of_clip, strict=True)}
+            for of_clip in zip(*(stage.survey(clips) for stage in self.stages), strict=True)
+        ]
+        return {"place": list(batch["place"]), "said": [pickle.dumps(one) for one in said]}
+
+
 class _Worker:
     """Takes batches through a group of stages."""
 
-    def __init__(self, factory: Factory, number: int, limits: Sequence[Any], inside: str):
-        self.group = factory()[number]
-        clips = [Clip.from_json(one) for one in json.loads(inside)]
+    def __init__(
+        self,
+        factory: Factory,
+        number: int,
+        limits: Sequence[Any],
+        indices: Mapping[str, Any],
+        tally: Any,
+    ):
+        import ray
+
+        self.group, self.tally = factory()[number], tally
         for stage, known in zip(self.group, limits, strict=True):
             stage.limits = {name: Limits(*pair) for name, pair in known.items()}
-            stage.begin(clips)
+            if stage.name in indices:
+                stage.begin(ray.get(indices[stage.name]))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        told = []
-        for clip, known in zip(batch["clip"], batch["known"], strict=True):
-            told.append(json.dumps(self._look(Clip.from_json(json.loads(clip)), json.loads(known))))
-        return {"found": told}
+        pairs = zip(batch["clip"], batch["known"], strict=True)
+        return {
+            "found": [
+                json.dumps(self._counted(Clip.from_json(json.loads(clip)), json.loads(known)))
+                for clip, known in pairs
+            ]
+        }
+
+    def _counted(self, clip: Clip, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What `_look` finds, or a refusal of a clip with which workers died."""
+        import ray
+
+        died = ray.get(self.tally.enter.remote(clip.id))
+        if died > RESTARTS:
+            lacking = next(stage.name for stage in self.group if stage.name not in known)
+            why = "out of memory, or a file that ends the program that reads it"
+            found = Found(refused=(DIED, died, RESTARTS, why), passing=True)
+            return {"clip": clip.id, "found": {lacking: found.to_json()}, "seconds": {lacking: 0.0}}
+        told = self._look(clip, known)
+        self.tally.leave.remote(clip.id)
+        return told
 
     def _look(self, clip: Clip, known: Mapping[str, Any]) -> dict[str, Any]:
         """What the stages find about a clip, as far as it gets, without what was known."""
@@ -184,9 +252,21 @@ class _Worker:
         return {"clip": name, "found": found, "seconds": seconds}
 
 
-def _restarts() -> dict[str, int]:
-    """Ray's own answer is to start a worker anew for ever, also one that a clip kills each time."""
-    return {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+class _Tally:
+    """Counts, for all workers, how often one began with a clip and never ended."""
+
+    def __init__(self) -> None:
+        self.inside: dict[str, int] = {}
+
+    def enter(self, clip: str) -> int:
+        """A worker begins with a clip; how many did before, and died."""
+        died = self.inside.get(clip, 0)
+        self.inside[clip] = died + 1
+        return died
+
+    def leave(self, clip: str) -> None:
+        """A worker is through with a clip."""
+        self.inside.pop(clip, None)
 
 
 def start(address: str, workers: int) -> None:

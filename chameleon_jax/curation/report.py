@@ -176,7 +176,8 @@ _STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:70em;margin:2em a
 color:#1a1a1a}table{border-collapse:collapse}td,th{padding:.25em .8em;text-align:left;
 border-bottom:1px solid #ddd}td.n{text-align:right;font-variant-numeric:tabular-nums}
 .bar{background:#3a6ea5;height:1em;display:block}figure{margin:1em 0}img{max-width:100%}
-.charts{display:flex;flex-wrap:wrap;gap:1.5em}figcaption{color:#555}"""
+.charts{display:flex;flex-wrap:wrap;gap:1.5em}.charts figure{width:270px;margin:0}
+figcaption{color:#555}"""
 
 
 def page(summary: Mapping[str, Any], sheets: Mapping[str, Image.Image]) -> str:

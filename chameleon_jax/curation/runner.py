@@ -2,7 +2,7 @@
 
 Stages come in groups. Within a group a few clips go through all stages before the next few, so that
 a clip is decoded once for all of them. A group begins when the one before has ended: its stages may
-look at all clips that are in (`Stage.begin`), as the choice of another garment does.
+know of all clips that are in (`Stage.looks_around`), as the choice of another garment does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Spent:
     """What a stage did in this run.
 
     Attributes:
-      clips: that it looked at; those of earlier runs do not count.
+      clips: that it looked at, or that it made of videos; those of earlier runs do not count.
       seconds: that it took.
     """
 
@@ -82,7 +82,8 @@ class SerialRunner:
     def run_group(self, group: Sequence[Stage], clips: Sequence[Clip]) -> list[Clip]:
         """One group alone; see `__call__`."""
         for stage in group:
-            stage.begin([clip for clip in clips if clip.rejection is None])
+            if stage.looks_around and any(self._lacks(group, clip) for clip in clips):
+                stage.begin(stage.index(stage.survey(survivors(clips))))
         out: list[Clip] = []
         done = 0
         for some in _batches(clips, self.batch):
@@ -93,26 +94,42 @@ class SerialRunner:
             self._progress(group[-1].name, done, len(clips))
         return out
 
+    def _lacks(self, group: Sequence[Stage], clip: Clip) -> bool:
+        """Whether a stage has to look at a clip."""
+        for stage in group:
+            if clip.rejection is not None:
+                return False
+            found = self._journals[stage.name].get(clip.id)
+            if found is None:
+                return True
+            judged = stage.judge(clip, found)
+            if len(judged) != 1:  # a stage that cuts is alone in its group
+                return False
+            clip = judged[0]
+        return False
+
     def _run_stage(self, stage: Stage, clips: Sequence[Clip]) -> list[Clip]:
         journal = self._journals[stage.name]
         inside = [clip for clip in clips if clip.rejection is None]
         missing = [clip for clip in inside if journal.get(clip.id) is None]
+        spent = self.spent[stage.name]
         if missing:
             began = time.monotonic()
             found = stage.measure(missing)
-            spent = self.spent[stage.name]
-            spent.clips += len(missing)
             spent.seconds += time.monotonic() - began
             journal.add({clip.id: one for clip, one in zip(missing, found, strict=True)})
             for one in found:
                 self._count_unanswered(stage, one.passing, one.refused)
+        now = {clip.id for clip in missing}
         out: list[Clip] = []
         for clip in clips:
             found_here = journal.get(clip.id)
             if clip.rejection is not None or found_here is None:
                 out.append(clip)
-            else:
-                out += stage.judge(clip, found_here)
+                continue
+            judged = stage.judge(clip, found_here)
+            spent.clips += len(judged) if clip.id in now else 0
+            out += judged
         return out
 
     def _count_unanswered(

@@ -2,8 +2,8 @@
 
 FashionChameleon (arXiv 2605.15824, appendix A): shots by PySceneDetect, then clips of 3 to 5 s;
 what is discontinuous or too short is dropped. PySceneDetect's adaptive detector finds hard cuts. It
-is not made for slow cross-fades, so a second detector looks for spans in which every picture is a
-mix of the first and the last one, which motion is not.
+is not made for slow cross-fades, so a second detector looks for spans in which most of every
+picture is a mix of the first and the last one, which motion is not.
 
 Needs the extra `curation`.
 
@@ -25,13 +25,17 @@ from chameleon_jax.errors import need, one_line
 
 DETECTED_WIDTH = 256  # pixels across, of the frames in which cuts are looked for
 THUMBNAIL = (18, 24)  # rows and columns, of the pictures in which cross-fades are looked for
-# Half lengths of a cross-fade that are tried, seconds.
-HALF_FADES = (0.15, 0.3, 0.6, 0.9)
-FADE_CHANGE = 0.03  # least mean difference across a cross-fade, as share of full scale
-# Most that its pictures differ from a mix, relative to that difference. The less changes, the more
-# like a mix slow motion looks: (share, more with the change, at most).
-FADE_RESIDUAL = (0.1, 1.9, 0.32)
-FADE_ENDS = 1.6  # times as much is let pass where a cross-fade was found, to find its ends
+# Half lengths of a cross-fade that are tried: from, to (seconds), by this factor.
+HALF_FADES = (0.15, 0.9, 1.25)
+FADE_CHANGE = 0.015  # least difference of a pixel across a cross-fade, as share of full scale
+# Least share of the picture that changes so and is a mix all the way. In a cross-fade people may
+# move; without one what moves is less than that, and what a moving camera shows is no mix.
+FADE_AREA = 0.4
+# Most that a pixel may differ from the mix: as part of its change, and as share of full scale.
+FADE_REST, FADE_NOISE = 0.2, 0.006
+# Least and most by which the share of the second picture grows from a picture to the next, as part
+# of an even growth. Across a hard cut it grows at once.
+FADE_STEPS = (0.3, 2.0)
 MARGIN = 1  # frames left out at either end of a shot: encoders blend across a cut
 
 
@@ -48,14 +52,14 @@ class Shots(Stage):
       MissingPackageError: PySceneDetect or OpenCV is not installed.
     """
 
-    name, version = "shots", "1"
+    name, version = "shots", "2"
 
     def __init__(
         self,
         footage: Footage,
         seconds: tuple[float, float] = (3.0, 5.0),
         adaptive: float = 3.0,
-        content: float = 10.0,
+        content: float = 7.0,
     ):
         need("cv2", "curation")
         need("scenedetect", "curation")
@@ -155,7 +159,7 @@ class CutDetector:
       fps: of them.
     """
 
-    def __init__(self, adaptive: float = 3.0, content: float = 10.0):
+    def __init__(self, adaptive: float = 3.0, content: float = 7.0):
         from scenedetect.detectors import AdaptiveDetector
 
         self.frames, self.fps = 0, 0.0
@@ -187,9 +191,10 @@ class CutDetector:
         if not self.frames:
             return []
         thumbnails = np.stack(self._thumbnails).astype(np.float32).reshape(self.frames, -1)
-        halves = sorted({max(2, round(half * self.fps)) for half in HALF_FADES})
         found = [(cut - 1, cut) for cut in self._cuts]
-        found += find_fades(thumbnails, halves, self._cuts)
+        # Some cuts lie within cross-fades: halfway from one colour to another the mix is grey, and
+        # its hue jumps, which PySceneDetect takes for a cut. They are joined to what they are in.
+        found += find_fades(thumbnails, half_lengths(self.fps))
         return list(_joined(sorted(found)))
 
     def shots(self) -> list[tuple[int, int]]:
@@ -204,50 +209,47 @@ class CutDetector:
         return shots
 
 
-def find_fades(
-    thumbnails: np.ndarray, halves: Sequence[int], cuts: Iterable[int] = ()
-) -> list[tuple[int, int]]:
-    """Spans in which each picture is a mix of the first and the last one.
+def half_lengths(fps: float) -> list[int]:
+    """Half lengths of a cross-fade that are tried, in frames: at least 2, in order."""
+    shortest, longest, ratio = HALF_FADES
+    steps = round(math.log(longest / shortest, ratio))
+    return sorted({max(2, round(shortest * ratio**step * fps)) for step in range(steps + 1)})
 
-    For a cross-fade from A to B, f = (1 - a) A + a B, the share a found by least squares rises from
-    0 to 1 and little is left over. Where something moves, much is left over.
+
+def find_fades(thumbnails: np.ndarray, halves: Sequence[int]) -> list[tuple[int, int]]:
+    """Spans in which most of each picture is a mix of the first and the last one.
+
+    For a cross-fade from A to B, f = (1 - a) A + a B. The share a is the same for all pixels and
+    rises from 0 to 1 in steps of about one size; it is the median over those that change. Where
+    something moves, pixels differ from that mix; a hard cut is one large step.
 
     Args:
       thumbnails: [t, pixels], shares of full scale.
       halves: half lengths to try, frames.
-      cuts: numbers of frames behind hard cuts; no cross-fade holds one.
 
     Returns:
       (first frame, last frame) of each span, which may overlap.
     """
-    frames, found, likely = len(thumbnails), [], []
-    is_cut = np.zeros(frames + 1, bool)
-    is_cut[list(cuts)] = True
+    frames, pixels = thumbnails.shape
+    found = []
     for half in halves:
-        for middle in range(half, frames - half):
-            first, last = middle - half, middle + half
-            if is_cut[first + 1 : last + 1].any():
-                continue
+        for first in range(frames - 2 * half):
+            last = first + 2 * half
             change = thumbnails[last] - thumbnails[first]
-            changed = float(np.abs(change).mean())
-            if changed < FADE_CHANGE:
+            changed = np.abs(change) >= FADE_CHANGE
+            if changed.sum() < FADE_AREA * pixels:
                 continue
-            inner = thumbnails[first + 1 : last] - thumbnails[first]
-            share = inner @ change / (change @ change)
-            rest = np.linalg.norm(inner - share[:, None] * change, axis=1)
-            rest /= np.linalg.norm(change)
-            steady = np.diff(share, prepend=0, append=1).min() > 0.3 / (2 * half)
-            most = min(FADE_RESIDUAL[0] + FADE_RESIDUAL[1] * changed, FADE_RESIDUAL[2])
-            if steady and rest.max() < most:
+            change = change[changed]
+            inner = (thumbnails[first + 1 : last] - thumbnails[first])[:, changed]
+            share = np.median(inner / change, axis=1)
+            steps = 2 * half * np.diff(share, prepend=0, append=1)
+            if steps.min() <= FADE_STEPS[0] or steps.max() >= FADE_STEPS[1]:
+                continue
+            rest = np.abs(inner - share[:, None] * change).max(0)
+            mixed = rest < FADE_REST * np.abs(change) + FADE_NOISE
+            if mixed.sum() >= FADE_AREA * pixels:
                 found.append((first, last))
-            elif steady and rest.max() < FADE_ENDS * most:
-                likely.append((first, last))
-    ends = [
-        (first, last)
-        for first, last in likely
-        if any(first < there[1] and last > there[0] for there in found)
-    ]
-    return found + ends
+    return found
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -80,6 +80,9 @@ class Stage(abc.ABC):
       needs: names of stages whose results it reads.
       settings: JSON values that decide what is found, besides the version.
       limits: by the name of a measured value.
+      looks_around: it has to know something of all clips that are in before it looks at one. Then
+        `survey`, which may run in many processes, `index`, which runs once, and `begin` are called,
+        and what they hand over is pickled. Most stages do not.
       graded: those values whose limit a calibration may choose, see `calibrate`.
     """
 
@@ -89,10 +92,19 @@ class Stage(abc.ABC):
     settings: Mapping[str, Any] = {}
     limits: Mapping[str, Limits] = {}
     graded: Sequence[str] = ()
+    looks_around: bool = False
 
-    def begin(self, clips: Sequence[Clip]) -> None:
-        """Called with all clips that are in, before any of them is looked at; most need it not."""
-        del clips
+    def survey(self, clips: Sequence[Clip]) -> list[Any]:
+        """What the stage has to know of each clip before it looks at any; see `looks_around`."""
+        raise NotImplementedError
+
+    def index(self, surveyed: Sequence[Any]) -> Any:
+        """What is made, once, of what `survey` says of all clips, in their order."""
+        raise NotImplementedError
+
+    def begin(self, index: Any) -> None:
+        """Take what `index` made, in every process that looks at clips."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def measure(self, clips: Sequence[Clip]) -> list[Found]:

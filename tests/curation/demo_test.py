@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chameleon_jax.curation import demo, demo_footage
+from chameleon_jax.curation import demo, demo_footage, pose
 from chameleon_jax.curation.clip import Rejection
 from chameleon_jax.curation.demo_footage import FAULTS, Rendered, Take, TakeRenderer
 from chameleon_jax.curation.stage import CurationError
@@ -117,6 +117,28 @@ def test_faults_are_what_they_are_called():
     assert renders["cut"].people[0][0][1] == 0 < renders["good"].people[0][0][1]
     still = TakeRenderer(Take(1, "still", 30)).render(only=[0, 12]).frames
     assert np.array_equal(still[0], still[1])
+
+
+def test_poses_are_those_of_who_is_rendered():
+    """Joints lie on the person, and say which way the take is turned."""
+    turned = {"good": (0, 35), "back": (145, 180), "side": (65, 115), "cut": (0, 60)}
+    for fault, (least, most) in turned.items():
+        renderer = TakeRenderer(Take(4, fault, 30))  # who squats
+        shown, there = renderer.render(only=[10]), renderer.pose(10)
+        angle = pose.turned_by(there, demo_footage.SIZE, 0.3)
+        assert least <= angle <= most, fault
+        (left, top, right, bottom), *_ = shown.people[0]
+        body = there.joints[5:]
+        inside = (body > (left, top)).all(1) & (body < (right, bottom)).all(1)
+        assert pose.is_whole(there, ("head", "shoulders", "hips"), 0.3) is (fault != "cut")
+        assert inside.all() or fault == "cut"
+        seen = there.scores[demo_footage.NOSE_AND_EYES] > 0.3
+        assert seen.all() if fault == "good" else fault != "back" or not seen.any()
+    moved = [TakeRenderer(Take(4, fault, 30)).pose(10).joints for fault in ("good", "far", "two")]
+    assert moved[1] == pytest.approx(0.35 + 0.3 * moved[0])
+    assert moved[2] == pytest.approx(moved[0] - (demo_footage.ASIDE, 0))
+    still = TakeRenderer(Take(4, "still", 30))
+    assert still.pose(0).joints == pytest.approx(still.pose(20).joints)
 
 
 def run_demo(out: Path, *more: str) -> list[str]:

@@ -20,6 +20,7 @@ from tests.curation import onnx_file
 from tests.curation.made import FPS, SIZE, OnePerson, box, clip, refused, scene, write_scene
 
 cv2 = pytest.importorskip("cv2")
+YOLOX = (1, 3, 640, 640)
 
 
 def texture(seed: int = 0, size: tuple[int, int] = (128, 96)) -> np.ndarray:
@@ -227,12 +228,12 @@ def test_a_detector_from_an_onnx_file(tmp_path):
     cell = 80 * 80 + 20 * 40 + 10  # of the grid of 16: its centre is at (168, 328) of 640
     out[0, cell, :6] = (0.5, 0.5, np.log(4), np.log(8), 0.9, 0.8)
     out[0, cell + 1, :6] = (-0.5, 0.5, np.log(4), np.log(8), 0.9, 0.7)  # the same one again
-    (tmp_path / "net.onnx").write_bytes(onnx_file.constant(640, out))
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant(YOLOX, output=out))
     ((found,),) = YoloxDetector(tmp_path / "net.onnx").detect(np.zeros((1, 320, 160, 3), np.uint8))
     # 640 / 320 = 2 pixels of the square for one of the picture.
     assert found.box == pytest.approx((136 / 320, 264 / 640, 200 / 320, 392 / 640), abs=1e-4)
     assert found.score == pytest.approx(0.72)
-    (tmp_path / "other.onnx").write_bytes(onnx_file.constant(640, out[:, :100]))
+    (tmp_path / "other.onnx").write_bytes(onnx_file.constant(YOLOX, output=out[:, :100]))
     other = YoloxDetector(tmp_path / "other.onnx")
     with pytest.raises(CurationError, match="gives .*expected \\[1, 8400, 85\\]"):
         other.detect(np.zeros((1, 32, 32, 3), np.uint8))

@@ -92,7 +92,7 @@ def put_on(tmp_path, others, answers, pictures=None, own=()):
     checks = Checks(editor, model, 3)
     stage = ReferenceStage(Footage(tmp_path), tmp_path, checks, LookEmbedder(), own)
     me = with_garment(tmp_path, "a", 1)
-    stage.begin([me, *others])
+    stage.begin(stage.index(stage.survey([me, *others])))
     (out,) = stage([me])
     return out, editor, stage
 

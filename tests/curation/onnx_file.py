@@ -1,4 +1,4 @@
-"""A network as an ONNX file, written by hand: it gives one constant, whatever it is shown.
+"""A network as an ONNX file, written by hand: it gives constants, whatever it is shown.
 
 The fields are those of onnx.proto (ONNX 1.x, Apache-2.0); numbers beside them are their tags.
 """
@@ -47,19 +47,19 @@ def value(tag: int, name: str, shape: tuple[int, ...]) -> bytes:
     )
 
 
-def constant(side: int, out: np.ndarray) -> bytes:
-    """A network from pictures [1, 3, side, side] to `out` [1, a, c]."""
+def constant(shape: tuple[int, int, int, int], **outputs: np.ndarray) -> bytes:
+    """A network from pictures of a shape [1, 3, h, w] to outputs [1, a, c], by their names."""
     graph = [
         node("GlobalAveragePool", ["images"], "mean"),
         node("Flatten", ["mean"], "flat"),
         node("MatMul", ["flat", "zeros"], "zero"),
         node("Reshape", ["zero", "shape"], "point"),
-        node("Add", ["point", "out"], "output"),
+        *(node("Add", ["point", f"{name} told"], name) for name in outputs),
         message(2, "constant"),
         tensor("zeros", np.zeros((3, 1), np.float32)),
         tensor("shape", np.array([1, 1, 1], np.int64)),
-        tensor("out", out.astype(np.float32)),
-        value(11, "images", (1, 3, side, side)),
-        value(12, "output", out.shape),
+        *(tensor(f"{name} told", out.astype(np.float32)) for name, out in outputs.items()),
+        value(11, "images", shape),
+        *(value(12, name, out.shape) for name, out in outputs.items()),
     ]
     return number(1, 8) + message(8, number(2, 13)) + message(7, *graph)

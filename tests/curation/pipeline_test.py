@@ -102,6 +102,34 @@ def test_records_and_a_table_come_out(footage, tmp_path):
     assert text.splitlines()[0] == "video,prompt,width,height,fps,licence,source"
 
 
+def test_a_tfds_builder_finds_the_records_by_their_name(footage, tmp_path):
+    """The lines of docs/data.md."""
+    import tensorflow_datasets as tfds
+
+    import chameleon_jax.data.builder  # noqa: F401
+    from chameleon_jax.data.sources import SourceError
+
+    out = tmp_path / "out"
+    run(footage, out)
+    there = tfds.builder_from_directory(out / "records").as_data_source("train")
+    made = tfds.builder("curated_garment", data_dir=tmp_path / "tfds", file_format="array_record")
+    nowhere = tfds.download.DownloadConfig(manual_dir=footage)
+    with pytest.raises(SourceError, match="there is no dataset_info.json in it"):
+        made.download_and_prepare(download_config=nowhere)
+    where = tfds.download.DownloadConfig(manual_dir=out / "records")
+    made.download_and_prepare(download_config=where)
+    again = tfds.builder("curated_garment", data_dir=tmp_path / "tfds")
+    found = again.as_data_source("train")
+    assert len(found) == len(there) == 3
+    for index in range(3):
+        assert found[index].keys() == there[index].keys()
+        assert all(found[index][name] == there[index][name] for name in found[index])
+    assert again.info.metadata["fps"] == 8 and again.info.metadata["kind"] == "pixels"
+    # What training reads is either of the two.
+    source = RecordSource(again.data_path, "train")
+    assert source.load(1, 25, (32, 24))["video"].shape == (25, 32, 24, 3)
+
+
 def test_the_funnel_and_the_report_say_what_became_of_each(footage, tmp_path):
     out = tmp_path / "out"
     strict = config(**{"technical.limits": {"brightness": (None, 0.0)}})
@@ -115,6 +143,7 @@ def test_the_funnel_and_the_report_say_what_became_of_each(footage, tmp_path):
     assert steps["captions"]["entered"] == 0 and funnel["kept"] == 0 and result.records == 0
     assert sum(funnel["measured"]["brightness"]["counts"]) == 3
     assert funnel["speed"]["technical"]["clips"] == 3 and "captions" not in funnel["speed"]
+    assert funnel["speed"]["shots"]["clips"] == 4  # of three videos
     report = (out / "report.html").read_text()
     assert "technical: brightness too high" in report and "data:image/jpeg" in report
     lines = [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()]
@@ -168,6 +197,17 @@ def test_more_videos_make_the_set_grow(footage, tmp_path):
     assert shard.stat().st_mtime_ns == before
     assert RecordSource(out / "records", "train").raw(0)["spec"] == first
     assert len(DirectorySource(out / "table")) == 5
+
+
+def test_an_unreadable_shard_is_made_again(footage, tmp_path, caplog):
+    out = tmp_path / "out"
+    run(footage, out)
+    shard = out / "records/curated_garment-train.array_record-00000"
+    good = shard.read_bytes()
+    shard.write_bytes(b"no shard" + good[8:100])
+    assert run(footage, out).records == 3
+    assert shard.read_bytes() == good
+    assert f"{shard.name}" in caplog.text and "it is made again" in caplog.text
 
 
 def test_keep_is_chosen_once(footage, tmp_path):

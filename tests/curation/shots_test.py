@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from chameleon_jax.curation.footage import Footage
-from chameleon_jax.curation.shots import CutDetector, Shots, find_fades, split_shot
+from chameleon_jax.curation.shots import (
+    CutDetector,
+    Shots,
+    find_fades,
+    half_lengths,
+    split_shot,
+)
 from tests.curation.made import FPS, clip, refused, scene, write_scene
 
 
@@ -38,11 +44,11 @@ def test_no_part_of_a_shot_is_lost_or_too_long(frames):
     assert frames - len(found) < sum(count for _, count in found) <= frames
 
 
-def joined(*joints: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def joined(*joints: int, speed: float = 0.5) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Scenes with cross-fades of so many frames between them, 0 is a cut; and the boundaries."""
-    out, truth = list(scene(0, 30, speed=0.5).astype(np.float32)), []
+    out, truth = list(scene(0, 30, speed=speed).astype(np.float32)), []
     for seed, fade in enumerate(joints, 1):
-        new = scene(seed, 30 + fade, speed=0.5).astype(np.float32)
+        new = scene(seed, 30 + fade, speed=speed).astype(np.float32)
         truth.append((len(out) - fade - 1, len(out)))
         for i in range(fade):
             share = (i + 1) / (fade + 1)
@@ -63,16 +69,49 @@ def test_cuts_are_found_to_the_frame():
     assert boundaries(frames) == truth
 
 
-def test_cross_fades_are_found_with_their_length():
-    frames, truth = joined(8, 0, 10)
-    found = boundaries(frames)
-    assert len(found) == len(truth)
-    for (first, last), (before, behind) in zip(found, truth, strict=True):
-        assert abs(first - before) <= 2 and abs(last - behind) <= 2
+@pytest.mark.parametrize("speed", [0.5, 3.0])
+def test_cross_fades_are_found_to_the_frame_also_where_someone_moves(speed):
+    frames, truth = joined(8, 0, 10, 5, speed=speed)
+    assert boundaries(frames) == truth
+
+
+def test_a_jump_of_hue_within_a_cross_fade_is_no_cut():
+    """Between two complementary colours the mix is grey, and its hue says nothing."""
+    one, other = (np.float32(colour) for colour in ((150, 110, 110), (110, 150, 150)))
+    share = np.clip((np.arange(40) - 15) / 9, 0, 1)[:, None]
+    colours = (1 - share) * one + share * other
+    texture = scene(1, 40, speed=0.0).mean(-1, keepdims=True) / 16
+    frames = (colours[:, None, None] + texture).astype(np.uint8)
+    detector = CutDetector()
+    for frame in frames:
+        detector.add(frame, FPS)
+    # What PySceneDetect alone says.
+    assert any(15 < cut < 24 for cut in detector._cuts)
+    assert detector.boundaries() == [(15, 24)]
+
+
+def test_a_faint_cut_is_found():
+    """Two scenes with the same background, as of one studio."""
+    frames = scene(1, 60, speed=0.5) // 8 + 100
+    frames[30:, 10:50, 10:30] += 70
+    assert boundaries(frames) == [(29, 30)]
+
+
+def test_half_lengths_cover_short_and_long_cross_fades():
+    assert half_lengths(8) == [2, 3, 4, 5, 6, 7]
+    assert half_lengths(30)[0] == 4 and half_lengths(30)[-1] == 27
+    assert max(np.diff(np.log(half_lengths(60)))) < np.log(1.3)
 
 
 def test_motion_is_no_boundary():
     assert boundaries(scene(3, 60, speed=2.0)) == []
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_moving_camera_is_no_boundary(step):
+    wide = np.concatenate(list(scene(4, 12, speed=0.0)), 1)
+    frames = np.stack([wide[:, step * t : step * t + 48] for t in range(60)])
+    assert boundaries(frames) == []
 
 
 def test_a_still_picture_is_no_cross_fade():

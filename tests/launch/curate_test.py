@@ -22,10 +22,12 @@ from tests.curation import onnx_file
 from tests.curation.endpoint_test import Server, said
 from tests.curation.garment_test import GOOD_GARMENT, GOOD_REFERENCE, cloth
 from tests.curation.made import GOOD, write_scene
+from tests.curation.pose_test import SIZE, simcc, standing
 
 ROOT = Path(__file__).parents[2]
 OPEN = [
     "--config.aesthetics.weights=none",
+    "--config.pose.weights=none",
     "--config.out.frames=25",
     "--config.out.fps=8",
 ]
@@ -73,11 +75,58 @@ def test_missing_models_are_named(tmp_path, footage):
     weights = f"--config.person.weights={tmp_path}/yolox_s.onnx"
     with pytest.raises(UserError, match="yolox_s.onnx: no such file; the detector of people"):
         run(*given(tmp_path, footage, weights))
+    out = np.zeros((1, 8400, 85), np.float32)
+    (tmp_path / "yolox_s.onnx").write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    joints = f"--config.pose.weights={tmp_path}/rtmpose_m.onnx"
+    with pytest.raises(UserError, match="rtmpose_m.onnx: no such file; joints are found by"):
+        run(*given(tmp_path, footage, weights, joints))
 
 
 def test_an_endpoint_needs_its_model(tmp_path, footage):
     with pytest.raises(UserError, match="no model named"):
         run(*given(tmp_path, footage, "--config.vision.url=http://127.0.0.1:1/v1"))
+
+
+def test_a_missing_key_is_named(tmp_path, footage, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    weights = tmp_path / "yolox_s.onnx"
+    out = np.zeros((1, 8400, 85), np.float32)
+    weights.write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    vision = {"url": "https://example.org/v1", "model": "m", "key": "NO_SUCH_KEY"}
+    flags = [f"--config.vision.{name}={value}" for name, value in vision.items()]
+    with pytest.raises(UserError, match="NO_SUCH_KEY") as error:
+        run(*given(tmp_path, footage, f"--config.person.weights={weights}", *flags))
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on(tmp_path):
+    """The largest file that a process may write stands for what is left of the disk."""
+    for number in range(3):
+        write_scene(tmp_path / f"footage/v{number}.mp4", [number, 10 + number])
+    out = np.zeros((1, 8400, 85), np.float32)
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    weights = f"--config.person.weights={tmp_path}/net.onnx"
+    flags = given(tmp_path, tmp_path / "footage", weights)
+
+    def curated(left: int | None) -> subprocess.CompletedProcess:
+        code = (
+            "import resource, sys\nfrom launch import curate\n"
+            "if sys.argv[1] != 'None':\n"
+            "    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n"
+            "curate.main(sys.argv[2:])"
+        )
+        command = [sys.executable, "-c", code, str(left), *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    full = curated(150)
+    assert full.returncode == 2 and not full.stdout
+    said = full.stderr.strip().splitlines()[-1]
+    assert "shots.jsonl: cannot be written" in said and "the same command continues" in said
+    assert "Traceback" not in full.stderr
+    again = curated(None)
+    assert again.returncode == 0, again.stderr
+    lines = (tmp_path / "out/journal/shots.jsonl").read_text().splitlines()
+    assert sorted({json.loads(line)["clip"][:2] for line in lines}) == ["v0", "v1", "v2"]
 
 
 def test_an_endpoint_that_is_not_there_stops_the_run_and_keeps_what_was_found(
@@ -144,11 +193,15 @@ def test_a_whole_run_with_an_onnx_file_and_endpoints(tmp_path, monkeypatch, caps
     monkeypatch.setattr("chameleon_jax.curation.endpoint.FIRST_WAIT", 0.0)
     out = np.zeros((1, 8400, 85), np.float32)  # a person in the middle of every picture
     out[0, 80 * 80 + 20 * 40 + 16, :6] = (0.0, 0.0, np.log(20), np.log(30), 0.95, 0.95)
-    (tmp_path / "net.onnx").write_bytes(onnx_file.constant(640, out))
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant((1, 3, 640, 640), output=out))
+    along_x, along_y = simcc(standing(at=(96, 80), trunk=60).joints * SIZE[::-1], np.full(17, 0.9))
+    joints = onnx_file.constant((1, 3, 256, 192), simcc_x=along_x, simcc_y=along_y)
+    (tmp_path / "joints.onnx").write_bytes(joints)
     for number in range(2):
         write_scene(tmp_path / f"footage/v{number}.mp4", [number, 10 + number])
     settings = {
         "person.weights": tmp_path / "net.onnx",
+        "pose.weights": tmp_path / "joints.onnx",
         "aesthetics.weights": "none",
         "technical.limits.blocks": "(None,1.0)",
         "motion.limits.flow": "(0.0,9.0)",
@@ -169,7 +222,9 @@ def test_a_whole_run_with_an_onnx_file_and_endpoints(tmp_path, monkeypatch, caps
     table = sources.open_sources(tmp_path / "out/table")
     assert len(records) == len(table) == 4
     assert records.load(0, 25, (64, 48))["captions"]["dynamic"] == GOOD["en_long"][0]
-    assert json.loads(records.raw(0)["spec"])["captions_by"]["model"] == "scripted"
+    spec = json.loads(records.raw(0)["spec"])
+    assert spec["captions_by"]["model"] == "scripted"
+    assert spec["measured"]["front"] == spec["measured"]["whole"] == 1
 
 
 def test_help_needs_no_heavy_module():
