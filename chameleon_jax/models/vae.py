@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -46,7 +46,7 @@ from chameleon_jax.sharding import constrain_frames
 # the empty past can be left out.
 State: TypeAlias = "jax.Array | dict[str, State] | list[State] | None"
 
-CONV_FORMS = ("auto", "conv3d", "stacked")
+CONV_FORMS = ("auto", "conv3d", "stacked", "columns")
 KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
@@ -248,10 +248,13 @@ def copy_shortcut(
 
 
 def choose_conv(form: str = "auto") -> str:
-    """How to compute convolutions over time: "conv3d" or "stacked".
+    """How to compute convolutions over time: "conv3d", "stacked" or "columns".
 
-    "stacked" takes the frames that a kernel sees as channels of one 2-D convolution. Both give the
-    same up to rounding. XLA has fast 3-D convolutions for GPU and TPU; on a CPU the stacked form is
+    "stacked" takes the frames that a kernel sees as channels of one 2-D convolution. "columns"
+    takes the columns that it sees as channels of one convolution over time and rows, in which the
+    columns of the grid are the batch: TPUs lay a batch along their registers, and with one sample
+    in it XLA cuts the grid into stripes before every convolution and joins them after it. All give
+    the same up to rounding. XLA has fast 3-D convolutions for GPUs; on a CPU the stacked form is
     several times faster, in training most of all. "auto" chooses for the default backend of JAX: to
     compile for another backend, name the form.
     """
@@ -260,7 +263,7 @@ def choose_conv(form: str = "auto") -> str:
 
 def conv_for(platform: str) -> str:
     """The form of `choose_conv` that is fast on a platform."""
-    return "stacked" if platform == "cpu" else "conv3d"
+    return {"cpu": "stacked", "tpu": "columns"}.get(platform, "conv3d")
 
 
 def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str) -> jax.Array:
@@ -272,7 +275,7 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
       x_bthwc: input.
       kernel: [time, row, column, in, out], odd in rows and columns.
       stride_t: frames from one output to the next.
-      form: "conv3d" or "stacked", see `choose_conv`.
+      form: "conv3d", "stacked" or "columns", see `choose_conv`.
 
     Returns:
       [b, (t - time) // stride_t + 1, h, w, out]
@@ -290,6 +293,19 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
         )
         return constrain_frames(y)
     b, t, h, w, _ = x_bthwc.shape
+    if form == "columns":
+        y = jax.lax.conv_general_dilated(
+            rearrange(x_bthwc, "b t h w c -> t h (b w) c"),
+            rearrange(kernel, "t h w i o -> t h i (w o)"),
+            (stride_t, 1),
+            ((0, 0), pad[0]),
+            dimension_numbers=("DHNC", "DHIO", "DHNC"),
+            preferred_element_type=jnp.float32,
+        )
+        y = rearrange(y, "t h (b w) c -> b t h w c", b=b)
+        parts = jnp.split(y, columns, axis=-1)
+        y = sum(shift_columns(part, columns // 2 - q) for q, part in enumerate(parts))
+        return constrain_frames(y.astype(x_bthwc.dtype))
     steps = (t - taps) // stride_t + 1
     seen = [x_bthwc[:, k : k + stride_t * (steps - 1) + 1 : stride_t] for k in range(taps)]
     stacked = jnp.concatenate(seen, axis=-1).reshape(b * steps, h, w, -1)
@@ -298,6 +314,13 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
         stacked, kernel_hwio, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return constrain_frames(y.reshape(b, steps, h, w, outputs))
+
+
+def shift_columns(x_bthwc: jax.Array, by: int) -> jax.Array:
+    """Every frame moved to the right, or to the left if `by` is negative; zeros come in."""
+    still = (0, 0, 0)
+    edges = (still, still, still, (by, -by, 0), still)
+    return jax.lax.pad(x_bthwc, jnp.zeros((), x_bthwc.dtype), edges)
 
 
 def conv_grid(
@@ -378,11 +401,13 @@ class Conv2d(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, build: Build):
         self.kernel, self.bias = build.kernel(3, 3, inputs, outputs), build.bias(outputs)
-        self.stride, self.dtype = stride, build.dtype
+        self.stride, self.dtype, self.conv = stride, build.dtype, build.conv
 
     def __call__(self, x_bthwc: jax.Array) -> jax.Array:
-        pad = ((1, 1), (1, 1)) if self.stride == 1 else ((0, 1), (0, 1))
         kernel, bias = cast(self.kernel, self.dtype), cast(self.bias, self.dtype)
+        if self.stride == 1 and choose_conv(self.conv) == "columns":
+            return conv_frames(x_bthwc, kernel[None], 1, "columns") + bias
+        pad = ((1, 1), (1, 1)) if self.stride == 1 else ((0, 1), (0, 1))
         return conv_grid(x_bthwc, kernel, self.stride, pad) + bias
 
 
@@ -665,6 +690,8 @@ class Decoder(nnx.Module):
                 DecoderStage(inputs, outputs, config.dec_blocks, up, temporal, build=build)
             )
         self.stages = nnx.List(stages)
+        # Stages up to the last that changes time.
+        self.early = max((i + 1 for i, s in enumerate(stages) if s.factor_t > 1), default=0)
         self.norm_out = ChannelNorm(widths[-1], build=build)
         self.conv_out = CausalConv3d(widths[-1], 3 * config.patch**2, build=build)
 
@@ -682,9 +709,27 @@ class Decoder(nnx.Module):
     def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
         x, conv_in = self.conv_in(x_bthwc, _of(state, "conv_in"))
         x, middle = self.middle(x, _of(state, "middle"))
-        x, stages = run_layers(self.stages, x, _of(state, "stages"), first)
-        x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), _of(state, "conv_out"))
-        return x, {"conv_in": conv_in, "middle": middle, "stages": stages, "conv_out": conv_out}
+        early, late = self.stages[: self.early], self.stages[self.early :]
+        states = _of(state, "stages")
+        x, early_states = run_layers(early, x, states and states[: self.early], first)
+
+        def finish(x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
+            # `first` says nothing to stages that leave time as it is.
+            x, stages = run_layers(late, x_bthwc, _of(state, "stages"), first)
+            x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), _of(state, "conv_out"))
+            return x, {"stages": stages, "conv_out": conv_out}
+
+        late_state = None
+        if state is not None:
+            late_state = {"stages": states[self.early :], "conv_out": state["conv_out"]}
+        x, late_state = frame_by_frame(finish, x, late_state)
+        stages = [*early_states, *late_state["stages"]]
+        return x, {
+            "conv_in": conv_in,
+            "middle": middle,
+            "stages": stages,
+            "conv_out": late_state["conv_out"],
+        }
 
 
 class Vae(nnx.Module):
@@ -872,6 +917,27 @@ def run_layers(
         x_bthwc, state = layer(x_bthwc, _of(states, i), *args)
         new_states.append(state)
     return x_bthwc, new_states
+
+
+def frame_by_frame(
+    layer: Callable[[jax.Array, State], tuple[jax.Array, State]], x_bthwc: jax.Array, state: State
+) -> tuple[jax.Array, State]:
+    """What a causal layer gives for all frames, with the memory that it takes for one.
+
+    Args:
+      layer: takes any number of frames and a state, and returns as many frames and the new state.
+      x_bthwc: input of the layer.
+      state: of the layer.
+    """
+    if x_bthwc.shape[1] == 1:
+        return layer(x_bthwc, state)
+
+    def step(state: State, x_bhwc: jax.Array) -> tuple[State, jax.Array]:
+        y, state = layer(x_bhwc[:, None], state)
+        return state, y[:, 0]
+
+    state, y_tbhwc = jax.lax.scan(step, state, jnp.moveaxis(x_bthwc, 1, 0))
+    return jnp.moveaxis(y_tbhwc, 0, 1), state
 
 
 def _of(state: State, key: str | int) -> State:
