@@ -24,12 +24,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from chameleon_jax.models.checks import (
     check_choice,
@@ -250,13 +251,15 @@ def copy_shortcut(
 def choose_conv(form: str = "auto") -> str:
     """How to compute convolutions over time: "conv3d", "stacked" or "columns".
 
-    "stacked" takes the frames that a kernel sees as channels of one 2-D convolution. "columns"
-    takes the columns that it sees as channels of one convolution over time and rows, in which the
-    columns of the grid are the batch: TPUs lay a batch along their registers, and with one sample
-    in it XLA cuts the grid into stripes before every convolution and joins them after it. All give
-    the same up to rounding. XLA has fast 3-D convolutions for GPUs; on a CPU the stacked form is
-    several times faster, in training most of all. "auto" chooses for the default backend of JAX: to
-    compile for another backend, name the form.
+    "stacked" takes the frames that a kernel sees as channels of one 2-D convolution. "columns" is
+    for TPUs: one convolution over time and rows, with the columns of the grid as its batch, gives
+    the results of all columns of the kernel side by side, which are then moved and added. TPUs
+    compute eight samples of a batch at a time; of a batch of one frame XLA makes eight stripes
+    before every convolution and joins them after it, which takes longer than the products.
+
+    All give the same up to rounding. XLA has fast 3-D convolutions for GPUs; on a CPU the stacked
+    form is several times faster, in training most of all. "auto" chooses for the default backend of
+    JAX: to compile for another backend, name the form.
     """
     return conv_for(jax.default_backend()) if form == "auto" else form
 
@@ -283,7 +286,11 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
     taps, rows, columns, _, outputs = kernel.shape
     pad = ((rows // 2, rows // 2), (columns // 2, columns // 2))
     x_bthwc = constrain_frames(x_bthwc)
-    if form == "conv3d":
+    b, t, h, w, _ = x_bthwc.shape
+    steps = (t - taps) // stride_t + 1
+    # For one result "conv3d" is stacked, too: for 2-D convolutions in bfloat16 XLA keeps channels
+    # last on a GPU, for 3-D ones it transposes what goes in and comes out.
+    if form == "conv3d" and steps > 1:
         y = jax.lax.conv_general_dilated(
             x_bthwc,
             kernel,
@@ -292,7 +299,6 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
         return constrain_frames(y)
-    b, t, h, w, _ = x_bthwc.shape
     if form == "columns":
         y = jax.lax.conv_general_dilated(
             rearrange(x_bthwc, "b t h w c -> t h (b w) c"),
@@ -305,8 +311,10 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
         y = rearrange(y, "t h (b w) c -> b t h w c", b=b)
         parts = jnp.split(y, columns, axis=-1)
         y = sum(shift_columns(part, columns // 2 - q) for q, part in enumerate(parts))
-        return constrain_frames(y.astype(x_bthwc.dtype))
-    steps = (t - taps) // stride_t + 1
+        # Channels last, as the convolution gives them: XLA would move columns more easily with
+        # channels first and would turn every result over and back.
+        y = with_layout_constraint(y.astype(x_bthwc.dtype), Layout(range(y.ndim)))
+        return constrain_frames(y)
     seen = [x_bthwc[:, k : k + stride_t * (steps - 1) + 1 : stride_t] for k in range(taps)]
     stacked = jnp.concatenate(seen, axis=-1).reshape(b * steps, h, w, -1)
     kernel_hwio = rearrange(kernel, "t h w i o -> h w (t i) o")
@@ -690,8 +698,10 @@ class Decoder(nnx.Module):
                 DecoderStage(inputs, outputs, config.dec_blocks, up, temporal, build=build)
             )
         self.stages = nnx.List(stages)
-        # Stages up to the last that changes time.
-        self.early = max((i + 1 for i, s in enumerate(stages) if s.factor_t > 1), default=0)
+        self.early = 0  # stages up to the last one that changes time
+        for i, stage in enumerate(stages):
+            if stage.factor_t > 1:
+                self.early = i + 1
         self.norm_out = ChannelNorm(widths[-1], build=build)
         self.conv_out = CausalConv3d(widths[-1], 3 * config.patch**2, build=build)
 
@@ -706,30 +716,37 @@ class Decoder(nnx.Module):
             "conv_out": self.conv_out.init_state(b, h * grow, w * grow),
         }
 
-    def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x_bthwc: jax.Array, state: State, first: bool, by_frame: bool = False
+    ) -> tuple[jax.Array, State]:
+        """Decode a chunk.
+
+        Args:
+          x_bthwc: latents.
+          state: of the decoder, or None for a single picture.
+          first: does the stream start with x?
+          by_frame: run the stages behind the last one that changes time for one frame after
+            another. They hold the most by far: on a grid of 352 x 640 every frame has 115 MB for
+            each 256 channels.
+        """
         x, conv_in = self.conv_in(x_bthwc, _of(state, "conv_in"))
         x, middle = self.middle(x, _of(state, "middle"))
+        states = _of(state, "stages") or [None] * len(self.stages)
         early, late = self.stages[: self.early], self.stages[self.early :]
-        states = _of(state, "stages")
-        x, early_states = run_layers(early, x, states and states[: self.early], first)
+        x, early_states = run_layers(early, x, states[: self.early], first)
 
-        def finish(x_bthwc: jax.Array, state: State) -> tuple[jax.Array, State]:
-            # `first` says nothing to stages that leave time as it is.
-            x, stages = run_layers(late, x_bthwc, _of(state, "stages"), first)
-            x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), _of(state, "conv_out"))
-            return x, {"stages": stages, "conv_out": conv_out}
+        def finish(x: jax.Array, past: tuple[State, State]) -> tuple[jax.Array, Any]:
+            # To stages that leave time as it is, the first frame is one like the others.
+            x, states = run_layers(late, x, past[0], False)
+            x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), past[1])
+            return x, (states, conv_out)
 
-        late_state = None
-        if state is not None:
-            late_state = {"stages": states[self.early :], "conv_out": state["conv_out"]}
-        x, late_state = frame_by_frame(finish, x, late_state)
-        stages = [*early_states, *late_state["stages"]]
-        return x, {
-            "conv_in": conv_in,
-            "middle": middle,
-            "stages": stages,
-            "conv_out": late_state["conv_out"],
-        }
+        past = states[self.early :], _of(state, "conv_out")
+        x, (late_states, conv_out) = (
+            frame_by_frame(finish, x, past) if by_frame else finish(x, past)
+        )
+        stages = [*early_states, *late_states]
+        return x, {"conv_in": conv_in, "middle": middle, "stages": stages, "conv_out": conv_out}
 
 
 class Vae(nnx.Module):
@@ -833,7 +850,7 @@ class Vae(nnx.Module):
         return self._scale(mean), state
 
     def decode_chunk(
-        self, z_bfhwc: jax.Array, state: State, first: bool
+        self, z_bfhwc: jax.Array, state: State, first: bool, by_frame: bool = False
     ) -> tuple[jax.Array, State]:
         """Decode the next latent frames of a stream.
 
@@ -843,6 +860,7 @@ class Vae(nnx.Module):
           z_bfhwc: scaled latents, any number of frames.
           state: what the chunk before returned; in the first chunk `init_decode_state` or None.
           first: does the stream start with this chunk? Static.
+          by_frame: in the last stages one pixel frame after another, for less memory. Static.
 
         Returns:
           Pixels in [-1, 1], `temporal_factor` frames for each latent frame, 1 for the first of the
@@ -855,7 +873,7 @@ class Vae(nnx.Module):
         if state is None and first:
             state = self.init_decode_state(z_bfhwc.shape[0], *z_bfhwc.shape[2:4])
         check_state(state)
-        return self._decode(z_bfhwc, state, first, clamp=True)
+        return self._decode(z_bfhwc, state, first, clamp=True, by_frame=by_frame)
 
     def _encode(
         self, x_bthwc: jax.Array, state: State, first: bool
@@ -866,11 +884,11 @@ class Vae(nnx.Module):
         return mean, logvar, state
 
     def _decode(
-        self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool
+        self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool, by_frame: bool = False
     ) -> tuple[jax.Array, State]:
         mean, std = jnp.array(self.config.latent_mean), jnp.array(self.config.latent_std)
         z = (z_bfhwc.astype(jnp.float32) * std + mean).astype(self.dtype)
-        x, state = self.decoder(self.post_quant(z), state, first)
+        x, state = self.decoder(self.post_quant(z), state, first, by_frame)
         pixels = unpatchify(x.astype(jnp.float32), self.config.patch)
         if clamp:
             pixels = jnp.clip(pixels, -1, 1)
@@ -920,19 +938,23 @@ def run_layers(
 
 
 def frame_by_frame(
-    layer: Callable[[jax.Array, State], tuple[jax.Array, State]], x_bthwc: jax.Array, state: State
-) -> tuple[jax.Array, State]:
+    layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x_bthwc: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
     """What a causal layer gives for all frames, with the memory that it takes for one.
 
     Args:
-      layer: takes any number of frames and a state, and returns as many frames and the new state.
+      layer: takes any number of frames and a state, and returns as many frames and a state of the
+        same shapes.
       x_bthwc: input of the layer.
-      state: of the layer.
+      state: before the first of these frames.
+
+    Returns:
+      Output for all frames, and the state behind the last one.
     """
     if x_bthwc.shape[1] == 1:
         return layer(x_bthwc, state)
 
-    def step(state: State, x_bhwc: jax.Array) -> tuple[State, jax.Array]:
+    def step(state: Any, x_bhwc: jax.Array) -> tuple[Any, jax.Array]:
         y, state = layer(x_bhwc[:, None], state)
         return state, y[:, 0]
 
