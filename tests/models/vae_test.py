@@ -237,7 +237,7 @@ def test_columns_are_added_before_they_are_rounded():
 
 
 def test_late_stages_run_frame_by_frame_give_the_same_and_hold_one_frame():
-    """Frames, states and the largest array of the last stages, in programs of five latent frames."""
+    """Frames, states and the largest arrays, in programs of five latent frames."""
     graph, params = nnx.split(_vae())
     z = _latents()
 
