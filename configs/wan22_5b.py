@@ -45,8 +45,8 @@ def _distilled(variant: str) -> ConfigDict:
                 "width": 704,
                 "fps": 24.0,
                 "frames": 81,
-                # Latent frames that are decoded together; 0: all of a chunk, which takes 2 to 3
-                # times the memory.
+                # Latent frames that are decoded together, the largest stages frame by frame; 0: all
+                # of a chunk at once, which moves less and takes three times the memory.
                 "decode_at_once": 1,
             },
             "cache": wan22.CACHE,  # M = 23 latent frames, chunks of 3

@@ -23,13 +23,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from chameleon_jax.models.checks import (
     check_choice,
@@ -46,7 +47,7 @@ from chameleon_jax.sharding import constrain_frames
 # the empty past can be left out.
 State: TypeAlias = "jax.Array | dict[str, State] | list[State] | None"
 
-CONV_FORMS = ("auto", "conv3d", "stacked")
+CONV_FORMS = ("auto", "conv3d", "stacked", "columns")
 KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
@@ -248,19 +249,24 @@ def copy_shortcut(
 
 
 def choose_conv(form: str = "auto") -> str:
-    """How to compute convolutions over time: "conv3d" or "stacked".
+    """How to compute convolutions over time: "conv3d", "stacked" or "columns".
 
-    "stacked" takes the frames that a kernel sees as channels of one 2-D convolution. Both give the
-    same up to rounding. XLA has fast 3-D convolutions for GPU and TPU; on a CPU the stacked form is
-    several times faster, in training most of all. "auto" chooses for the default backend of JAX: to
-    compile for another backend, name the form.
+    "stacked" takes the frames that a kernel sees as channels of one 2-D convolution. "columns" is
+    for TPUs: one convolution over time and rows, with the columns of the grid as its batch, gives
+    the results of all columns of the kernel side by side, which are then moved and added. TPUs
+    compute eight samples of a batch at a time; of a batch of one frame XLA makes eight stripes
+    before every convolution and joins them after it, which takes longer than the products.
+
+    All give the same up to rounding. XLA has fast 3-D convolutions for GPUs; on a CPU the stacked
+    form is several times faster, in training most of all. "auto" chooses for the default backend of
+    JAX: to compile for another backend, name the form.
     """
     return conv_for(jax.default_backend()) if form == "auto" else form
 
 
 def conv_for(platform: str) -> str:
     """The form of `choose_conv` that is fast on a platform."""
-    return "stacked" if platform == "cpu" else "conv3d"
+    return {"cpu": "stacked", "tpu": "columns"}.get(platform, "conv3d")
 
 
 def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str) -> jax.Array:
@@ -272,7 +278,7 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
       x_bthwc: input.
       kernel: [time, row, column, in, out], odd in rows and columns.
       stride_t: frames from one output to the next.
-      form: "conv3d" or "stacked", see `choose_conv`.
+      form: "conv3d", "stacked" or "columns", see `choose_conv`.
 
     Returns:
       [b, (t - time) // stride_t + 1, h, w, out]
@@ -280,7 +286,11 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
     taps, rows, columns, _, outputs = kernel.shape
     pad = ((rows // 2, rows // 2), (columns // 2, columns // 2))
     x_bthwc = constrain_frames(x_bthwc)
-    if form == "conv3d":
+    b, t, h, w, _ = x_bthwc.shape
+    steps = (t - taps) // stride_t + 1
+    # For one result "conv3d" is stacked, too: for 2-D convolutions in bfloat16 XLA keeps channels
+    # last on a GPU, for 3-D ones it transposes what goes in and comes out.
+    if form == "conv3d" and steps > 1:
         y = jax.lax.conv_general_dilated(
             x_bthwc,
             kernel,
@@ -289,8 +299,22 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
         return constrain_frames(y)
-    b, t, h, w, _ = x_bthwc.shape
-    steps = (t - taps) // stride_t + 1
+    if form == "columns":
+        y = jax.lax.conv_general_dilated(
+            rearrange(x_bthwc, "b t h w c -> t h (b w) c"),
+            rearrange(kernel, "t h w i o -> t h i (w o)"),
+            (stride_t, 1),
+            ((0, 0), pad[0]),
+            dimension_numbers=("DHNC", "DHIO", "DHNC"),
+            preferred_element_type=jnp.float32,
+        )
+        y = rearrange(y, "t h (b w) c -> b t h w c", b=b)
+        parts = jnp.split(y, columns, axis=-1)
+        y = sum(shift_columns(part, columns // 2 - q) for q, part in enumerate(parts))
+        # Channels last, as the convolution gives them: XLA would move columns more easily with
+        # channels first and would turn every result over and back.
+        y = with_layout_constraint(y.astype(x_bthwc.dtype), Layout(range(y.ndim)))
+        return constrain_frames(y)
     seen = [x_bthwc[:, k : k + stride_t * (steps - 1) + 1 : stride_t] for k in range(taps)]
     stacked = jnp.concatenate(seen, axis=-1).reshape(b * steps, h, w, -1)
     kernel_hwio = rearrange(kernel, "t h w i o -> h w (t i) o")
@@ -298,6 +322,13 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
         stacked, kernel_hwio, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return constrain_frames(y.reshape(b, steps, h, w, outputs))
+
+
+def shift_columns(x_bthwc: jax.Array, by: int) -> jax.Array:
+    """Every frame moved to the right, or to the left if `by` is negative; zeros come in."""
+    still = (0, 0, 0)
+    edges = (still, still, still, (by, -by, 0), still)
+    return jax.lax.pad(x_bthwc, jnp.zeros((), x_bthwc.dtype), edges)
 
 
 def conv_grid(
@@ -378,11 +409,13 @@ class Conv2d(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, build: Build):
         self.kernel, self.bias = build.kernel(3, 3, inputs, outputs), build.bias(outputs)
-        self.stride, self.dtype = stride, build.dtype
+        self.stride, self.dtype, self.conv = stride, build.dtype, build.conv
 
     def __call__(self, x_bthwc: jax.Array) -> jax.Array:
-        pad = ((1, 1), (1, 1)) if self.stride == 1 else ((0, 1), (0, 1))
         kernel, bias = cast(self.kernel, self.dtype), cast(self.bias, self.dtype)
+        if self.stride == 1 and choose_conv(self.conv) == "columns":
+            return conv_frames(x_bthwc, kernel[None], 1, "columns") + bias
+        pad = ((1, 1), (1, 1)) if self.stride == 1 else ((0, 1), (0, 1))
         return conv_grid(x_bthwc, kernel, self.stride, pad) + bias
 
 
@@ -665,6 +698,10 @@ class Decoder(nnx.Module):
                 DecoderStage(inputs, outputs, config.dec_blocks, up, temporal, build=build)
             )
         self.stages = nnx.List(stages)
+        self.early = 0  # stages up to the last one that changes time
+        for i, stage in enumerate(stages):
+            if stage.factor_t > 1:
+                self.early = i + 1
         self.norm_out = ChannelNorm(widths[-1], build=build)
         self.conv_out = CausalConv3d(widths[-1], 3 * config.patch**2, build=build)
 
@@ -679,11 +716,36 @@ class Decoder(nnx.Module):
             "conv_out": self.conv_out.init_state(b, h * grow, w * grow),
         }
 
-    def __call__(self, x_bthwc: jax.Array, state: State, first: bool) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x_bthwc: jax.Array, state: State, first: bool, by_frame: bool = False
+    ) -> tuple[jax.Array, State]:
+        """Decode a chunk.
+
+        Args:
+          x_bthwc: latents.
+          state: of the decoder, or None for a single picture.
+          first: does the stream start with x?
+          by_frame: run the stages behind the last one that changes time for one frame after
+            another. They hold the most by far: on a grid of 352 x 640 every frame has 115 MB for
+            each 256 channels.
+        """
         x, conv_in = self.conv_in(x_bthwc, _of(state, "conv_in"))
         x, middle = self.middle(x, _of(state, "middle"))
-        x, stages = run_layers(self.stages, x, _of(state, "stages"), first)
-        x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), _of(state, "conv_out"))
+        states = _of(state, "stages") or [None] * len(self.stages)
+        early, late = self.stages[: self.early], self.stages[self.early :]
+        x, early_states = run_layers(early, x, states[: self.early], first)
+
+        def finish(x: jax.Array, past: tuple[State, State]) -> tuple[jax.Array, Any]:
+            # To stages that leave time as it is, the first frame is one like the others.
+            x, states = run_layers(late, x, past[0], False)
+            x, conv_out = self.conv_out(jax.nn.silu(self.norm_out(x)), past[1])
+            return x, (states, conv_out)
+
+        past = states[self.early :], _of(state, "conv_out")
+        x, (late_states, conv_out) = (
+            frame_by_frame(finish, x, past) if by_frame else finish(x, past)
+        )
+        stages = [*early_states, *late_states]
         return x, {"conv_in": conv_in, "middle": middle, "stages": stages, "conv_out": conv_out}
 
 
@@ -788,7 +850,7 @@ class Vae(nnx.Module):
         return self._scale(mean), state
 
     def decode_chunk(
-        self, z_bfhwc: jax.Array, state: State, first: bool
+        self, z_bfhwc: jax.Array, state: State, first: bool, by_frame: bool = False
     ) -> tuple[jax.Array, State]:
         """Decode the next latent frames of a stream.
 
@@ -798,6 +860,7 @@ class Vae(nnx.Module):
           z_bfhwc: scaled latents, any number of frames.
           state: what the chunk before returned; in the first chunk `init_decode_state` or None.
           first: does the stream start with this chunk? Static.
+          by_frame: in the last stages one pixel frame after another, for less memory. Static.
 
         Returns:
           Pixels in [-1, 1], `temporal_factor` frames for each latent frame, 1 for the first of the
@@ -810,7 +873,7 @@ class Vae(nnx.Module):
         if state is None and first:
             state = self.init_decode_state(z_bfhwc.shape[0], *z_bfhwc.shape[2:4])
         check_state(state)
-        return self._decode(z_bfhwc, state, first, clamp=True)
+        return self._decode(z_bfhwc, state, first, clamp=True, by_frame=by_frame)
 
     def _encode(
         self, x_bthwc: jax.Array, state: State, first: bool
@@ -821,11 +884,11 @@ class Vae(nnx.Module):
         return mean, logvar, state
 
     def _decode(
-        self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool
+        self, z_bfhwc: jax.Array, state: State, first: bool, clamp: bool, by_frame: bool = False
     ) -> tuple[jax.Array, State]:
         mean, std = jnp.array(self.config.latent_mean), jnp.array(self.config.latent_std)
         z = (z_bfhwc.astype(jnp.float32) * std + mean).astype(self.dtype)
-        x, state = self.decoder(self.post_quant(z), state, first)
+        x, state = self.decoder(self.post_quant(z), state, first, by_frame)
         pixels = unpatchify(x.astype(jnp.float32), self.config.patch)
         if clamp:
             pixels = jnp.clip(pixels, -1, 1)
@@ -872,6 +935,31 @@ def run_layers(
         x_bthwc, state = layer(x_bthwc, _of(states, i), *args)
         new_states.append(state)
     return x_bthwc, new_states
+
+
+def frame_by_frame(
+    layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x_bthwc: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
+    """What a causal layer gives for all frames, with the memory that it takes for one.
+
+    Args:
+      layer: takes any number of frames and a state, and returns as many frames and a state of the
+        same shapes.
+      x_bthwc: input of the layer.
+      state: before the first of these frames.
+
+    Returns:
+      Output for all frames, and the state behind the last one.
+    """
+    if x_bthwc.shape[1] == 1:
+        return layer(x_bthwc, state)
+
+    def step(state: Any, x_bhwc: jax.Array) -> tuple[Any, jax.Array]:
+        y, state = layer(x_bhwc[:, None], state)
+        return state, y[:, 0]
+
+    state, y_tbhwc = jax.lax.scan(step, state, jnp.moveaxis(x_bthwc, 1, 0))
+    return jnp.moveaxis(y_tbhwc, 0, 1), state
 
 
 def _of(state: State, key: str | int) -> State:
