@@ -80,9 +80,9 @@ def choose_backend(backend: str | None, dtype: jnp.dtype) -> str:
             f"attention backend {backend!r} was asked for but is not installed:"
             f" {HOW_TO_INSTALL[backend]}, or choose 'xla'"
         )
-    if backend == "cudnn" and not _half(dtype):
+    if not computes_in(backend, dtype):
         raise BackendError(
-            "attention backend 'cudnn' computes in bfloat16 or float16, not"
+            f"attention backend {backend!r} computes in bfloat16 or float16, not"
             f" {jnp.dtype(dtype).name}"
         )
     return backend
@@ -95,11 +95,12 @@ def backend_for(device: jax.Device, dtype: jnp.dtype) -> str:
     # A topology names the chip, a driver its version.
     version = device.client.platform_version.lower()
     nvidia = "cuda" in version or "nvidia" in version
-    return "cudnn" if nvidia and _half(dtype) else "xla"
+    return "cudnn" if nvidia and computes_in("cudnn", dtype) else "xla"
 
 
-def _half(dtype: jnp.dtype) -> bool:
-    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+def computes_in(backend: str, dtype: jnp.dtype) -> bool:
+    """Has a backend kernels for these numbers?"""
+    return backend != "cudnn" or jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 def is_installed(backend: str) -> bool:

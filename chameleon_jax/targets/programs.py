@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
+from chameleon_jax.attention.core import computes_in
 from chameleon_jax.data.labels import cell_shapes
 from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.data.text_states import TextExamples, write_text_states
@@ -111,12 +112,14 @@ def of_config(
 def with_attention(config: ConfigDict, backend: str) -> ConfigDict:
     """The config with one attention backend for all networks that have a choice.
 
-    Left to choose, they would take that of the machine which compiles.
+    Left to choose, they would take that of the machine which compiles. What computes in numbers for
+    which the backend has no kernels gets "xla", as it would on the target itself.
     """
     config = ConfigDict(config.to_dict())
-    for name in ("dit", "score", "reward"):
+    dtypes = {"dit": config.dtype, "score": config.dtype, "reward": "float32"}  # stages/rewards.py
+    for name, dtype in dtypes.items():
         if name in config.model and config.model[name].get("attention") is None:
-            config.model[name].attention = backend
+            config.model[name].attention = backend if computes_in(backend, dtype) else "xla"
     return config
 
 

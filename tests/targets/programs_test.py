@@ -56,6 +56,17 @@ def test_the_config_is_not_changed(mesh):
     assert config.to_dict() == before
 
 
+def test_each_network_has_a_backend_that_computes_in_its_numbers():
+    config = load_config("configs/dmd.py:paper")
+    assert config.dtype == "bfloat16"
+    model = programs.with_attention(config, "cudnn").model
+    assert (model.dit.attention, model.reward.attention) == ("cudnn", "xla")
+    model = programs.with_attention(config, "splash").model
+    assert (model.dit.attention, model.reward.attention) == ("splash", "splash")
+    small = programs.with_attention(load_config("configs/dmd.py:smoke"), "cudnn").model
+    assert small.dit.attention == "xla"  # float32
+
+
 def test_a_stage_that_reads_pixels_is_refused():
     with pytest.raises(TargetError, match="'vae' reads pixels; targets knows teacher"):
         programs.names(load_config("configs/vae.py:smoke"))
