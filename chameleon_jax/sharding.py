@@ -242,13 +242,27 @@ def constrain_samples(x: jax.Array) -> jax.Array:
 
 def constrain_frames(x_bthwc: jax.Array) -> jax.Array:
     """`constrain_samples` for frames, whose rows are split too if they divide."""
+    spec = spec_of_frames(x_bthwc.shape)
+    return x_bthwc if spec is None else constrain(x_bthwc, spec)
+
+
+def constrain_columns(x_thnc: jax.Array, b: int) -> jax.Array:
+    """`constrain_frames` where the columns of all `b` samples are one axis, samples outermost."""
+    spec = spec_of_frames((b, *x_thnc.shape))
+    if spec is None:
+        return x_thnc
+    rows = ROWS[2] if spec == ROWS else None
+    return constrain(x_thnc, PartitionSpec(None, rows, SAMPLES))
+
+
+def spec_of_frames(shape: Sequence[int]) -> PartitionSpec | None:
+    """How frames [b, t, h, w, c] are split over the mesh that is set; None: not at all."""
     if not is_split():
-        return x_bthwc
-    shape = jax.sharding.get_abstract_mesh().shape
-    if x_bthwc.shape[0] % math.prod(shape[axis] for axis in SAMPLES):
-        return x_bthwc
-    whole_rows = x_bthwc.shape[2] % (shape["seq"] * shape["tensor"])
-    return constrain(x_bthwc, BATCH if whole_rows else ROWS)
+        return None
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if shape[0] % math.prod(sizes[axis] for axis in SAMPLES):
+        return None
+    return BATCH if shape[2] % (sizes["seq"] * sizes["tensor"]) else ROWS
 
 
 def per_device(

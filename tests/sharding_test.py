@@ -268,6 +268,6 @@ print("equal")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("conv", ["conv3d", "stacked"])
+@pytest.mark.parametrize("conv", ["conv3d", "stacked", "columns"])
 def test_the_vae_over_devices_moves_kernels_and_no_videos(conv):
     run_on(8, VAE_OVER_DEVICES.replace("CONV", repr(conv)))

@@ -40,7 +40,13 @@ from chameleon_jax.models.checks import (
     check_sizes,
     to_tuples,
 )
-from chameleon_jax.sharding import constrain_frames
+from chameleon_jax.sharding import (
+    constrain_columns,
+    constrain_frames,
+    is_split,
+    per_device,
+    spec_of_frames,
+)
 
 # What a stream remembers: arrays [b, frames, h, w, c] in dictionaries and lists that are named as
 # the layers are. None: the input is a single picture and nothing follows, so that the products with
@@ -301,20 +307,17 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
         return constrain_frames(y)
     if form == "columns":
         y = jax.lax.conv_general_dilated(
-            rearrange(x_bthwc, "b t h w c -> t h (b w) c"),
+            constrain_columns(rearrange(x_bthwc, "b t h w c -> t h (b w) c"), b),
             rearrange(kernel, "t h w i o -> t h i (w o)"),
             (stride_t, 1),
             ((0, 0), pad[0]),
             dimension_numbers=("DHNC", "DHIO", "DHNC"),
             preferred_element_type=jnp.float32,
         )
-        y = rearrange(y, "t h (b w) c -> b t h w c", b=b)
+        y = rearrange(constrain_columns(y, b), "t h (b w) c -> b t h w c", b=b)
         parts = jnp.split(y, columns, axis=-1)
         y = sum(shift_columns(part, columns // 2 - q) for q, part in enumerate(parts))
-        # Channels last, as the convolution gives them: XLA would move columns more easily with
-        # channels first and would turn every result over and back.
-        y = with_layout_constraint(y.astype(x_bthwc.dtype), Layout(range(y.ndim)))
-        return constrain_frames(y)
+        return pin_channels(constrain_frames(y.astype(x_bthwc.dtype)))
     seen = [x_bthwc[:, k : k + stride_t * (steps - 1) + 1 : stride_t] for k in range(taps)]
     stacked = jnp.concatenate(seen, axis=-1).reshape(b * steps, h, w, -1)
     kernel_hwio = rearrange(kernel, "t h w i o -> h w (t i) o")
@@ -322,6 +325,21 @@ def conv_frames(x_bthwc: jax.Array, kernel: jax.Array, stride_t: int, form: str)
         stacked, kernel_hwio, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return constrain_frames(y.reshape(b, steps, h, w, outputs))
+
+
+def pin_channels(x_bthwc: jax.Array) -> jax.Array:
+    """The same in an order of memory with channels last, as convolutions give and take them.
+
+    XLA moves columns more easily with channels first, and would turn every result over and back.
+    """
+
+    def pin(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(range(x.ndim)))
+
+    spec = spec_of_frames(x_bthwc.shape)
+    if spec is not None:  # each device its own part: XLA would gather all of them for it
+        return per_device(pin, [spec], spec)(x_bthwc)
+    return x_bthwc if is_split() else pin(x_bthwc)
 
 
 def shift_columns(x_bthwc: jax.Array, by: int) -> jax.Array:

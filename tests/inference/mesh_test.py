@@ -185,6 +185,7 @@ def test_a_session_on_four_devices_switches_goes_back_and_is_restored(tmp_path):
 DECODING = (
     COMMON
     + """
+config.unlock().model.vae.conv = CONV
 z = jax.random.normal(jax.random.key(0), (2, 1, 3, 4, 4, 4))
 picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 
@@ -217,8 +218,9 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_rows_of_frames_are_split_in_the_vae_and_its_state():
-    run_on(8, DECODING)
+@pytest.mark.parametrize("conv", ["stacked", "columns"])
+def test_rows_of_frames_are_split_in_the_vae_and_its_state(conv):
+    run_on(8, DECODING.replace("CONV", repr(conv)))
 
 
 SHOTS = """
