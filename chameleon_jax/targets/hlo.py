@@ -193,21 +193,28 @@ def moves(program: Program, least: int = LARGE) -> dict[str, Tally]:
     """Copies, pads, transposes and concatenations that make at least so many bytes, by kind.
 
     Alone, or as what a fusion ends in. Those that the compiler does inside of other work, on the
-    way, cost little and are not counted, nor are updates in place.
+    way, cost little and are not counted, nor are updates in place, nor what is brought into a
+    chip's own memory ahead of its use: the work itself would read it.
     """
     found: dict[str, Tally] = collections.defaultdict(Tally)
     for times, operation in program.operations():
-        if operation.bytes < least:
-            continue
-        kind = operation.kind.removesuffix("-start")
+        kind, size = operation.kind.removesuffix("-start"), operation.bytes
+        if operation.kind == "copy-start":
+            output, source = operation.shape.split("}")[:2]  # (output, input, context)
+            if _space(output) != _space(source):
+                continue
+            size = shape_bytes(output)
         if kind == "fusion":
             kind = _last(program, operation.called("calls"))
-        if kind in MOVES:
-            size = operation.bytes
-            if operation.kind == "copy-start":  # (output, input, context)
-                size = shape_bytes(operation.shape.split("}")[0])
+        if kind in MOVES and size >= least:
             found[kind].add(times, size)
     return dict(found)
+
+
+def _space(shape: str) -> str:
+    """Which memory a value lies in, by its layout; on a TPU 0 is the large one, 1 the chip's."""
+    noted = re.search(r"S\((\d+)\)", shape)
+    return noted[1] if noted else "0"
 
 
 def dots(program: Program) -> dict[str, int]:

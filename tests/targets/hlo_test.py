@@ -60,6 +60,24 @@ def test_moves_count_where_they_run_as_code_of_their_own():
     assert hlo.moves(hlo.read(WRITTEN), 1)["transpose"] == hlo.Tally(1, 12)
 
 
+COPIES = """HloModule step
+
+ENTRY %main (kernel: bf16[4,6]) -> bf16[4,6] {
+  %kernel = bf16[4,6]{1,0:T(8,128)(2,1)} parameter(0)
+  %ahead = (bf16[4,6]{1,0:T(8,128)(2,1)S(1)}, bf16[4,6]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+copy-start(%kernel)
+  %there = bf16[4,6]{1,0:T(8,128)(2,1)S(1)} copy-done(%ahead)
+  %begun = (bf16[4,6]{1,0:T(8,128)(2,1)}, bf16[4,6]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+copy-start(%kernel)
+  ROOT %copied = bf16[4,6]{1,0:T(8,128)(2,1)} copy-done(%begun)
+}
+"""
+
+
+def test_what_is_brought_to_the_chip_ahead_is_no_move():
+    assert hlo.moves(hlo.read(COPIES), CACHE) == {"copy": hlo.Tally(1, CACHE)}
+
+
 def test_what_a_loop_does_counts_as_often_as_it_goes_round():
     program = hlo.read(WRITTEN)
     assert program.unknown_loops == 0
