@@ -28,6 +28,7 @@ from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.data.text_states import TextExamples, write_text_states
 from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.models.build import read_sizes
+from chameleon_jax.models.vae import conv_for
 from chameleon_jax.targets.machines import Target, TargetError, devices
 from chameleon_jax.training.programs import blueprint, jit_steps
 from chameleon_jax.training.stage import Stage
@@ -105,7 +106,8 @@ def of_config(
     """
     mesh = mesh_for(config, target, sizes)
     if is_training(config):
-        return of_stage(with_attention(config, target.compiler.attention), mesh)
+        config = with_attention(config, target.compiler.attention)
+        return of_stage(with_convolutions(config, target.compiler.platform), mesh)
     return of_stream(config, mesh)
 
 
@@ -120,6 +122,14 @@ def with_attention(config: ConfigDict, backend: str) -> ConfigDict:
     for name, dtype in dtypes.items():
         if name in config.model and config.model[name].get("attention") is None:
             config.model[name].attention = backend if computes_in(backend, dtype) else "xla"
+    return config
+
+
+def with_convolutions(config: ConfigDict, platform: str) -> ConfigDict:
+    """The config with the form of the VAE's convolutions that is fast on a platform."""
+    config = ConfigDict(config.to_dict())
+    if config.model.vae.get("conv", "auto") == "auto":
+        config.model.vae.conv = conv_for(platform)
     return config
 
 

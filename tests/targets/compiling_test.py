@@ -63,7 +63,7 @@ def test_the_5b_chunk_fits_one_tpu_v6e_and_never_copies_the_cache():
     # Of the clean pass the last layer only writes.
     assert found["kernels"]["splash attention"] >= 2 * (LAYERS * PASSES - 1)
     assert found["peak_bytes"] <= 32e9
-    assert found["moves"].keys() <= {"copy"}
+    assert not found["moves"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from chameleon_jax import sharding
 from chameleon_jax.config import load_config
 from chameleon_jax.inference import Pipeline
-from chameleon_jax.targets import programs
+from chameleon_jax.targets import machines, programs
 from chameleon_jax.targets.machines import TargetError
 from chameleon_jax.training.flops import count_jaxpr
 
@@ -19,6 +19,9 @@ STAGES = {
     "consistency": ["consistency"],
     "dmd": ["critic", "both", "critic 1+1", "both 1+1"],
 }
+
+
+PLATFORMS = {machines.TPU.platform: "columns", machines.CUDA.platform: "conv3d"}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,14 @@ def test_each_network_has_a_backend_that_computes_in_its_numbers():
     assert (model.dit.attention, model.reward.attention) == ("splash", "splash")
     small = programs.with_attention(load_config("configs/dmd.py:smoke"), "cudnn").model
     assert small.dit.attention == "xla"  # float32
+
+
+def test_the_vae_of_training_computes_as_on_the_target():
+    config = load_config("configs/dmd.py:paper")
+    forms = {name: programs.with_convolutions(config, name).model.vae.conv for name in PLATFORMS}
+    assert forms == PLATFORMS
+    config.model.vae.conv = "stacked"
+    assert programs.with_convolutions(config, "tpu").model.vae.conv == "stacked"
 
 
 def test_a_stage_that_reads_pixels_is_refused():
