@@ -74,7 +74,7 @@ def test_the_vae_of_training_computes_as_on_the_target():
     config = load_config("configs/dmd.py:paper")
     forms = {name: programs.with_convolutions(config, name).model.vae.conv for name in PLATFORMS}
     assert forms == PLATFORMS
-    config.model.vae.conv = "stacked"
+    config.unlock().model.vae.conv = "stacked"
     assert programs.with_convolutions(config, "tpu").model.vae.conv == "stacked"
 
 
