@@ -58,8 +58,7 @@ case "$SIZE" in
     gpu)
         CLIPS=2500 STARTS=6000 SCENES=4000 SCENARIOS=128 WORKERS=$(nproc) HELD=64
         declare -A STEPS=([vae]=6000 [stills]=6000 [starts]=3000 [clips]=2000 [teacher]=600 [consistency]=600 [dmd]=600 [judge]=2000)
-        # Two processes may share the GPU, one that trains and one that encodes. One compiled block
-        # instead of six: compiling takes a good part of ten minutes.
+        # Two processes may share the GPU: one that trains and one that encodes.
         export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-.4}
         COMMON="--config.dtype=bfloat16 --config.train.log_every=50 --config.train.eval_every=500 --config.train.preview_every=1000"
         VAE="--config.data.crops=((17,64,64,32),(33,48,48,32),(1,128,80,64)) ${VAE:-}"
@@ -76,6 +75,13 @@ case "$SIZE" in
         exit 2
         ;;
 esac
+
+for entry in $BUDGET; do
+    if [[ ! "$entry" =~ ^([a-z]+)=[0-9.]+$ || -z "${STEPS[${BASH_REMATCH[1]}]:-}" ]]; then
+        echo "$0: BUDGET has '$entry'; expected STAGE=MINUTES, of stages that train: ${!STEPS[*]}" >&2
+        exit 2
+    fi
+done
 
 LABELS="--label labels --label origin"
 MIRROR="--config.data.world=mirror --config.data.render_workers=$WORKERS"

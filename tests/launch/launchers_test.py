@@ -196,6 +196,14 @@ def test_the_mirror_is_trained_by_the_clock(tmp_path, monkeypatch):
     assert again.returncode == 0 and all(call[1] == "launch.prepare" for call in calls)
 
 
+@pytest.mark.parametrize("budget", ["still=3", "stills", "stills=long", "latents=2"])
+def test_a_budget_of_no_stage_is_refused(tmp_path, monkeypatch, budget):
+    monkeypatch.setenv("BUDGET", budget)
+    done, calls = run_mirror(tmp_path, "gpu", "stills")
+    assert done.returncode == 2 and not calls
+    assert f"BUDGET has '{budget}'; expected STAGE=MINUTES" in done.stderr
+
+
 # In the place of Python: notes what it is called with, and fails if that names $FAILS.
 PYTHON_THAT_FAILS = """#!/usr/bin/env bash
 printf '%s\\n' "$@" "flags:$XLA_FLAGS" --- >> "$NOTES"
