@@ -6,6 +6,7 @@
     chameleon targets    what a program needs on chips that are not here, and how fast it can be
     chameleon evaluate   measure a model on HGC-Bench or Runway-Bench
     chameleon train      train one stage
+    chameleon sprint     train several stages by the clock: the small model in minutes of a GPU
     chameleon curves     draw the curves of training runs
     chameleon prepare    make training data, or a tokenizer
     chameleon curate     make training data of a folder of videos
@@ -35,6 +36,7 @@ MODULES = {
     "targets": "launch.targets",
     "evaluate": "launch.evaluate",
     "train": "launch.train",
+    "sprint": "launch.sprint",
     "curves": "launch.curves",
     "prepare": "launch.prepare",
     "curate": "launch.curate",

@@ -17,7 +17,9 @@ import numpy as np
 from chameleon_jax.errors import UserError
 
 DYNAMIC_ONLY = 0.7  # share of the samples that get the dynamic caption alone, mode "mixed"
-MODES = ("mixed", "full", "dynamic")
+# By mode, the share of the samples that get the dynamic caption alone.
+SHARES = {"mixed": DYNAMIC_ONLY, "full": 0.0, "dynamic": 1.0}
+MODES = tuple(SHARES)
 _FIELDS = ("en_long", "cn_long", "en_short", "cn_short")
 
 
@@ -99,6 +101,17 @@ def mix(
     return dynamic if rng.random() < dynamic_only else full(static, dynamic)
 
 
+def dynamic_share(mode: str) -> float:
+    """Share of the samples that get the dynamic caption alone.
+
+    Raises:
+      CaptionError: there is no such mode.
+    """
+    if mode not in SHARES:
+        raise CaptionError(f"caption mode is {mode!r}; expected one of {', '.join(MODES)}")
+    return SHARES[mode]
+
+
 def choose(
     captions: Mapping[str, str], mode: str, rng: np.random.Generator, dropout: float = 0.0
 ) -> str:
@@ -111,10 +124,7 @@ def choose(
       dropout: probability of the empty prompt, which trains the unconditional half of
         classifier-free guidance.
     """
-    if mode not in MODES:
-        raise CaptionError(f"caption mode is {mode!r}; expected one of {', '.join(MODES)}")
-    share = {"mixed": DYNAMIC_ONLY, "full": 0.0, "dynamic": 1.0}[mode]
-    prompt = mix(captions["static"], captions["dynamic"], rng, share)
+    prompt = mix(captions["static"], captions["dynamic"], rng, dynamic_share(mode))
     return "" if rng.random() < dropout else prompt
 
 

@@ -240,9 +240,9 @@ def sample_spec(
             f"frames={frames}, size={size}, fps={fps}; expected at least 1 frame, at least 8 pixels"
             " in height and width, and fps above 0"
         )
-    who = sample_person(_stream(seed if person is None else person, "person"))
+    who = sample_person(stream(seed if person is None else person, "person"))
     outfit, styling, slot, reference = _sample_outfit(
-        _stream(seed, "outfit"), who, split, drawn_from
+        stream(seed, "outfit"), who, split, drawn_from
     )
     return ClipSpec(
         seed=seed,
@@ -251,9 +251,9 @@ def sample_spec(
         size=(int(size[0]), int(size[1])),
         fps=fps,
         person=who,
-        motion=sample_motion(_stream(seed, "motion"), drawn_from),
-        scene=sample_scene(_stream(seed, "scene"), drawn_from),
-        camera=sample_camera(_stream(seed, "camera"), drawn_from),
+        motion=sample_motion(stream(seed, "motion"), drawn_from),
+        scene=sample_scene(stream(seed, "scene"), drawn_from),
+        camera=sample_camera(stream(seed, "camera"), drawn_from),
         outfit=outfit,
         styling=styling,
         slot=slot,
@@ -387,8 +387,8 @@ def project(points: np.ndarray, cameras: np.ndarray) -> np.ndarray:
     return homogeneous[..., :2] / homogeneous[..., 2:]
 
 
-def _stream(seed: int, purpose: str) -> np.random.Generator:
-    """Random numbers for one purpose of one seed."""
+def stream(seed: int, purpose: str) -> np.random.Generator:
+    """Random numbers for one purpose of one seed; those of another purpose are independent."""
     return np.random.default_rng((seed, zlib.crc32(purpose.encode())))
 
 
@@ -416,7 +416,7 @@ def _sample_outfit(
 
         return sample_garment(rng, name, skirts, fits)
 
-    outfit = {name: draw_garment(name, _seen_in_training) for name in slots}
+    outfit = {name: draw_garment(name, seen_in_training) for name in slots}
     if target_held_out:
         outfit[slot] = draw_garment(slot, held_out)
     if not in_dress and slot != "bottom":
@@ -424,7 +424,7 @@ def _sample_outfit(
     target = outfit[slot]
 
     def fits_reference(garment: GarmentSpec) -> bool:
-        return _seen_in_training(garment) and _look_different(garment, target)
+        return seen_in_training(garment) and look_different(garment, target)
 
     reference = draw_garment(slot, fits_reference)
     if in_dress:
@@ -439,22 +439,24 @@ def _matching_bottom(
     bottom: GarmentSpec,
     draw_garment: Callable[[str, Callable[[GarmentSpec], bool]], GarmentSpec],
 ) -> GarmentSpec:
-    """A bottom that is easy to distinguish from the top; drawn again if the given one is not.
-
-    It has another colour, and it is plain if the top has a pattern.
-    """
+    """A bottom that is easy to distinguish from the top; drawn again if the given one is not."""
 
     def fits(garment: GarmentSpec) -> bool:
-        one_is_plain = "plain" in (garment.pattern, top.pattern)
-        return _seen_in_training(garment) and one_is_plain and garment.colours[0] != top.colours[0]
+        return seen_in_training(garment) and go_together(top, garment)
 
     return bottom if fits(bottom) else draw_garment("bottom", fits)
 
 
-def _seen_in_training(garment: GarmentSpec) -> bool:
+def go_together(top: GarmentSpec, bottom: GarmentSpec) -> bool:
+    """Whether top and bottom are easy to distinguish: other main colours, at most one pattern."""
+    return "plain" in (bottom.pattern, top.pattern) and bottom.colours[0] != top.colours[0]
+
+
+def seen_in_training(garment: GarmentSpec) -> bool:
+    """Whether a garment may be shown in training: it is not one of those that are held out."""
     return not held_out(garment)
 
 
-def _look_different(one: GarmentSpec, other: GarmentSpec) -> bool:
+def look_different(one: GarmentSpec, other: GarmentSpec) -> bool:
     """Whether two garments differ visibly: in type, pattern or main colour."""
     return (one.type, one.pattern, one.colours[0]) != (other.type, other.pattern, other.colours[0])

@@ -100,7 +100,7 @@ def train(
     held_out = [sharding.put_batch(batch, mesh) for batch in eval_batches]
     with _checkpoints(config) as checkpoints, StopRequest() as stop:
         like = blueprint(stage, mesh)
-        frozen = {name: _load(stage, name, net, mesh) for name, net in stage.frozen.items()}
+        frozen = {name: load_network(stage, name, net, mesh) for name, net in stage.frozen.items()}
         if limits.best and held_out:
             _check_metric(limits.best, stage, like, frozen, held_out[0])
         state, step, before = _start(config, stage, like, checkpoints, mesh, strict=strict)
@@ -276,7 +276,7 @@ def load_parts(config: ConfigDict, stage: Stage) -> ParamTree:
       WeightsError: the weights that the run started from cannot be read any more.
     """
     mesh = sharding.make_mesh(config.mesh)
-    return {name: _load(stage, name, stage.frozen[name], mesh) for name in stage.parts}
+    return {name: load_network(stage, name, stage.frozen[name], mesh) for name in stage.parts}
 
 
 def _start(
@@ -293,17 +293,26 @@ def _start(
     count = sum(math.prod(leaf.shape) for net in networks for leaf in net.shapes.values())
     log.info("stage %s: %.2f M parameters, mesh %s", stage.name, count / 1e6, dict(mesh.shape))
     if not checkpoints.steps():
-        return _first_state(config, stage, like, mesh), 0, {}
+        return first_state(config, stage, like, mesh), 0, {}
     step, state, about = checkpoints.restore_newest(like, stage.name, strict=strict)
     log.info("resumed at step %d in %s", step, config.workdir)
     return state, step, about
 
 
-def _first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> State:
+def first_state(config: ConfigDict, stage: Stage, like: State, mesh: Mesh) -> State:
+    """The state before the first step, of the weights that the stage names, or random ones.
+
+    Args:
+      config: `seed` is that of the random weights.
+      stage, like, mesh: see `programs.blueprint`.
+
+    Raises:
+      WeightsError: named weights cannot be read.
+    """
     params = {}
     for index, (name, network) in enumerate(sorted(stage.trained.items())):
         if name in stage.weights:
-            params[name] = _load(stage, name, network, mesh)
+            params[name] = load_network(stage, name, network, mesh)
         else:
             params[name] = _random(network, training_key(config.seed, "init", index), mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -323,5 +332,10 @@ def _random(network: Parameters, key: jax.Array, mesh: Mesh) -> Params:
     return placed
 
 
-def _load(stage: Stage, name: str, network: Parameters, mesh: Mesh) -> Params:
+def load_network(stage: Stage, name: str, network: Parameters, mesh: Mesh) -> Params:
+    """Parameters of a network from the weights that a stage names for it.
+
+    Raises:
+      WeightsError: they cannot be read.
+    """
     return network.load(stage.weights[name], mesh=mesh)

@@ -4,6 +4,11 @@ AdamW is that of arXiv 1711.05101; with beta1 = 0, as in teacher forcing and dis
 moment is the gradient itself and is not stored. Muon (Jordan et al., 2024; scaled as in arXiv
 2502.16982) orthogonalises the momentum of every kernel; norms, biases, tables and embeddings go to
 Adam.
+
+A run that ends by the clock does not know its last step, so no schedule of steps can let its rate
+fall in time. With `optimizer.by_clock` the learning rate is multiplied by a number that lies in the
+state and that whoever trains may set before any step (`with_rate_scale`): the compiled step stays
+the same.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
@@ -49,6 +55,61 @@ def scale_by_second_moment(b2: float = 0.999, eps: float = 1e-8) -> optax.Gradie
         return scaled, SecondMomentState(count, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+class RateScaleState(NamedTuple):
+    """State of `scale_by_rate`."""
+
+    scale: jax.Array  # float32, the learning rate counts so many times
+
+
+def scale_by_rate() -> optax.GradientTransformation:
+    """Multiplies what an optimiser adds to the parameters by the number in its own state, first 1.
+
+    Updates are proportional to the learning rate, weight decay included, so this is that rate
+    times the number.
+    """
+
+    def init(params: Any) -> RateScaleState:
+        del params
+        return RateScaleState(jnp.ones((), jnp.float32))
+
+    def update(
+        updates: Any, state: RateScaleState, params: Any = None
+    ) -> tuple[Any, RateScaleState]:
+        del params
+        return jax.tree.map(lambda u: state.scale.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def rate_scale(state: Any) -> jax.Array:
+    """The number of `scale_by_rate` in a state; 1 if it has none. Can be traced."""
+    found = [node.scale for node in _nodes(state) if isinstance(node, RateScaleState)]
+    return found[0] if found else jnp.ones((), jnp.float32)
+
+
+def with_rate_scale(state: Any, scale: float) -> Any:
+    """A state, or a tree that holds one, whose learning rates count `scale` times from now on.
+
+    Raises:
+      ConfigError: its optimiser does not follow the clock.
+    """
+    if not any(isinstance(node, RateScaleState) for node in _nodes(state)):
+        raise ConfigError(
+            "this optimiser's rate cannot be set from outside; set optimizer.by_clock=true"
+        )
+
+    def replaced(node: Any) -> Any:
+        if not isinstance(node, RateScaleState):
+            return node
+        return RateScaleState(jax.device_put(np.float32(scale), node.scale.sharding))
+
+    return jax.tree.map(replaced, state, is_leaf=lambda node: isinstance(node, RateScaleState))
+
+
+def _nodes(state: Any) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RateScaleState))
 
 
 # What each optimiser and each schedule reads of its group in the config, besides `name`.
@@ -102,7 +163,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
 
     Args:
       config: `name` ("adamw" or "muon"), `clip` (0: none), `b1`, `b2`, `eps`, `weight_decay`,
-        `momentum` (Muon).
+        `momentum` (Muon). `by_clock` (may be missing): the rate can be set from outside, see
+        `with_rate_scale`.
       schedule: learning rate; for Muon that of both halves, since updates are scaled to Adam's
         size.
 
@@ -129,7 +191,9 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
             moments = scale_by_second_moment(c.b2, c.eps)
         decay = optax.add_decayed_weights(c.weight_decay)
         optimizer = optax.chain(moments, decay, optax.scale_by_learning_rate(schedule))
-    return optax.chain(optax.clip_by_global_norm(c.clip), optimizer) if c.clip else optimizer
+    steps = [optax.clip_by_global_norm(c.clip)] if c.clip else []
+    steps += [optimizer, *([scale_by_rate()] if c.get("by_clock", False) else [])]
+    return optax.chain(*steps) if len(steps) > 1 else optimizer
 
 
 def _check_group(group: str, config: ConfigDict, known: Mapping[str, Sequence[str]]) -> None:
@@ -143,7 +207,7 @@ def _check_group(group: str, config: ConfigDict, known: Mapping[str, Sequence[st
             f"{group}.name={config.name} also reads {', '.join(missing)}, which this config does"
             f" not have; set {group}.name back, or add it to the config file"
         )
-    unread = [f"{group}.{key}" for key in config if key not in ("name", *reads)]
+    unread = [f"{group}.{key}" for key in config if key not in ("name", "by_clock", *reads)]
     if unread:
         log.warning("%s.name=%s does not read %s", group, config.name, ", ".join(unread))
 

@@ -155,7 +155,8 @@ def simple_stage(
 
     def step(state: TrainState, frozen: ParamTree, batch: Batch) -> tuple[TrainState, Metrics]:
         after, metrics = descend_once(state, frozen, batch)
-        return after, metrics | {"learning_rate": schedule(state.step)}
+        rate = schedule(state.step) * optim.rate_scale(state.opt_state)
+        return after, metrics | {"learning_rate": rate}
 
     def evaluate(state: TrainState, frozen: ParamTree, batch: Batch, key: jax.Array) -> Metrics:
         value, metrics = loss(state.inference_params, frozen, batch, key)

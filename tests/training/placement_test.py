@@ -136,7 +136,7 @@ state_part = sum(
     leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
     for leaf in jax.tree.leaves(like)
 )
-state = loop._first_state(config, stage, like, mesh)
+state = loop.first_state(config, stage, like, mesh)
 assert held() <= state_part + part / 10, (held(), state_part)
 outs = jax.tree.map(lambda leaf: leaf.sharding, like)
 given = {

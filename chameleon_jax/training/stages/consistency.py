@@ -121,7 +121,8 @@ def make_stage(config: ConfigDict) -> Stage:
     def step(state: TrainState, frozen: ParamTree, batch: Batch) -> tuple[TrainState, Metrics]:
         target = {"target": state.ema["dit"]}
         after, metrics = follow(state, frozen | target, batch)
-        return after, metrics | {"learning_rate": schedule(state.step)}
+        rate = schedule(state.step) * optim.rate_scale(state.opt_state)
+        return after, metrics | {"learning_rate": rate}
 
     def evaluate(state: TrainState, frozen: ParamTree, batch: Batch, key: jax.Array) -> Metrics:
         average = state.inference_params
