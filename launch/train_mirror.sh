@@ -7,6 +7,10 @@
 #     launch/train_mirror.sh gpu             one large GPU and its host, tens of minutes
 #     launch/train_mirror.sh gpu vae starts  only these stages
 #
+# With a VAE that is good already, `python -m launch.sprint --config configs/sprint.py:h200` trains
+# stills, starts, clips and consistency in one process and in minutes of one large GPU: no starts of
+# processes, nothing on disk between, compiled ahead if wanted. The embedded model comes from it.
+#
 # Stages, in order: vae latents stills starts clips teacher consistency dmd judge bench. The stage
 # latents can also be had in two, latents_starts and latents_clips: stills and starts need the first
 # only, so that clips may be rendered while those are trained.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -165,7 +166,7 @@ class SceneStore:
         try:
             with np.load(path) as stored:
                 new = {name: stored[name] for name in stored.files}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise SceneError(f"{path}: no latents of scenes can be read ({error})") from None
         for name, array in self._arrays.items():
             found = new[name].shape[1:] if name in new else None

@@ -28,6 +28,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ class Scene:
             with np.load(path) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             return cls(arrays, tuple(json.loads(str(arrays.pop("captions")))))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise SceneError(f"{path}: not a scene ({error}); remove it") from None
 
 
