@@ -42,8 +42,8 @@ def h200() -> ConfigDict:
                 "frames": 33,
                 "tops": 4,  # of a person
                 "workers": 14,  # processes that render
-                "first": 300_000,  # seed of the first one
-                "stills": 6000,  # scenes of one frame, made before the clips
+                "first": 300_000,  # seed of the first one; clips come after the stills
+                "stills": 1464,  # scenes of one frame, made before the first clip
                 "room": 5000,  # most scenes of clips in memory; the oldest are forgotten
                 "together": 4,  # scenes that are encoded at a time
             },

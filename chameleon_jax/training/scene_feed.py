@@ -146,18 +146,13 @@ class SceneFeed(contextlib.AbstractContextManager):
             for name, count in frames.items()
         }
         self._error: BaseException | None = None
-        self._over = threading.Event()
+        self._over, self._compiled = threading.Event(), threading.Event()
 
     def __enter__(self) -> SceneFeed:
         scenes = self._config
-        self._renderers = Renderers(
-            self._folder, self.recipe, scenes.workers, scenes.first, self._stills
-        )
-        try:
-            self._compile()
-        except BaseException:
-            self._renderers.__exit__()
-            raise
+        # Stills that were made before have the first seeds: clips show other people.
+        first = scenes.first if self._stills else scenes.first + scenes.stills
+        self._renderers = Renderers(self._folder, self.recipe, scenes.workers, first, self._stills)
         self._thread = threading.Thread(target=self._work, name="encoder", daemon=True)
         self._thread.start()
         return self
@@ -172,14 +167,19 @@ class SceneFeed(contextlib.AbstractContextManager):
         return [store for store in self.stores.values() if store.frames >= frames]
 
     def wait(self, frames: int, least: int) -> None:
-        """Wait until there are so many scenes with clips of so many latent frames.
+        """Wait for the encoder, and for so many scenes with clips of so many latent frames.
+
+        The encoder is waited for even if there are scenes enough: see `Encoder`.
 
         Raises:
           SceneError: nobody renders any more; or what the encoder raised.
         """
         said = 0.0
-        while (have := sum(map(len, self.long_enough(frames)))) < least:
+        while True:
             self.check()
+            have = sum(map(len, self.long_enough(frames)))
+            if have >= least and self._compiled.is_set():
+                return
             if time.monotonic() > said + 10:
                 said = time.monotonic()
                 log.info("waiting for scenes of %d latent frames: %d of %d", frames, have, least)
@@ -202,6 +202,8 @@ class SceneFeed(contextlib.AbstractContextManager):
 
     def _work(self) -> None:
         try:
+            self._compile()
+            self._compiled.set()
             while not self._over.is_set():
                 taken = [self._take(kind) for kind in (STILL, CLIP)]
                 if not any(taken):

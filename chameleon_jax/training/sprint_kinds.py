@@ -211,7 +211,7 @@ def _faults(config: ConfigDict) -> Iterator[str]:
         if stage.least < 1:
             yield f"{key}.least is {stage.least}; expected 1 or more scenes to begin with"
     scenes = config.scenes
-    if scenes.stills % scenes.together:
+    if scenes.stills < 1 or scenes.stills % scenes.together:
         yield (
             f"scenes.stills is {scenes.stills}; expected a multiple of scenes.together,"
             f" {scenes.together}: so many are encoded at a time"

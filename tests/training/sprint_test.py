@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +17,9 @@ import pytest
 
 from chameleon_jax import sharding
 from chameleon_jax.config import ConfigError, load_config
-from chameleon_jax.training import ahead, loop, optim
+from chameleon_jax.data.scenes import SceneError
+from chameleon_jax.training import ahead, loop, optim, scene_feed
+from chameleon_jax.training.scene_feed import Batches
 from chameleon_jax.training.sprint import SprintError, rate_scale, run
 from chameleon_jax.training.sprint_kinds import (
     Programs,
@@ -81,7 +86,8 @@ def test_an_optimiser_that_does_not_follow_the_clock():
         ("stages.clips.seconds=0", "leave it out of order"),
         ("stages.clips.fall=1.5", "stages.clips.fall is 1.5; expected 0 to 1"),
         ("stages.clips.begins=nothing", "stages.clips.begins is 'nothing'"),
-        ("scenes.stills=6001", "expected a multiple of scenes.together"),
+        ("scenes.stills=6001", "scenes.stills is 6001; expected a multiple of scenes.together"),
+        ("scenes.stills=0", "scenes.stills is 0; expected a multiple"),
     ],
 )
 def test_configs_that_cannot_be(change, message):
@@ -157,6 +163,55 @@ def test_flags_that_do_not_go_together(flags, message):
 
     with pytest.raises(cli.UsageError, match=message):
         sprint.run(cli.read(sprint.define_flags, flags))
+
+
+def test_what_goes_wrong_in_a_thread_is_raised_where_batches_are_taken(tmp_path):
+    config = configs.get_config("toy")
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    kind = make_kind(config, "stills", tmp_path, mesh)
+    empty = SimpleNamespace(long_enough=lambda frames: [])
+    kinds = {"stills": (kind.config, kind.step.batch)}
+    with (
+        Batches(empty, kinds, (0, 0)) as batches,
+        pytest.raises(SceneError, match="no scene to draw from"),
+    ):
+        batches.next("stills")
+
+
+def test_training_waits_for_the_encoder(tmp_path, monkeypatch):
+    """Also where stills were made before: compiling beside a training takes nine times as long."""
+    config = configs.get_config("toy")
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    go = threading.Event()
+
+    class NoRenderers(contextlib.nullcontext):
+        check = staticmethod(lambda: None)
+
+    monkeypatch.setattr(scene_feed, "Renderers", lambda *given: NoRenderers())
+    monkeypatch.setattr(scene_feed.Encoder, "compile", lambda self, *shapes: go.wait(60))
+    with scene_feed.SceneFeed(config, 96, mesh, tmp_path, 0) as feed:
+        waiting = threading.Thread(target=feed.wait, args=(1, 0))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        go.set()
+        waiting.join(60)
+        assert not waiting.is_alive()
+
+
+def test_what_the_encoder_raises_is_raised_where_scenes_are_waited_for(tmp_path, monkeypatch):
+    config = configs.get_config("toy")
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+
+    def fail(self, *shapes):
+        raise SceneError("no engine")
+
+    monkeypatch.setattr(scene_feed, "Renderers", lambda *given: contextlib.nullcontext())
+    monkeypatch.setattr(scene_feed.Encoder, "compile", fail)
+    with scene_feed.SceneFeed(config, 96, mesh, tmp_path, 0) as feed:
+        feed._thread.join(60)
+        with pytest.raises(SceneError, match="no engine"):
+            feed.wait(1, 1)
 
 
 def launch(*arguments: str) -> str:
