@@ -9,7 +9,7 @@
 #
 # With a VAE that is good already, `python -m launch.sprint --config configs/sprint.py:h200` trains
 # stills, starts, clips and consistency in one process and in minutes of one large GPU: no starts of
-# processes, nothing on disk between, compiled ahead if wanted. The embedded model comes from it.
+# processes, nothing on disk between, compiled ahead if wanted. The embedded model was trained so.
 #
 # Stages, in order: vae latents stills starts clips teacher consistency dmd judge bench. The stage
 # latents can also be had in two, latents_starts and latents_clips: stills and starts need the first
