@@ -16,6 +16,7 @@ from chameleon_jax.evaluation.benches import hgc
 from chameleon_jax.splits import SPLITS
 
 SIZE = (128, 80)  # of the pictures: what the embedded model streams
+WORLD = "mirror"  # what it knows
 FIRST = SPLITS["validation"] + 60_000  # seed of the first sample; Runway-Bench uses those before
 
 
@@ -37,7 +38,7 @@ def make_demo(folder: Path, count: int, size: tuple[int, int] = SIZE) -> None:
     for kind in ("src", "cloth"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        spec = runway.sample_spec(FIRST + index, frames=1, size=size)
+        spec = runway.sample_spec(FIRST + index, frames=1, size=size, world=WORLD)
         pictures = {
             "src": ClipRenderer(spec).reference(spec),
             "cloth": runway.garment_picture(spec.garment, size, 3, spec.world),

@@ -230,30 +230,34 @@ def launch(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_a_toy_trains_to_the_end(tmp_path):
-    """Stills and one step made before, the others here; every stage leaves a usable folder."""
+    """Stills and their step made before, starts compiled here; each leaves a usable folder."""
     programs, stills, work = (tmp_path / name for name in ("programs", "stills.npz", "run"))
     launch("--compile=here", f"--programs={programs}", "--config.order=('stills',)")
     assert [path.name for path in programs.iterdir()] == ["stills.step"]
     launch(f"--prepare_stills={stills}")
-    said = launch(f"--workdir={work}", f"--programs={programs}", f"--stills={stills}")
+    said = launch(
+        f"--workdir={work}",
+        f"--programs={programs}",
+        f"--stills={stills}",
+        "--config.order=('stills','starts')",
+        "--config.stages.starts.fall=0.5",
+    )
     assert "step stills loaded in" in said
-    assert said.count("it is compiled here now") == 3
+    assert said.count("it is compiled here now") == 1
     assert not (work / "scenes").exists()
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-    for stage in ("stills", "starts", "clips", "consistency"):
+    for stage in ("stills", "starts"):
         losses = [line[f"{stage}/loss"] for line in lines if f"{stage}/loss" in line]
         assert losses and np.isfinite(losses).all()
         names = {path.name for path in (work / stage / "export").iterdir()}
         weights = {f"{name}.safetensors" for name in ("dit", "text", "vae")}
         assert names == {*weights, "config.json", "tokenizer.json"}
-    rates = [line["consistency/learning_rate"] for line in lines if "consistency/loss" in line]
-    assert rates[-1] < 3e-4
-    before = [line["clips/learning_rate"] for line in lines if "clips/loss" in line]
-    assert before[0] > before[-1]
+    rates = [line["starts/learning_rate"] for line in lines if "starts/loss" in line]
+    assert rates[0] > rates[-1]
 
     from chameleon_jax.inference import Pipeline
 
-    session = Pipeline.from_pretrained(work / "clips/export").session()
+    session = Pipeline.from_pretrained(work / "starts/export").session()
     example = ROOT / "chameleon_jax/assets/examples"
     session.start(example / "person.png", example / "first.png", "She waves.", seed=0)
     frames = next(iter(session))
