@@ -8,7 +8,7 @@
 #     launch/train_mirror.sh gpu vae starts  only these stages
 #
 # With a VAE that is good already, `python -m launch.sprint --config configs/sprint.py:h200` trains
-# stills, starts, clips and consistency in one process and in minutes of one large GPU: no starts of
+# stills, starts and clips in one process and in minutes of one large GPU: no starts of
 # processes, nothing on disk between, compiled ahead if wanted. The embedded model was trained so.
 #
 # Stages, in order: vae latents stills starts clips teacher consistency dmd judge bench. The stage

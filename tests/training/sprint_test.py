@@ -98,6 +98,7 @@ def test_configs_that_cannot_be(change, message):
 def test_the_stages_of_the_embedded_model_share_a_state(tmp_path):
     """Only shapes are made: no step is compiled."""
     config = configs.get_config("h200")
+    config.order += ("consistency",)
     check(config)
     assert kinds_in_turn(config) == ["stills", "starts", "clips", "consistency"]
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -117,6 +118,7 @@ def test_the_stages_of_the_embedded_model_share_a_state(tmp_path):
 
 def test_what_is_compiled_ahead_does_not_depend_on_the_workdir(tmp_path):
     config = configs.get_config("toy")
+    config.order += ("consistency",)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     one, two = (
         make_kind(config, "consistency", tmp_path / name, mesh).step.about({}) for name in "ab"
