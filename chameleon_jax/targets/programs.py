@@ -30,8 +30,8 @@ from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.vae import conv_for
 from chameleon_jax.targets.machines import Target, TargetError, devices
+from chameleon_jax.training.ahead import frozen_shapes
 from chameleon_jax.training.programs import blueprint, jit_steps
-from chameleon_jax.training.stage import Stage
 from chameleon_jax.training.stages import make_stage
 
 # Files that a run is told of and that nobody opens before it starts.
@@ -169,7 +169,7 @@ def of_stage(config: ConfigDict, mesh: Mesh) -> Programs:
         stage = make_stage(complete)
     sharding.check_batch(config.data.batch, mesh)
     like = blueprint(stage, mesh)
-    frozen = _frozen(stage, mesh)
+    frozen = frozen_shapes(stage, mesh)
     batch = batch_of(config, mesh)
 
     def tracer(step: Any) -> Callable[[], jax.stages.Traced]:
@@ -231,16 +231,6 @@ def batch_of(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=place)
         for name, (shape, dtype) in kinds.items()
     }
-
-
-def _frozen(stage: Stage, mesh: Mesh) -> Any:
-    shapes = {name: network.shapes for name, network in stage.frozen.items()}
-    places = sharding.param_shardings(shapes, mesh)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        places,
-    )
 
 
 def _write_states(folder: Path, config: ConfigDict) -> None:
