@@ -40,10 +40,9 @@ def runway_tiny() -> ConfigDict:
         # Weights of the parts, see training/stages/judge.py.
         "labels": 1.0,
         "joints": 5.0,
-        "type": 0.3,
+        "type": 0.5,
         "pattern": 0.5,
-        "colours": 3.0,
-        "person": 0.3,
+        "person": 1.0,
         "spoiled": 0.5,  # share of the frames that are blurred, and of those that are noisy
     }
     config.optimizer = {

@@ -6,15 +6,15 @@
         --stills stills.npz --workdir runs/sprint
 
 `h200` is what the model in this repository was trained with; `toy` runs all of it in minutes on two
-cores. A kind of step has a config of its own in `kinds`, of those of configs/teacher_forcing.py
-and configs/consistency.py; `--config.kinds.clips.schedule.peak=1e-3` changes one.
+cores. A kind of step has a config of its own in `kinds`, of those of configs/teacher_forcing.py,
+configs/consistency.py and configs/dmd.py; `--config.kinds.clips.schedule.peak=1e-3` changes one.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common, consistency, teacher_forcing
+from configs import common, consistency, dmd, teacher_forcing
 
 VARIANTS = ("h200", "toy")
 
@@ -47,19 +47,22 @@ def h200() -> ConfigDict:
                 "room": 5000,  # most scenes of clips in memory; the oldest are forgotten
                 "together": 4,  # scenes that are encoded at a time
             },
-            # "consistency" may come behind; as it is set it spoils the model, see docs/training.md.
+            # "consistency", "dmd" or both may come behind, see docs/training.md: as it is set, the
+            # first spoils the model; the second has run on a CPU only.
             "order": ("stills", "starts", "clips"),
             "stages": {
                 "stills": _stage(75.0, ("stills",), "random"),
                 "starts": _stage(40.0, ("starts",), "state"),
                 "clips": _stage(170.0, ("clips", "clips", "starts"), "state", fall=0.35),
                 "consistency": _stage(65.0, ("consistency",), "export", fall=0.5, final=0.1),
+                "dmd": _stage(120.0, ("dmd",), "export", fall=0.4, final=0.1, teacher="clips"),
             },
             "kinds": {
                 "stills": _kind(teacher_forcing.runway_tiny_stills(), 128),
                 "starts": _kind(teacher_forcing.runway_tiny_starts(), 64),
                 "clips": _kind(_clips(), 48),
                 "consistency": _kind(consistency.runway_tiny(), 48, peak=3e-4),
+                "dmd": _kind(_dmd(), 48, peak=1e-4),
             },
         }
     )
@@ -80,11 +83,18 @@ def toy() -> ConfigDict:
         kind.schedule.warmup = 2
         if "labels_layer" in kind.loss:
             kind.loss.labels_layer = 1
+    config.kinds.dmd.rollout.kinds = ((0, 0),)
     return config
 
 
 def _stage(
-    seconds: float, turn: tuple[str, ...], begins: str, *, fall: float = 0.0, final: float = 0.05
+    seconds: float,
+    turn: tuple[str, ...],
+    begins: str,
+    *,
+    fall: float = 0.0,
+    final: float = 0.05,
+    teacher: str = "",
 ) -> dict:
     return {
         "seconds": seconds,  # after its first step
@@ -95,6 +105,7 @@ def _stage(
         "fall": fall,  # share of the time, its last part, in which the rate falls
         "final": final,  # share of the rate at the end of the time
         "least": 60,  # scenes before it begins
+        "teacher": teacher,  # stage whose export is the score of distillation; empty: none
     }
 
 
@@ -105,6 +116,20 @@ def _clips() -> ConfigDict:
     config.data.lengths = ()
     config.data.labels = ("labels", "origin")
     config.loss.update(garment=3.0, head=2.0, labels=0.1)
+    return config
+
+
+def _dmd() -> ConfigDict:
+    """Roll-outs as long as clips, and longer than the window.
+
+    The score is the causal model itself. Without a reward, and without switches in the roll-outs,
+    no pixels are made: convolutions cannot be compiled ahead.
+    """
+    config = dmd.runway_tiny()
+    config.scores.causal = True
+    config.reward.name = ""
+    config.rollout.kinds = ((0, 0), (3, 0))
+    config.critic.optimizer.by_clock = True
     return config
 
 

@@ -27,7 +27,6 @@ from chameleon_jax import files, places
 from chameleon_jax.data.images import to_model
 from chameleon_jax.data.labels import NAMES, PATTERNS, TYPES
 from chameleon_jax.errors import UserError
-from chameleon_jax.evaluation.metrics import to_lab
 from chameleon_jax.models import build
 from chameleon_jax.models.judge import Judge
 from chameleon_jax.weights.params import load_params
@@ -50,7 +49,6 @@ class Readings:
       labels: uint8 [t, h, w], index in `labels.NAMES`.
       joints: [t, j, 2], x and y as shares of width and height.
       types, patterns: shares [t, ...] of `labels.TYPES` and `labels.PATTERNS`.
-      colours: CIELAB [t, 2, 3], main and second colour of the garment.
       person: unit vectors [t, ...].
     """
 
@@ -58,7 +56,6 @@ class Readings:
     joints: np.ndarray
     types: np.ndarray
     patterns: np.ndarray
-    colours: np.ndarray
     person: np.ndarray
 
     def part(self, frames: slice) -> Readings:
@@ -86,7 +83,6 @@ class Trained:
                 seen.joints,
                 jax.nn.softmax(seen.type),
                 jax.nn.softmax(seen.pattern),
-                seen.colours,
                 seen.person,
             )
 
@@ -100,7 +96,7 @@ class Trained:
             filled = np.concatenate([some, np.repeat(some[-1:], FRAMES - len(some), 0)])
             found = jax.device_get(self._read(self._params, filled))
             parts.append([value[: len(some)] for value in found])
-        labels, joints, types, patterns, colours, person = (
+        labels, joints, types, patterns, person = (
             np.concatenate(values) for values in zip(*parts, strict=True)
         )
         return Readings(
@@ -108,7 +104,6 @@ class Trained:
             joints=joints,
             types=types,
             patterns=patterns,
-            colours=to_lab(np.clip(colours, 0, 1)),
             person=person,
         )
 
@@ -187,9 +182,6 @@ def check(folder: str | os.PathLike, source: Labelled, size: tuple[int, int]) ->
         overlap.append(both / max(((found == number) | (labels == number)).sum(), 1))
     inside = ((joints > 0) & (joints < 1)).all(-1)
     off = np.linalg.norm(np.concatenate([one.joints for one in seen]) - joints, axis=-1)
-    true_colours = to_lab(np.clip(attributes[:, 3:].astype(np.float64).reshape(-1, 2, 3), 0, 1))
-    colours = np.concatenate([one.colours for one in seen])
-    distance = np.linalg.norm(colours - true_colours, axis=-1)
     card = {
         "frames": len(source),
         "overlap": dict(zip(NAMES, np.round(overlap, 4).tolist(), strict=True)),
@@ -198,15 +190,9 @@ def check(folder: str | os.PathLike, source: Labelled, size: tuple[int, int]) ->
         "pattern_right": _share(
             np.concatenate([x.patterns for x in seen]), attributes[:, 2], PATTERNS
         ),
-        "main_colour_distance": _rounded(np.median(distance[:, 0])),
-        "main_colour_right": _rounded((distance[:, 0] < COLOUR_RIGHT).mean()),
-        "second_colour_right": _rounded((distance[:, 1] < COLOUR_RIGHT).mean()),
     } | same_person(np.concatenate([x.person for x in seen]), attributes[:, 0].astype(int))
     files.write_json(folder / CARD, card)
     return card
-
-
-COLOUR_RIGHT = 20.0  # CIELAB distance below which a colour counts as the right one
 
 
 def same_person(person: np.ndarray, number: np.ndarray) -> dict[str, float]:

@@ -4,7 +4,7 @@ One small convolutional network reads from a single frame
 
     labels      what every pixel shows: background, garment, head, other skin, other clothes
     joints      where the joints are
-    garment     its type, its pattern, its main and its second colour
+    garment     its type and its pattern
     person      an embedding: near for pictures of one person, in whatever clothes and light
 
 The network sees 2 x 2 pixels as one, goes down to a sixteenth, and comes up again. The garment is
@@ -27,7 +27,6 @@ from flax import nnx
 from chameleon_jax.models.checks import check_sizes, to_tuples
 
 GARMENT, HEAD = 1, 2  # numbers of these labels
-COLOURS = 2  # of a garment: main and second
 
 
 class Seen(NamedTuple):
@@ -37,7 +36,6 @@ class Seen(NamedTuple):
     joints: jax.Array  # x and y as shares of width and height, [b, j, 2]
     type: jax.Array  # logits [b, types]
     pattern: jax.Array  # logits [b, patterns]
-    colours: jax.Array  # sRGB, 0 to 1 and perhaps a little beyond, [b, 2, 3]
     person: jax.Array  # unit vector [b, embedding]
 
 
@@ -143,7 +141,6 @@ class Judge(nnx.Module):
         seen = widths[0] + widths[1]
         self.type = Readout(seen, config.types, **kw)
         self.pattern = Readout(seen, config.patterns, **kw)
-        self.colours = Readout(seen + 3, 3 * COLOURS, **kw)
         self.person = Readout(seen + 3, config.embedding, **kw)
 
     def __call__(self, frames_bhwc: jax.Array) -> Seen:
@@ -165,19 +162,16 @@ class Judge(nnx.Module):
             *_pooled(shares[..., GARMENT], x),
             *_pooled(_half(shares[..., GARMENT]), quarter),
         ]
-        colours = _pooled(shares[..., GARMENT], _half_pixels(frames_bhwc))
         head = [*_pooled(shares[..., HEAD], x), *_pooled(_half(shares[..., HEAD]), quarter)]
         face = _pooled(shares[..., HEAD], _half_pixels(frames_bhwc))
         of_garment = jnp.concatenate(garment, axis=-1)
         person = self.person(jnp.concatenate([*head, *face], axis=-1))
         person = person.astype(jnp.float32)
-        tints = self.colours(jnp.concatenate([*garment, *colours], axis=-1))
         return Seen(
             labels=labels,
             joints=_places(self.joints(quarter)),
             type=self.type(of_garment),
             pattern=self.pattern(of_garment),
-            colours=rearrange(tints, "b (n c) -> b n c", n=COLOURS).astype(jnp.float32),
             person=person / jnp.sqrt(jnp.square(person).sum(-1, keepdims=True) + 1e-8),
         )
 

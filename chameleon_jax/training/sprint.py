@@ -186,24 +186,26 @@ class _Sprint:
         self,
         name: str,
         state: State,
-        kinds: Mapping[str, tuple[Kind, Ready]],
+        kinds: Mapping[str, tuple[Kind, Mapping[str, Ready]]],
         frozen: Mapping[str, ParamTree],
         batches: Batches,
     ) -> State:
         """Steps of one stage until its time is over."""
         stage, count, scale = self.config.stages[name], 0, 1.0
-        flight: deque[tuple[str, Metrics]] = deque()
+        flight: deque[tuple[str, Metrics, Flops]] = deque()
         progress: _Progress | None = None
+        taken = dict.fromkeys(kinds, 0)
         begin = math.inf
         while (elapsed := time.monotonic() - begin) < stage.seconds:
             self.feed.check()
             wanted = rate_scale(elapsed if count else 0.0, stage.seconds, stage.fall, stage.final)
             if wanted != scale:
                 scale, state = wanted, optim.with_rate_scale(state, wanted)
-            kind = stage.turn[count % len(stage.turn)]
-            _, program = kinds[kind]
-            state, metrics = program(state, frozen[kind], batches.next(kind))
-            flight.append((kind, metrics))
+            kind, programs = kinds[stage.turn[count % len(stage.turn)]]
+            program = programs[kind.stage.next_step(taken[kind.name])]
+            state, metrics = program(state, frozen[kind.name], batches.next(kind.name))
+            flight.append((kind.name, metrics, program.flops))
+            taken[kind.name] += 1
             count, self.steps = count + 1, self.steps + 1
             if progress is None:
                 jax.block_until_ready(metrics)
@@ -211,12 +213,12 @@ class _Sprint:
                 progress = _Progress(name, self.config.log_seconds, self.mesh.size, begin)
                 log.info("stage %s: its %.0f s begin", name, stage.seconds)
             if len(flight) > IN_FLIGHT:
-                done, metrics = flight.popleft()
-                progress.add(done, jax.block_until_ready(metrics), kinds[done][1].flops)
+                done, metrics, flops = flight.popleft()
+                progress.add(done, jax.block_until_ready(metrics), flops)
                 self._report(progress, count)
         jax.block_until_ready(state)
-        for done, metrics in flight:
-            progress.add(done, metrics, kinds[done][1].flops)
+        for done, metrics, flops in flight:
+            progress.add(done, metrics, flops)
         self._report(progress, count, last=True)
         log.info("stage %s: %d steps in %.1f s", name, count, time.monotonic() - begin)
         return state
@@ -250,7 +252,8 @@ class _Progress:
 
     def add(self, kind: str, metrics: Metrics, flops: Flops) -> None:
         """A step that is done."""
-        self._newest[kind] = metrics
+        # Steps of student and critic have metrics of their own.
+        self._newest[kind] = self._newest.get(kind, {}) | metrics
         self._steps, self._flops = self._steps + 1, self._flops + flops
 
     def values(self, last: bool) -> dict[str, float] | None:

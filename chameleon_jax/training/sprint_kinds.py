@@ -1,7 +1,9 @@
 """Kinds of step of a run by the clock (`sprint`): from the config to what is compiled or loaded.
 
 A stage takes one kind of step, or several in turn that share a state. Each kind is the step of one
-stage of training on one kind of batch, and has a config of its own.
+stage of training on one kind of batch, and has a config of its own. Where that stage has several
+steps itself, as distillation has those of student and critic, the kind takes them as the stage
+says.
 """
 
 from __future__ import annotations
@@ -43,13 +45,19 @@ class Kind:
       name: in the config's group `kinds`.
       config: of its stage, with all paths.
       stage: that it belongs to.
-      step: to compile or to load.
+      steps: to compile or to load, by their names in the stage; in the order in which they are
+        needed first.
     """
 
     name: str
     config: ConfigDict
     stage: Stage
-    step: ahead.Step
+    steps: Mapping[str, ahead.Step]
+
+    @property
+    def step(self) -> ahead.Step:
+        """The first one. All take the same state, frozen parameters and batch."""
+        return next(iter(self.steps.values()))
 
 
 def make_kind(config: ConfigDict, name: str, workdir: Path, mesh: Mesh) -> Kind:
@@ -66,12 +74,25 @@ def make_kind(config: ConfigDict, name: str, workdir: Path, mesh: Mesh) -> Kind:
     if config.stages[first].begins == "export":
         before = config.order[config.order.index(first) - 1]
         filled.init_from = filled.weights.text = str(export_folder(workdir, before))
+    if config.stages[first].teacher:
+        filled.weights.score = str(export_folder(workdir, config.stages[first].teacher))
     filled = with_stored_sizes(filled)
     stage = make_stage(filled)
     batch = batch_shapes(filled, mesh)
     sharding.check_batch(filled.data.batch, mesh)
-    step = ahead.Step.of(stage, stage.next_step(0), given, batch, mesh)
-    return Kind(name, filled, stage, step)
+    steps = {step: ahead.Step.of(stage, step, given, batch, mesh) for step in _in_turn(stage)}
+    return Kind(name, filled, stage, steps)
+
+
+def _in_turn(stage: Stage) -> list[str]:
+    """Names of a stage's steps, in the order in which they are needed first."""
+    names: list[str] = []
+    number = 0
+    while len(names) < len(stage.steps):
+        if (name := stage.next_step(number)) not in names:
+            names.append(name)
+        number += 1
+    return names
 
 
 def batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -123,20 +144,23 @@ def compile_ahead(config: ConfigDict, mesh: Mesh, folder: Path) -> None:
     for name in kinds_in_turn(config):
         begin = time.monotonic()
         kind = make_kind(config, name, Path("not_read"), mesh)
-        ready = kind.step.compile(options)
-        path = step_file(folder, name)
-        ahead.save(path, kind.step, ready, options)
-        log.info(
-            "%s: %.2f TFLOP a step, %.1f MB, %.0f s",
-            path,
-            ready.flops.model / 1e12,
-            path.stat().st_size / 1e6,
-            time.monotonic() - begin,
-        )
+        for which, step in kind.steps.items():
+            ready = step.compile(options)
+            path = step_file(folder, kind, which)
+            ahead.save(path, step, ready, options)
+            log.info(
+                "%s: %.2f TFLOP a step, %.1f MB, %.0f s",
+                path,
+                ready.flops.model / 1e12,
+                path.stat().st_size / 1e6,
+                time.monotonic() - begin,
+            )
+            begin = time.monotonic()
 
 
-def step_file(folder: Path, name: str) -> Path:
-    """The file of a kind of step that was compiled ahead."""
+def step_file(folder: Path, kind: Kind, step: str) -> Path:
+    """The file of a step that was compiled ahead: `clips.step`, `dmd_both_3+0.step`."""
+    name = kind.name if len(kind.steps) == 1 else f"{kind.name}_{step}".replace(" ", "_")
     return folder / f"{name}.step"
 
 
@@ -152,12 +176,13 @@ class Programs:
     def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh, folder: Path | None):
         self._folder, self._options = folder, options_for(mesh)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="programs")
-        self._made: dict[str, Future[tuple[Kind, ahead.Ready]]] = {
+        self._made: dict[str, Future[tuple[Kind, dict[str, ahead.Ready]]]] = {
             name: self._pool.submit(self._make, config, name, workdir, mesh)
             for name in kinds_in_turn(config)
         }
 
-    def __getitem__(self, name: str) -> tuple[Kind, ahead.Ready]:
+    def __getitem__(self, name: str) -> tuple[Kind, dict[str, ahead.Ready]]:
+        """A kind, and its steps by name."""
         return self._made[name].result()
 
     def close(self) -> None:
@@ -166,20 +191,24 @@ class Programs:
 
     def _make(
         self, config: ConfigDict, name: str, workdir: Path, mesh: Mesh
-    ) -> tuple[Kind, ahead.Ready]:
-        begin = time.monotonic()
+    ) -> tuple[Kind, dict[str, ahead.Ready]]:
         kind = make_kind(config, name, workdir, mesh)
+        return kind, {which: self._ready(kind, which) for which in kind.steps}
+
+    def _ready(self, kind: Kind, which: str) -> ahead.Ready:
+        begin, step = time.monotonic(), kind.steps[which]
         ready, how = None, "compiled"
         if self._folder is not None:
             try:
-                ready = ahead.load(step_file(self._folder, name), kind.step, self._options)
+                ready = ahead.load(step_file(self._folder, kind, which), step, self._options)
                 how = "loaded"
             except ahead.AheadError as error:
                 log.warning("%s; it is compiled here now", error)
         if ready is None:
-            ready = kind.step.compile(self._options)
-        log.info("step %s %s in %.1f s", name, how, time.monotonic() - begin)
-        return kind, ready
+            ready = step.compile(self._options)
+        label = kind.name if len(kind.steps) == 1 else f"{kind.name}, {which},"
+        log.info("step %s %s in %.1f s", label, how, time.monotonic() - begin)
+        return ready
 
 
 def check(config: ConfigDict) -> None:
@@ -203,6 +232,8 @@ def _faults(config: ConfigDict) -> Iterator[str]:
             yield f"{key}.begins is {stage.begins!r}; expected one of {', '.join(BEGINS)}"
         elif not place and stage.begins != "random":
             yield f"{key}.begins is {stage.begins!r}; the first stage begins from random weights"
+        if stage.teacher and stage.teacher not in config.order[:place]:
+            yield f"{key}.teacher is {stage.teacher!r}; expected a stage before it in order"
         if not 0 < stage.seconds < math.inf:
             yield f"{key}.seconds is {stage.seconds}; expected above 0, or leave it out of order"
         for share in ("fall", "final"):

@@ -104,3 +104,62 @@ def test_pixelwise_colour_error_sees_what_the_mean_does_not():
     assert metrics.masked_colour_error(checks, checks, everywhere) == 0
     with pytest.raises(ValueError, match="mask is empty"):
         metrics.masked_colour_error(checks, checks, inside)
+
+
+def test_palettes_are_as_far_apart_as_their_colours():
+    rng = np.random.default_rng(0)
+    everywhere = np.ones((24, 16), bool)
+    mixed = rng.uniform(0.3, 0.7, (24, 16, 3))
+    palette = metrics.palette(mixed, everywhere)
+    shuffled = rng.permutation(mixed.reshape(-1, 3)).reshape(mixed.shape)
+    assert metrics.palette_distance(palette, metrics.palette(shuffled, everywhere)) < 1e-9
+    # One colour against another: the distance of the two.
+    for one, other in (
+        ((1, 0, 0), (0, 0, 1)),
+        ((0, 0, 0), (1, 1, 1)),
+        ((0.2, 0.5, 0.3), (1, 1, 0)),
+    ):
+        plain = [np.full((24, 16, 3), float(1)) * colour for colour in (one, other)]
+        found = metrics.palette_distance(*(metrics.palette(x, everywhere) for x in plain))
+        expected = metrics.colour_distance(plain[0], everywhere, plain[1], everywhere)
+        assert abs(found / expected - 1) < 0.06
+
+
+def test_a_palette_tells_stripes_from_their_mixture():
+    everywhere = np.ones((24, 16), bool)
+    stripes = np.full((24, 16, 3), 0.4)
+    stripes[::2] = 0.6
+    mixture = np.full_like(stripes, 0.5)
+    assert metrics.colour_distance(stripes, everywhere, mixture, everywhere) < 1
+    found = metrics.palette_distance(
+        metrics.palette(stripes, everywhere), metrics.palette(mixture, everywhere)
+    )
+    assert 9 < found < 11  # about as far as 0.4 and 0.6 are from 0.5, in lightness
+    other_half = np.zeros_like(everywhere)
+    other_half[1::2] = True
+    assert (
+        metrics.palette_distance(
+            metrics.palette(stripes, ~other_half), metrics.palette(stripes, other_half)
+        )
+        > 19
+    )
+    with pytest.raises(ValueError, match="mask is empty"):
+        metrics.palette(stripes, np.zeros_like(everywhere))
+
+
+def test_a_palette_is_made_of_quantiles_along_its_directions():
+    from scipy.stats import wasserstein_distance
+
+    rng = np.random.default_rng(1)
+    a, b = (rng.uniform(low, low + 0.4, (64, 64, 3)) for low in (0.1, 0.5))
+    everywhere = np.ones((64, 64), bool)
+    directions = metrics._directions()
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1)
+    exact = np.mean(
+        [
+            wasserstein_distance(*(metrics.to_lab(x).reshape(-1, 3) @ u for x in (a, b)))
+            for u in directions
+        ]
+    )
+    found = metrics.palette_distance(*(metrics.palette(x, everywhere) for x in (a, b)))
+    np.testing.assert_allclose(found, 2 * exact, rtol=0.01)

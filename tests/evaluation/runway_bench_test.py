@@ -13,7 +13,6 @@ from chameleon_jax import runway
 from chameleon_jax.data import labels, records, sources
 from chameleon_jax.data.examples import RunwayExamples
 from chameleon_jax.evaluation import judge, runway_bench, scenarios
-from chameleon_jax.evaluation.metrics import to_lab
 from chameleon_jax.runway import asset
 from chameleon_jax.splits import split_of
 from launch import evaluate_runway
@@ -30,20 +29,17 @@ def two():
     return found, scenarios.render(found)
 
 
-def perfect(truth: scenarios.Truth, starts: tuple[int, ...], worn=None) -> judge.Readings:
-    """What a judge without faults would read in the truth; `worn`: garments by time."""
+def perfect(truth: scenarios.Truth, starts: tuple[int, ...]) -> judge.Readings:
+    """What a judge without faults would read in the truth."""
     frames = len(truth.video)
     numbers = np.searchsorted(starts, np.arange(frames), side="right") - 1
-    worn = list(range(len(starts))) if worn is None else worn
-    attributes = np.stack([truth.attributes[worn[n]] for n in numbers])
+    attributes = np.stack([truth.attributes[n] for n in numbers])
     person = np.tile(np.eye(4)[0], (frames, 1))
-    colours = attributes[:, 3:].astype(np.float64).reshape(-1, 2, 3)
     return judge.Readings(
         labels=truth.labels,
         joints=truth.joints,
         types=np.eye(len(labels.TYPES))[attributes[:, 1].astype(int)],
         patterns=np.eye(len(labels.PATTERNS))[attributes[:, 2].astype(int)],
-        colours=to_lab(colours),
         person=person,
     )
 
@@ -86,6 +82,7 @@ def test_a_perfect_video_has_perfect_figures(two):
     figures = runway_bench.measure(scenario, truth, made, made.seen.part(slice(1)), CARD)
     for name in ("type", "pattern", "colours", "type_and_colours"):
         assert figures[f"first_{name}"] == figures[f"changed_{name}"] == 1
+    assert figures["changed_colour_distance"] < 2  # a garment turns and is lit otherwise
     assert figures["wrong_frames"] == 0 and figures["person_same"] == 1
     assert figures["first_garment_psnr"] == figures["background_psnr"] == 90
     assert figures["clothes_distance"] == 0
@@ -95,11 +92,24 @@ def test_a_perfect_video_has_perfect_figures(two):
 
 def test_the_garment_of_the_start_is_wrong_after_a_change(two):
     scenario, truth = two
-    seen = perfect(truth, scenario.starts, worn=[0, 0, 1])  # always one too late
-    made = runway_bench.Made(truth.video, seen, scenario.starts)
-    figures = runway_bench.measure(scenario, truth, made, seen.part(slice(1)), CARD)
-    assert figures["first_pattern"] == 1 and figures["changed_pattern"] == 0
-    assert figures["changed_colours"] == 0 and figures["wrong_frames"] == 1
+    worn = (0, 0, 1)  # always one too late
+    late = dataclasses.replace(scenario, garments=tuple(scenario.garments[i] for i in worn))
+    shown = scenarios.render(late)
+    made = runway_bench.Made(shown.video, perfect(shown, scenario.starts), scenario.starts)
+    figures = runway_bench.measure(scenario, truth, made, made.seen.part(slice(1)), CARD)
+    assert figures["first_pattern"] == figures["first_colours"] == 1
+    assert figures["changed_pattern"] == figures["changed_colours"] == 0
+    assert figures["changed_colour_distance"] > 15 and figures["wrong_frames"] == 1
+
+
+def test_where_no_garment_is_seen_none_is_right(two):
+    scenario, truth = two
+    seen = perfect(truth, scenario.starts)
+    naked = np.where(truth.labels == labels.GARMENT, labels.SKIN, truth.labels)
+    made = runway_bench.Made(truth.video, dataclasses.replace(seen, labels=naked), scenario.starts)
+    figures = runway_bench.garment_figures(scenario, truth, made)
+    assert figures["first_colours"] == figures["changed_colours"] == 0
+    assert figures["wrong_frames"] == 0 and "changed_colour_distance" not in figures
 
 
 def test_a_cut_is_a_jump_and_a_blur_is_not_sharp(two):
@@ -112,6 +122,11 @@ def test_a_cut_is_a_jump_and_a_blur_is_not_sharp(two):
     seen = dataclasses.replace(seen, joints=moved)
     jumps = runway_bench.jump_figures(runway_bench.Made(video, seen, scenario.starts), 18)
     assert jumps["jump_joints"] > 10 and jumps["jump_head"] > 3
+    shifted = dataclasses.replace(seen, labels=np.roll(seen.labels, 6, axis=2))
+    shifted.labels[:18] = truth.labels[:18]
+    moved = runway_bench.jump_figures(runway_bench.Made(video, shifted, scenario.starts), 18)
+    still = runway_bench.jump_figures(runway_bench.Made(truth.video, seen, scenario.starts), 18)
+    assert moved["jump_place"] > 10 and still["jump_place"] < 2.5
     blurred = truth.video.copy()
     blurred[-12:] = blurred[-12:, ::4, ::4].repeat(4, axis=1).repeat(4, axis=2)
     blurred[-12:] = (blurred[-12:] // 4) + 96
@@ -146,7 +161,7 @@ def test_the_prompt_is_followed_by_the_truth_and_not_by_its_mirror_image():
         assert asked in poses and 0 < frame < 81
         truth = scenarios.Truth(*(None,) * 4, joints=joints, attributes=())
         for where, results in ((joints, followed), (mirror(joints), mirrored)):
-            seen = judge.Readings(None, where, None, None, None, None)
+            seen = judge.Readings(None, where, None, None, None)
             made = runway_bench.Made(None, seen, (0,))
             figures = runway_bench.prompt_figures(scenario, truth, made)
             results.append(figures["prompt_arms"])

@@ -19,7 +19,6 @@ def test_what_it_says_has_these_sizes():
     seen = jax.jit(lambda x: network(x))(jax.random.uniform(jax.random.key(0), (2, 32, 24, 3)))
     assert seen.labels.shape == (2, 16, 12, 5) and seen.joints.shape == (2, 36, 2)
     assert seen.type.shape == (2, 25) and seen.pattern.shape == (2, 15)
-    assert seen.colours.shape == (2, 2, 3)
     np.testing.assert_allclose(jnp.linalg.norm(seen.person, axis=-1), 1, rtol=1e-5)
     assert ((seen.joints > 0) & (seen.joints < 1)).all()
 

@@ -112,7 +112,8 @@ def make_stage(config: ConfigDict) -> Stage:
             return state | {"critic": critic}, _named("critic", metrics)
 
         def both_steps(state: State, frozen: ParamTree, batch: Batch) -> tuple[State, Metrics]:
-            rate = schedules["generator"](state["generator"].step)
+            student = state["generator"]
+            rate = schedules["generator"](student.step) * optim.rate_scale(student.opt_state)
             fixed = frozen | state["critic"].params
             generator, metrics = learn(state["generator"], fixed, batch)
             state, others = critic_step(state | {"generator": generator}, frozen, batch)
