@@ -3,7 +3,7 @@
     python -m launch.evaluate --bench hgc --data HGC-Bench --weights weights/chameleon \\
         --out out/hgc --vlm_url https://host/v1 --vlm_model NAME
     python -m launch.evaluate --bench hgc --make_demo out/demo_bench
-    python -m launch.evaluate --bench runway --judge runs/judge/export --out out/bench
+    python -m launch.evaluate --bench runway --weights runs/dmd/export --out out/bench
     python -m launch.evaluate --bench judge --judge runs/judge/export
 
 HGC-Bench (and every other file in chameleon_jax/evaluation/benches) has three stages, each of which
@@ -16,7 +16,8 @@ Runway-Bench streams fixed scenarios of the synthetic world (one garment, two an
 streams, a change of the prompt) with any model that `launch.sample` can stream, and compares each
 with the exact truth. Beside the model it measures the truth itself, and the truth in the garment of
 the start all the time: a figure of a change that does not tell these two apart is left out of the
-table. Needs the extra `runway`.
+table. What a frame shows is read by a judge, a small network; one for the mirror's world is part of
+the project. Needs the extra `runway`.
 
 What is finished is kept in `--out`; the same command goes on.
 """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FLAGS = ("judge", "world", "scenarios", "kind")  # of these benchmarks alone
 OUT, WORLD, SCENARIOS = "out/runway_bench", "mirror", 128
+JUDGE = "chameleon_jax/assets/runway_judge"
 TRUTH, UNCHANGED = "truth", "unchanged"
 SHEET_EVERY = 6  # frames from one on a contact sheet to the next
 # What the table calls the figures.
@@ -56,7 +57,11 @@ NAMES = {
 
 def define_flags(parser: cli.Parser) -> None:
     """The flags of these benchmarks alone."""
-    parser.flag("judge", "runway, judge: folder of the judge's weights", metavar="DIR")
+    parser.flag(
+        "judge",
+        f"runway, judge: folder of the judge's weights; default of runway {JUDGE}",
+        metavar="DIR",
+    )
     parser.flag(
         "world", f"runway: of the scenarios, mirror or open; default {WORLD}", metavar="NAME"
     )
@@ -82,7 +87,12 @@ def run(values: cli.Values, default_config: str) -> int:
       UserError: an input cannot be used.
     """
     if values.judge is None:
-        raise UsageError(f"--bench {values.bench} needs --judge, the folder of the judge's weights")
+        if values.bench == "judge":
+            raise UsageError(
+                "--bench judge needs --judge, the folder of the weights that are measured; what is"
+                " found is written there"
+            )
+        values.judge = JUDGE
     need("numba", "runway")
     values.out = values.out or OUT
     values.world = values.world or WORLD
@@ -106,7 +116,7 @@ def check_judge(values: cli.Values) -> int:
             judge.SEEDS, scenarios.SIZE, world=values.world, people=judge.PEOPLE, labels=kinds
         )
     size = tuple(int(side) for side in source.sizes[0])
-    card = judge.check(values.judge, source, size)
+    card = judge.check(values.judge, source, size, "" if values.data else values.world)
     print(json.dumps(card, indent=2))
     return 0
 
@@ -166,6 +176,12 @@ def run_bench(values: cli.Values, default_config: str) -> int:
     if values.name in (TRUTH, UNCHANGED):
         raise UsageError(f"--name {values.name}: stands in the table already; choose another name")
     judge = load_judge(values.judge)
+    known = judge.card["world"]
+    if known not in ("", values.world):
+        raise UsageError(
+            f"--judge {values.judge}: was measured on the world {known}, not {values.world}; train"
+            " one for it, see configs/judge.py"
+        )
     try:
         chosen = scenarios.scenarios(values.world, values.scenarios, values.kind or None)
     except ValueError as error:

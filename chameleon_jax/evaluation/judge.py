@@ -149,13 +149,16 @@ class Labelled(Protocol):
     ) -> dict[str, Any]: ...
 
 
-def check(folder: str | os.PathLike, source: Labelled, size: tuple[int, int]) -> dict[str, Any]:
+def check(
+    folder: str | os.PathLike, source: Labelled, size: tuple[int, int], world: str = ""
+) -> dict[str, Any]:
     """Measure a judge on the first frames of held-out clips, and write judge.json beside it.
 
     Args:
       folder: of the judge's export.
       source: clips with labels, several of each person.
       size: (height, width).
+      world: that the clips are of, for the card; empty if nobody knows.
 
     Returns:
       The card: shares that are right; distances; and `same_person`, the cosine above which two
@@ -183,6 +186,7 @@ def check(folder: str | os.PathLike, source: Labelled, size: tuple[int, int]) ->
     inside = ((joints > 0) & (joints < 1)).all(-1)
     off = np.linalg.norm(np.concatenate([one.joints for one in seen]) - joints, axis=-1)
     card = {
+        "world": world,
         "frames": len(source),
         "overlap": dict(zip(NAMES, np.round(overlap, 4).tolist(), strict=True)),
         "joints_off": _rounded(off[inside].mean()),

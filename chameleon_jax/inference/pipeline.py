@@ -49,7 +49,6 @@ from chameleon_jax.inference.settings import (
     OPTIONAL,
     check_config,
     check_mesh,
-    chosen_for,
     model_differences,
     networks_of,
     read_stored,
@@ -57,7 +56,7 @@ from chameleon_jax.inference.settings import (
     with_dtype,
 )
 from chameleon_jax.models import build
-from chameleon_jax.models.build import DTYPES
+from chameleon_jax.models.build import DTYPES, chosen_for
 from chameleon_jax.models.dit import DiT, TextKV
 from chameleon_jax.models.vae import Vae
 from chameleon_jax.weights.quantize import is_quantized, quantize

@@ -9,17 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from chameleon_jax.attention.core import backend_for
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference.pretrained import PipelineError
 from chameleon_jax.models.build import DTYPES, read_sizes
-from chameleon_jax.models.vae import conv_for
 from chameleon_jax.sharding import AXES, SAMPLES, MeshError, check_network
 from chameleon_jax.weights.quantize import QUANTIZE
 from chameleon_jax.weights.sizes import HOW_TO_COMPUTE
@@ -96,21 +93,6 @@ def check_mesh(config: ConfigDict, mesh: Mesh | None) -> None:
     sides = (config.video.height // rows, config.video.width // columns)
     tokens = math.prod(side // vae.spatial_factor for side in sides)
     check_network(dit.heads, tokens, mesh)
-
-
-def chosen_for(device: jax.Device, config: ConfigDict) -> ConfigDict:
-    """A config in which what is chosen by platform is chosen for a device, which need not be here.
-
-    Args:
-      device: of the platform.
-      config: checked.
-    """
-    config = config.copy_and_resolve_references()
-    dit, vae = config.model.dit, config.model.vae
-    dit.attention = dit.get("attention") or backend_for(device, DTYPES[config.dtype])
-    if vae.get("conv", "auto") == "auto":
-        vae.conv = conv_for(device.platform)
-    return config
 
 
 def networks_of(config: Mapping[str, Any], *, text: bool = True) -> list[str]:

@@ -19,14 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
+from chameleon_jax.attention.core import backend_for
 from chameleon_jax.config import ConfigError
 from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.models.judge import Judge, JudgeConfig
 from chameleon_jax.models.reward import ClipVisionConfig, Reward
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
 from chameleon_jax.models.text import TextConfig, TextEncoder
-from chameleon_jax.models.vae import Vae, VaeConfig
+from chameleon_jax.models.vae import Vae, VaeConfig, conv_for
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -50,6 +52,26 @@ KINDS: dict[str, Kind] = {
     "reward": Kind(ClipVisionConfig, Reward),
     "judge": Kind(JudgeConfig, Judge),
 }
+
+
+def chosen_for(device: jax.Device, config: ConfigDict) -> ConfigDict:
+    """A config in which what networks leave to the platform is chosen for a device.
+
+    Left to choose, they would take what is fast on the machine that compiles.
+
+    Args:
+      device: of the platform; it need not be here. One of a topology will do.
+      config: of a stream or of a stage of training; stays as it is.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    # A reward computes in float32, see training/stages/rewards.py.
+    dtypes = {"dit": config.dtype, "score": config.dtype, "reward": "float32"}
+    for name, dtype in dtypes.items():
+        if name in config.model and not config.model[name].get("attention"):
+            config.model[name].attention = backend_for(device, DTYPES[dtype])
+    if config.model.vae.get("conv", "auto") == "auto":
+        config.model.vae.conv = conv_for(device.platform)
+    return config
 
 
 def kind_of(name: str, group: Mapping[str, Any]) -> Kind:

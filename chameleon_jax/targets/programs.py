@@ -18,19 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
-from chameleon_jax.attention.core import computes_in
-from chameleon_jax.data.labels import cell_shapes
-from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.data.text_states import TextExamples, write_text_states
 from chameleon_jax.inference.pipeline import Pipeline
-from chameleon_jax.models.build import read_sizes
-from chameleon_jax.models.vae import conv_for
+from chameleon_jax.models.build import chosen_for
 from chameleon_jax.targets.machines import Target, TargetError, devices
-from chameleon_jax.training.ahead import frozen_shapes
+from chameleon_jax.training.ahead import batch_shapes, frozen_shapes
 from chameleon_jax.training.programs import blueprint, jit_steps
 from chameleon_jax.training.stages import make_stage
 
@@ -106,31 +102,8 @@ def of_config(
     """
     mesh = mesh_for(config, target, sizes)
     if is_training(config):
-        config = with_attention(config, target.compiler.attention)
-        return of_stage(with_convolutions(config, target.compiler.platform), mesh)
+        return of_stage(config, mesh)
     return of_stream(config, mesh)
-
-
-def with_attention(config: ConfigDict, backend: str) -> ConfigDict:
-    """The config with one attention backend for all networks that have a choice.
-
-    Left to choose, they would take that of the machine which compiles. What computes in numbers for
-    which the backend has no kernels gets "xla", as it would on the target itself.
-    """
-    config = ConfigDict(config.to_dict())
-    dtypes = {"dit": config.dtype, "score": config.dtype, "reward": "float32"}  # stages/rewards.py
-    for name, dtype in dtypes.items():
-        if name in config.model and config.model[name].get("attention") is None:
-            config.model[name].attention = backend if computes_in(backend, dtype) else "xla"
-    return config
-
-
-def with_convolutions(config: ConfigDict, platform: str) -> ConfigDict:
-    """The config with the form of the VAE's convolutions that is fast on a platform."""
-    config = ConfigDict(config.to_dict())
-    if config.model.vae.get("conv", "auto") == "auto":
-        config.model.vae.conv = conv_for(platform)
-    return config
 
 
 def of_stream(config: ConfigDict, mesh: Mesh) -> Programs:
@@ -164,13 +137,13 @@ def device_bytes(tree: Any) -> int:
 
 
 def of_stage(config: ConfigDict, mesh: Mesh) -> Programs:
-    """The steps of a stage of training."""
-    with named_inputs(config) as complete:
+    """The steps of a stage of training, as the devices of a mesh compute them."""
+    with named_inputs(chosen_for(mesh.devices.flat[0], config)) as complete:
         stage = make_stage(complete)
+        batch = batch_shapes(complete, mesh)
     sharding.check_batch(config.data.batch, mesh)
     like = blueprint(stage, mesh)
     frozen = frozen_shapes(stage, mesh)
-    batch = batch_of(config, mesh)
 
     def tracer(step: Any) -> Callable[[], jax.stages.Traced]:
         def trace() -> jax.stages.Traced:
@@ -210,27 +183,6 @@ def named_inputs(config: ConfigDict) -> Iterator[ConfigDict]:
         _write_states(Path(folder), config)
         config.data.text = folder
         yield config
-
-
-def batch_of(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of stored latents, labels and text states, as shapes placed on the mesh."""
-    vae = read_sizes("vae", config.model.vae)
-    grid = [side // vae.spatial_factor for side in (config.video.height, config.video.width)]
-    frames = latent_frames(config.video.frames, vae.temporal_factor)
-    shapes = {
-        "z_reference": (1, *grid, vae.z_dim),
-        "z_garment": (1, *grid, vae.z_dim),
-        "z_video": (frames, *grid, vae.z_dim),
-        "text": (config.model.text.length, config.model.text.width),
-    }
-    kinds = {name: (shape, jnp.float16) for name, shape in shapes.items()}
-    known = cell_shapes(frames, *grid)
-    kinds |= {name: known[name] for name in config.data.get("labels", ())}
-    place = NamedSharding(mesh, sharding.BATCH)
-    return {
-        name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=place)
-        for name, (shape, dtype) in kinds.items()
-    }
 
 
 def _write_states(folder: Path, config: ConfigDict) -> None:

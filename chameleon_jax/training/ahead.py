@@ -28,13 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from chameleon_jax import chips, files, sharding
+from chameleon_jax.data.labels import cell_shapes
+from chameleon_jax.data.sources import latent_frames
 from chameleon_jax.errors import ROOT, UserError
+from chameleon_jax.models.build import read_sizes
 from chameleon_jax.training.flops import Flops, count_jaxpr
 from chameleon_jax.training.programs import blueprint, jit_steps
 from chameleon_jax.training.stage import Stage, State
@@ -140,6 +144,34 @@ def frozen_shapes(stage: Stage, mesh: Mesh) -> ParamTree:
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
     )
+
+
+def batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of a stage that reads latents, as shapes placed on the mesh.
+
+    Stored latents, labels as `data.labels` names them, and token ids, or with `data.text` stored
+    text states.
+    """
+    vae, text = read_sizes("vae", config.model.vae.to_dict()), config.model.text
+    grid = [side // vae.spatial_factor for side in (config.video.height, config.video.width)]
+    frames = latent_frames(config.video.frames, vae.temporal_factor)
+    cell = (*grid, vae.z_dim)
+    kinds: dict[str, tuple[tuple[int, ...], Any]] = {
+        "z_reference": ((1, *cell), jnp.float16),
+        "z_garment": ((1, *cell), jnp.float16),
+        "z_video": ((frames, *cell), jnp.float16),
+    }
+    if config.data.text:
+        kinds["text"] = ((text.length, text.width), jnp.float16)
+    else:
+        kinds |= {"ids": ((text.length,), jnp.int32), "mask": ((text.length,), jnp.bool_)}
+    known = cell_shapes(frames, *grid)
+    kinds |= {name: known[name] for name in config.data.labels}
+    place = NamedSharding(mesh, sharding.BATCH)
+    return {
+        name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=place)
+        for name, (shape, dtype) in kinds.items()
+    }
 
 
 @functools.cache

@@ -18,15 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chameleon_jax import sharding
 from chameleon_jax.config import ConfigError
-from chameleon_jax.data.labels import cell_shapes
-from chameleon_jax.data.sources import latent_frames
-from chameleon_jax.models.build import read_sizes
 from chameleon_jax.training import ahead
 from chameleon_jax.training.run import with_stored_sizes
 from chameleon_jax.training.stage import Stage, State
@@ -78,7 +74,7 @@ def make_kind(config: ConfigDict, name: str, workdir: Path, mesh: Mesh) -> Kind:
         filled.weights.score = str(export_folder(workdir, config.stages[first].teacher))
     filled = with_stored_sizes(filled)
     stage = make_stage(filled)
-    batch = batch_shapes(filled, mesh)
+    batch = ahead.batch_shapes(filled, mesh)
     sharding.check_batch(filled.data.batch, mesh)
     steps = {step: ahead.Step.of(stage, step, given, batch, mesh) for step in _in_turn(stage)}
     return Kind(name, filled, stage, steps)
@@ -93,28 +89,6 @@ def _in_turn(stage: Stage) -> list[str]:
             names.append(name)
         number += 1
     return names
-
-
-def batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of latents, token ids and labels, as shapes placed on the mesh."""
-    vae = read_sizes("vae", config.model.vae.to_dict())
-    grid = [side // vae.spatial_factor for side in (config.video.height, config.video.width)]
-    frames = latent_frames(config.video.frames, vae.temporal_factor)
-    cell = (*grid, vae.z_dim)
-    kinds: dict[str, tuple[tuple[int, ...], Any]] = {
-        "z_reference": ((1, *cell), jnp.float16),
-        "z_garment": ((1, *cell), jnp.float16),
-        "z_video": ((frames, *cell), jnp.float16),
-        "ids": ((config.model.text.length,), jnp.int32),
-        "mask": ((config.model.text.length,), jnp.bool_),
-    }
-    known = cell_shapes(frames, *grid)
-    kinds |= {name: known[name] for name in config.data.labels}
-    place = NamedSharding(mesh, sharding.BATCH)
-    return {
-        name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=place)
-        for name, (shape, dtype) in kinds.items()
-    }
 
 
 def options_for(mesh: Mesh) -> Mapping[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from chameleon_jax.config import ConfigError
+from chameleon_jax.config import ConfigError, load_config
 from chameleon_jax.models import build
 from chameleon_jax.models.dit import DiT
 from chameleon_jax.models.taehv import Taehv
@@ -98,3 +100,35 @@ def test_a_missing_size_is_named():
     lacking = {key: value for key, value in SMALL["dit"].items() if key != "ffn"}
     with pytest.raises(ConfigError, match=r"model\.dit\.ffn is missing"):
         build.read_sizes("dit", lacking)
+
+
+def device(platform: str, version: str = "") -> types.SimpleNamespace:
+    """A device that is not here."""
+    return types.SimpleNamespace(
+        platform=platform, client=types.SimpleNamespace(platform_version=version)
+    )
+
+
+TPU, H200, CPU = device("tpu", "TPU v6 lite"), device("gpu", "NVIDIA H200"), device("cpu")
+
+
+def test_each_network_has_a_backend_that_computes_in_its_numbers():
+    config = load_config("configs/dmd.py:paper")
+    before = config.to_dict()
+    assert config.dtype == "bfloat16"
+    for where, dit, reward in ((H200, "cudnn", "xla"), (TPU, "splash", "splash")):
+        model = build.chosen_for(where, config).model
+        assert (model.dit.attention, model.reward.attention) == (dit, reward)
+    small = build.chosen_for(H200, load_config("configs/dmd.py:smoke")).model
+    assert small.dit.attention == "xla"  # float32
+    assert config.to_dict() == before
+
+
+def test_what_a_config_asks_for_is_not_chosen_again():
+    config = load_config("configs/dmd.py:paper")
+    forms = [build.chosen_for(where, config).model.vae.conv for where in (CPU, TPU, H200)]
+    assert forms == ["stacked", "columns", "conv3d"]
+    config.unlock().model.vae.conv = "stacked"
+    config.model.dit.attention = "xla"
+    model = build.chosen_for(TPU, config).model
+    assert (model.vae.conv, model.dit.attention) == ("stacked", "xla")

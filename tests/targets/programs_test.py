@@ -9,8 +9,9 @@ import pytest
 from chameleon_jax import sharding
 from chameleon_jax.config import load_config
 from chameleon_jax.inference import Pipeline
-from chameleon_jax.targets import machines, programs
+from chameleon_jax.targets import programs
 from chameleon_jax.targets.machines import TargetError
+from chameleon_jax.training.ahead import batch_shapes
 from chameleon_jax.training.flops import count_jaxpr
 
 STAGES = {
@@ -21,9 +22,6 @@ STAGES = {
 }
 
 
-PLATFORMS = {machines.TPU.platform: "columns", machines.CUDA.platform: "conv3d"}
-
-
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh({}, jax.devices()[:1])
@@ -31,7 +29,7 @@ def mesh():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_steps_of_a_stage_are_traced_without_any_file(stage, mesh):
-    config = programs.with_attention(load_config(f"configs/{stage}.py:smoke"), "xla")
+    config = load_config(f"configs/{stage}.py:smoke")
     assert sorted(programs.names(config)) == sorted(STAGES[stage])
     made = programs.of_stage(config, mesh)
     traced = made.traced[STAGES[stage][0]]()
@@ -44,38 +42,20 @@ def test_the_steps_of_a_stage_are_traced_without_any_file(stage, mesh):
 def test_a_batch_has_the_labels_that_the_loss_reads(mesh):
     overrides = ["data.labels=('labels','origin')", "loss.garment=3.0", "loss.labels=.1"]
     config = load_config("configs/teacher_forcing.py:smoke", [*overrides, "loss.labels_layer=0"])
-    batch = programs.batch_of(config, mesh)
+    batch = batch_shapes(config, mesh)
+    assert {"ids", "mask"} < set(batch) and "text" not in batch
     b, f, h, w, _ = batch["z_video"].shape
     assert batch["labels"].shape == (b, f, h, w, 5) and batch["labels"].dtype == jnp.uint8
     assert batch["origin"].shape == (b, f, h, w, 2) and batch["origin"].dtype == jnp.uint8
-    made = programs.of_stage(programs.with_attention(config, "xla"), mesh)
+    made = programs.of_stage(config, mesh)
     assert count_jaxpr(made.traced["teacher_forcing"]().jaxpr).model > 0
 
 
 def test_the_config_is_not_changed(mesh):
     config = load_config("configs/teacher.py:smoke")
     before = config.to_dict()
-    programs.of_stage(programs.with_attention(config, "xla"), mesh)
+    programs.of_stage(config, mesh)
     assert config.to_dict() == before
-
-
-def test_each_network_has_a_backend_that_computes_in_its_numbers():
-    config = load_config("configs/dmd.py:paper")
-    assert config.dtype == "bfloat16"
-    model = programs.with_attention(config, "cudnn").model
-    assert (model.dit.attention, model.reward.attention) == ("cudnn", "xla")
-    model = programs.with_attention(config, "splash").model
-    assert (model.dit.attention, model.reward.attention) == ("splash", "splash")
-    small = programs.with_attention(load_config("configs/dmd.py:smoke"), "cudnn").model
-    assert small.dit.attention == "xla"  # float32
-
-
-def test_the_vae_of_training_computes_as_on_the_target():
-    config = load_config("configs/dmd.py:paper")
-    forms = {name: programs.with_convolutions(config, name).model.vae.conv for name in PLATFORMS}
-    assert forms == PLATFORMS
-    config.unlock().model.vae.conv = "stacked"
-    assert programs.with_convolutions(config, "tpu").model.vae.conv == "stacked"
 
 
 def test_a_stage_that_reads_pixels_is_refused():
