@@ -18,6 +18,7 @@ def values(*flags: str) -> cli.Values:
     return cli.read(evaluate.define_flags, ["--bench", "attention", *flags])
 
 
+@pytest.mark.slow
 def test_it_looks_before_and_after_a_change_and_streams_what_is_streamed(
     tmp_path, monkeypatch, capsys
 ):
