@@ -35,7 +35,7 @@ LOSS = (  # draws within one loss
     "kept_errors",
 )
 DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
-INFERENCE = ("chunk_noise", "clip_noise")
+INFERENCE = ("chunk_noise", "clip_noise", "random_frame")
 
 
 class SeedError(UserError):

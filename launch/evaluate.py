@@ -5,6 +5,7 @@
     python -m launch.evaluate --bench hgc --make_demo out/demo_bench
     python -m launch.evaluate --bench runway --weights runs/dmd/export --out out/bench
     python -m launch.evaluate --bench judge --judge runs/judge/export
+    python -m launch.evaluate --bench attention --weights weights/chameleon
 
 HGC-Bench (and every other file in chameleon_jax/evaluation/benches) has three stages, each of which
 goes on where it stopped: `generate` streams a video for every sample, `score` measures the videos,
@@ -19,6 +20,9 @@ the start all the time: a figure of a change that does not tell these two apart 
 table. What a frame shows is read by a judge, a small network; one for the mirror's world is part of
 the project. Needs the extra `runway`.
 
+`attention` says how much of the attention of a new chunk goes to the person's picture, the garment,
+the history and the chunk itself, before and after a change (the right of the paper's Figure 4).
+
 What is finished is kept in `--out`; the same command goes on.
 """
 
@@ -27,12 +31,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chameleon_jax.evaluation import benches
-from launch import cli, evaluate_pictures, evaluate_runway
+from launch import cli, evaluate_attention, evaluate_pictures, evaluate_runway
 from launch.cli import UsageError
 
 CONFIG = "configs/runway_tiny.py"
 CONTINUES = "the same command continues"
-OTHERS = ("runway", "judge")  # benchmarks that are no files in evaluation/benches
+# Benchmarks that are no files in evaluation/benches, and the flags that not all others have, too.
+OTHERS = {
+    "runway": evaluate_runway.FLAGS,
+    "judge": evaluate_runway.FLAGS,
+    "attention": evaluate_attention.FLAGS,
+}
 
 
 def define_flags(parser: cli.Parser) -> None:
@@ -41,7 +50,8 @@ def define_flags(parser: cli.Parser) -> None:
     parser.config_flag((CONFIG, ""), others=["configs/wan22_5b.py"])
     parser.flag(
         "bench",
-        f"{', '.join(pictures)} or runway: measure a model; judge: measure the judge",
+        f"{', '.join(pictures)} or runway: measure a model; judge: measure the judge;"
+        " attention: where a model looks",
         kind=cli.one_of(*OTHERS, *pictures),
         default="runway",
         metavar="BENCH",
@@ -53,11 +63,14 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.flag("name", "of the model in the table", default="model", metavar="NAME")
     parser.flag(
-        "out", "folder to write; default out/BENCH, for runway out/runway_bench", metavar="DIR"
+        "out",
+        "folder to write; default out/BENCH, for runway and judge out/runway_bench",
+        metavar="DIR",
     )
     parser.flag(
         "switch",
-        "full, or some of refresh,withdraw,disentangle; default as in the config",
+        "full, or some of refresh,withdraw,disentangle; for ablations last_latent or random_frame"
+        " in place of disentangle; default as in the config",
         metavar="WORDS",
     )
     parser.flag(
@@ -90,13 +103,12 @@ def run(values: cli.Values) -> int:
     Raises:
       UserError: an input cannot be used.
     """
-    theirs = {
-        "runway": evaluate_runway.FLAGS,
-        "judge": evaluate_runway.FLAGS,
-    }.get(values.bench, evaluate_pictures.FLAGS)
+    theirs = OTHERS.get(values.bench, evaluate_pictures.FLAGS)
     for name in (*evaluate_runway.FLAGS, *evaluate_pictures.FLAGS):
         if getattr(values, name) not in (None, [], False) and name not in theirs:
             raise UsageError(f"--{name} is not for --bench {values.bench}; leave it out")
+    if values.bench == "attention":
+        return evaluate_attention.run(values, CONFIG)
     if values.bench in OTHERS:
         return evaluate_runway.run(values, CONFIG)
     return evaluate_pictures.run(values, CONFIG)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from chameleon_jax.evaluation.scenarios import Scenario, Truth
+    from chameleon_jax.inference.pipeline import Pipeline
+    from chameleon_jax.inference.session import SwitchConfig
 
     Stream = Callable[[Scenario, Truth], tuple[np.ndarray, tuple[int, ...]]]
 
@@ -63,11 +65,13 @@ def define_flags(parser: cli.Parser) -> None:
         metavar="DIR",
     )
     parser.flag(
-        "world", f"runway: of the scenarios, mirror or open; default {WORLD}", metavar="NAME"
+        "world",
+        f"runway, attention: of the scenarios, mirror or open; default {WORLD}",
+        metavar="NAME",
     )
     parser.flag(
         "scenarios",
-        f"runway: how many; default all {SCENARIOS}",
+        f"runway: how many; default all {SCENARIOS}; attention: default 4",
         kind=cli.whole_number(1, SCENARIOS),
         metavar="N",
     )
@@ -121,14 +125,12 @@ def check_judge(values: cli.Values) -> int:
     return 0
 
 
-def make_stream(values: cli.Values, default_config: str) -> Stream:
-    """How the model of the command line streams a scenario.
+def load_model(values: cli.Values, default_config: str) -> tuple[Pipeline, SwitchConfig, int]:
+    """The model of the command line, compiled; what a switch does; and the seed of the noise.
 
     Raises:
-      UsageError: the flags do not fit.
+      UserError: the flags do not fit, or the weights cannot be used.
     """
-    import numpy as np
-
     from chameleon_jax.inference.pipeline import Pipeline
     from launch import jobs
 
@@ -138,8 +140,19 @@ def make_stream(values: cli.Values, default_config: str) -> Stream:
         pipeline = Pipeline.random(config, 0)
     else:
         pipeline = Pipeline.from_pretrained(weights, config)
-    seed = config.seed if values.seed is None else values.seed
     pipeline.compile()
+    return pipeline, mechanisms, config.seed if values.seed is None else values.seed
+
+
+def make_stream(values: cli.Values, default_config: str) -> Stream:
+    """How the model of the command line streams a scenario.
+
+    Raises:
+      UsageError: the flags do not fit.
+    """
+    import numpy as np
+
+    pipeline, mechanisms, seed = load_model(values, default_config)
 
     def stream(scenario: Scenario, truth: Truth) -> tuple[np.ndarray, tuple[int, ...]]:
         session = pipeline.session(mechanisms)

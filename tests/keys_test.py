@@ -32,7 +32,9 @@ def test_draws_of_a_loss(draw, number):
     np.testing.assert_array_equal(found, key_of(7, number))
 
 
-@pytest.mark.parametrize(("purpose", "number"), [("chunk_noise", 0), ("clip_noise", 1)])
+@pytest.mark.parametrize(
+    ("purpose", "number"), [("chunk_noise", 0), ("clip_noise", 1), ("random_frame", 2)]
+)
 def test_inference(purpose, number):
     found = jax.random.key_data(keys.inference_key(7, purpose))
     np.testing.assert_array_equal(found, key_of(7, number))

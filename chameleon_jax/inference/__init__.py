@@ -17,6 +17,7 @@ from chameleon_jax.inference.session import (
     SnapshotError,
     Switch,
     SwitchConfig,
+    SwitchError,
 )
 from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot
 
@@ -36,4 +37,5 @@ __all__ = [
     "SnapshotError",
     "Switch",
     "SwitchConfig",
+    "SwitchError",
 ]

@@ -200,11 +200,10 @@ def plan_stream(
       mechanisms: what a switch does.
       rhythm: frames of the chunks.
     """
-    repeats = mechanisms.refresh and mechanisms.withdraw and mechanisms.disentangle
     after_switch = rhythm.later
     if mechanisms.withdraw:
         after_switch = rhythm.first
-        if repeats and mechanisms.drop_repeated_frame:
+        if mechanisms.repeats and mechanisms.drop_repeated_frame:
             after_switch = max(1, after_switch - 1)
     waiting = sorted(asked)
     start, first, held = 0, rhythm.first, 0

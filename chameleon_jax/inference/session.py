@@ -15,6 +15,13 @@ three mechanisms of which each can be left out:
                  the decoder
     disentangle  the new reference is the last frame shown, encoded alone as one image
 
+For the ablations of section 5.3 something else can become the reference in its place:
+
+    last_latent   the last latent frame as it was made, without decoding and encoding; unlike a
+                  picture it stands for several pixel frames
+    random_frame  one of all frames handed out so far, each as likely as any other, encoded as one
+                  image
+
 The state is a value: `snapshot()` gives it, a file keeps it, `restore()` continues from it with the
 same bits. Random numbers are drawn from (seed, purpose, chunk number) and from nothing else.
 
@@ -41,7 +48,7 @@ from chameleon_jax.attention.cache import withdraw
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
 from chameleon_jax.inference.programs import stream_arguments
-from chameleon_jax.keys import check_seed
+from chameleon_jax.keys import check_seed, inference_key
 
 if TYPE_CHECKING:
     from chameleon_jax.inference.pipeline import Pipeline
@@ -56,13 +63,29 @@ class SessionError(UserError):
     """The session is not in a state for this call. The message is one line."""
 
 
+class SwitchError(UserError):
+    """No switch can do what was asked for. The message is one line."""
+
+
 class SnapshotError(UserError):
     """A snapshot cannot be read or does not belong to this pipeline. The message is one line."""
 
 
+FULL = ("refresh", "withdraw", "disentangle")  # what the paper does
+REFERENCES = ("disentangle", "last_latent", "random_frame")  # what may become the reference
+MECHANISMS = (*FULL, *REFERENCES[1:])
+
+
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig:
-    """What a garment or reference switch does; each can be turned off for an ablation."""
+    """What a garment or reference switch does; each can be turned off for an ablation.
+
+    At most one of `disentangle`, `last_latent` and `random_frame`; with none of them the reference
+    stays what it is. All three act only where the switch brings no picture of a person.
+
+    Raises:
+      SwitchError: more than one of the three.
+    """
 
     # Write the new reference and garment into the cache; without it they stay unseen.
     refresh: bool = True
@@ -71,24 +94,44 @@ class SwitchConfig:
     # Leave out the first frame of the new clip, which repeats the last pose, unless its first chunk
     # has no other.
     drop_repeated_frame: bool = True
+    last_latent: bool = False  # the last latent frame becomes the reference
+    random_frame: bool = False  # any of the frames handed out so far becomes the reference
+
+    def __post_init__(self):
+        chosen = [name for name in REFERENCES if getattr(self, name)]
+        if len(chosen) > 1:
+            raise SwitchError(
+                f"a switch with {' and '.join(chosen)}: each says what becomes the reference;"
+                " choose one of them"
+            )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the first frame after a switch repeats the pose that was shown last."""
+        return self.refresh and self.withdraw and (self.disentangle or self.last_latent)
 
     @classmethod
     def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> SwitchConfig:
-        """`full`, or a comma-separated list of `refresh`, `withdraw`, `disentangle`.
+        """`full`, which is `refresh,withdraw,disentangle`, or a comma-separated list.
+
+        Its words are `refresh`, `withdraw` and one of `disentangle`, `last_latent`, `random_frame`.
 
         Raises:
-          ValueError: another word.
+          SwitchError: another word, a word twice, or two of the last three.
         """
-        known = ("refresh", "withdraw", "disentangle")
-        words = known if text.strip() == "full" else [word.strip() for word in text.split(",")]
-        for word in words:
-            if word not in known:
-                raise ValueError(
-                    f"unknown switch mechanism {word!r}; expected full, or a list of"
-                    f" {', '.join(known)}"
+        words = [word.strip() for word in text.split(",")]
+        if words == ["full"]:
+            words = list(FULL)
+        for place, word in enumerate(words):
+            if word not in MECHANISMS:
+                raise SwitchError(
+                    f"unknown switch mechanism {word!r}; expected full alone, or a list of"
+                    f" {', '.join(MECHANISMS)}"
                 )
+            if word in words[:place]:
+                raise SwitchError(f"switch mechanism {word!r} is named twice; name it once")
         return cls(
-            **{word: word in words for word in known}, drop_repeated_frame=drop_repeated_frame
+            **{word: word in words for word in MECHANISMS}, drop_repeated_frame=drop_repeated_frame
         )
 
 
@@ -121,7 +164,8 @@ class Session:
 
     Args:
       pipeline: weights and config, shared between sessions.
-      mechanisms: what a switch does; default those of the config's group `switch`.
+      mechanisms: what a switch does; default those of the config's group `switch`. What
+        `last_latent` and `random_frame` need is kept from the start of a stream that has them.
       measure: wait for the device after every stage and keep a `Timing` per chunk in `timings`.
       keep: chunks that can be taken back, see `rewind`; each costs what it overwrites of the cache,
         and a decoder's state.
@@ -199,7 +243,9 @@ class Session:
           of a clip, and one less again where the repeated frame is dropped. None: called off.
 
         Raises:
-          SessionError: not started, or an earlier chunk failed; or nothing is kept to go back to.
+          SessionError: not started, or an earlier chunk failed; or nothing is kept to go back to;
+            or `last_latent` or `random_frame` came into `mechanisms` when the stream ran already,
+            and what they take as the reference was not kept. Then the stream stays.
           PositionError: absolute positions, and the clip has become longer than they reach. The
             stream stays: a switch that withdraws the history lets it go on.
         """
@@ -210,6 +256,8 @@ class Session:
             with self._lock:
                 starts_clip = self.mechanisms.withdraw and self._pending.keys() - {"prompt"}
                 self._stream.policy.check_length(0 if starts_clip else state.held)
+                if self._pending.keys() & {"garment", "reference"} == {"garment"}:
+                    self._check_kept(state)
                 pending, self._pending = self._pending, {}
             try:
                 self._mark(state, pending)
@@ -337,10 +385,12 @@ class Session:
                 "decoder": state.decoder,
                 "z_reference": state.z_reference,
                 "z_garment": state.z_garment,
+                "last_latent": state.last_latent,
             }
             arrays = {name: np.array(leaf) for name, leaf in _named_leaves(trees).items()}
-            if state.last_frame is not None:
-                arrays["last_frame"] = state.last_frame
+            for name in ("last_frame", "random_frame"):
+                if getattr(state, name) is not None:
+                    arrays[name] = getattr(state, name)
             arrays |= {
                 f"pending.{kind}": np.array(getattr(content, "pixels", content))
                 for kind, (_, content) in pending.items()
@@ -356,6 +406,7 @@ class Session:
                 "held": state.held,
                 "frames": frames,
                 "clip_started": state.decoder is not None,
+                "last_latent": state.last_latent is not None,
                 "switches": records,
                 "pending": {kind: number[id(switch)] for kind, (switch, _) in pending.items()},
             }
@@ -388,6 +439,7 @@ class Session:
             "decoder": decoder,
             "z_reference": frame,
             "z_garment": frame,
+            "last_latent": frame if meta.get("last_latent", False) else None,
         }
         with self._chunk_lock:
             self._stop()  # frees the old caches before the new ones are put on the device
@@ -401,7 +453,8 @@ class Session:
             self.mechanisms = SwitchConfig(**meta["mechanisms"])
             self.timings.clear()
             counters = {name: meta[name] for name in ("seed", "chunk", "held")}
-            state = _State(last_frame=snapshot.arrays.get("last_frame"), **counters, **trees)
+            shown = {name: snapshot.arrays.get(name) for name in ("last_frame", "random_frame")}
+            state = _State(**shown, **counters, **trees)
             self._run(state, pending, switches, frames=meta["frames"])
 
     def _run(self, state: _State, pending: dict, switches: list[Switch], frames: int) -> None:
@@ -475,6 +528,7 @@ class Session:
         done = time.perf_counter()
         if repeats and self.mechanisms.drop_repeated_frame and len(frames) > 1:
             frames = frames[1:]
+        self._keep_for_reference(state, latents, frames)
         state.chunk += 1
         state.held += 1
         state.last_frame = frames[-1].copy()
@@ -494,22 +548,71 @@ class Session:
             state.text_kv = self.pipeline.stream_text(switched["prompt"])
         if switched.keys() == {"prompt"}:
             return False
-        disentangled = (
-            does.disentangle and "reference" not in switched and state.last_frame is not None
-        )
         if "garment" in switched:
             state.z_garment = self._latent(switched["garment"])
+        goes_on = False
         if "reference" in switched:
             state.z_reference = self._latent(switched["reference"])
-        elif disentangled:
-            state.z_reference = self._media.encode_image(state.last_frame)
+        else:
+            z_reference = self._next_reference(state)
+            goes_on = z_reference is not None
+            state.z_reference = z_reference if goes_on else state.z_reference
         if does.withdraw:
             state.cache, state.decoder, state.held = withdraw(state.cache), None, 0
         if does.refresh:
             state.cache = self._stream.refresh(
                 state.cache, state.z_reference, state.z_garment, state.text_kv
             )
-        return does.refresh and does.withdraw and disentangled
+        return does.repeats and goes_on
+
+    def _next_reference(self, state: _State) -> jax.Array | None:
+        """What the stream itself gives as the reference; None: it stays what it is."""
+        does, frame = self.mechanisms, None
+        if does.last_latent:
+            return state.last_latent
+        if does.disentangle:
+            frame = state.last_frame
+        if does.random_frame:
+            frame = state.random_frame
+        return None if frame is None else self._media.encode_image(frame)
+
+    def _keep_for_reference(self, state: _State, latents: jax.Array, frames: np.ndarray) -> None:
+        """Keep of a new chunk what an ablation takes as the reference; before it is counted.
+
+        Args:
+          state: before the chunk.
+          latents: of the chunk, [1, f, h, w, c].
+          frames: of the chunk that are handed out, uint8 [t, h, w, 3].
+        """
+        does, last_latent, random_frame = self.mechanisms, None, None
+        if does.last_latent:
+            last_latent = latents[:, -1:].astype(state.z_reference.dtype)
+        # What was not kept from the first chunk on is no choice among all frames.
+        if does.random_frame and (state.chunk == 0 or state.random_frame is not None):
+            random_frame = self._draw_frame(state, frames)
+        state.last_latent, state.random_frame = last_latent, random_frame
+
+    def _draw_frame(self, state: _State, frames: np.ndarray) -> np.ndarray:
+        """One of all frames handed out, these included: a reservoir of one (Vitter 1985)."""
+        before = self._frames
+        key = jax.random.fold_in(
+            inference_key(np.uint32(state.seed), "random_frame"), np.int32(state.chunk)
+        )
+        place = int(jax.random.randint(key, (), 0, before + len(frames))) - before
+        return state.random_frame if place < 0 else frames[place].copy()
+
+    def _check_kept(self, state: _State) -> None:
+        """Refuse a switch whose reference would have had to be kept.
+
+        Raises:
+          SessionError: it was not.
+        """
+        for name in ("last_latent", "random_frame"):
+            if getattr(self.mechanisms, name) and state.chunk and getattr(state, name) is None:
+                raise SessionError(
+                    f"the stream ran without {name} before, so nothing was kept for the reference;"
+                    f" give {name} to the session before it starts"
+                )
 
     def _mark(self, state: _State, pending: Mapping[str, tuple[Switch, Any]]) -> None:
         """Note what the next chunk changes, so that it can be taken back."""
@@ -573,6 +676,9 @@ class _State:
     chunk: int = 0  # chunks made since the start; never reset, so that no noise is drawn twice
     held: int = 0  # chunks made since the history was last withdrawn
     last_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host: what was shown last
+    # Only with the mechanism of that name.
+    last_latent: jax.Array | None = None  # [1, 1, h, w, c]
+    random_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from chameleon_jax.inference import (
     Snapshot,
     SnapshotError,
     SwitchConfig,
+    SwitchError,
 )
 from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.inference.programs import REWIND
@@ -40,6 +41,8 @@ OVERRIDES = [
     "cache.sink=3",
 ]
 ALL_BUT_DROP = SwitchConfig(drop_repeated_frame=False)
+LATENT = SwitchConfig(disentangle=False, last_latent=True)
+RANDOM = SwitchConfig(disentangle=False, random_frame=True)
 
 
 def make_pipeline(*overrides):
@@ -249,6 +252,96 @@ def test_disentangle_encodes_the_last_frame_shown_as_one_image(pipeline):
     assert not np.array_equal(session._state.z_reference, old)
     assert np.array_equal(without._state.z_reference, old)
     assert session._state.z_reference.shape[1] == 1
+
+
+def test_last_latent_is_the_reference_as_it_was_made(pipeline, monkeypatch):
+    session, full = started(pipeline, LATENT), started(pipeline)
+    made = []
+
+    def chunk(*args, original=pipeline.stream.chunk):
+        latents, cache = original(*args)
+        made.append(np.array(latents))
+        return latents, cache
+
+    chunks(full, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.stream, "chunk", chunk)
+        chunks(session, 2)
+    keys = context_slots(session)
+    for one in (session, full):
+        switch_now(one, SHIRT)
+    reference = np.array(session._state.z_reference)
+    assert np.array_equal(reference, made[-1][:, -1:])
+    assert not np.array_equal(reference, made[0][:, -1:])
+    assert reference.shape == full._state.z_reference.shape
+    assert reference.dtype == full._state.z_reference.dtype
+    assert not np.allclose(reference, full._state.z_reference, atol=1e-3)  # not encoded anew
+    for before, now, of_full in zip(keys, context_slots(session), context_slots(full), strict=True):
+        assert not np.array_equal(now, before) and not np.array_equal(now, of_full)
+
+
+def test_the_repeated_frame_is_dropped_where_a_frame_repeats(pipeline):
+    """The last latent shows the last pose again; a frame of some earlier time does not."""
+    for mechanisms, expected in ((LATENT, 8), (RANDOM, 9)):
+        session = started(pipeline, mechanisms)
+        chunks(session, 2)
+        session.switch_garment(SHIRT)
+        assert len(session.next_chunk()) == expected, mechanisms
+
+
+def test_random_frame_is_one_that_was_handed_out(pipeline):
+    session = started(pipeline, RANDOM)
+    shown = []
+    for _ in range(4):
+        shown += list(session.next_chunk())
+        assert any(np.array_equal(session._state.random_frame, frame) for frame in shown)
+    chosen = session._state.random_frame
+    switch_now(session, SHIRT)
+    assert np.array_equal(session._state.z_reference, pipeline.media.encode_image(chosen))
+
+
+def test_every_frame_is_chosen_as_often_and_by_the_seed_alone(pipeline):
+    """The reservoir over chunks of 2, 3 and 1 frames: 6 frames, 300 seeds."""
+    session, zeros = started(pipeline, RANDOM), np.zeros((1, 1, 1, 1, 1), np.float32)
+    chosen = []
+    for seed in [*range(300), 5, 6]:
+        session._state.seed, session._state.random_frame, session._frames = seed, None, 0
+        for number, frames in enumerate(np.split(np.arange(6), [2, 5])):
+            session._state.chunk = number
+            session._keep_for_reference(session._state, zeros, frames)
+            session._frames += len(frames)
+        chosen.append(int(session._state.random_frame))
+    assert chosen[300:] == chosen[5:7]
+    counts = np.bincount(chosen[:300], minlength=6)
+    assert counts.sum() == 300 and (abs(counts - 50) < 26).all(), counts  # 4 deviations
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "kept"), [(None, set()), (LATENT, {"last_latent"}), (RANDOM, {"random_frame"})]
+)
+def test_nothing_is_kept_for_the_reference_unless_it_is_asked_for(pipeline, mechanisms, kept):
+    session = started(pipeline, mechanisms)
+    chunks(session, 2)
+    names = {"last_latent", "random_frame"}
+    assert {name for name in names if getattr(session._state, name) is not None} == kept
+    assert session.snapshot().arrays.keys() & names == kept
+
+
+@pytest.mark.parametrize("mechanisms", [LATENT, RANDOM])
+def test_a_reference_that_was_not_kept_is_refused_and_the_stream_stays(pipeline, mechanisms):
+    session, plain = started(pipeline), started(pipeline)
+    chunks(session, 2), chunks(plain, 2)
+    session.mechanisms = mechanisms
+    session.switch_garment(SHIRT)
+    with pytest.raises(SessionError, match="before it starts"):
+        session.next_chunk()
+    session.mechanisms = plain.mechanisms
+    plain.switch_garment(SHIRT)
+    assert same(chunks(session, 2), chunks(plain, 2))
+    session.mechanisms = mechanisms
+    session.switch_garment(COAT)
+    session.switch_reference(COAT)  # nothing kept is needed
+    assert len(session.next_chunk()) == 9
 
 
 def test_withdraw_forgets_everything_but_the_conditions(pipeline):
@@ -469,6 +562,42 @@ def test_snapshot_and_restore_give_the_same_bits(pipeline, tmp_path):
     assert same(rest, chunks(session, 3))
 
 
+@pytest.mark.parametrize("mechanisms", [LATENT, RANDOM])
+def test_snapshot_and_rewind_with_other_references(pipeline, tmp_path, mechanisms):
+    """What becomes the reference comes back with the stream: from a file, and by going back."""
+    plain, ahead = started(pipeline, mechanisms), Session(pipeline, mechanisms, keep=3)
+    ahead.start(PERSON, DRESS, "she walks", 0)
+    shown = chunks(plain, 3)
+    assert same(shown, chunks(ahead, 3))
+    frames = ahead.frames
+    chunks(ahead, 3)
+    assert ahead.rewind(frames) == frames
+    ahead.snapshot().save(tmp_path / "ahead.safetensors")
+    again = Session(pipeline)
+    again.restore(Snapshot.load(tmp_path / "ahead.safetensors"))
+    assert again.mechanisms == mechanisms
+    for name in ("last_latent", "random_frame"):
+        of_plain, of_again = (getattr(one._state, name) for one in (plain, again))
+        assert (of_plain is None) == (of_again is None)
+        assert of_plain is None or np.array_equal(of_plain, of_again)
+    every = (plain, ahead, again)
+    for garment in (SHIRT, COAT):
+        for session in every:
+            session.switch_garment(garment)
+        expected, *others = (chunks(session, 3) for session in every)
+        assert all(same(expected, other) for other in others)
+    assert plain.switches == ahead.switches == again.switches
+
+
+def test_a_snapshot_without_the_latent_that_it_promises_is_refused(pipeline):
+    session = started(pipeline, LATENT)
+    chunks(session, 1)
+    value = session.snapshot()
+    del value.arrays["last_latent"]
+    with pytest.raises(SnapshotError, match="last_latent"):
+        session.restore(value)
+
+
 @pytest.mark.parametrize("before", [0, 1])
 def test_snapshot_at_the_very_start(pipeline, before):
     session = started(pipeline)
@@ -560,8 +689,25 @@ def test_the_embedded_model_uses_all_mechanisms_of_the_paper():
 def test_mechanisms_from_text():
     assert SwitchConfig.parse("full") == SwitchConfig()
     assert SwitchConfig.parse("refresh, withdraw") == SwitchConfig(disentangle=False)
-    with pytest.raises(ValueError, match="'refrsh'"):
-        SwitchConfig.parse("refrsh")
+    assert SwitchConfig.parse("refresh,withdraw,random_frame") == RANDOM
+    assert SwitchConfig.parse("refresh,last_latent").last_latent
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("refrsh", "unknown switch mechanism 'refrsh'; expected full alone, or a list of refresh,"),
+        ("full,last_latent", "unknown switch mechanism 'full'; expected full alone"),
+        ("refresh,", "unknown switch mechanism ''"),
+        ("refresh,withdraw,refresh", "switch mechanism 'refresh' is named twice"),
+        ("refresh,last_latent,disentangle", "with disentangle and last_latent: .* choose one"),
+        ("last_latent,random_frame", "with last_latent and random_frame: .* choose one"),
+    ],
+)
+def test_mechanisms_that_cannot_be(text, message):
+    with pytest.raises(SwitchError, match=message) as caught:
+        SwitchConfig.parse(text)
+    assert "\n" not in str(caught.value)
 
 
 def test_guidance_streams_over_two_caches(pipeline):

@@ -131,6 +131,8 @@ def test_refresh_alone_keeps_the_rhythm(pictures, tmp_path, capsys):
         "withdraw": False,
         "disentangle": False,
         "drop_repeated_frame": True,
+        "last_latent": False,
+        "random_frame": False,
     }
     assert report["switches"][0]["effective"] == 21 and report["frames"] == 40
 
