@@ -15,7 +15,7 @@ from chameleon_jax.data.examples import RunwayExamples
 from chameleon_jax.evaluation import judge, runway_bench, scenarios
 from chameleon_jax.runway import asset
 from chameleon_jax.splits import split_of
-from launch import evaluate_runway
+from launch import evaluate, evaluate_runway
 
 CARD = {"same_person": 0.5}
 
@@ -169,6 +169,30 @@ def test_the_prompt_is_followed_by_the_truth_and_not_by_its_mirror_image():
                 assert figures["prompt_side"] == (where is joints)
     assert np.mean(followed) == 1
     assert np.mean(mirrored) == 0
+
+
+def test_the_judge_of_the_project_reads_the_truth(two):
+    scenario, truth = two
+    ours = judge.load_judge(evaluate_runway.JUDGE)
+    assert ours.card["world"] == scenario.spec.world == "mirror"
+    seen = ours(truth.video[16:20])  # the garment changes in the middle
+    for part in (labels.BACKGROUND, labels.GARMENT, labels.HEAD):
+        mine, true = seen.labels == part, truth.labels[16:20] == part
+        assert (mine & true).sum() > 0.85 * (mine | true).sum()
+    for frames, worn in ((slice(0, 2), 0), (slice(2, 4), 1)):
+        assert seen.patterns[frames].mean(0).argmax() == int(truth.attributes[worn][2])
+    reference = ours(truth.reference[None])
+    figures = runway_bench.person_figures(
+        runway_bench.Made(truth.video[16:20], seen, (0,)), reference, ours.card["same_person"]
+    )
+    assert figures["person_same"] == 1
+
+
+def test_a_judge_of_another_world_is_refused(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["--world=open", f"--out={tmp_path}"])
+    assert ended.value.code == 2
+    assert "was measured on the world mirror, not open" in capfd.readouterr().err
 
 
 def test_intervals_hold_the_mean_and_shrink():
