@@ -230,9 +230,11 @@ class DyingEditor:
         return Editor().edit(pictures, text, seed)
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_references_are_found_by_several_workers_as_by_one(tmp_path, dies):
-    """The index is made once, of what each worker says of its share; the records are the same."""
+def test_references_are_found_by_several_workers_as_by_one(tmp_path):
+    """The index is made once, of what each worker says of its share; the records are the same.
+
+    One of the workers is killed on the way.
+    """
     from chameleon_jax.curation.garment import Garment, save_picture
     from chameleon_jax.curation.ray_runner import RayRunner
     from tests.curation.garment_test import cloth
@@ -247,7 +249,7 @@ def test_references_are_found_by_several_workers_as_by_one(tmp_path, dies):
 
     def curated(name: str, on_ray: bool):
         out, log = tmp_path / name, tmp_path / f"{name}.log"
-        build = Dressed(pipeline.to_json(config()), folder, out, log, own, dies and on_ray)
+        build = Dressed(pipeline.to_json(config()), folder, out, log, own, on_ray)
         groups = build()
         if on_ray:
             runner = RayRunner(groups, out, build, workers=2, batch=2)
@@ -267,7 +269,7 @@ def test_references_are_found_by_several_workers_as_by_one(tmp_path, dies):
     # Each garment once, however many workers there are; the driver does its own alone.
     assert embedded.count(str(os.getpid())) == len(own)
     assert len(embedded) == len(own) + len(serial)
-    assert (tmp_path / "ray.died").exists() is dies
+    assert (tmp_path / "ray.died").exists()
 
 
 def test_a_cluster_that_is_not_there(monkeypatch):
