@@ -178,7 +178,7 @@ def test_the_judge_of_the_project_reads_the_truth(two):
     seen = ours(truth.video[16:20])  # the garment changes in the middle
     for part in (labels.BACKGROUND, labels.GARMENT, labels.HEAD):
         mine, true = seen.labels == part, truth.labels[16:20] == part
-        assert (mine & true).sum() > 0.85 * (mine | true).sum()
+        assert (mine & true).sum() > 0.8 * (mine | true).sum()  # half the grid, see judge.json
     for frames, worn in ((slice(0, 2), 0), (slice(2, 4), 1)):
         assert seen.patterns[frames].mean(0).argmax() == int(truth.attributes[worn][2])
     reference = ours(truth.reference[None])
