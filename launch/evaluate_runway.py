@@ -189,7 +189,7 @@ def run_bench(values: cli.Values, default_config: str) -> int:
     if values.name in (TRUTH, UNCHANGED):
         raise UsageError(f"--name {values.name}: stands in the table already; choose another name")
     judge = load_judge(values.judge)
-    known = judge.card["world"]
+    known = judge.card.get("world", "")  # cards of one's own may be older than this entry
     if known not in ("", values.world):
         raise UsageError(
             f"--judge {values.judge}: was measured on the world {known}, not {values.world}; train"
