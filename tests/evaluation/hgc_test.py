@@ -52,7 +52,7 @@ BENCH = Bench(title="Mine", read=read, metrics=("amp_paper",), frames=33)
     assert benches.load("mine").read(tmp_path)[0].prompt == "a person walks"
     values = cli.read(evaluate.define_flags, ["--bench=mine", f"--data={tmp_path}"])
     assert values.bench == "mine"
-    with pytest.raises(cli.UsageError, match="expected one of runway, judge, hgc, mine"):
+    with pytest.raises(cli.UsageError, match="expected one of runway, judge, attention, hgc, mine"):
         cli.read(evaluate.define_flags, ["--bench=their"])
 
 
