@@ -17,6 +17,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
     """Variants: `runway_tiny` (embedded weights) and `smoke` (a random model of a few thousand
     parameters).
     """
+    remembers = common.STREAMS_WITH_SINK if variant == "runway_tiny" else {}
     return ConfigDict(
         {
             "name": variant,
@@ -24,7 +25,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
             "weights": "chameleon_jax/assets/runway_tiny" if variant == "runway_tiny" else "random",
             "dtype": "float32",  # bfloat16 products are slower than float32 ones on a CPU
             "video": {"height": 128, "width": 80, "fps": 16.0, "frames": 81},
-            "cache": common.CACHES[variant],
+            "cache": common.CACHES[variant] | remembers,
             # Not distilled: plain Euler steps along the flow instead of the paper's four re-noised
             # ones.
             "sampler": {
@@ -34,11 +35,12 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
                 "guidance": 1.0,  # of the prompt; above 1 a chunk takes twice the time
                 "negative_prompt": "",
             },
-            # All three mechanisms of the paper, section 4.3.
+            # All three mechanisms of the paper, section 4.3, and one of ours that keeps the person.
             "switch": {
                 "refresh": True,
                 "withdraw": True,
                 "disentangle": True,
+                "anchor": True,
                 "drop_repeated_frame": True,
             },
             "seed": 0,

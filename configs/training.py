@@ -130,6 +130,7 @@ def small(config: ConfigDict) -> ConfigDict:
     config.video = {"height": 128, "width": 80, "fps": 16.0, "frames": 33}
     config.cache = common.CACHES["runway_tiny"]
     config.streaming = streaming(runway_tiny.get_config())
+    config.streaming.cache = common.STREAMS_WITH_SINK  # what differs from the cache of training
     config.data.in_memory = True  # 4000 clips are 4 GB
     config.train.update(log_every=50, checkpoint_every=500, remat="none", text=True)
     config.ema.decay = 0.995

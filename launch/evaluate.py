@@ -69,8 +69,8 @@ def define_flags(parser: cli.Parser) -> None:
     )
     parser.flag(
         "switch",
-        "full, or some of refresh,withdraw,disentangle; for ablations last_latent or random_frame"
-        " in place of disentangle; default as in the config",
+        "full or some of refresh,withdraw,disentangle, and anchor; for ablations last_latent or"
+        " random_frame in place of disentangle; default as in the config",
         metavar="WORDS",
     )
     parser.flag(

@@ -19,7 +19,13 @@ CAUSAL_SAMPLER = {
     "guidance": 3.0,
     "negative_prompt": NEGATIVE_PROMPT,
 }
-SWITCH = {"refresh": True, "withdraw": True, "disentangle": True, "drop_repeated_frame": True}
+SWITCH = {
+    "refresh": True,
+    "withdraw": True,
+    "disentangle": True,
+    "anchor": False,  # not of the paper
+    "drop_repeated_frame": True,
+}
 
 # Whole clips: Wan2.2-TI2V-5B as published.
 VIDEO = {"height": 704, "width": 1280, "fps": 24.0, "frames": 121}

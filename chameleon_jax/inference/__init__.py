@@ -13,13 +13,12 @@ from chameleon_jax.inference.pipeline import Pipeline, PipelineError
 from chameleon_jax.inference.session import (
     Session,
     SessionError,
-    Snapshot,
-    SnapshotError,
     Switch,
     SwitchConfig,
     SwitchError,
 )
 from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot
+from chameleon_jax.inference.snapshots import Snapshot, SnapshotError
 
 __all__ = [
     "EncodedPicture",

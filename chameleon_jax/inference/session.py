@@ -15,6 +15,12 @@ three mechanisms of which each can be left out:
                  the decoder
     disentangle  the new reference is the last frame shown, encoded alone as one image
 
+Each change so made is a copy of a copy of the person, and faces wear out. A fourth mechanism, not
+of the paper, is against that:
+
+    anchor       behind the first chunk of the new clip, which goes on from the last frame, the
+                 picture of the person is the reference again
+
 For the ablations of section 5.3 something else can become the reference in its place:
 
     last_latent   the last latent frame as it was made, without decoding and encoding; unlike a
@@ -32,8 +38,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,12 +52,19 @@ from chameleon_jax.attention.cache import withdraw
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
 from chameleon_jax.inference.programs import stream_arguments
+from chameleon_jax.inference.snapshots import (
+    SNAPSHOT_VERSION,
+    Snapshot,
+    SnapshotError,
+    fill,
+    identity,
+    named_leaves,
+)
 from chameleon_jax.keys import check_seed, inference_key
 
 if TYPE_CHECKING:
     from chameleon_jax.inference.pipeline import Pipeline
 
-SNAPSHOT_VERSION = 2
 NOT_RUNNING = (
     "no stream is running: call start() or restore() first (a chunk that failed ends the stream)"
 )
@@ -67,13 +78,9 @@ class SwitchError(UserError):
     """No switch can do what was asked for. The message is one line."""
 
 
-class SnapshotError(UserError):
-    """A snapshot cannot be read or does not belong to this pipeline. The message is one line."""
-
-
 FULL = ("refresh", "withdraw", "disentangle")  # what the paper does
 REFERENCES = ("disentangle", "last_latent", "random_frame")  # what may become the reference
-MECHANISMS = (*FULL, *REFERENCES[1:])
+MECHANISMS = (*FULL, "anchor", *REFERENCES[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,8 @@ class SwitchConfig:
     stays what it is. All three act only where the switch brings no picture of a person.
 
     Raises:
-      SwitchError: more than one of the three.
+      SwitchError: more than one of the three; or `anchor`, which writes into the cache, without
+        `refresh`.
     """
 
     # Write the new reference and garment into the cache; without it they stay unseen.
@@ -96,6 +104,7 @@ class SwitchConfig:
     drop_repeated_frame: bool = True
     last_latent: bool = False  # the last latent frame becomes the reference
     random_frame: bool = False  # any of the frames handed out so far becomes the reference
+    anchor: bool = False  # a chunk later, the person's picture becomes the reference again
 
     def __post_init__(self):
         chosen = [name for name in REFERENCES if getattr(self, name)]
@@ -103,6 +112,11 @@ class SwitchConfig:
             raise SwitchError(
                 f"a switch with {' and '.join(chosen)}: each says what becomes the reference;"
                 " choose one of them"
+            )
+        if self.anchor and not self.refresh:
+            raise SwitchError(
+                "a switch with anchor and without refresh: the person's picture cannot come back"
+                " if nothing is written into the cache; add refresh, or leave anchor out"
             )
 
     @property
@@ -112,20 +126,21 @@ class SwitchConfig:
 
     @classmethod
     def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> SwitchConfig:
-        """`full`, which is `refresh,withdraw,disentangle`, or a comma-separated list.
+        """A comma-separated list of mechanisms.
 
-        Its words are `refresh`, `withdraw` and one of `disentangle`, `last_latent`, `random_frame`.
+        Its words are `refresh`, `withdraw`, `anchor` and one of `disentangle`, `last_latent`,
+        `random_frame`. `full` stands for `refresh,withdraw,disentangle`.
 
         Raises:
-          SwitchError: another word, a word twice, or two of the last three.
+          SwitchError: another word, a word twice, two of the last three, or `anchor` without
+            `refresh`.
         """
         words = [word.strip() for word in text.split(",")]
-        if words == ["full"]:
-            words = list(FULL)
+        words = [each for word in words for each in (FULL if word == "full" else [word])]
         for place, word in enumerate(words):
             if word not in MECHANISMS:
                 raise SwitchError(
-                    f"unknown switch mechanism {word!r}; expected full alone, or a list of"
+                    f"unknown switch mechanism {word!r}; expected a list of full,"
                     f" {', '.join(MECHANISMS)}"
                 )
             if word in words[:place]:
@@ -224,7 +239,8 @@ class Session:
             text_kv = self.pipeline.stream_text(self.pipeline.encode_prompt(prompt))
             z_reference, z_garment = self._latent(person), self._latent(worn)
             cache = stream.refresh(stream.new_cache(), z_reference, z_garment, text_kv)
-            self._run(_State(int(seed), cache, text_kv, z_reference, z_garment), {}, [], frames=0)
+            state = _State(int(seed), cache, text_kv, z_reference, z_reference, z_garment)
+            self._run(state, {}, [], frames=0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Chunks without end."""
@@ -383,11 +399,12 @@ class Session:
                 "cache": state.cache,
                 "text_kv": state.text_kv,
                 "decoder": state.decoder,
+                "z_person": state.z_person,
                 "z_reference": state.z_reference,
                 "z_garment": state.z_garment,
                 "last_latent": state.last_latent,
             }
-            arrays = {name: np.array(leaf) for name, leaf in _named_leaves(trees).items()}
+            arrays = {name: np.array(leaf) for name, leaf in named_leaves(trees).items()}
             for name in ("last_frame", "random_frame"):
                 if getattr(state, name) is not None:
                     arrays[name] = getattr(state, name)
@@ -399,7 +416,7 @@ class Session:
             meta = {
                 "version": SNAPSHOT_VERSION,
                 "package": __version__,
-                "config": _identity(self.pipeline.config),
+                "config": identity(self.pipeline.config),
                 "mechanisms": dataclasses.asdict(self.mechanisms),
                 "seed": state.seed,
                 "chunk": state.chunk,
@@ -407,6 +424,7 @@ class Session:
                 "frames": frames,
                 "clip_started": state.decoder is not None,
                 "last_latent": state.last_latent is not None,
+                "goes_on": state.goes_on,
                 "switches": records,
                 "pending": {kind: number[id(switch)] for kind, (switch, _) in pending.items()},
             }
@@ -422,7 +440,7 @@ class Session:
           SnapshotError: it was made with another model, size, cache or sampler.
         """
         meta = snapshot.meta
-        theirs, ours = meta["config"], _identity(self.pipeline.config)
+        theirs, ours = meta["config"], identity(self.pipeline.config)
         if theirs != ours:
             keys = sorted(
                 key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
@@ -437,14 +455,15 @@ class Session:
             "cache": cache,
             "text_kv": kv,
             "decoder": decoder,
+            "z_person": frame,
             "z_reference": frame,
             "z_garment": frame,
-            "last_latent": frame if meta.get("last_latent", False) else None,
+            "last_latent": frame if meta["last_latent"] else None,
         }
         with self._chunk_lock:
             self._stop()  # frees the old caches before the new ones are put on the device
             self.pipeline.compile()
-            trees = _fill(trees, snapshot.arrays)
+            trees = fill(trees, snapshot.arrays)
             switches = [Switch(**switch) for switch in meta["switches"]]
             pending = {
                 kind: (switches[i], snapshot.arrays[f"pending.{kind}"])
@@ -452,7 +471,7 @@ class Session:
             }
             self.mechanisms = SwitchConfig(**meta["mechanisms"])
             self.timings.clear()
-            counters = {name: meta[name] for name in ("seed", "chunk", "held")}
+            counters = {name: meta[name] for name in ("seed", "chunk", "held", "goes_on")}
             shown = {name: snapshot.arrays.get(name) for name in ("last_frame", "random_frame")}
             state = _State(**shown, **counters, **trees)
             self._run(state, pending, switches, frames=meta["frames"])
@@ -512,7 +531,7 @@ class Session:
         Returns the frames to hand out; None if the chunk was called off.
         """
         begin = time.perf_counter()
-        repeats = self._apply(state, switched) if switched else False
+        repeats = self._apply(state, switched)
         applied = self._wait(state.cache)
         latents, state.cache = self._stream.chunk(
             state.cache, state.text_kv, state.seed, state.chunk
@@ -546,24 +565,36 @@ class Session:
         does = self.mechanisms
         if "prompt" in switched:
             state.text_kv = self.pipeline.stream_text(switched["prompt"])
-        if switched.keys() == {"prompt"}:
+        if not switched.keys() - {"prompt"}:
+            if self._anchors(state):
+                state.z_reference, state.goes_on = state.z_person, False
+                self._refresh(state)
             return False
         if "garment" in switched:
             state.z_garment = self._latent(switched["garment"])
-        goes_on = False
+        z_next = None
         if "reference" in switched:
-            state.z_reference = self._latent(switched["reference"])
+            state.z_person = state.z_reference = self._latent(switched["reference"])
+            state.goes_on = False
         else:
-            z_reference = self._next_reference(state)
-            goes_on = z_reference is not None
-            state.z_reference = z_reference if goes_on else state.z_reference
+            z_next = self._next_reference(state)
+        if z_next is not None:
+            state.z_reference, state.goes_on = z_next, True
         if does.withdraw:
             state.cache, state.decoder, state.held = withdraw(state.cache), None, 0
         if does.refresh:
-            state.cache = self._stream.refresh(
-                state.cache, state.z_reference, state.z_garment, state.text_kv
-            )
-        return does.repeats and goes_on
+            self._refresh(state)
+        return does.repeats and z_next is not None
+
+    def _anchors(self, state: _State) -> bool:
+        """Whether the person's picture comes back with a chunk that changes no picture."""
+        return self.mechanisms.anchor and state.goes_on
+
+    def _refresh(self, state: _State) -> None:
+        """Write reference and garment into the cache."""
+        state.cache = self._stream.refresh(
+            state.cache, state.z_reference, state.z_garment, state.text_kv
+        )
 
     def _next_reference(self, state: _State) -> jax.Array | None:
         """What the stream itself gives as the reference; None: it stays what it is."""
@@ -620,10 +651,11 @@ class Session:
             return
         pictures = pending.keys() - {"prompt"}
         does = self.mechanisms
+        refreshes = does.refresh if pictures else self._anchors(state)
         # The slots that the chunk overwrites are those behind a withdrawal, if it begins with one.
         coming = withdraw(state.cache) if pictures and does.withdraw else state.cache
         kept = self._stream.keep(coming)
-        context = self._stream.keep_context(state.cache) if pictures and does.refresh else None
+        context = self._stream.keep_context(state.cache) if refreshes else None
         decoder = jax.tree.map(jnp.copy, state.decoder)  # the next decoding consumes it
         self._marks.append(
             _Mark(
@@ -670,11 +702,13 @@ class _State:
     seed: int
     cache: Any
     text_kv: Any
+    z_person: jax.Array  # [1, 1, h, w, c], of the picture that was given
     z_reference: jax.Array  # [1, 1, h, w, c]
     z_garment: jax.Array  # [1, 1, h, w, c]
     decoder: Any = None  # None: the next chunk starts a new clip
     chunk: int = 0  # chunks made since the start; never reset, so that no noise is drawn twice
     held: int = 0  # chunks made since the history was last withdrawn
+    goes_on: bool = False  # the reference is what the stream itself gave, not the person's picture
     last_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host: what was shown last
     # Only with the mechanism of that name.
     last_latent: jax.Array | None = None  # [1, 1, h, w, c]
@@ -690,7 +724,7 @@ class _Mark:
       before: all but the cache.
       counters: of the cache.
       kept: what the chunk overwrites of the cache.
-      context: the condition frames of the cache, if a switch overwrites them.
+      context: the condition frames of the cache, if the chunk overwrites them.
       pending: switches that take effect in the chunk.
     """
 
@@ -700,77 +734,3 @@ class _Mark:
     kept: Any
     context: Any
     pending: dict[str, tuple[Switch, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """The state of a session on the host.
-
-    Arrays by name, and counters, switches and config as JSON values.
-    """
-
-    arrays: dict[str, np.ndarray]
-    meta: dict[str, Any]
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, the JSON in its header; it appears complete or not at all."""
-        # Here, for a stream alone does without safetensors.
-        from chameleon_jax.weights.tensors import write_tensors
-
-        write_tensors(path, self.arrays, {"session": json.dumps(self.meta)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Snapshot:
-        """Read a file written by `save`.
-
-        Raises:
-          SnapshotError: missing, truncated, or not a snapshot of this version.
-        """
-        from chameleon_jax.weights.tensors import WeightsError, read_metadata, read_tensors
-
-        try:
-            meta = json.loads(read_metadata(path).get("session", "null"))
-            arrays = read_tensors(path)
-        except (WeightsError, json.JSONDecodeError) as error:
-            raise SnapshotError(f"not a readable snapshot: {error}") from None
-        if not isinstance(meta, dict) or meta.get("version") != SNAPSHOT_VERSION:
-            raise SnapshotError(f"{path}: not a session snapshot of version {SNAPSHOT_VERSION}")
-        return cls(arrays, meta)
-
-
-def _identity(config: Any) -> dict[str, Any]:
-    """What two pipelines must share for a snapshot to continue: flat keys, JSON values."""
-    from chameleon_jax.config import flatten
-
-    names = ["model", "dtype", "video", "cache", "sampler"]
-    if config.get("quantize", "none") != "none":
-        names.append("quantize")
-    groups = {name: config[name] for name in names}
-    return json.loads(
-        json.dumps(
-            flatten({k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in groups.items()})
-        )
-    )
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _fill(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """`tree` of shapes with `arrays` put in its places."""
-    names = _named_leaves(tree)
-    wrong = [
-        name
-        for name, leaf in names.items()
-        if name not in arrays
-        or (arrays[name].shape, arrays[name].dtype) != (leaf.shape, leaf.dtype)
-    ]
-    if wrong:
-        raise SnapshotError(f"the snapshot lacks, or has in another shape: {', '.join(wrong)}")
-    # Copies: the programs consume caches. With a place on a mesh, then they go there.
-    placed = [
-        jax.device_put(jnp.array(arrays[name]), leaf.sharding) for name, leaf in names.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), placed)

@@ -287,7 +287,9 @@ async def _ready(request: Request) -> Response:
         return _error(500, "failed", "the model cannot be compiled; the log says why")
     if not engine.ready.is_set():
         return _error(503, "compiling", "the model is being compiled")
-    return JSONResponse({"version": __version__, "model": engine.pipeline.config.name})
+    config = engine.pipeline.config
+    does = [word for word in protocol.MECHANISMS if config.switch.get(word, False)]
+    return JSONResponse({"version": __version__, "model": config.name, "mechanisms": does})
 
 
 async def _metrics(request: Request) -> Response:

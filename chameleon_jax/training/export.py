@@ -46,7 +46,8 @@ def export(
       params: what `stage.exported` gives.
       stage: of the run.
       config: of the run. `export_dtype` is that of the trained networks' weights; `streaming` is
-        what the config of inference says beside the sizes.
+        what the config of inference says beside the sizes, its `cache` only where it differs from
+        that of the run.
       tokenizer: tokenizer.json to copy.
 
     Raises:
@@ -88,7 +89,7 @@ def inference_config(config: ConfigDict) -> ConfigDict:
     described = config.streaming.copy_and_resolve_references()
     described.unlock()
     described.model = {name: config.model[name] for name in DESCRIBED if name in config.model}
-    described.cache = config.cache
+    described.cache = config.cache.to_dict() | described.get("cache", ConfigDict()).to_dict()
     for key in ("height", "width", "fps"):
         described.video[key] = config.video[key]
     return described

@@ -43,6 +43,7 @@ OVERRIDES = [
 ALL_BUT_DROP = SwitchConfig(drop_repeated_frame=False)
 LATENT = SwitchConfig(disentangle=False, last_latent=True)
 RANDOM = SwitchConfig(disentangle=False, random_frame=True)
+FULL, ANCHOR = SwitchConfig(), SwitchConfig(anchor=True)
 
 
 def make_pipeline(*overrides):
@@ -65,8 +66,8 @@ def picture(seed, size=(70, 50)):
 PERSON, DRESS, SHIRT, COAT = (picture(seed) for seed in range(4))
 
 
-def started(pipeline, mechanisms=None, seed=0, garment=DRESS, prompt="she walks"):
-    session = Session(pipeline, mechanisms)
+def started(pipeline, mechanisms=None, seed=0, garment=DRESS, prompt="she walks", keep=0):
+    session = Session(pipeline, mechanisms, keep=keep)
     session.start(PERSON, garment, prompt, seed)
     return session
 
@@ -278,6 +279,86 @@ def test_last_latent_is_the_reference_as_it_was_made(pipeline, monkeypatch):
     assert not np.allclose(reference, full._state.z_reference, atol=1e-3)  # not encoded anew
     for before, now, of_full in zip(keys, context_slots(session), context_slots(full), strict=True):
         assert not np.array_equal(now, before) and not np.array_equal(now, of_full)
+
+
+def test_anchor_brings_the_picture_of_the_person_back(pipeline):
+    """The first chunk goes on from the last frame; behind it the person's picture counts again."""
+    session, full, fresh = started(pipeline, ANCHOR), started(pipeline, FULL), started(pipeline)
+    for one in (session, full):
+        chunks(one, 2)
+        one.switch_garment(SHIRT)
+    assert same(chunks(session, 1), chunks(full, 1))
+    for now, of_full in zip(context_slots(session), context_slots(full), strict=True):
+        assert np.array_equal(now, of_full)
+    assert session.length == full.length == 5
+    back, without = session.next_chunk(), full.next_chunk()
+    assert not np.array_equal(back, without) and session.length == full.length == 8
+    # The conditions are those of a stream that began with this person in this garment.
+    fresh.start(PERSON, SHIRT, "she walks", 0)
+    for now, begun, of_full in zip(
+        *(context_slots(one) for one in (session, fresh, full)), strict=True
+    ):
+        assert np.array_equal(now, begun) and not np.array_equal(now, of_full)
+    kept = context_slots(session)
+    session.next_chunk()
+    assert all(np.array_equal(a, b) for a, b in zip(kept, context_slots(session), strict=True))
+
+
+@pytest.mark.parametrize("change", ["garment", "prompt"])
+def test_anchor_waits_for_a_chunk_without_new_pictures(pipeline, change):
+    session, fresh = started(pipeline, ANCHOR), started(pipeline, garment=COAT, prompt="he jumps")
+    chunks(session, 2)
+    session.switch_garment(SHIRT if change == "garment" else COAT)
+    session.next_chunk()
+    if change == "garment":
+        session.switch_garment(COAT)  # goes on from the last frame, too
+        session.switch_prompt("he jumps")
+        session.next_chunk()
+        assert session._state.goes_on and session.length == 5
+    else:
+        session.switch_prompt("he jumps")  # takes effect in the chunk of the anchor
+    session.next_chunk()
+    assert not session._state.goes_on and session.length == 8
+    slots = zip(context_slots(session), context_slots(fresh), strict=True)
+    assert all(np.array_equal(now, begun) for now, begun in slots)
+
+
+def test_anchor_keeps_to_the_person_who_came_last(pipeline):
+    session, fresh = started(pipeline, ANCHOR), started(pipeline)
+    chunks(session, 1)
+    session.switch_reference(COAT)
+    session.next_chunk()
+    session.switch_garment(SHIRT)
+    chunks(session, 2)
+    fresh.start(COAT, SHIRT, "she walks", 0)
+    slots = zip(context_slots(session), context_slots(fresh), strict=True)
+    assert all(np.array_equal(now, begun) for now, begun in slots)
+
+
+@pytest.mark.parametrize("further", [1, 2, 3])
+def test_anchor_goes_back_and_into_files(pipeline, tmp_path, further):
+    """Snapshots between a change and its anchor, and chunks taken back over one or both."""
+    plain, ahead = started(pipeline, ANCHOR), started(pipeline, ANCHOR, keep=3)
+    for one in (plain, ahead):
+        chunks(one, 2)
+        one.switch_garment(SHIRT)
+        one.next_chunk()
+    if further == 3:  # over a second change and its anchor, which are asked for again
+        chunks(ahead, 1), chunks(plain, 1)
+        frames = ahead.frames
+        ahead.switch_garment(COAT)
+        chunks(ahead, 2)
+        plain.switch_garment(COAT)
+    else:
+        frames = ahead.frames
+        chunks(ahead, further)
+    assert ahead.rewind(frames) == frames
+    assert ahead._state.goes_on == plain._state.goes_on
+    ahead.snapshot().save(tmp_path / "ahead.safetensors")
+    again = Session(pipeline)
+    again.restore(Snapshot.load(tmp_path / "ahead.safetensors"))
+    expected = chunks(plain, 4)
+    assert same(expected, chunks(ahead, 4)) and same(expected, chunks(again, 4))
 
 
 def test_the_repeated_frame_is_dropped_where_a_frame_repeats(pipeline):
@@ -676,18 +757,20 @@ def test_measure_keeps_one_timing_a_chunk(pipeline):
     assert all(t.denoise > 0 and t.decode > 0 for t in session.timings)
 
 
-def test_the_embedded_model_uses_all_mechanisms_of_the_paper():
+def test_the_embedded_model_uses_all_mechanisms_of_the_paper_and_keeps_the_person():
     """By its config, and by the copy of it that lies with the weights."""
     beside_weights = ROOT / "chameleon_jax/assets/runway_tiny/config.json"
     for switch in (
         load_config(f"{ROOT}/configs/runway_tiny.py").switch,
         json.loads(beside_weights.read_text())["switch"],
     ):
-        assert SwitchConfig(**switch) == SwitchConfig.parse("full")
+        assert SwitchConfig(**switch) == SwitchConfig.parse("full,anchor")
 
 
 def test_mechanisms_from_text():
-    assert SwitchConfig.parse("full") == SwitchConfig()
+    assert SwitchConfig.parse("full") == SwitchConfig() == FULL
+    assert SwitchConfig.parse("full, anchor") == ANCHOR
+    assert SwitchConfig.parse("anchor,refresh,withdraw,disentangle") == ANCHOR
     assert SwitchConfig.parse("refresh, withdraw") == SwitchConfig(disentangle=False)
     assert SwitchConfig.parse("refresh,withdraw,random_frame") == RANDOM
     assert SwitchConfig.parse("refresh,last_latent").last_latent
@@ -696,8 +779,10 @@ def test_mechanisms_from_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("refrsh", "unknown switch mechanism 'refrsh'; expected full alone, or a list of refresh,"),
-        ("full,last_latent", "unknown switch mechanism 'full'; expected full alone"),
+        ("refrsh", "unknown switch mechanism 'refrsh'; expected a list of full, refresh, withdraw"),
+        ("full,last_latent", "with disentangle and last_latent: .* choose one"),
+        ("full,refresh", "switch mechanism 'refresh' is named twice"),
+        ("withdraw,anchor", "with anchor and without refresh: .* add refresh"),
         ("refresh,", "unknown switch mechanism ''"),
         ("refresh,withdraw,refresh", "switch mechanism 'refresh' is named twice"),
         ("refresh,last_latent,disentangle", "with disentangle and last_latent: .* choose one"),

@@ -133,6 +133,7 @@ def test_refresh_alone_keeps_the_rhythm(pictures, tmp_path, capsys):
         "drop_repeated_frame": True,
         "last_latent": False,
         "random_frame": False,
+        "anchor": False,
     }
     assert report["switches"][0]["effective"] == 21 and report["frames"] == 40
 

@@ -39,7 +39,9 @@ def test_pages_and_health(server):
     ):
         assert client.get(f"/{name}").status_code == 200
     assert client.get("/healthz").text == "ok"
-    assert client.get("/readyz").json()["model"] == "smoke"
+    found = client.get("/readyz").json()
+    assert found["model"] == "smoke"
+    assert found["mechanisms"] == ["refresh", "withdraw", "disentangle", "anchor"]
     assert "chameleon_chunks_total" in client.get("/metrics").text
     assert client.get("/api/schema.json").json() == protocol.schema()
     assert client.get("/../app.py").status_code == 404

@@ -68,6 +68,8 @@ def test_a_click_changes_the_garment(address, tmp_path, codec):
     with Chromium(tmp_path) as page:
         open_ready(page, address)
         assert "token" not in page.run("document.documentElement.outerHTML")
+        boxes = "[...document.querySelectorAll('fieldset input')].map((box) => box.checked)"
+        assert page.run(boxes) == [True, True, True]  # as the model's config has it
         page.run(f"document.getElementById('codec').value = '{codec}'")
         page.run("document.getElementById('start').click()")
         page.until("window.chameleon.shown > 4", 120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from chameleon_jax.config import ConfigError, load_config
@@ -399,6 +401,12 @@ RUNS = [
 ]
 
 
+@functools.cache
+def shapes(name, sizes):
+    """Of the network of that name; seconds at full size, and most configs have the same sizes."""
+    return build_network(name, ConfigDict(json.loads(sizes))).shapes
+
+
 @pytest.mark.parametrize(("file", "variant"), RUNS)
 def test_every_config_describes_a_run(file, variant):
     config = load_config(
@@ -407,7 +415,9 @@ def test_every_config_describes_a_run(file, variant):
     )
     assert config.stage in STAGES
     for name in ("vae", "dit", "text"):
-        assert build_network(name, config).shapes
+        train = {key: config.train[key] for key in ("remat", "scan_layers")}
+        built = {"model": {name: config.model[name]}, "dtype": config.dtype, "train": train}
+        assert shapes(name, ConfigDict(built).to_json(sort_keys=True))
     # What is exported is a config of inference, at the size that was trained.
     exported = inference_config(config).to_dict()
     size = next((size for size in ("smoke", "runway_tiny") if size in variant), "wan22_5b")
@@ -415,6 +425,7 @@ def test_every_config_describes_a_run(file, variant):
     assert exported.keys() == inference.keys()
     networks = {name: config.model[name].to_dict() for name in ("vae", "dit", "text")}
     assert exported["model"] == networks
+    assert exported["cache"] == inference["cache"] | {"block": config.cache.block}  # 1 for stills
     frames = {"frames": inference["video"]["frames"]}
     assert exported["video"] == inference["video"] | config.video.to_dict() | frames
     # How it is sampled: in few steps where these are trained, before that in many.
@@ -425,6 +436,13 @@ def test_every_config_describes_a_run(file, variant):
     }
     assert exported["sampler"]["name"] in names.get(file, {inference["sampler"]["name"]})
     make_sampler(**exported["sampler"])
+
+
+def test_streams_of_the_small_model_have_a_sink_that_training_lacks():
+    config = load_config("configs/teacher_forcing.py:runway_tiny", ["cache.block=2"])
+    assert (config.cache.frames, config.cache.sink) == (8, 0)
+    cache = inference_config(config).cache
+    assert (cache.frames, cache.sink, cache.block) == (11, 3, 2)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -105,8 +105,11 @@ function choose(kind, name, now = true) {
   if (now && session) change({ [kind]: name });
 }
 
+// What a change does, besides to show the new picture; each has a box of that name.
+const OPTIONAL = ["withdraw", "disentangle", "anchor"];
+
 function mechanisms() {
-  return ["refresh", ...["withdraw", "disentangle"].filter((word) => at(word).checked)];
+  return ["refresh", ...OPTIONAL.filter((word) => at(word).checked)];
 }
 
 function change(values) {
@@ -259,10 +262,9 @@ function seen(message, now) {
   at("change").textContent = `${Math.round(taken)} ms`;
 }
 
-// The mechanisms of a manifest as a list of words.
+// The mechanisms of a manifest as a list of words; undefined where it leaves them to the model.
 function words(found) {
-  const known = ["refresh", "withdraw", "disentangle"];
-  return known.filter((word) => (found ? found[word] : true));
+  return found && ["refresh", ...OPTIONAL].filter((word) => found[word]);
 }
 
 // Tell the server all changes of a manifest, no faster than it listens, and let it begin.
@@ -352,7 +354,9 @@ setInterval(() => {
 }, 100);
 
 try {
-  ({ model } = await ready(status));
+  const found = await ready(status);
+  model = found.model;
+  for (const word of OPTIONAL) at(word).checked = found.mechanisms.includes(word);
   for (const picture of await wardrobe()) addTile(picture);
   Object.keys(tiles).forEach(addUpload);
   if (available()) addCamera();
