@@ -335,6 +335,20 @@ def test_anchor_keeps_to_the_person_who_came_last(pipeline):
     assert all(np.array_equal(now, begun) for now, begun in slots)
 
 
+def test_an_anchor_that_was_taken_back_left_nothing(pipeline):
+    """Without the mechanism the chunk is made with the last frame, as if there had been none."""
+    plain, ahead = started(pipeline, FULL), started(pipeline, ANCHOR, keep=1)
+    for one in (plain, ahead):
+        chunks(one, 2)
+        one.switch_garment(SHIRT)
+        one.next_chunk()
+    frames = ahead.frames
+    ahead.next_chunk()
+    assert ahead.rewind(frames) == frames
+    ahead.mechanisms = FULL
+    assert same(chunks(plain, 2), chunks(ahead, 2))
+
+
 @pytest.mark.parametrize("further", [1, 2, 3])
 def test_anchor_goes_back_and_into_files(pipeline, tmp_path, further):
     """Snapshots between a change and its anchor, and chunks taken back over one or both."""
