@@ -80,12 +80,17 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, `cache.k.0`: the names of a snapshot's arrays."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def fill(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """`tree` of shapes with `arrays` put in its places."""
+    """`tree` of shapes with `arrays` put in its places.
+
+    Raises:
+      SnapshotError: an array is missing, or has another shape or type.
+    """
     names = named_leaves(tree)
     wrong = [
         name
