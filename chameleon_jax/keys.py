@@ -33,6 +33,7 @@ LOSS = (  # draws within one loss
     "before",
     "recycling",
     "kept_errors",
+    "resampling",
 )
 DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
 INFERENCE = ("chunk_noise", "clip_noise", "random_frame")

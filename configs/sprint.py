@@ -41,6 +41,7 @@ def h200() -> ConfigDict:
                 "fps": 16.0,
                 "frames": 33,
                 "tops": 4,  # of a person
+                "matched": False,  # an ablation: references in the garment of the video
                 "workers": 14,  # processes that render
                 "first": 300_000,  # seed of the first one; clips come after the stills
                 "stills": 1464,  # scenes of one frame, made before the first clip

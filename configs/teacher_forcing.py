@@ -61,6 +61,11 @@ def paper() -> ConfigDict:
         "size": 16,  # errors that are kept of each level
         "warmup": 50,  # steps before the first is used
     }
+    # The network's own frames as the history, see training/stages/teacher_forcing.py.
+    config.resampling = {
+        "clips": 0.0,  # share of the clips that get them; 0: none, as in the paper
+        "most": 0.8,  # highest noise level that they are predicted from
+    }
     config.optimizer = training.adamw_without_momentum()
     config.schedule = {"name": "constant", "peak": 1e-6, "warmup": 0}
     return config

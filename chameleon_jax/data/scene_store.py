@@ -116,6 +116,7 @@ class SceneStore:
         *,
         dynamic_only: float = DYNAMIC_ONLY,
         dropout: float = 0.0,
+        matched: bool = False,
     ) -> dict[str, np.ndarray]:
         """Examples of some scenes, each of a random ordered pair of tops.
 
@@ -128,6 +129,8 @@ class SceneStore:
           frames: latent frames of the video, the first ones.
           dynamic_only: share of the examples that get the dynamic caption alone.
           dropout: share of them that get the empty prompt.
+          matched: take the reference from the clip itself, in the same top. An ablation: as the
+            paper trains (section 4.1), they differ.
 
         Returns:
           `z_reference`, `z_garment` [b, 1, h, w, c], `z_video` [b, f, h, w, c], `labels`, `origin`
@@ -136,12 +139,13 @@ class SceneStore:
         b = len(scenes)
         top = rng.integers(self.tops, size=b)
         other = (top + rng.integers(1, self.tops, size=b)) % self.tops
+        shown = top if matched else other
         caption = (rng.random(b) >= dynamic_only).astype(int)
         dropped = rng.random(b) < dropout
         with self._lock:
             x = self._arrays
             batch = {
-                "z_reference": x["z_video"][scenes, other, :1],
+                "z_reference": x["z_video"][scenes, shown, :1],
                 "z_garment": x["z_garment"][scenes, top][:, None],
                 "z_video": x["z_video"][scenes, top, :frames],
                 "ids": x["ids"][scenes, top, caption],
@@ -190,12 +194,13 @@ def draw(
     *,
     dynamic_only: float = DYNAMIC_ONLY,
     dropout: float = 0.0,
+    matched: bool = False,
 ) -> dict[str, np.ndarray]:
     """A batch from several stores, in which every scene of each is as likely as any other.
 
     Args:
       stores: with clips of at least `frames` latent frames.
-      rng, frames, dynamic_only, dropout: see `SceneStore.pick`.
+      rng, frames, dynamic_only, dropout, matched: see `SceneStore.pick`.
       count: examples of the batch.
 
     Raises:
@@ -210,5 +215,8 @@ def draw(
     for store, end, size in zip(stores, ends, sizes, strict=True):
         mine = numbers[(numbers >= end - size) & (numbers < end)] - (end - size)
         if len(mine):
-            parts.append(store.pick(rng, mine, frames, dynamic_only=dynamic_only, dropout=dropout))
+            picked = store.pick(
+                rng, mine, frames, dynamic_only=dynamic_only, dropout=dropout, matched=matched
+            )
+            parts.append(picked)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

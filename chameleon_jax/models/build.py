@@ -23,12 +23,13 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.attention.core import backend_for
 from chameleon_jax.config import ConfigError
+from chameleon_jax.models.convolutions import conv_for
 from chameleon_jax.models.dit import DiT, DiTConfig
 from chameleon_jax.models.judge import Judge, JudgeConfig
 from chameleon_jax.models.reward import ClipVisionConfig, Reward
 from chameleon_jax.models.taehv import Taehv, TaehvConfig
 from chameleon_jax.models.text import TextConfig, TextEncoder
-from chameleon_jax.models.vae import Vae, VaeConfig, conv_for
+from chameleon_jax.models.vae import Vae, VaeConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -115,6 +115,7 @@ class SceneFeed(contextlib.AbstractContextManager):
     Attributes:
       stores: "still", "clip" and "later", by what they hold.
       recipe: of the scenes.
+      matched: the reference wears what the video shows, see `SceneStore.pick`.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class SceneFeed(contextlib.AbstractContextManager):
     ):
         scenes = config.scenes
         self._config, self._folder, self._stills = scenes, folder, rendered_stills
+        self.matched = scenes.matched
         self.encoder = Encoder(config.weights, mesh)
         vae = self.encoder.sizes
         self.recipe = Recipe(
@@ -307,5 +309,6 @@ def _batch(
         config.data.batch,
         dynamic_only=dynamic_share(config.data.captions),
         dropout=config.data.dropout,
+        matched=feed.matched,
     )
     return {name: jax.device_put(found[name], s.sharding) for name, s in shapes.items()}

@@ -108,6 +108,8 @@ RANGES = {
     "loss.labels_layer": Range(0),
     "loss.steps": COUNT,
     "loss.guidance": Range(0),
+    "resampling.clips": SHARE,
+    "resampling.most": SHARE,
     "recycling.clips": SHARE,
     "recycling.chunks": SHARE,
     "recycling.levels": COUNT,

@@ -166,6 +166,13 @@ def test_every_ordered_pair_of_tops_is_an_example(tokenizer):
     assert seen == pairs
 
 
+def test_a_matched_reference_wears_what_the_video_shows(tokenizer):
+    store = SceneStore(2, 3, (1, *GRID), tokenizer)
+    numbered(store, 2)
+    batch = draw([store], np.random.default_rng(0), 1, 64, matched=True)
+    assert {(a, b) for _, a, b in read(store, batch)} == {(n, n) for n in range(3)}
+
+
 def test_captions_are_mixed_and_dropped(tokenizer):
     store = SceneStore(1, 2, (1, *GRID), tokenizer)
     numbered(store, 1)

@@ -312,14 +312,18 @@ def test_history_noise_is_of_one_level_per_clip_and_off_by_default():
 
 
 def test_each_noise_disturbs_its_own_frames(data):
-    """A clip of one block has no history, but a reference; the second of two blocks has both."""
+    """A clip of one block has no history, but a reference; the second of two blocks has both.
+
+    Resampling changes the history alone, too.
+    """
     z = jax.random.normal(jax.random.key(0), (2, 8, 4, 4, 4))
     ids, mask = np.ones((2, 16), np.int32), np.ones((2, 16), bool)
     names, params = {"history_noise", "reference_noise"}, None
 
-    def loss(frames, **noise):
+    def loss(frames, resampled=0.0, **noise):
         nonlocal params
         config = settings(data, "teacher_forcing.py:smoke", "unused", "train.preview_every=0")
+        config.resampling.clips = resampled
         config.loss.update({name: noise.get(name, 0.0) for name in names})
         stage = teacher_forcing.make_stage(config)
         if params is None:  # the head starts at zero, and would give the same for everything
@@ -341,6 +345,7 @@ def test_each_noise_disturbs_its_own_frames(data):
 
     assert loss(3, history_noise=0.3) == loss(3) != loss(3, reference_noise=0.3)
     assert len({loss(6), loss(6, history_noise=0.3), loss(6, reference_noise=0.3)}) == 3
+    assert loss(3, resampled=1.0) == loss(3) and loss(6, resampled=1.0) != loss(6)
 
 
 def test_flow_loss_weights_each_frame():

@@ -14,7 +14,11 @@ blocks are its own, and after a garment switch with `disentangle` the reference 
 that the network does not know, so that small faults in them are not carried on and multiplied (as
 in GameNGen, arXiv 2408.14837). Noise on the reference has a price: what the noise hides, the
 network does not learn to copy. The paper has none: its distillation, on the model's own streams,
-does this work. `recycling` adds the network's own errors instead, see `recycling`.
+does this work. `recycling` adds the network's own errors instead, see `recycling`; `resampling`
+replaces the history by what the network makes of the same clip (Resampling Forcing, arXiv
+2512.15702): its blocks are noised, each to a level of its own, and predicted clean again in one
+step, without a gradient. That costs a forward pass more. The paper does it block after block; here
+all are made at once, each behind clean ones.
 
 Several noisy copies of a clip, of different t, can share the clean one and the context
 (`loss.copies`): clips of one block then cost half as much a copy.
@@ -25,6 +29,7 @@ Axes: b batch, f latent frames, h w grid, c channels.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +101,13 @@ def make_stage(config: ConfigDict) -> Stage:
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         t_network = common.network_timesteps(t_bf, config)
         history = disturbed(z_clean, config.loss.history_noise, loss_key(key, "history_noise"))
+        if config.resampling.clips:
+            again = functools.partial(
+                forward, dit, sample.z_context, history, text_kv=sample.text_kv
+            )
+            history = resampled(
+                again, z_clean, history, config, policy.block, loss_key(key, "resampling")
+            )
         if RECYCLED in frozen:
             history = disturb(
                 recycle,
@@ -199,6 +211,39 @@ def check_lengths(config: ConfigDict, block: int) -> None:
 def whole_blocks(z: jax.Array, block: int) -> jax.Array:
     """The latent frames [b, f, h, w, c] that make whole blocks."""
     return z[:, : z.shape[1] // block * block]
+
+
+def resampled(
+    forward: Callable[..., jax.Array],
+    z: jax.Array,
+    history: jax.Array,
+    config: ConfigDict,
+    block: int,
+    key: jax.Array,
+) -> jax.Array:
+    """A history in which some clips are the network's own predictions of themselves.
+
+    Args:
+      forward: (noisy latents, timesteps of the network) -> velocity [b, f, h, w, c].
+      z: clean latents [b, f, h, w, c].
+      history: of the clips that stay as they are.
+      config: `resampling.clips`, the share of the others; `resampling.most`, the highest level that
+        their blocks are noised to, each to one from U(0, most).
+      block: latent frames that share a level.
+      key: PRNG key.
+
+    Returns:
+      As `history`; no gradient goes through it.
+    """
+    b, f = z.shape[:2]
+    of_clip, of_level, of_noise = jax.random.split(key, 3)
+    chosen = jax.random.bernoulli(of_clip, config.resampling.clips, (b, 1, 1, 1, 1))
+    level = jax.random.uniform(of_level, (b, f // block), maxval=config.resampling.most)
+    level = jnp.repeat(level, block, axis=1)
+    z_noisy = flow.add_noise(z, jax.random.normal(of_noise, z.shape), level)
+    v = forward(z_noisy, common.network_timesteps(1000 * level, config))
+    own = flow.x0_from_velocity(z_noisy, v, level).astype(history.dtype)
+    return jax.lax.stop_gradient(jnp.where(chosen, own, history))
 
 
 def disturbed(z: jax.Array, most: float, key: jax.Array) -> jax.Array:
