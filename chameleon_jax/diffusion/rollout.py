@@ -224,6 +224,7 @@ def euler_sampler(
     steps: int = 4,
     shift: float = flow.SHIFT,
     round_timesteps: bool = False,
+    first: int = 0,
     guidance: float = 1.0,
     negative_prompt: str = "",
 ) -> OneStepSampler:
@@ -232,11 +233,18 @@ def euler_sampler(
     Args:
       steps: from noise to the clean sample.
       shift, round_timesteps, guidance, negative_prompt: as in `few_step_sampler`.
+      first: steps of the first chunk of a stream, and of the first one after the history was
+        withdrawn; 0: as many as the others.
     """
+
+    def levels(steps: int) -> tuple[float, ...]:
+        return tuple(float(s) for s in flow.euler_sigmas(steps, shift))
+
     return OneStepSampler(
-        tuple(float(s) for s in flow.euler_sigmas(steps, shift)),
+        levels(steps),
         fresh_noise=False,
         round_timesteps=round_timesteps,
+        first_sigmas=levels(first) if first else (),
         guidance=guidance,
         negative_prompt=negative_prompt,
     )

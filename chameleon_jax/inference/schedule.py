@@ -221,10 +221,10 @@ def plan_stream(
 
 
 def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
-    """A copy of a config with another number of denoising steps a chunk.
+    """A copy of a config with another number of denoising steps, the same for every chunk.
 
     The timesteps of "few_step", which say how many steps there are, become evenly spaced before
-    the shift.
+    the shift; what a sampler says of first chunks (`first`) is left out.
 
     Raises:
       ScheduleError: fewer than 1 or more than 1000.
@@ -236,6 +236,8 @@ def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
         config.sampler.timesteps = tuple(round(ROWS * (steps - i) / steps) for i in range(steps))
     else:
         config.sampler.steps = steps
+    if "first" in config.sampler:
+        config.sampler.first = () if config.sampler.name == "few_step" else 0
     return config
 
 

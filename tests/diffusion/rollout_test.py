@@ -790,14 +790,17 @@ def test_guidance_over_two_caches_is_two_streams():
         rollout.denoise_chunk(dit, each[0], each_kv[0], key, sampler=sampler)
 
 
-def test_the_first_chunk_can_take_more_steps():
+@pytest.mark.parametrize(
+    ("sampler", "setting", "first", "later"),
+    [("few_step", "timesteps", (1000, 750, 500, 250), (1000, 500)), ("euler", "steps", 4, 2)],
+)
+def test_the_first_chunk_can_take_more_steps(sampler, setting, first, later):
     """Four steps at the start and after a withdrawal, two for the others."""
-    first, later = (1000, 750, 500, 250), (1000, 500)
-    sampler = make_sampler("few_step", timesteps=later, first=first, round_timesteps=False)
     apart = {
-        name: make_sampler("few_step", timesteps=steps, round_timesteps=False)
+        name: make_sampler(sampler, **{setting: steps}, round_timesteps=False)
         for name, steps in (("first", first), ("later", later))
     }
+    sampler = make_sampler(sampler, **{setting: later}, first=first, round_timesteps=False)
     stream = Stream(LAYOUTS["short"], sampler)
 
     def chunk(cache, key, name):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chameleon_jax.config import load_config
+from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference import SwitchConfig
 from chameleon_jax.inference.schedule import (
     ChunkFrames,
@@ -141,6 +142,10 @@ def test_steps_of_all_samplers():
     assert len(with_steps(config, 2).sampler.timesteps) == 2 < len(config.sampler.timesteps)
     shots = with_steps(load_config(f"{ROOT}/configs/longlive2_5b.py"), 2)
     assert shots.sampler.steps == 2 and "timesteps" not in shots.sampler
+    for name, given, first in (("few_step", (1000, 500), ()), ("euler", 4, 0)):
+        config.sampler = {"name": name, "first": given}
+        found = with_steps(config, 2)
+        assert found.sampler.first == first and make_sampler(**found.sampler).steps == 2
     for steps in (0, -1, 1001):
         with pytest.raises(ScheduleError, match=f"steps {steps}: expected 1 to 1000"):
             with_steps(config, steps)
