@@ -184,7 +184,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_batches_are_taken(tmp_path)
     config = configs.get_config("toy")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     kind = make_kind(config, "stills", tmp_path, mesh)
-    empty = SimpleNamespace(long_enough=lambda frames: [])
+    empty = SimpleNamespace(long_enough=lambda frames: [], matched=False)
     kinds = {"stills": (kind.config, kind.step.batch)}
     with (
         Batches(empty, kinds, (0, 0)) as batches,
