@@ -31,6 +31,7 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
             "sampler": {
                 "name": "euler",
                 "steps": 4,
+                "first": 0,  # steps of first chunks, also after a change; 0: as many
                 "shift": 3.0,
                 "guidance": 1.0,  # of the prompt; above 1 a chunk takes twice the time
                 "negative_prompt": "",

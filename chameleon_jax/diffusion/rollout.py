@@ -277,6 +277,8 @@ def make_sampler(name: str, **settings: Any) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
     known = inspect.signature(SAMPLERS[name]).parameters
+    if "first" not in known and not settings.get("first"):
+        settings.pop("first", None)  # nothing is asked for
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(

@@ -366,6 +366,9 @@ def test_samplers_by_name():
         make_sampler("ddim")
     with pytest.raises(ValueError, match=r"sampler\.steps: the sampler 'few_step' has no such"):
         make_sampler("few_step", steps=4)
+    assert make_sampler("unipc", steps=4, first=0) == make_sampler("unipc", steps=4)
+    with pytest.raises(ValueError, match=r"sampler\.first: the sampler 'unipc' has no such"):
+        make_sampler("unipc", steps=4, first=6)
     assert hash(euler) == hash(make_sampler("euler", steps=8, shift=3.0))  # static
 
 
