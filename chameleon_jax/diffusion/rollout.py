@@ -288,6 +288,12 @@ def make_sampler(name: str, **settings: Any) -> Sampler:
     return SAMPLERS[name](**settings)
 
 
+def sampler_settings(name: str, **settings: Any) -> dict[str, Any]:
+    """All arguments of `make_sampler`, those that are not given as the sampler has them."""
+    parameters = inspect.signature(SAMPLERS[name]).parameters.values()
+    return {"name": name} | {p.name: settings.get(p.name, p.default) for p in parameters}
+
+
 def new_cache(dit: DiT, policy: CachePolicy, batch: int, latent_size: tuple[int, int]) -> KVCache:
     """An empty cache for `dit`, in its computing dtype; prefill it before the first chunk.
 

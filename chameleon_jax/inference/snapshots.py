@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chameleon_jax.diffusion.rollout import sampler_settings
 from chameleon_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,13 +66,17 @@ class Snapshot:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """What two pipelines must share for a snapshot to continue: flat keys, JSON values."""
+    """What two pipelines must share for a snapshot to continue: flat keys, JSON values.
+
+    What a config does not say of the sampler is as its function has it.
+    """
     from chameleon_jax.config import flatten
 
     names = ["model", "dtype", "video", "cache", "sampler"]
     if config.get("quantize", "none") != "none":
         names.append("quantize")
     groups = {name: config[name] for name in names}
+    groups["sampler"] = sampler_settings(**config.sampler)
     return json.loads(
         json.dumps(
             flatten({k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in groups.items()})

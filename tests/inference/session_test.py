@@ -31,6 +31,7 @@ from chameleon_jax.inference import (
 )
 from chameleon_jax.inference.pipeline import PipelineError
 from chameleon_jax.inference.programs import REWIND
+from chameleon_jax.inference.snapshots import identity
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [
@@ -733,6 +734,14 @@ def test_snapshot_continues_in_a_new_process(pipeline, tmp_path):
     subprocess.run(list(map(str, command)), check=True, cwd=tmp_path, env=environment)
     with np.load(tmp_path / "frames.npz") as file:
         assert same(rest, [file[name] for name in file.files])
+
+
+def test_what_a_config_leaves_unsaid_of_the_sampler_is_no_other_config(pipeline):
+    short = pipeline.config.copy_and_resolve_references().unlock()
+    del short.sampler.first, short.sampler.guidance
+    assert identity(short) == identity(pipeline.config)
+    short.sampler.first = 6
+    assert identity(short) != identity(pipeline.config)
 
 
 def test_snapshot_of_another_config_is_refused(pipeline):
