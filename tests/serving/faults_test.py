@@ -532,7 +532,7 @@ def test_a_long_run_stays_as_it_was(pipeline, pictures):
     with Wire(pipeline, pictures) as server, server.connect() as one:
         viewer = Viewer(one, server).start()
         begin, chunks, frames, clips = time.monotonic(), 0, 0, [0]
-        while (now := time.monotonic() - begin) < seconds or wraps(clips, turns) < 3:
+        while time.monotonic() - begin < seconds or wraps(clips, turns) < 3 or len(seen) < 14:
             chunk = viewer.until("video.chunk")
             chunks, frames = chunks + 1, frames + chunk["frames"]
             clips[-1] += 1
@@ -541,13 +541,14 @@ def test_a_long_run_stays_as_it_was(pipeline, pictures):
                 viewer.say("session.interaction", id=chunks, garment=garment)
                 viewer.until("session.applied", play=False)
                 clips.append(0)
+                # Always after a change, so that the same work lies between any two.
+                seen.append((time.monotonic(), time.process_time(), frames, memory()))
             viewer.frames.clear()
             viewer.messages.clear()
-            if now > seconds * (len(seen) + 2) / 22:  # from a tenth on
-                seen.append((now, time.process_time(), frames, memory()))
         viewer.say("session.stop")
         viewer.until("session.done", play=False)
         assert faults(server.log) == []
+    seen = seen[1 + len(seen) // 10 :]  # the start is another matter
     half = len(seen) // 2
     early = statistics.median(x[3] for x in seen[:half])
     late = statistics.median(x[3] for x in seen[-half:])
