@@ -311,7 +311,7 @@ def test_history_noise_is_of_one_level_per_clip_and_off_by_default():
     )
 
 
-def test_each_noise_disturbs_its_own_frames(data):
+def test_each_noise_disturbs_its_own_frames(data, monkeypatch):
     """A clip of one block has no history, but a reference; the second of two blocks has both.
 
     Resampling changes the history alone, too.
@@ -346,6 +346,9 @@ def test_each_noise_disturbs_its_own_frames(data):
     assert loss(3, history_noise=0.3) == loss(3) != loss(3, reference_noise=0.3)
     assert len({loss(6), loss(6, history_noise=0.3), loss(6, reference_noise=0.3)}) == 3
     assert loss(3, resampled=1.0) == loss(3) and loss(6, resampled=1.0) != loss(6)
+    # Noise comes on top of what is predicted: all is as without, if that is the clip itself.
+    monkeypatch.setattr(teacher_forcing, "resampled", lambda forward, z, *rest: z)
+    assert loss(6, resampled=1.0, history_noise=0.3) == loss(6, history_noise=0.3)
 
 
 def test_flow_loss_weights_each_frame():

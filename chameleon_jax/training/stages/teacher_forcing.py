@@ -18,7 +18,8 @@ does this work. `recycling` adds the network's own errors instead, see `recyclin
 replaces the history by what the network makes of the same clip (Resampling Forcing, arXiv
 2512.15702): its blocks are noised, each to a level of its own, and predicted clean again in one
 step, without a gradient. That costs a forward pass more. The paper does it block after block; here
-all are made at once, each behind clean ones.
+all are made at once, each behind clean ones. `loss.history_noise` comes on top: without it, a
+network takes fine features from its own last frames, and not from the reference.
 
 Several noisy copies of a clip, of different t, can share the clean one and the context
 (`loss.copies`): clips of one block then cost half as much a copy.
@@ -100,14 +101,16 @@ def make_stage(config: ConfigDict) -> Stage:
         noise = jax.random.normal(loss_key(key, "noise"), z.shape)
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         t_network = common.network_timesteps(t_bf, config)
-        history = disturbed(z_clean, config.loss.history_noise, loss_key(key, "history_noise"))
+        make_noisy = functools.partial(
+            disturbed, most=config.loss.history_noise, key=loss_key(key, "history_noise")
+        )
+        history = make_noisy(z_clean)
         if config.resampling.clips:
             again = functools.partial(
                 forward, dit, sample.z_context, history, text_kv=sample.text_kv
             )
-            history = resampled(
-                again, z_clean, history, config, policy.block, loss_key(key, "resampling")
-            )
+            own = resampled(again, z_clean, config, policy.block, loss_key(key, "resampling"))
+            history = make_noisy(own)
         if RECYCLED in frozen:
             history = disturb(
                 recycle,
@@ -216,24 +219,22 @@ def whole_blocks(z: jax.Array, block: int) -> jax.Array:
 def resampled(
     forward: Callable[..., jax.Array],
     z: jax.Array,
-    history: jax.Array,
     config: ConfigDict,
     block: int,
     key: jax.Array,
 ) -> jax.Array:
-    """A history in which some clips are the network's own predictions of themselves.
+    """Latents in which some clips are the network's own predictions of themselves.
 
     Args:
       forward: (noisy latents, timesteps of the network) -> velocity [b, f, h, w, c].
       z: clean latents [b, f, h, w, c].
-      history: of the clips that stay as they are.
       config: `resampling.clips`, the share of the others; `resampling.most`, the highest level that
         their blocks are noised to, each to one from U(0, most).
       block: latent frames that share a level.
       key: PRNG key.
 
     Returns:
-      As `history`; no gradient goes through it.
+      As `z`; no gradient goes through it.
     """
     b, f = z.shape[:2]
     of_clip, of_level, of_noise = jax.random.split(key, 3)
@@ -242,8 +243,8 @@ def resampled(
     level = jnp.repeat(level, block, axis=1)
     z_noisy = flow.add_noise(z, jax.random.normal(of_noise, z.shape), level)
     v = forward(z_noisy, common.network_timesteps(1000 * level, config))
-    own = flow.x0_from_velocity(z_noisy, v, level).astype(history.dtype)
-    return jax.lax.stop_gradient(jnp.where(chosen, own, history))
+    own = flow.x0_from_velocity(z_noisy, v, level).astype(z.dtype)
+    return jax.lax.stop_gradient(jnp.where(chosen, own, z))
 
 
 def disturbed(z: jax.Array, most: float, key: jax.Array) -> jax.Array:
