@@ -123,7 +123,7 @@ def look(
     Returns:
       By name: chunks by their number; the last one by `CHANGES`, too.
     """
-    from chameleon_jax.inference.session import SwitchConfig
+    from chameleon_jax.inference.mechanisms import SwitchConfig
 
     session, rows = pipeline.session(), {}
     session.start(truth.reference, truth.pictures[0], scenario.prompts[0][1], seed)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from chameleon_jax.evaluation.benches import Bench, Sample
     from chameleon_jax.evaluation.generation import Maker, Sink
     from chameleon_jax.evaluation.scores.base import Setup
+    from chameleon_jax.inference.mechanisms import SwitchConfig
     from chameleon_jax.inference.pipeline import Pipeline
-    from chameleon_jax.inference.session import SwitchConfig
     from launch.jobs import Job
 
 STAGES = ("generate", "score", "table")

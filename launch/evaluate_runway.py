@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from chameleon_jax.evaluation.scenarios import Scenario, Truth
+    from chameleon_jax.inference.mechanisms import SwitchConfig
     from chameleon_jax.inference.pipeline import Pipeline
-    from chameleon_jax.inference.session import SwitchConfig
 
     Stream = Callable[[Scenario, Truth], tuple[np.ndarray, tuple[int, ...]]]
 

@@ -20,9 +20,9 @@ from PIL import Image
 
 from chameleon_jax import files, interrupts, machine, places, sharding
 from chameleon_jax.config import load_config, override
+from chameleon_jax.inference.mechanisms import SwitchConfig, SwitchError
 from chameleon_jax.inference.pipeline import Pipeline
 from chameleon_jax.inference.schedule import with_steps
-from chameleon_jax.inference.session import SwitchConfig
 from chameleon_jax.inference.settings import NETWORKS, with_quantize
 from chameleon_jax.keys import check_seed
 from launch.cli import UsageError, Values
@@ -109,13 +109,12 @@ def read_stream(values: Values, default: str) -> tuple[ConfigDict, SwitchConfig]
     config = read_config(values, default, is_for_streams)
     if values.steps is not None:
         config = with_steps(config, values.steps)
-    mechanisms = SwitchConfig(**config.switch)
+    mechanisms = SwitchConfig.of(config)
     if values.switch is not None:
+        repeated = mechanisms.drop_repeated_frame
         try:
-            mechanisms = SwitchConfig.parse(
-                values.switch, drop_repeated_frame=config.switch.drop_repeated_frame
-            )
-        except ValueError as error:
+            mechanisms = SwitchConfig.parse(values.switch, drop_repeated_frame=repeated)
+        except SwitchError as error:
             raise UsageError(f"--switch: {error}") from None
     return config, mechanisms
 

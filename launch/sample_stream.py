@@ -9,20 +9,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from chameleon_jax import compilation
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import prepare_garment, prepare_reference
 from chameleon_jax.errors import ROOT
+from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.inference.schedule import (
     ChunkFrames,
     Garment,
     plan_garments,
     plan_stream,
-    with_steps,
 )
-from chameleon_jax.inference.session import Session, Switch, SwitchConfig
+from chameleon_jax.inference.session import Session, Switch
 from chameleon_jax.inference.settings import check_config
 from launch import cli, jobs
 from launch.cli import UsageError
@@ -54,14 +53,12 @@ def read_job(values: cli.Values, default_config: str) -> tuple[StreamJob, list[s
     Raises:
       UserError: something cannot be used.
     """
-    config = jobs.read_config(values, default_config, jobs.is_for_streams)
-    if values.steps is not None:
-        config = with_steps(config, values.steps)
+    config, mechanisms = jobs.read_stream(values, default_config)
     frames = config.video.frames if values.frames is None else values.frames
     if frames < 1:
         raise UsageError(f"video.frames {frames}: a video has at least 1 frame")
     common = jobs.check_common(values, config)
-    mechanisms = _mechanisms(values, config)
+    mechanisms = _checked(mechanisms, values)
     person, texts, prompt = _inputs(values, frames)
     garments, remarks = plan_garments(texts, frames)
     checked = check_config(config)
@@ -92,15 +89,8 @@ def read_job(values: cli.Values, default_config: str) -> tuple[StreamJob, list[s
     return job, remarks
 
 
-def _mechanisms(values: cli.Values, config: ConfigDict) -> SwitchConfig:
-    """What a switch does, from the flags and the config."""
-    try:
-        mechanisms = SwitchConfig(**config.switch)
-        if values.switch is not None:
-            repeated = config.switch.drop_repeated_frame
-            mechanisms = SwitchConfig.parse(values.switch, drop_repeated_frame=repeated)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--switch: {error}") from None
+def _checked(mechanisms: SwitchConfig, values: cli.Values) -> SwitchConfig:
+    """What a switch does in a video that is made to be looked at."""
     if not mechanisms.refresh:
         raise UsageError(
             "--switch without refresh: the new garment would never be seen; add refresh"

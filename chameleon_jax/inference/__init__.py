@@ -8,15 +8,10 @@ accelerator machine.
 """
 
 from chameleon_jax.inference.clip import GenerateConfig, GenerateError, Generator
+from chameleon_jax.inference.mechanisms import SwitchConfig, SwitchError
 from chameleon_jax.inference.pictures import EncodedPicture
 from chameleon_jax.inference.pipeline import Pipeline, PipelineError
-from chameleon_jax.inference.session import (
-    Session,
-    SessionError,
-    Switch,
-    SwitchConfig,
-    SwitchError,
-)
+from chameleon_jax.inference.session import Session, SessionError, Switch
 from chameleon_jax.inference.shots import MultiShot, MultiShotError, Shot
 from chameleon_jax.inference.snapshots import Snapshot, SnapshotError
 

@@ -63,7 +63,8 @@ from chameleon_jax.weights.quantize import is_quantized, quantize
 from chameleon_jax.weights.random import fill_randomly
 
 if TYPE_CHECKING:
-    from chameleon_jax.inference.session import Session, SwitchConfig
+    from chameleon_jax.inference.mechanisms import SwitchConfig
+    from chameleon_jax.inference.session import Session
 
 log = logging.getLogger(__name__)
 

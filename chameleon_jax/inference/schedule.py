@@ -8,8 +8,8 @@ frames (Wan2.2's VAE: 4), the first one of a clip for one:
 
 A garment takes effect at the first chunk that starts at its frame or later. If the switch
 withdraws the history, that chunk begins a new clip. If it also makes the last frame shown the
-reference (`SwitchConfig`, inference/session.py), its first frame repeats the pose, and may be left
-out if it is not the only one.
+reference (inference/mechanisms.py), its first frame repeats the pose, and may be left out if it is
+not the only one.
 
 Nothing here touches a device or makes a list as long as the video.
 """
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.diffusion.flow import ROWS
 from chameleon_jax.errors import UserError
-from chameleon_jax.inference.session import SwitchConfig
+from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.parsing import is_whole_number
 

@@ -7,26 +7,7 @@
         if clicked:
             session.switch_garment(other)  # from any thread; takes effect at the next chunk
 
-A garment switch is the KV cache rescheduling of FashionChameleon (arXiv 2605.15824, section 4.3),
-three mechanisms of which each can be left out:
-
-    refresh      new keys and values of reference and garment replace the old ones
-    withdraw     the history is forgotten: the next chunk is the new sink, and a new clip starts in
-                 the decoder
-    disentangle  the new reference is the last frame shown, encoded alone as one image
-
-Each change so made is a copy of a copy of the person, and faces wear out. A fourth mechanism, not
-of the paper, is against that:
-
-    anchor       behind the first chunk of the new clip, which goes on from the last frame, the
-                 picture of the person is the reference again
-
-For the ablations of section 5.3 something else can become the reference in its place:
-
-    last_latent   the last latent frame as it was made, without decoding and encoding; unlike a
-                  picture it stands for several pixel frames
-    random_frame  one of all frames handed out so far, each as likely as any other, encoded as one
-                  image
+What a garment switch does is in `mechanisms`.
 
 The state is a value: `snapshot()` gives it, a file keeps it, `restore()` continues from it with the
 same bits. Random numbers are drawn from (seed, purpose, chunk number) and from nothing else.
@@ -50,6 +31,7 @@ import numpy as np
 from chameleon_jax import __version__
 from chameleon_jax.attention.cache import withdraw
 from chameleon_jax.errors import UserError
+from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
 from chameleon_jax.inference.programs import stream_arguments
 from chameleon_jax.inference.snapshots import (
@@ -72,82 +54,6 @@ NOT_RUNNING = (
 
 class SessionError(UserError):
     """The session is not in a state for this call. The message is one line."""
-
-
-class SwitchError(UserError):
-    """No switch can do what was asked for. The message is one line."""
-
-
-FULL = ("refresh", "withdraw", "disentangle")  # what the paper does
-REFERENCES = ("disentangle", "last_latent", "random_frame")  # what may become the reference
-MECHANISMS = (*FULL, "anchor", *REFERENCES[1:])
-
-
-@dataclasses.dataclass(frozen=True)
-class SwitchConfig:
-    """What a garment or reference switch does; each can be turned off for an ablation.
-
-    At most one of `disentangle`, `last_latent` and `random_frame`; with none of them the reference
-    stays what it is. All three act only where the switch brings no picture of a person.
-
-    Raises:
-      SwitchError: more than one of the three; or `anchor`, which writes into the cache, without
-        `refresh`.
-    """
-
-    # Write the new reference and garment into the cache; without it they stay unseen.
-    refresh: bool = True
-    withdraw: bool = True  # forget the history
-    disentangle: bool = True  # the last frame shown becomes the reference
-    # Leave out the first frame of the new clip, which repeats the last pose, unless its first chunk
-    # has no other.
-    drop_repeated_frame: bool = True
-    last_latent: bool = False  # the last latent frame becomes the reference
-    random_frame: bool = False  # any of the frames handed out so far becomes the reference
-    anchor: bool = False  # a chunk later, the person's picture becomes the reference again
-
-    def __post_init__(self):
-        chosen = [name for name in REFERENCES if getattr(self, name)]
-        if len(chosen) > 1:
-            raise SwitchError(
-                f"a switch with {' and '.join(chosen)}: each says what becomes the reference;"
-                " choose one of them"
-            )
-        if self.anchor and not self.refresh:
-            raise SwitchError(
-                "a switch with anchor and without refresh: the person's picture cannot come back"
-                " if nothing is written into the cache; add refresh, or leave anchor out"
-            )
-
-    @property
-    def repeats(self) -> bool:
-        """Whether the first frame after a switch repeats the pose that was shown last."""
-        return self.refresh and self.withdraw and (self.disentangle or self.last_latent)
-
-    @classmethod
-    def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> SwitchConfig:
-        """A comma-separated list of mechanisms.
-
-        Its words are `refresh`, `withdraw`, `anchor` and one of `disentangle`, `last_latent`,
-        `random_frame`. `full` stands for `refresh,withdraw,disentangle`.
-
-        Raises:
-          SwitchError: another word, a word twice, two of the last three, or `anchor` without
-            `refresh`.
-        """
-        words = [word.strip() for word in text.split(",")]
-        words = [each for word in words for each in (FULL if word == "full" else [word])]
-        for place, word in enumerate(words):
-            if word not in MECHANISMS:
-                raise SwitchError(
-                    f"unknown switch mechanism {word!r}; expected a list of full,"
-                    f" {', '.join(MECHANISMS)}"
-                )
-            if word in words[:place]:
-                raise SwitchError(f"switch mechanism {word!r} is named twice; name it once")
-        return cls(
-            **{word: word in words for word in MECHANISMS}, drop_repeated_frame=drop_repeated_frame
-        )
 
 
 @dataclasses.dataclass
@@ -195,7 +101,7 @@ class Session:
         keep: int = 0,
     ):
         self.pipeline = pipeline
-        self.mechanisms = mechanisms or SwitchConfig(**pipeline.config.switch)
+        self.mechanisms = mechanisms or SwitchConfig.of(pipeline.config)
         self.timings: list[Timing] = []
         self._measure = measure
         self._media, self._stream = pipeline.media, pipeline.stream

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion.rollout import make_sampler
+from chameleon_jax.inference.mechanisms import SwitchConfig, SwitchError
 from chameleon_jax.inference.pretrained import PipelineError
 from chameleon_jax.models.build import DTYPES, read_sizes
 from chameleon_jax.sharding import AXES, SAMPLES, MeshError, check_network
@@ -55,8 +56,9 @@ def check_config(config: Mapping[str, Any]) -> ConfigDict:
     try:
         make_policy(**config.cache)
         make_sampler(**config.sampler)
+        SwitchConfig.of(config)
         sizes = {name: read_sizes(name, config.model[name]) for name in networks_of(config)}
-    except ConfigError as error:
+    except (ConfigError, SwitchError) as error:
         raise PipelineError(str(error)) from None
     except (TypeError, ValueError) as error:
         raise PipelineError(f"config: {error}") from None

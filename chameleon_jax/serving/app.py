@@ -35,7 +35,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from chameleon_jax import __version__
 from chameleon_jax.errors import UserError
-from chameleon_jax.inference.session import SwitchConfig
+from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.serving import films, protocol
 from chameleon_jax.serving.encoding import EncodingError
 from chameleon_jax.serving.engine import Engine, Stream, Wish
@@ -546,7 +546,10 @@ def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
         chosen = message["mechanisms"]
         if "refresh" not in chosen:
             raise PictureError("mechanisms without refresh would never show a new garment")
-        mechanisms = SwitchConfig(**{word: word in chosen for word in protocol.MECHANISMS})
+        default = SwitchConfig.of(live.engine.pipeline.config)
+        mechanisms = SwitchConfig.parse(
+            ",".join(dict.fromkeys(chosen)), drop_repeated_frame=default.drop_repeated_frame
+        )
     return Wish(
         number=number,
         prompt=message.get("prompt"),

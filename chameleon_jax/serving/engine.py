@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.inference.pictures import EncodedPicture
 from chameleon_jax.inference.pipeline import Pipeline
-from chameleon_jax.inference.session import Session, SwitchConfig
+from chameleon_jax.inference.session import Session
 from chameleon_jax.serving.encoding import Encoder
 from chameleon_jax.serving.recording import Recording
 

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import to_uint8
 from chameleon_jax.inference import Pipeline
+from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.inference.pipeline import PipelineError
-from chameleon_jax.inference.session import SwitchConfig
 from chameleon_jax.inference.settings import check_config
 from chameleon_jax.models.build import read_sizes
 from chameleon_jax.models.taehv import Taehv, TaehvConfig

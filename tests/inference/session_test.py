@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
@@ -788,6 +790,20 @@ def test_the_embedded_model_uses_all_mechanisms_of_the_paper_and_keeps_the_perso
         json.loads(beside_weights.read_text())["switch"],
     ):
         assert SwitchConfig(**switch) == SwitchConfig.parse("full,anchor")
+
+
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        ({"disentangel": True}, "switch.disentangel is no setting; expected some of anchor, dis"),
+        ({"withdraw": "no"}, "switch.withdraw is 'no'; expected True or False"),
+        ({"anchor": True, "refresh": False}, "add refresh, or leave anchor out"),
+    ],
+)
+def test_what_a_config_says_of_switches_is_checked_before_weights_are_made(switch, message):
+    config = load_config(f"{ROOT}/configs/runway_tiny.py").to_dict() | {"switch": switch}
+    with pytest.raises(PipelineError, match=re.escape(message)):
+        Pipeline.random(ConfigDict(config), 0)
 
 
 def test_mechanisms_from_text():

@@ -1,0 +1,124 @@
+"""What a switch of garment, person or prompt does to a stream.
+
+A garment switch is the KV cache rescheduling of FashionChameleon (arXiv 2605.15824, section 4.3),
+three mechanisms of which each can be left out:
+
+    refresh      new keys and values of reference and garment replace the old ones
+    withdraw     the history is forgotten: the next chunk is the new sink, and a new clip starts in
+                 the decoder
+    disentangle  the new reference is the last frame shown, encoded alone as one image
+
+Each change so made is a copy of a copy of the person, and faces wear out. A fourth mechanism, not
+of the paper, is against that:
+
+    anchor       behind the first chunk of the new clip, which goes on from the last frame, the
+                 picture of the person is the reference again
+
+For the ablations of section 5.3 something else can become the reference in its place:
+
+    last_latent   the last latent frame as it was made, without decoding and encoding; unlike a
+                  picture it stands for several pixel frames
+    random_frame  one of all frames handed out so far, each as likely as any other, encoded as one
+                  image
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from chameleon_jax.errors import UserError
+
+
+class SwitchError(UserError):
+    """No switch can do what was asked for. The message is one line."""
+
+
+FULL = ("refresh", "withdraw", "disentangle")  # what the paper does
+REFERENCES = ("disentangle", "last_latent", "random_frame")  # what may become the reference
+MECHANISMS = (*FULL, "anchor", *REFERENCES[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchConfig:
+    """What a garment or reference switch does; each can be turned off for an ablation.
+
+    At most one of `disentangle`, `last_latent` and `random_frame`; with none of them the reference
+    stays what it is. All three act only where the switch brings no picture of a person.
+
+    Raises:
+      SwitchError: more than one of the three; or `anchor`, which writes into the cache, without
+        `refresh`.
+    """
+
+    # Write the new reference and garment into the cache; without it they stay unseen.
+    refresh: bool = True
+    withdraw: bool = True  # forget the history
+    disentangle: bool = True  # the last frame shown becomes the reference
+    # Leave out the first frame of the new clip, which repeats the last pose, unless its first chunk
+    # has no other.
+    drop_repeated_frame: bool = True
+    last_latent: bool = False  # the last latent frame becomes the reference
+    random_frame: bool = False  # any of the frames handed out so far becomes the reference
+    anchor: bool = False  # a chunk later, the person's picture becomes the reference again
+
+    def __post_init__(self):
+        chosen = [name for name in REFERENCES if getattr(self, name)]
+        if len(chosen) > 1:
+            raise SwitchError(
+                f"a switch with {' and '.join(chosen)}: each says what becomes the reference;"
+                " choose one of them"
+            )
+        if self.anchor and not self.refresh:
+            raise SwitchError(
+                "a switch with anchor and without refresh: the person's picture cannot come back"
+                " if nothing is written into the cache; add refresh, or leave anchor out"
+            )
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> SwitchConfig:
+        """What the group `switch` of a config says.
+
+        Raises:
+          SwitchError: it has a key or a value that is none, or no switch can do all of it.
+        """
+        known = sorted(field.name for field in dataclasses.fields(cls))
+        for name, value in config.switch.items():
+            if name not in known:
+                raise SwitchError(
+                    f"config: switch.{name} is no setting; expected some of {', '.join(known)}"
+                )
+            if not isinstance(value, bool):
+                raise SwitchError(f"config: switch.{name} is {value!r}; expected True or False")
+        return cls(**config.switch)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the first frame after a switch repeats the pose that was shown last."""
+        return self.refresh and self.withdraw and (self.disentangle or self.last_latent)
+
+    @classmethod
+    def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> SwitchConfig:
+        """A comma-separated list of mechanisms.
+
+        Its words are `refresh`, `withdraw`, `anchor` and one of `disentangle`, `last_latent`,
+        `random_frame`. `full` stands for `refresh,withdraw,disentangle`.
+
+        Raises:
+          SwitchError: another word, a word twice, two of the last three, or `anchor` without
+            `refresh`.
+        """
+        words = [word.strip() for word in text.split(",")]
+        words = [each for word in words for each in (FULL if word == "full" else [word])]
+        for place, word in enumerate(words):
+            if word not in MECHANISMS:
+                raise SwitchError(
+                    f"unknown switch mechanism {word!r}; expected a list of full,"
+                    f" {', '.join(MECHANISMS)}"
+                )
+            if word in words[:place]:
+                raise SwitchError(f"switch mechanism {word!r} is named twice; name it once")
+        return cls(
+            **{word: word in words for word in MECHANISMS}, drop_repeated_frame=drop_repeated_frame
+        )
