@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -24,10 +23,10 @@ from chameleon_jax.curation.boxes import Box, beside, clip_box, crop, intersecti
 from chameleon_jax.curation.clip import Clip
 from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
+from chameleon_jax.curation.onnx import OnnxNetwork
 from chameleon_jax.curation.quality import BLUR, sharpness
 from chameleon_jax.curation.stage import CurationError, Found, Limits
 from chameleon_jax.data.sources import file_hash
-from chameleon_jax.errors import need, one_line
 
 YOLOX_FILE = "weights/yolox_s.onnx"
 YOLOX_FROM = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0/yolox_s.onnx"
@@ -86,21 +85,15 @@ class YoloxDetector:
     """
 
     def __init__(self, weights: str | os.PathLike, least: float = 0.4, overlap: float = 0.5):
-        cv2 = need("cv2", "curation")
         self.least, self.overlap = least, overlap
-        if not Path(weights).is_file():
-            raise CurationError(
-                f"{weights}: no such file; the detector of people is YOLOX-s (Apache-2.0): get"
-                f" {YOLOX_FROM} and put it there, or set person.weights"
-            )
+        self._net = OnnxNetwork(
+            weights,
+            does="the detector of people",
+            source=YOLOX_FROM,
+            without=f"the detector of people is YOLOX-s (Apache-2.0): get {YOLOX_FROM} and put it"
+            " there, or set person.weights",
+        )
         self.name = f"yolox {file_hash(weights)} {least:g} {overlap:g}"
-        try:
-            self._net = cv2.dnn.readNetFromONNX(str(weights))
-        except cv2.error as error:
-            raise CurationError(
-                f"{weights}: not an ONNX file that OpenCV reads ({one_line(error)[:200]});"
-                f" expected that of {YOLOX_FROM}"
-            ) from None
 
     def detect(self, frames: np.ndarray) -> list[list[Person]]:
         """See `PersonDetector`."""
@@ -108,8 +101,7 @@ class YoloxDetector:
 
     def _detect_one(self, frame: np.ndarray) -> list[Person]:
         picture, scale = letterbox(frame)
-        self._net.setInput(picture)
-        out = np.asarray(self._net.forward())
+        (out,) = self._net(picture)
         if out.ndim != 3 or out.shape[1] != len(anchors()[0]) or out.shape[2] < 6:
             raise CurationError(
                 f"the detector of people gives {out.shape}; expected [1, {len(anchors()[0])}, 85],"

@@ -17,7 +17,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -26,9 +25,9 @@ from chameleon_jax.curation.boxes import Box
 from chameleon_jax.curation.clip import Clip
 from chameleon_jax.curation.filters import PictureFilter
 from chameleon_jax.curation.footage import Footage, Samples
+from chameleon_jax.curation.onnx import OnnxNetwork
 from chameleon_jax.curation.stage import CurationError, Found, Limits
 from chameleon_jax.data.sources import file_hash
-from chameleon_jax.errors import need, one_line
 
 # Left and right are those of the person.
 JOINTS = (
@@ -124,21 +123,15 @@ class RtmposeEstimator:
     """
 
     def __init__(self, weights: str | os.PathLike):
-        cv2 = need("cv2", "curation")
-        if not Path(weights).is_file():
-            raise CurationError(
-                f"{weights}: no such file; joints are found by RTMPose-m (Apache-2.0): get"
-                f" {RTMPOSE_FROM} and put the end2end.onnx in it there, set pose.weights, or leave"
-                " them out with --config.pose.weights=none"
-            )
+        self._net = OnnxNetwork(
+            weights,
+            does="the finder of joints",
+            source=RTMPOSE_FROM,
+            without=f"joints are found by RTMPose-m (Apache-2.0): get {RTMPOSE_FROM} and put the"
+            " end2end.onnx in it there, set pose.weights, or leave them out with"
+            " --config.pose.weights=none",
+        )
         self.name = f"rtmpose {file_hash(weights)}"
-        try:
-            self._net = cv2.dnn.readNetFromONNX(str(weights))
-        except cv2.error as error:
-            raise CurationError(
-                f"{weights}: not an ONNX file that OpenCV reads ({one_line(error)[:200]});"
-                f" expected that of {RTMPOSE_FROM}"
-            ) from None
 
     def estimate(self, frames: np.ndarray, people: Sequence[Box | None]) -> list[Pose | None]:
         """See `PoseEstimator`."""
@@ -148,25 +141,16 @@ class RtmposeEstimator:
     def _estimate_one(self, frame: np.ndarray, box: Box) -> Pose:
         height, width = frame.shape[:2]
         window = window_of(box, width, height)
-        self._net.setInput(shown(frame, window))
-        along_x, along_y = self._forward()
+        along_x, along_y = self._along(shown(frame, window))
         points, scores = decode_simcc(along_x[0], along_y[0])
         left, top, across, down = window
         rows, columns = RTMPOSE_SIZE
         points = points * (across / columns, down / rows) + (left, top)
         return Pose(points[: len(JOINTS)] / (width, height), scores[: len(JOINTS)])
 
-    def _forward(self) -> tuple[np.ndarray, np.ndarray]:
+    def _along(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the network says of x [1, k, bins] and y [1, k, bins]."""
-        import cv2
-
-        try:
-            along = [np.asarray(one) for one in self._net.forward(list(RTMPOSE_OUTPUTS))]
-        except cv2.error as error:
-            raise CurationError(
-                f"the finder of joints cannot be run ({one_line(error)[:200]}); expected the"
-                f" network of {RTMPOSE_FROM}"
-            ) from None
+        along = self._net(picture, *RTMPOSE_OUTPUTS)
         rows, columns = RTMPOSE_SIZE
         for one, bins in zip(along, (RTMPOSE_BINS * columns, RTMPOSE_BINS * rows), strict=True):
             if one.ndim != 3 or one.shape[1] < len(JOINTS) or one.shape[2] != bins:

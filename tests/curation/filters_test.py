@@ -13,6 +13,7 @@ from chameleon_jax.curation import aesthetics, person, quality
 from chameleon_jax.curation.boxes import crop, intersection_over_union, of_mask
 from chameleon_jax.curation.footage import Footage
 from chameleon_jax.curation.motion import FlowEstimator, MotionFilter
+from chameleon_jax.curation.onnx import OnnxNetwork
 from chameleon_jax.curation.person import Person, PersonFilter, YoloxDetector
 from chameleon_jax.curation.quality import BlurFilter, TechnicalFilter, blockiness, sharpness
 from chameleon_jax.curation.stage import CurationError, Limits
@@ -245,6 +246,16 @@ def test_a_missing_detector_says_which_file_goes_where(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"not an onnx file")
     with pytest.raises(CurationError, match="not an ONNX file that OpenCV reads"):
         YoloxDetector(tmp_path / "bad.onnx")
+
+
+def test_a_network_that_takes_other_pictures_is_named(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(onnx_file.constant(YOLOX, output=np.zeros((1, 2, 3), "f")))
+    network = OnnxNetwork(
+        tmp_path / "net.onnx", does="the net", source="its site", without="get it"
+    )
+    assert network(np.zeros((1, 3, 640, 640), np.float32))[0].shape == (1, 2, 3)
+    with pytest.raises(CurationError, match="^the net cannot be run .*the network of its site$"):
+        network(np.zeros((1, 5, 640, 640), np.float32))
 
 
 def test_missing_weights_of_aesthetics_say_which_files_go_where(tmp_path):
