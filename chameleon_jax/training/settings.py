@@ -110,6 +110,7 @@ RANGES = {
     "loss.guidance": Range(0),
     "resampling.clips": SHARE,
     "resampling.most": SHARE,
+    "resampling.noise": SHARE,
     "recycling.clips": SHARE,
     "recycling.chunks": SHARE,
     "recycling.levels": COUNT,

@@ -63,7 +63,7 @@ def test_no_gradient_goes_through_a_prediction():
     assert jax.grad(total)(2.0) == 0.0
 
 
-@pytest.mark.parametrize("setting", ["clips", "most"])
+@pytest.mark.parametrize("setting", ["clips", "most", "noise"])
 def test_shares_are_checked(setting):
     with pytest.raises(ConfigError, match=f"resampling.{setting}"):
         check_settings(settings(f"resampling.{setting}=1.5"))

@@ -320,10 +320,10 @@ def test_each_noise_disturbs_its_own_frames(data, monkeypatch):
     ids, mask = np.ones((2, 16), np.int32), np.ones((2, 16), bool)
     names, params = {"history_noise", "reference_noise"}, None
 
-    def loss(frames, resampled=0.0, **noise):
+    def loss(frames, resampled=0.0, hidden=0.0, **noise):
         nonlocal params
         config = settings(data, "teacher_forcing.py:smoke", "unused", "train.preview_every=0")
-        config.resampling.clips = resampled
+        config.resampling.update(clips=resampled, noise=hidden)
         config.loss.update({name: noise.get(name, 0.0) for name in names})
         stage = teacher_forcing.make_stage(config)
         if params is None:  # the head starts at zero, and would give the same for everything
@@ -346,8 +346,11 @@ def test_each_noise_disturbs_its_own_frames(data, monkeypatch):
     assert loss(3, history_noise=0.3) == loss(3) != loss(3, reference_noise=0.3)
     assert len({loss(6), loss(6, history_noise=0.3), loss(6, reference_noise=0.3)}) == 3
     assert loss(3, resampled=1.0) == loss(3) and loss(6, resampled=1.0) != loss(6)
-    # Noise comes on top of what is predicted: all is as without, if that is the clip itself.
+    assert loss(6, resampled=1.0, hidden=0.5) not in {loss(6), loss(6, resampled=1.0)}
+    # What hides reference and history from the predictions does not hide them from the loss; and
+    # noise comes on top of what is predicted. So all is as without, if that is the clip itself.
     monkeypatch.setattr(teacher_forcing, "resampled", lambda forward, z, *rest: z)
+    assert loss(6, resampled=1.0, hidden=0.5) == loss(6)
     assert loss(6, resampled=1.0, history_noise=0.3) == loss(6, history_noise=0.3)
 
 

@@ -18,8 +18,9 @@ does this work. `recycling` adds the network's own errors instead, see `recyclin
 replaces the history by what the network makes of the same clip (Resampling Forcing, arXiv
 2512.15702): its blocks are noised, each to a level of its own, and predicted clean again in one
 step, without a gradient. That costs a forward pass more. The paper does it block after block; here
-all are made at once, each behind clean ones. `loss.history_noise` comes on top: without it, a
-network takes fine features from its own last frames, and not from the reference.
+all are made at once, each behind clean ones. `resampling.noise` hides some of the reference and of
+those clean ones, so that persons go wrong in them as they do in streams, where they come back from
+the reference alone.
 
 Several noisy copies of a clip, of different t, can share the clean one and the context
 (`loss.copies`): clips of one block then cost half as much a copy.
@@ -101,16 +102,20 @@ def make_stage(config: ConfigDict) -> Stage:
         noise = jax.random.normal(loss_key(key, "noise"), z.shape)
         z_noisy = flow.add_noise(z, noise, t_bf / 1000)
         t_network = common.network_timesteps(t_bf, config)
-        make_noisy = functools.partial(
-            disturbed, most=config.loss.history_noise, key=loss_key(key, "history_noise")
-        )
-        history = make_noisy(z_clean)
+        history = z_clean
         if config.resampling.clips:
+            of_reference, of_history, of_own = jax.random.split(loss_key(key, "resampling"), 3)
+            most = config.resampling.noise
+            reference = disturbed(sample.z_context[:, :1], most, of_reference)
             again = functools.partial(
-                forward, dit, sample.z_context, history, text_kv=sample.text_kv
+                forward,
+                dit,
+                jnp.concatenate([reference, sample.z_context[:, 1:]], axis=1),
+                disturbed(z_clean, most, of_history),
+                text_kv=sample.text_kv,
             )
-            own = resampled(again, z_clean, config, policy.block, loss_key(key, "resampling"))
-            history = make_noisy(own)
+            history = resampled(again, z_clean, config, policy.block, of_own)
+        history = disturbed(history, config.loss.history_noise, loss_key(key, "history_noise"))
         if RECYCLED in frozen:
             history = disturb(
                 recycle,
