@@ -417,27 +417,97 @@ def denoise_chunk(
     Raises:
       ValueError: neither a key nor noise, noise of another shape, or guidance over an odd batch.
     """
+    draw = _draws(noise_key, noise, chunk_shape(dit, cache, sampler))
+    step, rows = _passes(dit, text_kv, draw, sampler, held)
+    cache, start = open_chunk(cache, cut), draw(0)
+    carry = start, sampler.init(start), cache
+    if sampler.opening:
+        first, stop = _rows_of_chunk(sampler, rows, cache.chunk == 0)
+        carry = _run_rows(step, carry, rows, first, stop)
+    else:
+        carry, _ = jax.lax.scan(step, carry, rows)
+    x0, _, cache = carry
+    return x0, close_chunk(cache)
+
+
+def denoise_passes(
+    dit: DiT,
+    cache: KVCache,
+    text_kv: TextKV,
+    noise_key: jax.Array,
+    flight: tuple[jax.Array, Any],
+    start: jax.Array,
+    stop: jax.Array,
+    *,
+    sampler: Sampler,
+) -> tuple[tuple[jax.Array, Any], KVCache]:
+    """Some passes of `denoise_chunk`, so that between them a chunk can be given up.
+
+    The chunk is opened before the first (`cache.open_chunk`) and closed behind the last
+    (`cache.close_chunk`) by the caller.
+
+    Args:
+      dit, cache, text_kv, noise_key, sampler: as for `denoise_chunk`.
+      flight: latents of the chunk [b, block, h, w, c], float32, and the past of the sampler, as the
+        passes before have left them; before the first any, of these shapes.
+      start, stop: passes `start` to `stop - 1` are made, of `count_passes`; traced.
+
+    Returns:
+      The same as `flight` behind them: the clean latents behind the last pass. The cache.
+    """
+    draw = _draws(noise_key, None, chunk_shape(dit, cache, sampler))
+    step, rows = _passes(dit, text_kv, draw, sampler, None)
+    noise = draw(0)
+    fresh = noise, sampler.init(noise)
+    x, past = jax.tree.map(lambda new, old: jnp.where(start == 0, new, old), fresh, flight)
+    first, _ = _rows_of_chunk(sampler, rows, cache.chunk == 0)
+    x, past, cache = _run_rows(step, (x, past, cache), rows, first + start, first + stop)
+    return (x, past), cache
+
+
+def count_passes(sampler: Sampler, dtype: jnp.dtype, is_first: bool) -> int:
+    """Passes of a chunk, the clean one included.
+
+    Args:
+      sampler: from `make_sampler`.
+      dtype: that the network computes in.
+      is_first: whether the cache holds no chunk yet.
+    """
+    total = len(jax.tree.leaves(sampler.rows(dtype))[0])
+    return sampler.opening if sampler.opening and is_first else total - sampler.opening
+
+
+def chunk_shape(dit: DiT, cache: KVCache, sampler: Sampler) -> tuple[int, int, int, int, int]:
+    """Latents of a chunk, [b, block, h, w, c].
+
+    Raises:
+      ValueError: guidance over an odd batch.
+    """
     (height, width), (_, i, j) = cache.grid, dit.config.patch
     streams = cache.streams
-    guides = sampler.guidance != 1
-    if guides and streams % 2:
-        raise ValueError(
-            f"guidance needs two streams for each that is made, the cache has {streams}: make it"
-            " with twice the batch, see `denoise_chunk`"
-        )
-    shape = (
-        streams // 2 if guides else streams,
-        cache.policy.block,
-        height * i,
-        width * j,
-        dit.config.out_channels,
-    )
-    draw = _draws(noise_key, noise, shape)
+    if sampler.guidance != 1:
+        if streams % 2:
+            raise ValueError(
+                f"guidance needs two streams for each that is made, the cache has {streams}: make"
+                " it with twice the batch, see `denoise_chunk`"
+            )
+        streams //= 2
+    return streams, cache.policy.block, height * i, width * j, dit.config.out_channels
+
+
+# From (x, past of the sampler, cache) and (row, is its velocity needed) to the next of the first.
+Step = Callable[[tuple[jax.Array, Any, KVCache], tuple[Any, jax.Array]], tuple[Any, None]]
+
+
+def _passes(
+    dit: DiT, text_kv: TextKV, draw: Draw, sampler: Sampler, held: Held | None
+) -> tuple[Step, tuple[Any, jax.Array]]:
+    """A pass over a chunk, and the rows of all of them; see `denoise_chunk`."""
 
     def predict(
         x: jax.Array, t: jax.Array, cache: KVCache, needed: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        if not guides:
+        if sampler.guidance == 1:
             return forward(dit, cache, x, t, text_kv, needed)
         x, t = (jnp.concatenate([a, a]) for a in (x, t))
         both, cache = forward(dit, cache, x, t, text_kv, needed)
@@ -448,20 +518,13 @@ def denoise_chunk(
         carry: tuple[jax.Array, Any, KVCache], this: tuple[Any, jax.Array]
     ) -> tuple[tuple[jax.Array, Any, KVCache], None]:
         (x, past, cache), (row, needed) = carry, this
-        x, t = hold(held, x, jnp.full(shape[:2], row.timestep))
+        x, t = hold(held, x, jnp.full(x.shape[:2], row.timestep))
         v, cache = predict(x, t, cache, needed)
         x, past = sampler.step(row, past, x, v, draw)
         return (x, past, cache), None
 
-    cache, rows, start = open_chunk(cache, cut), sampler.rows(dit.dtype), draw(0)
-    rows = rows, _needs_velocity(sampler, len(jax.tree.leaves(rows)[0]))
-    carry = start, sampler.init(start), cache
-    if sampler.opening:
-        carry = _steps_of_chunk(step, carry, rows, sampler.opening, cache.chunk == 0)
-    else:
-        carry, _ = jax.lax.scan(step, carry, rows)
-    x0, _, cache = carry
-    return x0, close_chunk(cache)
+    rows = sampler.rows(dit.dtype)
+    return step, (rows, _needs_velocity(sampler, len(jax.tree.leaves(rows)[0])))
 
 
 def _needs_velocity(sampler: Sampler, rows: int) -> jax.Array:
@@ -470,16 +533,20 @@ def _needs_velocity(sampler: Sampler, rows: int) -> jax.Array:
     return jnp.asarray([row not in clean for row in range(rows)])
 
 
-def _steps_of_chunk(
-    step: Callable[[Any, Any], tuple[Any, None]],
-    carry: Any,
-    rows: Any,
-    opening: int,
-    is_first: jax.Array,
-) -> Any:
-    """The steps of the rows in front if the chunk is the first, else of the others."""
+def _rows_of_chunk(
+    sampler: Sampler, rows: Any, is_first: jax.Array
+) -> tuple[jax.Array | int, jax.Array | int]:
+    """The first row of a chunk, and the one behind its last: those in front are for first ones."""
     total = len(jax.tree.leaves(rows)[0])
-    start, stop = jnp.where(is_first, 0, opening), jnp.where(is_first, opening, total)
+    if not sampler.opening:
+        return 0, total
+    return jnp.where(is_first, 0, sampler.opening), jnp.where(is_first, sampler.opening, total)
+
+
+def _run_rows(
+    step: Step, carry: Any, rows: Any, start: jax.Array | int, stop: jax.Array | int
+) -> Any:
+    """The steps of rows `start` to `stop - 1`."""
 
     def body(index: jax.Array, carry: Any) -> Any:
         return step(carry, jax.tree.map(lambda column: column[index], rows))[0]

@@ -361,11 +361,14 @@ class Pipeline:
         factor = self.vae.config.spatial_factor
         return StreamPrograms(self.dit, self.config, factor, self.mesh)
 
-    def compile(self) -> dict[str, float]:
+    def compile(self, *, whole_chunks: bool = True) -> dict[str, float]:
         """Compile all programs for the sizes of the config, before they are needed.
 
         A session does so when it starts its first stream, unless it has been done; a second thread
         waits for the first.
+
+        Args:
+          whole_chunks: False leaves out the program `chunk`, where all chunks can be called off.
 
         Returns:
           Seconds by program, see `programs.compile_all`; empty if it has been done.
@@ -374,6 +377,8 @@ class Pipeline:
             if self._compiled:
                 return {}
             of_media, of_stream = stream_arguments(self.media, self.stream, self.config)
+            if not whole_chunks:
+                del of_stream["chunk"]
             seconds = compile_all([(self.media, of_media), (self.stream, of_stream)])
             self._compiled = True
             return seconds

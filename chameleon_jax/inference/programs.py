@@ -12,6 +12,7 @@
 
     refresh       cache, reference, garment, text K, V   -> cache            once per switch
     chunk         cache, text K, V, seed, number         -> latents, cache   once per chunk
+    passes        the same, what is in flight, from, to  -> the same, cache  some passes of a chunk
     keep          cache                                  -> what `chunk` overwrites
     keep_context  cache                                  -> what `refresh` overwrites
     put_back      cache, what was kept                   -> cache as it was
@@ -69,13 +70,14 @@ from chameleon_jax.weights.placement import place_params
 log = logging.getLogger(__name__)
 
 # Programs of a session that can take chunks back; compiled when the first such one calls them.
-REWIND = ("keep", "keep_context", "put_back", "put_context")
+REWIND = ("passes", "keep", "keep_context", "put_back", "put_context")
 
 # How values are split over a mesh: a partition spec of all their arrays, or a tree of them.
 WHOLE = PartitionSpec()
 TEXT = sharding.SEQUENCE_TENSOR  # K, V of a prompt: [b, s, n, d] each
 
 Kept = tuple[jax.Array, tuple[Any, Any]]  # slots of a cache, and their keys and values
+Flight = tuple[jax.Array, Any]  # a chunk in the making: its latents, and the past of the sampler
 Arguments = Mapping[str, tuple[Any, ...]]  # by program: shapes and dtypes, weights left out
 
 
@@ -315,7 +317,7 @@ class StreamPrograms(Programs):
         self.policy = policy = make_policy(**config.cache)
         self.grid = (config.video.height // spatial_factor, config.video.width // spatial_factor)
         self._dit = dit
-        sampler = rollout.make_sampler(**config.sampler)
+        self._sampler = sampler = rollout.make_sampler(**config.sampler)
         # With guidance, a second one sees the negative prompt.
         self.streams = 1 if sampler.guidance == 1 else 2
 
@@ -330,6 +332,12 @@ class StreamPrograms(Programs):
         def chunk(dit, cache, text_kv, seed, number):
             key = noise_key(seed, number)
             return rollout.denoise_chunk(dit, cache, text_kv, key, sampler=sampler)
+
+        def passes(dit, cache, text_kv, seed, number, flight, start, stop):
+            key = noise_key(seed, number)
+            return rollout.denoise_passes(
+                dit, cache, text_kv, key, flight, start, stop, sampler=sampler
+            )
 
         def shot_chunk(dit, cache, text_kv, seed, number, cut, image, has_image):
             key = noise_key(seed, number)
@@ -366,6 +374,8 @@ class StreamPrograms(Programs):
             self.add("refresh", "dit", refresh, donate=1, takes=takes, gives=cache)
             takes = cache, TEXT, WHOLE, WHOLE
             self.add("chunk", "dit", chunk, donate=1, takes=takes, gives=(WHOLE, cache))
+            takes = *takes, *[WHOLE] * 3
+            self.add("passes", "dit", passes, donate=1, takes=takes, gives=(WHOLE, cache))
             for name, function in (("keep", keep), ("keep_context", keep_context)):
                 self.add(name, "dit", function, takes=[cache], gives=kept)
             for name in ("put_back", "put_context"):
@@ -415,6 +425,43 @@ class StreamPrograms(Programs):
           number: of the chunk since the start of the stream; with the seed it determines the noise.
         """
         return self.call("chunk", cache, text_kv, np.uint32(seed), np.int32(number))
+
+    def count_passes(self, is_first: bool) -> int:
+        """Passes of a chunk; the last one, which only remembers it, leaves its latents as they are.
+
+        Args:
+          is_first: whether the cache holds no chunk yet.
+        """
+        return rollout.count_passes(self._sampler, self._dit.dtype, is_first)
+
+    def take_off(self) -> Flight:
+        """A chunk before its first pass."""
+        x = jnp.zeros(rollout.chunk_shape(self._dit, self.empty, self._sampler), jnp.float32)
+        return x, self._sampler.init(x)
+
+    def passes(
+        self,
+        cache: KVCache,
+        text_kv: TextKV,
+        seed: int,
+        number: int,
+        flight: Flight,
+        start: int,
+        stop: int,
+    ) -> tuple[Flight, KVCache]:
+        """Passes `start` to `stop - 1` of a chunk: what `chunk` does, in parts.
+
+        Before the first the cache is to be opened, behind the last to be closed, see
+        attention/cache.py.
+
+        Args:
+          cache, text_kv, seed, number: as for `chunk`; the cache is consumed.
+          flight: as the passes before have left it; first of all from `take_off`.
+          start, stop: of `count_passes`.
+        """
+        seeds = np.uint32(seed), np.int32(number)
+        parts = np.int32(start), np.int32(stop)
+        return self.call("passes", cache, text_kv, *seeds, flight, *parts)
 
     def shot_chunk(
         self,

@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax import __version__
-from chameleon_jax.attention.cache import withdraw
+from chameleon_jax.attention.cache import KVCache, close_chunk, open_chunk, withdraw
 from chameleon_jax.errors import UserError
 from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
-from chameleon_jax.inference.programs import stream_arguments
+from chameleon_jax.inference.programs import Flight, stream_arguments
 from chameleon_jax.inference.snapshots import (
     SNAPSHOT_VERSION,
     Snapshot,
@@ -157,8 +157,9 @@ class Session:
         """Let the waiting switches take effect, make one chunk and hand it out.
 
         Args:
-          called_off: asked before the chunk is decoded; True: it is not wanted any more, and the
-            session is as it was before this call. Needs a session with `keep`.
+          called_off: asked after every denoising step; True: the chunk is not wanted any more, and
+            the session is as it was before this call. Needs a session with `keep`. The pass that
+            remembers the chunk comes behind its decoding then, and the frames do not wait for it.
 
         Returns:
           Frames uint8 [t, h, w, 3]. t is 4 times the latent frames of a chunk, 3 less at the start
@@ -439,18 +440,22 @@ class Session:
         begin = time.perf_counter()
         repeats = self._apply(state, switched)
         applied = self._wait(state.cache)
-        latents, state.cache = self._stream.chunk(
-            state.cache, state.text_kv, state.seed, state.chunk
-        )
-        denoised = self._wait(latents)
-        if called_off is not None:
-            jax.block_until_ready(latents)
-            if called_off():
+        if called_off is None:
+            latents, state.cache = self._stream.chunk(
+                state.cache, state.text_kv, state.seed, state.chunk
+            )
+        else:
+            flight = self._denoise(state, called_off)
+            if flight is None:
                 return None
+            latents, _ = flight
+        denoised = self._wait(latents)
         decoder, state.decoder = state.decoder, None  # donated
         shown, state.decoder = self._media.decode(latents, decoder)
         frames = np.array(shown)
         done = time.perf_counter()
+        if called_off is not None:
+            self._remember(state, flight)
         if repeats and self.mechanisms.drop_repeated_frame and len(frames) > 1:
             frames = frames[1:]
         self._keep_for_reference(state, latents, frames)
@@ -462,6 +467,28 @@ class Session:
                 Timing(len(frames), applied - begin, denoised - applied, done - denoised)
             )
         return frames
+
+    def _denoise(self, state: _State, called_off: Callable[[], bool]) -> Flight | None:
+        """All passes of a chunk but the last; None if it was called off in between."""
+        flight, state.cache = self._stream.take_off(), open_chunk(state.cache)
+        for number in range(self._stream.count_passes(state.held == 0) - 1):
+            flight, state.cache = self._pass(state, flight, number)
+            jax.block_until_ready(flight)
+            if called_off():
+                return None
+        return flight
+
+    def _remember(self, state: _State, flight: Flight) -> None:
+        """The last pass of a chunk; nobody waits for it."""
+        last = self._stream.count_passes(state.held == 0) - 1
+        _, state.cache = self._pass(state, flight, last)
+        state.cache = close_chunk(state.cache)
+
+    def _pass(self, state: _State, flight: Flight, number: int) -> tuple[Flight, KVCache]:
+        """One pass of the chunk that is made."""
+        return self._stream.passes(
+            state.cache, state.text_kv, state.seed, state.chunk, flight, number, number + 1
+        )
 
     def _apply(self, state: _State, switched: Mapping[str, Any]) -> bool:
         """Let switches take effect on `state`.

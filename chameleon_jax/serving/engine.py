@@ -318,7 +318,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            seconds = self.pipeline.compile()
+            seconds = self.pipeline.compile(whole_chunks=False)
             self._warm_up()
             log.info("compiled %d programs", len(seconds))
         except BaseException as error:  # told to those who ask whether the server is ready
@@ -359,9 +359,9 @@ class Engine:
         session = self.pipeline.session(keep=AHEAD + 1)
         session.start(blank, blank)
         for _ in range(2):
-            session.next_chunk()
+            session.next_chunk(lambda: False)
         session.switch_garment(blank)
-        session.next_chunk()
+        session.next_chunk(lambda: False)
         session.rewind(0)
 
     def _encode_one(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from chameleon_jax.attention.cache import close_chunk, withdraw
+from chameleon_jax.attention.cache import close_chunk, open_chunk, withdraw
 from chameleon_jax.attention.policies import Ring, Shots, ShotState, keep_everything
 from chameleon_jax.attention.positions import apply_rope, rope
 from chameleon_jax.diffusion import flow, rollout, unipc
@@ -818,3 +818,35 @@ def test_the_first_chunk_can_take_more_steps(sampler, setting, first, later):
         by_hand, expected = chunk(expected, key, name)
         np.testing.assert_allclose(x0, by_hand, atol=1e-5)
     assert stream.traces["chunk"] == 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "batch"),
+    [
+        (make_sampler("euler", steps=2, first=3), 1),
+        (make_sampler("few_step", timesteps=(1000, 500), first=(1000,)), 1),
+        (make_sampler("unipc", steps=3, guidance=2.0), 2),
+    ],
+)
+def test_a_chunk_in_parts_is_the_chunk(sampler, batch):
+    """Also the first one, and the first one behind a withdrawal, which may have other steps."""
+    stream = Stream(LAYOUTS["relative"], sampler, batch)
+    run = jax.jit(functools.partial(rollout.denoise_passes, stream.dit, sampler=sampler))
+    whole, parts = stream.started(batch=batch), stream.started(batch=batch)
+    for number in range(4):
+        if number == 3:
+            whole, parts = withdraw(whole), withdraw(parts)
+        key = jax.random.key(number)
+        total = rollout.count_passes(sampler, jnp.float32, is_first=number in (0, 3))
+        x0, whole = stream.chunk(whole, key)
+        junk = jnp.full(x0.shape, jnp.nan)  # what was in flight before does not matter
+        flight, parts = (junk, sampler.init(junk)), open_chunk(parts)
+        for start, stop in ((0, 1), (1, total - 1), (total - 1, total)):
+            flight, parts = run(parts, stream.text_kv, key, flight, start, stop)
+            if start < total - 1 == stop:
+                done = flight[0]
+        parts = close_chunk(parts)
+        np.testing.assert_allclose(done, x0, atol=1e-5)
+        np.testing.assert_array_equal(flight[0], done)  # the last pass only remembers
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -918,6 +919,45 @@ def test_a_chunk_that_was_called_off_was_never_begun(pipeline):
     assert same(chunks(plain, 2), chunks(session, 2)) and plain.switches == session.switches
     with pytest.raises(SessionError, match="keep=0 cannot call a chunk off"):
         plain.next_chunk(lambda: True)
+
+
+@pytest.mark.parametrize("overrides", [(), ("sampler.first=1",)])
+def test_a_chunk_can_be_called_off_after_every_step(overrides):
+    """The stream goes on as if it had never begun; first chunks may have other steps."""
+    pipeline = make_pipeline(*overrides)
+    plain, session = started(pipeline), Session(pipeline, keep=1)
+    session.start(PERSON, DRESS, "she walks", 0)
+    steps = []
+    for number in range(4):
+        if number == 3:
+            for one in (plain, session):
+                one.switch_garment(SHIRT)
+        for step in itertools.count():  # called off behind this one, until it is made
+            asked = itertools.count()
+            frames = session.next_chunk(lambda asked=asked, step=step: next(asked) == step)
+            if frames is not None:
+                break
+        steps.append(step)
+        assert same([frames], chunks(plain, 1))
+    few = 1 if overrides else 2
+    assert steps == [few, 2, 2, few] and plain.switches == session.switches
+
+
+def test_frames_of_a_chunk_that_can_be_called_off_do_not_wait_for_its_last_pass(
+    pipeline, monkeypatch
+):
+    session, calls = Session(pipeline, keep=1), []
+    session.start(PERSON, DRESS, "she walks", 0)
+    for owner, name in ((session._stream, "passes"), (session._media, "decode")):
+        method = getattr(owner, name)
+
+        def noted(*args, name=name, method=method):
+            calls.append(name)
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+    session.next_chunk(lambda: False)
+    assert calls == ["passes", "passes", "decode", "passes"]
 
 
 def test_what_is_kept_says_how_far_back(pipeline):

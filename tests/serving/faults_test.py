@@ -159,7 +159,7 @@ def cut_during(stage, server, viewer, monkeypatch) -> int:
         viewer.socket.cut()
         return made
     where, name = {
-        "denoise": (server.engine.pipeline.stream, "chunk"),
+        "denoise": (server.engine.pipeline.stream, "passes"),
         "decode": (server.engine.pipeline.media, "decode"),
     }[stage]
     with monkeypatch.context() as patched:
@@ -588,7 +588,7 @@ ERRORS = (
     MemoryError(),
     RuntimeError("INTERNAL: the device is gone, /secret"),
 )
-PLACES = ("stream.chunk", "media.decode", "stream.refresh", "media.encode_image")
+PLACES = ("stream.passes", "media.decode", "stream.refresh", "media.encode_image")
 
 
 @pytest.mark.slow
