@@ -73,7 +73,7 @@ class Timing:
 
     frames: int  # frames handed out
     switch: float  # encoding pictures, refreshing the cache; next to nothing without a switch
-    denoise: float  # the denoise steps and the clean pass
+    denoise: float  # the denoise steps; and the clean pass, if the frames wait for it
     decode: float  # VAE, conversion to uint8, copy to the host
 
 
