@@ -434,7 +434,7 @@ class StreamPrograms(Programs):
         """
         return rollout.count_passes(self._sampler, self._dit.dtype, is_first)
 
-    def take_off(self) -> Flight:
+    def new_flight(self) -> Flight:
         """A chunk before its first pass."""
         x = jnp.zeros(rollout.chunk_shape(self._dit, self.empty, self._sampler), jnp.float32)
         return x, self._sampler.init(x)
@@ -456,7 +456,7 @@ class StreamPrograms(Programs):
 
         Args:
           cache, text_kv, seed, number: as for `chunk`; the cache is consumed.
-          flight: as the passes before have left it; first of all from `take_off`.
+          flight: as the passes before have left it; first of all from `new_flight`.
           start, stop: of `count_passes`.
         """
         seeds = np.uint32(seed), np.int32(number)

@@ -470,7 +470,7 @@ class Session:
 
     def _denoise(self, state: _State, called_off: Callable[[], bool]) -> Flight | None:
         """All passes of a chunk but the last; None if it was called off in between."""
-        flight, state.cache = self._stream.take_off(), open_chunk(state.cache)
+        flight, state.cache = self._stream.new_flight(), open_chunk(state.cache)
         for number in range(self._stream.count_passes(state.held == 0) - 1):
             flight, state.cache = self._pass(state, flight, number)
             jax.block_until_ready(flight)

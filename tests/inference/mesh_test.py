@@ -143,7 +143,8 @@ def stream(pipeline, path=None):
         session.snapshot().save(path)
     made.append(session.next_chunk())
     np.testing.assert_array_equal(made[-1], ahead)
-    made += [session.next_chunk() for _ in range(2)]
+    assert session.next_chunk(lambda: True) is None  # as if it had never begun
+    made += [session.next_chunk(), session.next_chunk(lambda: False)]  # whole, and in parts
     return made, session
 
 def near(ours, theirs):
