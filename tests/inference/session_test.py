@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from chameleon_jax.attention.positions import PositionError
 from chameleon_jax.config import load_config
 from chameleon_jax.data.images import ImageError
+from chameleon_jax.diffusion.rollout import make_sampler
 from chameleon_jax.inference import (
     Pipeline,
     Session,
@@ -786,11 +787,13 @@ def test_measure_keeps_one_timing_a_chunk(pipeline):
 def test_the_embedded_model_uses_all_mechanisms_of_the_paper_and_keeps_the_person():
     """By its config, and by the copy of it that lies with the weights."""
     beside_weights = ROOT / "chameleon_jax/assets/runway_tiny/config.json"
-    for switch in (
-        load_config(f"{ROOT}/configs/runway_tiny.py").switch,
-        json.loads(beside_weights.read_text())["switch"],
-    ):
+    config, copy = (
+        load_config(f"{ROOT}/configs/runway_tiny.py"),
+        json.loads(beside_weights.read_text()),
+    )
+    for switch in (config.switch, copy["switch"]):
         assert SwitchConfig(**switch) == SwitchConfig.parse("full,anchor")
+    assert make_sampler(**config.sampler) == make_sampler(**copy["sampler"])
 
 
 @pytest.mark.parametrize(
