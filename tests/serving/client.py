@@ -52,7 +52,7 @@ class Server:
         start |= {"person": self.names["person"], "garment": self.names["dress"]}
         return start | changes
 
-    def wait_for(self, condition, seconds=20):
+    def wait_for(self, condition, seconds=60):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not happen in time"

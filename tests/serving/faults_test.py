@@ -734,6 +734,9 @@ def test_who_comes_back_on_a_new_network_need_not_wait_for_the_old_one(pipeline,
             first = Viewer(old, server).start()
             name = first.until("session.ready")["session"]
             first.until("video.chunk")
+            # What is shown is said on the old connection, and must not come behind the new one.
+            (stream,) = server.live.active.values()
+            server.wait_for(lambda: stream._played == first.shown)
             second = Viewer(new, server)
             second.shown = first.shown
             second.start(resume=name)
