@@ -65,7 +65,7 @@ def paper() -> ConfigDict:
     config.resampling = {
         "clips": 0.0,  # share of the clips that get them; 0: none, as in the paper
         "most": 0.8,  # highest noise level that they are predicted from
-        "noise": 0.0,  # most noise on the reference and the blocks before, while they are
+        "noise": 0.0,  # most noise on reference and earlier blocks while they are predicted
     }
     config.optimizer = training.adamw_without_momentum()
     config.schedule = {"name": "constant", "peak": 1e-6, "warmup": 0}

@@ -67,6 +67,7 @@ class Sampler(Protocol):
     halves the program to compile; what nobody needs of it, the end of the last layer, is left out.
     """
 
+    steps: int  # of a chunk, the clean pass not counted
     opening: int  # rows in front that are for the first chunk alone; 0: it is as all others
     guidance: float  # scale of classifier-free guidance; 1: the prompt alone
     negative_prompt: str  # of the guidance
@@ -465,16 +466,14 @@ def denoise_passes(
     return (x, past), cache
 
 
-def count_passes(sampler: Sampler, dtype: jnp.dtype, is_first: bool) -> int:
+def count_passes(sampler: Sampler, is_first: bool) -> int:
     """Passes of a chunk, the clean one included.
 
     Args:
       sampler: from `make_sampler`.
-      dtype: that the network computes in.
       is_first: whether the cache holds no chunk yet.
     """
-    total = len(jax.tree.leaves(sampler.rows(dtype))[0])
-    return sampler.opening if sampler.opening and is_first else total - sampler.opening
+    return sampler.opening if sampler.opening and is_first else sampler.steps + 1
 
 
 def chunk_shape(dit: DiT, cache: KVCache, sampler: Sampler) -> tuple[int, int, int, int, int]:

@@ -432,7 +432,7 @@ class StreamPrograms(Programs):
         Args:
           is_first: whether the cache holds no chunk yet.
         """
-        return rollout.count_passes(self._sampler, self._dit.dtype, is_first)
+        return rollout.count_passes(self._sampler, is_first)
 
     def new_flight(self) -> Flight:
         """A chunk before its first pass."""

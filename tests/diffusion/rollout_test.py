@@ -837,7 +837,7 @@ def test_a_chunk_in_parts_is_the_chunk(sampler, batch):
         if number == 3:
             whole, parts = withdraw(whole), withdraw(parts)
         key = jax.random.key(number)
-        total = rollout.count_passes(sampler, jnp.float32, is_first=number in (0, 3))
+        total = rollout.count_passes(sampler, is_first=number in (0, 3))
         x0, whole = stream.chunk(whole, key)
         junk = jnp.full(x0.shape, jnp.nan)  # what was in flight before does not matter
         flight, parts = (junk, sampler.init(junk)), open_chunk(parts)
