@@ -99,7 +99,7 @@ def alone(inputs, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_several_processes_train_what_one_does(inputs, alone, tmp_path):
-    count = 2
+    count = 4
     with several(count, [*inputs, f"workdir={tmp_path}"]) as started:
         ends = [end_of(process) for process in started]
     assert [code for code, _ in ends] == [0] * count, ends
