@@ -417,7 +417,7 @@ async def _stream(socket: WebSocket) -> None:
             stream = live.back(hello["resume"])
             if stream is None:
                 raise _Refused(4404, "gone", "that stream has ended")
-            stream.come_back(emit)
+            stream.come_back(emit, hello.get("hold"), hello.get("paused", False))
         else:
             stream = await _begin(socket, live, hello, emit, outbox)
         if stream.name in live.active:  # else it has ended already

@@ -157,14 +157,20 @@ class Stream:
         with self._lock:
             self._stopped = True
 
-    def come_back(self, emit: Emit) -> None:
-        """Go on for a client that was cut off: from the last frame it showed, with a key frame.
+    def come_back(self, emit: Emit, hold: int | None = None, paused: bool = False) -> None:
+        """Go on for a client that was cut off, with a key frame.
 
         A chunk that is being made now still goes to the old connection.
+
+        Args:
+          emit: talks to the client from now on.
+          hold: as in `Wish`; None: it goes on behind the last frame that it is known to have shown.
+          paused: make no more than the next chunk before `pause(False)`.
         """
         with self._lock:
-            self._next_emit, self._paused, self._unsent = emit, False, 0
-            self._wish = self._wish or Wish()
+            self._next_emit, self._paused, self._unsent = emit, paused, 0
+            waits = self._wish or Wish()
+            self._wish = Wish(asked=waits.asked, hold=hold).over(waits)
 
     @property
     def shown(self) -> Recording:
@@ -184,8 +190,9 @@ class Stream:
         back = self.connect()
         with self._lock:
             wish, self._wish = self._wish, None
-            free = self._played if back or wish is None else wish.begins(self._played)
-            return wish, self._played, free
+            if wish is None or (back and wish.hold is None):
+                return wish, self._played, self._played
+            return wish, self._played, wish.begins(self._played)
 
     def wish_again(self, wish: Wish | None) -> None:
         """What was to take effect in a chunk that was called off."""

@@ -113,6 +113,7 @@ CLIENT: dict[str, dict[str, Field]] = {
         "mechanisms": Field("words", choices=MECHANISMS),
         "paused": Field("boolean"),  # make nothing before `session.resume`
         "resume": _NAME,  # a stream that was left a moment ago
+        "hold": Field("integer"),  # with it, as in `session.interaction`
     },
     "session.interaction": {
         "id": _needed(_FRAME),

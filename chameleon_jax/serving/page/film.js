@@ -23,23 +23,24 @@ export class FilmPlayer {
     this.work = Promise.resolve(); // what is done with the buffer, one after the other
   }
 
-  // Begin with what `video.start` says, again after the connection was lost. Throws if this browser
-  // cannot play it.
+  // Begin with what `video.start` says, again after the connection was lost; frames before its first
+  // one stay. Throws if this browser cannot play it.
   async begin({ codec, fps, first_frame: first }) {
+    if (this.buffer) {
+      this.flush(first);
+      this.hold.end();
+      return;
+    }
     const type = `video/mp4; codecs="${codec}"`;
     if (!("MediaSource" in window)) throw new Error("no-mse");
     if (!MediaSource.isTypeSupported(type)) throw new Error("no-h264");
     this.fps = this.rate = fps;
     this.jump = first;
-    this.hold.flush(-1);
-    this.hold.end();
-    this.work = Promise.resolve();
     this.source = new MediaSource();
     this.film.src = URL.createObjectURL(this.source);
     await new Promise((done) => { this.source.onsourceopen = done; });
     URL.revokeObjectURL(this.film.src);
     this.buffer = this.source.addSourceBuffer(type);
-    if (this.timer) return;
     this.film.requestVideoFrameCallback((now, about) => this.drawn(now, about));
     this.timer = setInterval(() => this.tick(), 15);
   }

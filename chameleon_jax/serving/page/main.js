@@ -23,6 +23,7 @@ let asked = new Map(); // changes that were not seen yet: number -> what, and th
 let applied = new Map(); // first frame -> number of the change
 let replayed = null; // the manifest of the stream that is made again
 let cutOff = 0; // when the connection was lost
+let received = 0; // frames that have come
 const shownAt = []; // times of the last frames
 
 // What tests and curious people may look at: milliseconds from a click to the changed frame, and what
@@ -117,9 +118,20 @@ function change(values) {
   changes += 1;
   asked.set(changes, { ...values, clicked: performance.now() });
   at("change").textContent = "...";
+  tell(changes, values);
+}
+
+function tell(id, values) {
   const hold = window.chameleon.shown + player.lead;
-  player.hold.begin(hold, changes);
-  stream.say("session.interaction", { id: changes, hold, mechanisms: mechanisms(), ...values });
+  player.hold.begin(hold, id);
+  stream.say("session.interaction", { id, hold, mechanisms: mechanisms(), ...values });
+}
+
+// Changes that were lost with the connection.
+function tellAgain() {
+  for (const [id, { clicked, understood, ...values }] of asked) {
+    if (!understood && values.at === undefined) tell(id, values);
+  }
 }
 
 // Begin a stream with what is chosen; `plan` is a manifest to make again.
@@ -131,7 +143,7 @@ function start(plan = null) {
   asked = new Map();
   applied = new Map();
   replayed = plan;
-  window.chameleon.shown = 0;
+  window.chameleon.shown = received = 0;
   at("timeline").replaceChildren();
   setPaused(false);
   const codec = at("codec").value;
@@ -177,6 +189,7 @@ async function heard(message, packets) {
     case "video.start":
       try {
         await player.begin(message);
+        tellAgain();
       } catch (error) {
         at("codec").value = FALL_BACK[at("codec").value];
         const what = at("codec").selectedOptions[0].textContent;
@@ -191,7 +204,11 @@ async function heard(message, packets) {
       break;
     case "session.flush":
       player.flush(message.from_frame);
+      received = message.from_frame;
       for (const first of applied.keys()) if (first >= message.from_frame) applied.delete(first);
+      break;
+    case "session.interaction.queued":
+      if (asked.has(message.id)) asked.get(message.id).understood = true;
       break;
     case "session.applied":
       player.hold.end(message.id);
@@ -222,12 +239,17 @@ function lost(code) {
     return;
   }
   status("coming back");
-  const values = { person: chosen.person, garment: chosen.garment, resume: session };
+  // What has not come is to be made again, and what the server may make again is not shown.
+  const hold = Math.min(window.chameleon.shown + player.lead, received);
+  player.hold.begin(hold, changes);
+  const { paused } = player;
+  const values = { person: chosen.person, garment: chosen.garment, resume: session, hold, paused };
   setTimeout(() => connect(values), 400);
 }
 
 // A chunk came: if it is the first of a change, it belongs to the time that the change took.
-function note({ first_frame: first, encoded_ms }) {
+function note({ first_frame: first, frames, encoded_ms }) {
+  received = first + frames;
   if (applied.has(first)) Object.assign(applied.get(first), { encoded_ms, came: performance.now() });
 }
 

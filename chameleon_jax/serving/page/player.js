@@ -26,19 +26,23 @@ export class Player {
     requestAnimationFrame((now) => this.tick(now));
   }
 
-  // Begin with what `video.start` says. Throws if this browser cannot play it.
-  async begin({ codec, width, height, fps }) {
+  // Begin with what `video.start` says, again after the connection was lost; frames before its first
+  // one stay. Throws if this browser cannot play it.
+  async begin({ codec, width, height, fps, first_frame: first }) {
     this.fps = fps;
     this.rate = fps;
     this.jpeg = codec === "jpeg";
-    this.drop();
+    if (this.decoder?.state === "configured") await this.decoder.flush();
+    this.flush(first);
     this.hold.end();
-    Object.assign(this.canvas, { width, height });
+    if (this.canvas.width !== width || this.canvas.height !== height) {
+      Object.assign(this.canvas, { width, height }); // which clears it
+    }
     if (this.jpeg) return;
     if (!("VideoDecoder" in window)) throw new Error("no-webcodecs");
     const config = { codec, codedWidth: width, codedHeight: height, optimizeForLatency: true };
     if (!(await VideoDecoder.isConfigSupported(config)).supported) throw new Error("no-h264");
-    this.decoder?.close();
+    this.close();
     this.decoder = new VideoDecoder({
       output: (picture) => this.arrived(picture.timestamp, picture),
       error: (error) => this.onFailed(error),
@@ -90,11 +94,6 @@ export class Player {
     this.last = 0; // the time until the next chunk says nothing about the rate
   }
 
-  drop() {
-    this.flush(-1);
-    this.next = 0;
-  }
-
   tick(now) {
     if (!this.running) return;
     requestAnimationFrame((later) => this.tick(later));
@@ -110,7 +109,11 @@ export class Player {
 
   stop() {
     this.running = false;
-    this.drop();
-    if (this.decoder?.state !== "closed") this.decoder?.close();
+    this.flush(-1);
+    this.close();
+  }
+
+  close() {
+    if (this.decoder && this.decoder.state !== "closed") this.decoder.close();
   }
 }
