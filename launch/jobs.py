@@ -96,19 +96,23 @@ def is_for_streams(config: ConfigDict) -> bool:
     return "switch" in config and config.get("cache", {}).get("context", 0) > 0
 
 
-def read_stream(values: Values, default: str) -> tuple[ConfigDict, SwitchConfig]:
-    """The config of a stream, by `read_config`, with other steps; and what a switch does in it.
+def read_chunked(values: Values, default: str, is_for: Callable[[ConfigDict], bool]) -> ConfigDict:
+    """The same of a task that makes chunks, which may take other steps: the flag `steps`.
 
-    Args:
-      values: as for `read_config`, and `steps` and `switch`.
-      default: config file.
+    Raises:
+      UserError: the config cannot be read, or its sampler cannot take so many steps.
+    """
+    config = read_config(values, default, is_for)
+    return config if values.steps is None else with_steps(config, values.steps)
+
+
+def read_stream(values: Values, default: str) -> tuple[ConfigDict, SwitchConfig]:
+    """The config of a stream, by `read_chunked`, and what a switch does in it: the flag `switch`.
 
     Raises:
       UserError: the config cannot be read, or the flags do not fit it.
     """
-    config = read_config(values, default, is_for_streams)
-    if values.steps is not None:
-        config = with_steps(config, values.steps)
+    config = read_chunked(values, default, is_for_streams)
     mechanisms = SwitchConfig.of(config)
     if values.switch is not None:
         repeated = mechanisms.drop_repeated_frame

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from chameleon_jax import compilation
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import stretched
-from chameleon_jax.inference.schedule import ChunkFrames, with_steps
+from chameleon_jax.inference.schedule import ChunkFrames
 from chameleon_jax.inference.settings import check_config
 from chameleon_jax.inference.shots import MultiShot, Shot, check_shots
 from chameleon_jax.parsing import is_whole_number
@@ -55,9 +55,7 @@ def read_job(values: cli.Values, default_config: str) -> ShotsJob:
     Raises:
       UserError: something cannot be used.
     """
-    config = jobs.read_config(values, default_config, is_for_shots)
-    if values.steps is not None:
-        config = with_steps(config, values.steps)
+    config = jobs.read_chunked(values, default_config, is_for_shots)
     if not values.shot:
         raise UsageError("--task shots needs --shot 'PROMPT@CHUNKS', once for each shot")
     common = jobs.check_common(values, config)

@@ -80,7 +80,6 @@ def serve(values: cli.Values) -> int:
     if not values.auth and values.host not in ("127.0.0.1", "localhost", "::1"):
         raise UsageError(f"--noauth with --host {values.host}: only this machine may do without")
     from chameleon_jax.inference.pipeline import Pipeline
-    from chameleon_jax.inference.schedule import with_steps
     from chameleon_jax.serving.app import Limits, make_app
     from chameleon_jax.serving.engine import Engine
     from chameleon_jax.serving.guard import Guard, new_token
@@ -94,9 +93,7 @@ def serve(values: cli.Values) -> int:
         record.mkdir(parents=True, exist_ok=True)
     listener = listen(values.host, values.port)  # a port that is taken is to be seen at once
     cli.start_jax(values)
-    config = jobs.read_config(values, CONFIG, jobs.is_for_streams)
-    if values.steps is not None:
-        config = with_steps(config, values.steps)
+    config = jobs.read_chunked(values, CONFIG, jobs.is_for_streams)
     weights = values.weights or config.weights
     print("loading the model ...", file=sys.stderr)
     mesh = jobs.stream_mesh(values.mesh)
