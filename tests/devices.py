@@ -26,10 +26,17 @@ def run_on(devices: int, script: str, *arguments: Any) -> None:
 
 def start(devices: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """Python with these arguments, on so many fake devices."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ".",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     command = [sys.executable, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=600
+    )
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a process on so many fake devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+    }

@@ -36,7 +36,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 @pytest.fixture(scope="module")
 def address():
     """A server of its own process, ready."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # undoes tests/conftest.py
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | fast
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.serve", "--port", "0"],
         cwd=ROOT,

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +14,10 @@ from chameleon_jax.errors import UserError
 from chameleon_jax.training.networks import Network
 from chameleon_jax.training.run import _check_batch
 from chameleon_jax.training.state import descend, gradient, new_state
+from tests.devices import run_on
 from tests.training.toy import Toy
 
 NETWORK = Network(lambda rngs: Toy(rngs=rngs))
-ROOT = Path(__file__).parents[2]
 
 
 def loss(params, fixed, batch, key):
@@ -115,12 +110,4 @@ print("equal")
 
 
 def test_every_part_lies_on_all_devices_and_nothing_is_moved():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": ".",
-    }
-    command = [sys.executable, "-c", FOUR_DEVICES]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "equal"
+    run_on(4, FOUR_DEVICES)

@@ -24,16 +24,14 @@ from chameleon_jax.training import loop
 from chameleon_jax.training.checkpoints import CheckpointError
 from chameleon_jax.training.report import TrainingDivergedError
 from chameleon_jax.weights.params import WeightsError, save_params
+from tests.devices import start
 from tests.training import toy
 
 HERE = Path(__file__).parent
 
 
 def run_program(workdir: Path, *arguments: str, devices: int = 1) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[1])}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, str(HERE / "toy.py"), str(workdir), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    return start(devices, HERE / "toy.py", workdir, *arguments)
 
 
 def saved_params(workdir: Path) -> dict[str, np.ndarray]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import devices
 
 MESHES = """
 import sys, pathlib
@@ -151,13 +148,7 @@ print("parts")
 
 
 def run_on_eight(program: str, folder: Path) -> str:
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-c", program, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    done = devices.start(8, "-c", program, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
 

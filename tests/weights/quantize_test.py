@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -32,6 +29,7 @@ from chameleon_jax.weights.quantize import (
 from chameleon_jax.weights.tensors import WeightsError
 from launch import cli, sample
 from tests import tiny_dit
+from tests.devices import run_on
 
 ROOT = Path(__file__).parents[2]
 BOTH = pytest.mark.parametrize("name", TYPES)
@@ -183,16 +181,7 @@ print("equal")
 
 @pytest.mark.slow
 def test_on_a_mesh_numbers_and_scales_lie_where_the_kernel_lay():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": ".",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "equal"
+    run_on(4, FOUR_DEVICES)
 
 
 PRODUCT = re.compile(r"dot_general .*: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)")
