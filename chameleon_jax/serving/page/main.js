@@ -236,6 +236,7 @@ function lost(code) {
     status("cut off");
     if (!refused) notice("the connection to the server is lost", true);
     session = null;
+    player.hold.end(); // what has come is all there will be
     return;
   }
   status("coming back");
