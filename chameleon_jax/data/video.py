@@ -537,7 +537,9 @@ class _Shown:
 
     def __init__(self, stream: av.VideoStream, first: av.VideoFrame, name: str):
         self._name = name
-        self._aspect = stream.sample_aspect_ratio
+        # PyAV 19 has a kind of fraction of its own.
+        shape = stream.sample_aspect_ratio
+        self._aspect = Fraction(shape.numerator, shape.denominator) if shape else None
         context = stream.codec_context
         self._transfer, self._primaries = context.color_trc, context.color_primaries
         aspect = self._aspect or 1
@@ -546,8 +548,8 @@ class _Shown:
                 f"{name}: its pixels have the aspect ratio {aspect}; at most {MAX_PIXEL_ASPECT} is"
                 " read"
             )
-        matrix = [bytes(data) for data in first.side_data if data.type.name == "DISPLAYMATRIX"]
-        orientation = read_orientation(matrix[0] if matrix else None)
+        matrix = first.side_data.get("DISPLAYMATRIX")
+        orientation = read_orientation(None if matrix is None else bytes(matrix))
         if orientation is None:
             raise VideoError(
                 f"{name}: its display matrix neither turns by quarters nor mirrors; encode it"

@@ -510,23 +510,24 @@ async def _seated(socket: WebSocket, live: Live, stream: Stream, outbox: asyncio
     seat = asyncio.create_task(live.take(stream, tell))
     seat.add_done_callback(_looked_at)
     try:
-        while True:
-            word = await _word(socket, None, seat)
-            if word is not None:
-                _obey(live, stream, word.result(), outbox)
-            if seat.done():
-                return seat.result()
-            if stream.stopped:
-                await tell("session.done", frames=0)
-                await socket.close()
-                raise WebSocketDisconnect(1000)
-    except BaseException:
+        try:
+            while True:
+                word = await _word(socket, None, seat)
+                if word is not None:
+                    _obey(live, stream, word.result(), outbox)
+                if seat.done():
+                    return seat.result()
+                if stream.stopped:
+                    await tell("session.done", frames=0)
+                    await socket.close()
+                    raise WebSocketDisconnect(1000)
+        finally:
+            seat.cancel()
+            await asyncio.wait({seat})
+    except BaseException:  # also one that comes while the seat is waited for: it has begun, perhaps
         stream.stop()
         live.engine.wake()
         raise
-    finally:
-        seat.cancel()
-        await asyncio.wait({seat})
 
 
 def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:

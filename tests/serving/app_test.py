@@ -3,11 +3,13 @@ leave."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -628,3 +630,31 @@ def test_a_client_without_hold_loses_at_most_what_it_did_not_tell(server):
         assert applied["first_frame"] >= viewer.shown + MARGIN
         viewer.say("session.stop")
         viewer.until("session.done")
+
+
+def test_who_is_cut_off_at_any_moment_of_the_queue_keeps_no_place():
+    class Silent:
+        async def receive(self):
+            await asyncio.Event().wait()
+
+    class Free:
+        engine = SimpleNamespace(wake=lambda: None)
+
+        async def take(self, stream, tell):
+            return True
+
+    async def cut_off(turns):
+        stream = Stream("s", Wish(), 0, "jpeg", lambda *message: None)
+        task = asyncio.create_task(serving._seated(Silent(), Free(), stream, asyncio.Queue()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        (end,) = await asyncio.gather(task, return_exceptions=True)
+        return end is True, stream.stopped
+
+    async def all_moments():
+        return [await cut_off(turns) for turns in range(1, 12)]
+
+    ends = asyncio.run(all_moments())
+    assert ends[0] == (False, True) and ends[-1] == (True, False)
+    assert all(seated != stopped for seated, stopped in ends)
