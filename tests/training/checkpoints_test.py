@@ -100,12 +100,13 @@ def test_no_flipped_bit_goes_unseen(saved, tmp_path):
     """Of a state that is restored, every number is what was saved, whichever bit was flipped."""
     _, states = saved
     rng = np.random.default_rng(0)
-    refused = 0
+    # Half of them where the arrays are, half in any file. Orbax spreads the arrays over a few files
+    # whose names and sizes differ in each run, and never reads many of the others.
     names = files_of(saved[0])
-    weights = np.array([path.stat().st_size for path in names], float)
-    # Half of them where most bytes are, half in any file.
-    chosen = [*rng.choice(len(names), FLIPS // 2, p=weights / weights.sum())]
+    arrays = [path.stat().st_size * ("ocdbt.process_0/d" in str(path)) for path in names]
+    chosen = [*rng.choice(len(names), FLIPS // 2, p=np.array(arrays) / sum(arrays))]
     chosen += [*rng.permutation(np.resize(np.arange(len(names)), FLIPS - len(chosen)))]
+    refused = set()
     for number, index in enumerate(chosen):
         run = tmp_path / str(number)
         shutil.copytree(saved[0], run)
@@ -114,7 +115,7 @@ def test_no_flipped_bit_goes_unseen(saved, tmp_path):
         try:
             state, _ = load(run, strict=True)
         except DamagedError as error:
-            refused += 1
+            refused.add(number)
             assert "\n" not in str(error) and str(run / "checkpoints" / "6") in str(error)
             assert "without --strict the newest intact step is used" in str(error)
             state, step = load(run)
@@ -122,7 +123,7 @@ def test_no_flipped_bit_goes_unseen(saved, tmp_path):
         else:
             assert same_bits(state, states[6]), path
         shutil.rmtree(run)
-    assert refused > FLIPS // 2
+    assert len(refused & set(range(FLIPS // 2))) > FLIPS // 4  # few bytes there are unused
 
 
 def test_no_flipped_bit_of_the_description_goes_unseen(run):
