@@ -109,6 +109,8 @@ class Stream:
         self._lock = threading.Lock()
         self._wish: Wish | None = None
         self._plan: list[Wish] = []  # by frame
+        self._told: collections.deque[int] = collections.deque(maxlen=PLANNED)  # their numbers
+        self._told_before: frozenset[int] = frozenset()  # through earlier connections
         self._played = self._unsent = 0
         self._paused, self._stopped = paused, False
         # Of the engine's thread alone.
@@ -121,23 +123,37 @@ class Stream:
         self.picture, self.fps = (0, 0), 0.0
         self.recording = Recording()
         self.history: list[dict[str, Any]] = []  # what took effect, and from which frame on
+        # Changes in chunks that may be taken back, with their first frames; changes that were.
+        self.in_effect: list[tuple[int, Wish]] = []
+        self.taken_back: list[Wish] = []
         self.pictures: dict[str, np.ndarray] = {}  # in the history, by name
 
     def change(self, wish: Wish) -> bool:
         """Ask for a change; it joins one that waits.
 
+        One that was asked for through an earlier connection is not made again: a client that was
+        cut off does not know whether it was heard.
+
         Returns:
           False: it is for a frame that is there already, or too many wait.
         """
         with self._lock:
-            if wish.at is None:
-                self._wish = wish.over(self._wish)
-                self._plan.clear()  # who chooses now has another film in mind
+            if wish.number is not None and wish.number in self._told_before:
                 return True
-            if wish.at < max(self.made, 1) or len(self._plan) >= PLANNED:
-                return False
-            self._plan = sorted([*self._plan, wish], key=lambda one: one.at)
+            done = self._add(wish)
+            if done and wish.number is not None:
+                self._told.append(wish.number)
+            return done
+
+    def _add(self, wish: Wish) -> bool:
+        if wish.at is None:
+            self._wish = wish.over(self._wish)
+            self._plan.clear()  # who chooses now has another film in mind
             return True
+        if wish.at < max(self.made, 1) or len(self._plan) >= PLANNED:
+            return False
+        self._plan = sorted([*self._plan, wish], key=lambda one: one.at)
+        return True
 
     def played(self, frame: int) -> None:
         """Frames shown so far; never fewer than before."""
@@ -169,6 +185,7 @@ class Stream:
         """
         with self._lock:
             self._next_emit, self._paused, self._unsent = emit, paused, 0
+            self._told_before = frozenset(self._told)
             waits = self._wish or Wish()
             self._wish = Wish(asked=waits.asked, hold=hold).over(waits)
 
@@ -429,6 +446,7 @@ class Engine:
         wish, played, free = stream.take()
         while stream.chunks and stream.chunks[0][0] < played:
             stream.chunks.popleft()
+        stream.in_effect = [(first, one) for first, one in stream.in_effect if first >= played]
         stream.recording.shown(played)
         if wish is not None:
             self._rewind(stream, free)
@@ -461,16 +479,20 @@ class Engine:
             start["format"] = stream.encoder.codec
             stream.emit("video.start", start | {"fps": stream.fps, "first_frame": first}, None)
             stream.announced = True
+        changes, stream.taken_back = stream.taken_back, []
         if wish is not None and wish.number is not None:
+            changes = [wish]  # with those that were taken back in it
+            stream.note(wish, first)
+        for change in changes:
             applied = {
-                "id": wish.number,
+                "id": change.number,
                 "first_frame": first,
-                "waited_ms": 1000 * (begin - wish.asked),
+                "waited_ms": 1000 * (begin - change.asked),
                 "refresh_ms": 1000 * timing.switch,
                 "made_ms": 1000 * (made - begin),
             }
             stream.emit("session.applied", applied, None)
-            stream.note(wish, first)
+            stream.in_effect.append((first, change))
         header = {
             "index": stream.index,
             "first_frame": first,
@@ -505,6 +527,8 @@ class Engine:
             stream.chunks.pop()
         for change in stream.history:  # those that had been applied in them wait again
             change["frame"] = min(change["frame"], frame)
+        stream.taken_back += [change for first, change in stream.in_effect if first >= frame]
+        stream.in_effect = [(first, one) for first, one in stream.in_effect if first < frame]
         stream.emit("session.flush", {"from_frame": frame}, None)
 
     def _apply(self, stream: Stream, wish: Wish) -> None:

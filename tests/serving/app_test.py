@@ -459,6 +459,37 @@ def test_a_client_that_was_cut_off_comes_back_to_its_stream(server):
         again.until("session.done")
 
 
+def test_a_change_whose_chunk_was_lost_with_the_connection_is_made_once_and_told_again(server):
+    with server.connect() as socket:
+        viewer = Viewer(socket, server).start()
+        name = viewer.until("session.ready")["session"]
+        viewer.until("video.chunk")
+        viewer.say("session.interaction", id=4, garment=server.names["shirt"])
+        viewer.until("session.applied")
+    shown, made = viewer.shown, server.engine.figures["changes"]
+    with server.connect() as socket:
+        again = Viewer(socket, server).start(resume=name, hold=shown)
+        again.shown = shown
+        applied = again.until("session.applied")
+        first = again.until("video.chunk")
+        assert applied["id"] == 4 and applied["first_frame"] == first["first_frame"] == shown
+        assert first["garment"] == server.names["shirt"]
+        # It cannot know that it was heard. The answer comes at once, and nothing is made again.
+        again.say("session.interaction", id=4, garment=server.names["shirt"])
+        again.asked = None
+        again.until("session.interaction.queued")
+        before = len(again.messages)
+        again.until("video.chunk")
+        again.until("video.chunk")
+        kinds = {message["type"] for message in again.messages[before:]}
+        assert kinds == {"video.chunk"}
+        again.say("session.interaction", id=5, garment=server.names["dress"])
+        assert again.until("session.applied")["id"] == 5
+        again.say("session.stop")
+        again.until("session.done")
+    assert server.engine.figures["changes"] == made + 2  # once by coming back, and the last
+
+
 def test_a_client_that_comes_back_may_pause(server):
     with server.connect() as socket:
         viewer = Viewer(socket, server).start()
