@@ -146,6 +146,7 @@ class Stream:
             return done
 
     def _add(self, wish: Wish) -> bool:
+        """`change`, under the lock."""
         if wish.at is None:
             self._wish = wish.over(self._wish)
             self._plan.clear()  # who chooses now has another film in mind
