@@ -459,23 +459,31 @@ def _damaged_place(folder: Path, why: str) -> str:
 
 
 def _quiet_orbax() -> None:
-    """Orbax also logs what it raises, and its threads print a traceback each for reads that end
-    after the first one has failed; `Checkpoints` says it in one line."""
+    """Orbax also logs what it raises, and its threads and tasks print a traceback each for reads
+    that end after the first one has failed; `Checkpoints` says it in one line."""
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_is_no_read_of_orbax)
     former, former_ignored = sys.excepthook, sys.unraisablehook
     if getattr(former, "of_checkpoints", False):
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        if not _is_late(error):
             former(kind, error, trace)
 
     def ignored(event: sys.UnraisableHookArgs) -> None:
-        if "array index" not in str(event.exc_value):
+        if not _is_late(event.exc_value):
             former_ignored(event)
 
     hook.of_checkpoints = True
     sys.excepthook, sys.unraisablehook = hook, ignored
+
+
+def _is_late(error: BaseException | None) -> bool:
+    """Whether it is of a read that ended when nobody waited for it any more."""
+    if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
+        return True
+    return "array index" in str(error)
 
 
 def _warn(text: str) -> None:
@@ -502,3 +510,8 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.WARNING or "orbax" not in record.pathname
+
+
+def _is_no_read_of_orbax(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("never retrieved" in message and "orbax" in message)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -159,6 +162,34 @@ def test_no_damaged_file_goes_unseen(saved, tmp_path, damage):
         else:
             assert same_bits(state, states[6]), path
     assert refused >= 3
+
+
+LATE = """
+import logging, sys
+from chameleon_jax.training.checkpoints import Checkpoints
+
+class Read:
+    def __init__(self, says): self.says = says
+    def __del__(self): raise RuntimeError(self.says)
+
+Checkpoints(sys.argv[1], read_only=True)
+for says in ("Event loop is closed", "seen one"):
+    read = Read(says)
+    del read
+    sys.excepthook(RuntimeError, RuntimeError(says), None)
+for module in ("orbax/checkpoint", "seen_two"):
+    text = f"Task exception was never retrieved\\nfuture: <Task coro=<read() at {module}.py:1>>"
+    logging.getLogger("asyncio").error(text)
+"""
+
+
+def test_reads_that_end_too_late_say_nothing_and_others_do(run):
+    """Of a checkpoint that is damaged, reads go on in threads after the first has failed."""
+    command = [sys.executable, "-c", LATE, str(run / "checkpoints")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "closed" not in done.stderr and "orbax" not in done.stderr
+    assert done.stderr.count("RuntimeError: seen one") == 2 and "seen_two" in done.stderr
 
 
 def test_the_intact_step_before_is_used_and_the_run_goes_on(run, saved, caplog):
