@@ -178,6 +178,16 @@ def test_a_lost_connection_comes_back_to_the_same_stream(address, tmp_path, code
         page.until("document.getElementById('status').textContent === 'coming back'", 10)
         page.run("document.querySelectorAll('#garments button')[1].click()")
         page.until("window.chameleon.latencies.length === 1", 120)
+        # And whose change took effect in a chunk that was lost.
+        page.run(
+            """sockets.at(-1).addEventListener("message", ({ data, target }) => {
+              if (typeof data !== "string") return;
+              if (JSON.parse(data).type === "session.applied") target.close();
+            })"""
+        )
+        page.run("document.querySelectorAll('#garments button')[0].click()")
+        page.until("window.chameleon.latencies.length === 2", 120)
+        assert page.run("document.getElementById('change').textContent").endswith(" ms")
         assert page.run("document.getElementById('notice').textContent") == ""
 
 
