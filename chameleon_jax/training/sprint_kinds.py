@@ -206,6 +206,16 @@ def _faults(config: ConfigDict) -> Iterator[str]:
             yield f"{key}.begins is {stage.begins!r}; expected one of {', '.join(BEGINS)}"
         elif not place and stage.begins != "random":
             yield f"{key}.begins is {stage.begins!r}; the first stage begins from random weights"
+        # The weights that a kind starts from are those of the first stage that takes it.
+        earlier = [config.stages[one] for one in config.order[:place] if one in config.stages]
+        before = {kind for one in earlier for kind in one.turn}
+        for kind in dict.fromkeys(kind for kind in stage.turn if kind in before):
+            if stage.begins != "state" or stage.teacher:
+                yield (
+                    f"{key}.turn has {kind!r}, and so has a stage before it: with a teacher, or"
+                    " where it does not begin from 'state', a stage needs kinds of its own; put a"
+                    f" copy into kinds under another name, or let {key}.begins be 'state'"
+                )
         if stage.teacher and stage.teacher not in config.order[:place]:
             yield f"{key}.teacher is {stage.teacher!r}; expected a stage before it in order"
         if not 0 < stage.seconds < math.inf:

@@ -91,13 +91,18 @@ def test_an_optimiser_that_does_not_follow_the_clock():
             "stages.starts.teacher=clips",
             "stages.starts.teacher is 'clips'; expected a stage before",
         ),
+        ("order=('stils','starts')", "order has 'stils'; expected some of"),
+        (
+            "order=('stills','starts','clips') stages.clips.begins=export",
+            "stages.clips.turn has 'starts', and so has a stage before it",
+        ),
         ("scenes.stills=6001", "scenes.stills is 6001; expected a multiple of scenes.together"),
         ("scenes.stills=0", "scenes.stills is 0; expected a multiple"),
     ],
 )
 def test_configs_that_cannot_be(change, message):
     with pytest.raises(ConfigError, match=message):
-        check(load_config("configs/sprint.py:h200", [change]))
+        check(load_config("configs/sprint.py:h200", change.split()))
 
 
 def test_the_stages_of_the_embedded_model_share_a_state(tmp_path):
