@@ -772,6 +772,9 @@ def test_a_change_that_waits_keeps_its_time_when_its_client_comes_back(pipeline,
     stream.change(wish)
     stream.come_back(lambda *args: None)
     assert stream.take()[0] == wish
+    stream.change(wish)  # told again by a client that does not know whether it was heard
+    assert not stream.waits
+    wish = dataclasses.replace(wish, number=4)
     stream.change(wish)
     stream.played(5)
     stream.come_back(lambda *args: None, hold=9)
