@@ -109,8 +109,9 @@ class Stream:
         self._lock = threading.Lock()
         self._wish: Wish | None = None
         self._plan: list[Wish] = []  # by frame
-        self._told: collections.deque[int] = collections.deque(maxlen=PLANNED)  # their numbers
-        self._told_before: frozenset[int] = frozenset()  # through earlier connections
+        # Numbers of the last changes that were asked for; those of earlier connections.
+        self._told: collections.deque[int] = collections.deque(maxlen=PLANNED)
+        self._told_before: frozenset[int] = frozenset()
         self._played = self._unsent = 0
         self._paused, self._stopped = paused, False
         # Of the engine's thread alone.

@@ -472,7 +472,7 @@ def _quiet_orbax() -> None:
             former(kind, error, trace)
 
     def ignored(event: sys.UnraisableHookArgs) -> None:
-        if not _is_late(event.exc_value):
+        if not (_is_late(event.exc_value) or "array index" in str(event.exc_value)):
             former_ignored(event)
 
     hook.of_checkpoints = True
@@ -481,9 +481,7 @@ def _quiet_orbax() -> None:
 
 def _is_late(error: BaseException | None) -> bool:
     """Whether it is of a read that ended when nobody waited for it any more."""
-    if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
-        return True
-    return "array index" in str(error)
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _warn(text: str) -> None:

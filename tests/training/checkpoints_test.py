@@ -177,6 +177,7 @@ for says in ("Event loop is closed", "seen one"):
     read = Read(says)
     del read
     sys.excepthook(RuntimeError, RuntimeError(says), None)
+sys.excepthook(IndexError, IndexError("array index 3, of this program"), None)
 for module in ("orbax/checkpoint", "seen_two"):
     text = f"Task exception was never retrieved\\nfuture: <Task coro=<read() at {module}.py:1>>"
     logging.getLogger("asyncio").error(text)
@@ -190,6 +191,7 @@ def test_reads_that_end_too_late_say_nothing_and_others_do(run):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "closed" not in done.stderr and "orbax" not in done.stderr
     assert done.stderr.count("RuntimeError: seen one") == 2 and "seen_two" in done.stderr
+    assert "IndexError: array index 3, of this program" in done.stderr
 
 
 def test_the_intact_step_before_is_used_and_the_run_goes_on(run, saved, caplog):
