@@ -48,6 +48,9 @@ def paper() -> ConfigDict:
         "exit": "shared",
         # Kinds of roll-out in turn, see training/stages/dmd_setup.py: (chunks in front, switches).
         "kinds": ((0, 0),),
+        # Behind the first chunk after a switch the person's own picture is the reference again, as
+        # in streams with that mechanism; needs scores.causal.
+        "anchor": False,
         "residual_noise": False,  # on the history, as the released code has it
     }
     config.scores = {

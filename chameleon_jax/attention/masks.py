@@ -12,6 +12,10 @@ The layout is [context | clean chunks but the last | noisy chunks]. The publishe
 last clean chunk and a noisy copy of the context as well; no other frame sees them, and the loss
 does not read them, so they are left out.
 
+Behind a garment switch a stream may have other condition frames in its first chunk than later, see
+`anchor` in inference/mechanisms.py. They lie behind the context that all other chunks see:
+[context | opening context | clean chunks but the last | noisy chunks].
+
 One clean copy can serve several noisy ones, behind each other in the layout, which do not see each
 other: more noise levels of a clip for the price of their own tokens.
 
@@ -49,7 +53,7 @@ def count_chunks(policy: CachePolicy, frames: int) -> int:
 
 
 def teacher_forcing_slices(
-    policy: CachePolicy, frames: int, first: int = 0, copies: int = 1
+    policy: CachePolicy, frames: int, first: int = 0, copies: int = 1, opening: bool = False
 ) -> list[Row]:
     """Per chunk, its frames and the runs of key frames that it sees, in the layout of this file.
 
@@ -58,6 +62,7 @@ def teacher_forcing_slices(
       frames: latent frames of the video, context not counted.
       first: chunk from which on there are noisy copies; the ones before are history only.
       copies: noisy copies of each of these chunks.
+      opening: the first chunk has a context of its own.
 
     Returns:
       (queries, runs of keys). The queries cover all frames of the layout once, in order; the keys
@@ -67,15 +72,21 @@ def teacher_forcing_slices(
       ValueError: the video is not whole chunks.
     """
     chunks, context, block = count_chunks(policy, frames), policy.context, policy.block
+    shift = context if opening else 0  # of all that lies behind the context
     rows: list[Row] = []
-    if context:
-        rows.append((slice(0, context), (slice(0, context),)))
-    seen = [view.frames for view in views(policy, chunks)]
-    for number in range(chunks - 1):  # clean: the layout has them where the clip has them
-        start = context + block * number
+    for start in range(0, context + shift, max(context, 1)):
+        own = slice(start, start + context)
+        rows.append((own, (own,)))
+    # Frames of a chunk's view, as the layout has them.
+    seen = [
+        np.where((view.frames < context) & (number > 0), view.frames, view.frames + shift)
+        for number, view in enumerate(views(policy, chunks))
+    ]
+    for number in range(chunks - 1):
+        start = context + shift + block * number
         rows.append((slice(start, start + block), _runs(seen[number])))
     for place, number in enumerate([*range(first, chunks)] * copies):
-        start = context + block * (chunks - 1 + place)
+        start = context + shift + block * (chunks - 1 + place)
         own = np.arange(start, start + block)
         earlier = seen[number][:-block]
         rows.append((slice(start, start + block), _runs(np.concatenate([earlier, own]))))
@@ -95,6 +106,7 @@ def teacher_forcing(
     head_dim: int,
     *,
     copies: int = 1,
+    opening: bool = False,
     backend: str | None = None,
 ) -> Attend:
     """Attention of the teacher-forced layout; the layer cache passes through.
@@ -106,10 +118,10 @@ def teacher_forcing(
       policy, frames: as in `teacher_forcing_slices`.
       grid: rows and columns of tokens in a frame.
       head_dim: channels of a head.
-      copies: as in `teacher_forcing_slices`.
+      copies, opening: as in `teacher_forcing_slices`.
       backend: as in `attention`.
     """
-    layout = _Layout(policy, frames, 0, copies, grid, head_dim, backend)
+    layout = _Layout(policy, frames, 0, copies, opening, grid, head_dim, backend)
 
     def attend(q, k, v, layer_cache):
         k = layout.written(k, 0)
@@ -125,20 +137,21 @@ def split_teacher_forcing(
     head_dim: int,
     *,
     first: int = 0,
+    opening: bool = False,
     backend: str | None = None,
 ) -> tuple[Attend, Attend]:
     """The same attention in two passes: over the history, and over the noisy chunks.
 
-    The first pass takes [context | clean chunks but the last] and gives the keys and values of each
+    The first pass takes what lies before the noisy chunks, and gives the keys and values of each
     layer as its cache. The second takes the noisy chunks and reads that cache, which the caller may
     hold constant: then gradients flow as they do where a stream is differentiated chunk by chunk.
 
     Args:
-      policy, frames, first: as in `teacher_forcing_slices`.
+      policy, frames, first, opening: as in `teacher_forcing_slices`.
       grid, head_dim, backend: as in `teacher_forcing`.
     """
-    layout = _Layout(policy, frames, first, 1, grid, head_dim, backend)
-    history = policy.context + frames - policy.block
+    layout = _Layout(policy, frames, first, 1, opening, grid, head_dim, backend)
+    history = layout.contexts * policy.context + frames - policy.block
 
     def attend_history(q, k, v, layer_cache):
         del layer_cache
@@ -165,6 +178,7 @@ class _Layout:
         frames: int,
         first: int,
         copies: int,
+        opening: bool,
         grid: tuple[int, int],
         head_dim: int,
         backend: str | None,
@@ -172,14 +186,14 @@ class _Layout:
         context, block = policy.context, policy.block
         self.policy, self.grid, self.head_dim, self.backend = policy, grid, head_dim, backend
         self.tokens = grid[0] * grid[1]
-        self.rows = teacher_forcing_slices(policy, frames, first, copies)
+        self.rows = teacher_forcing_slices(policy, frames, first, copies, opening)
+        self.contexts = 2 if opening else 1
+        contexts = [np.arange(context)] * self.contexts
         seen = views(policy, frames // block)
         seen = [*seen[:-1], *(seen[first:] * copies)]  # of each row
         own = [view.positions[-block:] for view in seen]  # as it is in flight
-        self.own = np.concatenate([np.arange(context), *own])
-        self.positions = [view.positions for view in seen]
-        if context:
-            self.positions.insert(0, np.arange(context))
+        self.own = np.concatenate([*contexts, *own])
+        self.positions = [*(contexts if context else ()), *(view.positions for view in seen)]
 
     def written(self, k: jax.Array, start: int) -> jax.Array:
         """Keys of the frames from `start` on, as a cache would hold them: rotated or not."""

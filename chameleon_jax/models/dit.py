@@ -663,6 +663,7 @@ def teacher_forcing_forward(
     text_kv: TextKV,
     *,
     policy: CachePolicy,
+    z_opening: jax.Array | None = None,
 ) -> jax.Array:
     """Velocity of every noisy chunk given the clean chunks before it: what streaming computes.
 
@@ -678,6 +679,8 @@ def teacher_forcing_forward(
       t_bf: timesteps of the noisy frames, equal within a chunk.
       text_kv: from `dit.text_kv`.
       policy: of the stream; a chunk sees the earlier frames that its cache would hold.
+      z_opening: condition frames of the first chunk alone, of the shape of `z_context`, which the
+        others see; None: all see `z_context`.
 
     Returns:
       v of the noisy frames, [b, copies f, h, w, c].
@@ -687,7 +690,15 @@ def teacher_forcing_forward(
         of it, or the context is not the policy's.
     """
     features = teacher_forcing_features(
-        dit, z_context, z_clean, z_noisy, t_bf, text_kv, policy=policy, layers=()
+        dit,
+        z_context,
+        z_clean,
+        z_noisy,
+        t_bf,
+        text_kv,
+        policy=policy,
+        layers=(),
+        z_opening=z_opening,
     )
     return features[0]
 
@@ -702,11 +713,13 @@ def teacher_forcing_features(
     *,
     policy: CachePolicy,
     layers: Sequence[int],
+    z_opening: jax.Array | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """`teacher_forcing_forward`, and what the self-attention of some layers saw.
 
     Args:
-      dit, z_context, z_clean, z_noisy, t_bf, text_kv, policy: as for `teacher_forcing_forward`.
+      dit, z_context, z_clean, z_noisy, t_bf, text_kv, policy, z_opening: as for
+        `teacher_forcing_forward`.
       layers: numbers of layers, from 0.
 
     Returns:
@@ -715,23 +728,45 @@ def teacher_forcing_features(
     Raises:
       ValueError: as `teacher_forcing_forward`.
     """
-    config, context, video = dit.config, z_context.shape[1], z_clean.shape[1]
+    config, video = dit.config, z_clean.shape[1]
     copies, rest = divmod(z_noisy.shape[1], video)
     if rest or not copies:
         raise ValueError(
             f"{z_noisy.shape[1]} noisy latent frames; expected one or several copies of {video}"
         )
-    if context != policy.context:
-        raise ValueError(f"{context} condition frames; the cache has {policy.context} of them")
-    kept = video - policy.block  # the last clean chunk is seen by none
-    parts = (z_context, z_clean[:, :kept], z_noisy)
-    x = jnp.concatenate([z.astype(z_noisy.dtype) for z in parts], axis=1)
-    t = jnp.pad(t_bf, ((0, 0), (context + kept, 0)))
-    grid = token_grid(config, x)
+    past = _past(z_context, z_clean, z_noisy.dtype, policy, z_opening)
+    x = jnp.concatenate([past, z_noisy], axis=1)
+    t = jnp.pad(t_bf, ((0, 0), (past.shape[1], 0)))
     attend = teacher_forcing(
-        policy, video, grid, config.head_dim, copies=copies, backend=config.attention
+        policy,
+        video,
+        token_grid(config, x),
+        config.head_dim,
+        copies=copies,
+        opening=z_opening is not None,
+        backend=config.attention,
     )
-    return _with_features(dit, x, t, text_kv, attend, slice(context + kept, None), layers)
+    return _with_features(dit, x, t, text_kv, attend, slice(past.shape[1], None), layers)
+
+
+def _past(
+    z_context: jax.Array,
+    z_clean: jax.Array,
+    dtype: jnp.dtype,
+    policy: CachePolicy,
+    z_opening: jax.Array | None,
+) -> jax.Array:
+    """What lies before the noisy chunks, see attention/masks.py; the last clean chunk is seen by
+    none.
+    """
+    contexts = [z_context] if z_opening is None else [z_context, z_opening]
+    for z in contexts:
+        if z.shape[1] != policy.context:
+            raise ValueError(
+                f"{z.shape[1]} condition frames; the cache has {policy.context} of them"
+            )
+    parts = (*contexts, z_clean[:, : z_clean.shape[1] - policy.block])
+    return jnp.concatenate([z.astype(dtype) for z in parts], axis=1)
 
 
 def self_forcing_forward(
@@ -743,6 +778,7 @@ def self_forcing_forward(
     text_kv: TextKV,
     *,
     policy: CachePolicy,
+    z_opening: jax.Array | None = None,
 ) -> jax.Array:
     """`teacher_forcing_forward` with the history held constant, for a video of the model's own.
 
@@ -761,6 +797,7 @@ def self_forcing_forward(
       t_bf: timesteps of the noisy frames, equal within a chunk, [b, n].
       text_kv: from `dit.text_kv`; gradients flow into it from the noisy pass only.
       policy: of the stream.
+      z_opening: as in `teacher_forcing_forward`.
 
     Returns:
       v of the noisy frames, [b, n, h, w, c].
@@ -768,10 +805,8 @@ def self_forcing_forward(
     Raises:
       ValueError: a number of frames that does not fit the policy.
     """
-    config, context = dit.config, z_context.shape[1]
-    video, noisy = z_clean.shape[1], z_noisy.shape[1]
-    if context != policy.context:
-        raise ValueError(f"{context} condition frames; the cache has {policy.context} of them")
+    config, video, noisy = dit.config, z_clean.shape[1], z_noisy.shape[1]
+    x = jax.lax.stop_gradient(_past(z_context, z_clean, z_noisy.dtype, policy, z_opening))
     if noisy % policy.block or not policy.block <= noisy <= video:
         raise ValueError(
             f"{noisy} noisy latent frames of {video}; expected a positive multiple of"
@@ -783,12 +818,11 @@ def self_forcing_forward(
         token_grid(config, z_noisy),
         config.head_dim,
         first=(video - noisy) // policy.block,
+        opening=z_opening is not None,
         backend=config.attention,
     )
     graph, state = nnx.split(dit)
     constant, constant_kv = jax.lax.stop_gradient((state, text_kv))
-    past = z_context, z_clean[:, : video - policy.block]
-    x = jax.lax.stop_gradient(jnp.concatenate([z.astype(z_noisy.dtype) for z in past], axis=1))
     _, cache = nnx.merge(graph, constant)(
         x, jnp.zeros(x.shape[:2]), constant_kv, attend_history, decoded=slice(0)
     )

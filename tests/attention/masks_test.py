@@ -58,6 +58,36 @@ def test_every_frame_sees_itself_and_a_full_clip_is_sparse():
     assert table.sum() == 596 and table.size == 2116  # 28 %
 
 
+# The same clip whose first block has a context of its own, behind the other one, in the layout that
+# is computed: [context | opening context | clean block | noisy blocks].
+OPENING = """
+    11 00 000  000 000
+    11 00 000  000 000
+    00 11 000  000 000
+    00 11 000  000 000
+    00 11 111  000 000
+    00 11 111  000 000
+    00 11 111  000 000
+
+    00 11 000  111 000
+    00 11 000  111 000
+    00 11 000  111 000
+    11 00 111  000 111
+    11 00 111  000 111
+    11 00 111  000 111
+"""
+
+
+def test_the_first_chunk_can_have_a_context_of_its_own():
+    rows = teacher_forcing_slices(Ring(), 6, opening=True)
+    np.testing.assert_array_equal(_expand(rows, 13), _literal(OPENING))
+    later = teacher_forcing_slices(Ring(), 6, first=1, opening=True)
+    np.testing.assert_array_equal(
+        _expand(later, 10),
+        np.delete(np.delete(_literal(OPENING), slice(7, 10), 0), slice(7, 10), 1),
+    )
+
+
 def whole(context, frames, block):
     return keep_everything(context, block, (frames - context) // block)
 

@@ -193,6 +193,25 @@ def test_noisy_copies_share_the_clean_one():
         one(latents(3, 13), jnp.zeros((1, 13)))
 
 
+def test_the_first_chunk_can_have_a_context_of_its_own():
+    """It says what it says with that context alone, and the others hear of it through it only."""
+    dit, opening = tiny_dit.tiny_dit(), latents(7, 2)
+    text_kv = dit.text_kv(prompt())
+
+    def run(context, opening=None, clean=CLEAN, form=teacher_forced):
+        run = functools.partial(form, dit, z_opening=opening)
+        return jax.jit(run)(context, clean, NOISY, BLOCK_TIMES, text_kv)
+
+    v = run(CONTEXT, opening)
+    np.testing.assert_allclose(v[:, :3], run(opening)[:, :3], atol=1e-5)
+    assert jnp.abs(v[:, 3:] - run(opening)[:, 3:]).max() > 1e-2
+    assert jnp.abs(v[:, 3:] - run(CONTEXT)[:, 3:]).max() > 1e-4
+    np.testing.assert_allclose(run(CONTEXT, CONTEXT), run(CONTEXT), atol=1e-5)
+    np.testing.assert_allclose(run(CONTEXT, opening, form=self_forced), v, atol=1e-5)
+    with pytest.raises(ValueError, match="1 condition frames; the cache has 2 of them"):
+        run(CONTEXT, opening[:, :1])
+
+
 def test_a_network_that_says_clean_frames_gives_velocities():
     sizes = tiny_dit.tiny_dit().config
     plain, clean = (DiT(dataclasses.replace(sizes, says=says), rngs=nnx.Rngs(0)) for says in SAYS)

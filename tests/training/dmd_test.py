@@ -179,6 +179,41 @@ def test_after_a_switch_the_reference_is_the_last_frame_in_another_garment(plain
     assert made.rollout.z.shape[1] == 6
 
 
+def test_with_anchor_the_persons_picture_comes_back_behind_the_first_chunk(plain):
+    """After each of two switches, the second of which goes on from a stream with anchor."""
+    parts, params, batch = plain
+    changes = {"rollout.anchor": True, "scores.causal": True, "rollout.kinds": ((2, 2),)}
+    config = parts.config
+    for name, value in changes.items():
+        config = _changed(config, name, value)
+    anchored, key = dmd.Distillation(config), jax.random.key(4)
+    made = jax.jit(functools.partial(anchored.make, kind=Kind(2, 2)))(
+        params=params, batch=batch, key=key
+    )
+    # Two samples: after two switches each wears its own garment again.
+    np.testing.assert_array_equal(made.z_context[:, 0], batch["z_reference"][:, 0])
+    for context in (made.z_context, made.z_opening):
+        np.testing.assert_array_equal(context[:, 1], batch["z_garment"][:, 0])
+
+    def part(number, z_context, z_opening=None):
+        own = jax.random.fold_in(dmd.loss_key(key, "before"), number)
+        exits = rollouts.last_exits(anchored.sampler, 2)
+        run = functools.partial(anchored._roll_out, params, text_kv=made.text_kv, exits=exits)
+        made_z = jax.jit(lambda: run(z_context=z_context, key=own, z_opening=z_opening))().z
+        return rollouts.last_frame(anchored.nets.bind("vae", params), made_z)
+
+    person, garment = batch["z_reference"], batch["z_garment"]
+    frame = part(0, jnp.concatenate([person, garment], 1))
+    changed = garment[::-1]
+    frame = part(
+        1, jnp.concatenate([person, changed], 1), jnp.concatenate([frame, changed], axis=1)
+    )
+    np.testing.assert_allclose(made.z_opening[:, :1], frame, atol=1e-4)
+    # The scores see the clip with the same two contexts.
+    clip, free = anchored.clip_of(params, made, made.rollout.z)
+    assert clip.z_opening is made.z_opening and (free == 1).all()
+
+
 def test_the_middle_of_a_stream_becomes_a_clip(plain):
     """Its first latent is of one picture, the last one shown by then, and has no gradient."""
     parts, params, batch = plain
@@ -216,6 +251,15 @@ def test_causal_scores(tokenizer, step):
     _, _, state, after, metrics = taken(config, step)
     assert all(np.isfinite(value) for value in metrics.values())
     for name in ("critic",) if step == "critic" else ("generator", "critic"):
+        assert changed(state[name].params, after[name].params)
+
+
+@pytest.mark.slow
+def test_a_student_learns_streams_with_anchor(tokenizer):
+    config = settings(tokenizer, "scores.causal=true", "rollout.anchor=true")
+    _, _, state, after, metrics = taken(config, "both 1+1")
+    assert all(np.isfinite(value) for value in metrics.values())
+    for name in ("generator", "critic"):
         assert changed(state[name].params, after[name].params)
 
 
@@ -271,6 +315,7 @@ def test_a_lora_for_both_lies_on_weights_that_are_there_once(tokenizer):
             "rollout.kinds=((0,),)",
             r"rollout\.kinds has the entry \(0,\); expected \(chunks in front",
         ),
+        ("rollout.anchor=true", r"rollout\.anchor needs scores\.causal=True"),
         ("rollout.exit=last", "rollout.exit is 'last'; expected shared"),
         ("rollout.kinds=((0,0),(0,0))", "expected different kinds"),
         ("data.batch=1", "a batch has one clip: the new garment is that of another one"),
@@ -282,6 +327,12 @@ def test_a_lora_for_both_lies_on_weights_that_are_there_once(tokenizer):
 def test_what_cannot_be_is_named(tokenizer, override, message):
     with pytest.raises(ConfigError, match=message):
         dmd.make_stage(settings(tokenizer, override))
+
+
+def test_an_anchor_without_a_switch_is_refused(tokenizer):
+    overrides = "scores.causal=true", "rollout.anchor=true", "rollout.kinds=((0,0),(1,0))"
+    with pytest.raises(ConfigError, match=r"rollout\.anchor is set, and rollout\.kinds is"):
+        dmd.make_stage(settings(tokenizer, *overrides))
 
 
 def test_any_function_of_frames_is_a_reward(tokenizer):

@@ -34,7 +34,9 @@ def network(scan_layers=False):
     return tiny_dit.tiny_dit(scan_layers=scan_layers)
 
 
-def roll_out(policy, exits, *, sampler=FEW, residual=0.0, batch=2, scan_layers=False):
+def roll_out(
+    policy, exits, *, sampler=FEW, residual=0.0, batch=2, scan_layers=False, z_opening=None
+):
     dit, states = network(scan_layers), prompt(batch)
 
     def make(exits):
@@ -47,6 +49,7 @@ def roll_out(policy, exits, *, sampler=FEW, residual=0.0, batch=2, scan_layers=F
             sampler=sampler,
             exits=exits,
             residual=residual,
+            z_opening=z_opening,
         )
 
     if isinstance(exits, list):
@@ -69,16 +72,41 @@ def test_a_roll_out_with_all_steps_is_a_stream(sampler):
     np.testing.assert_array_equal(made.history, made.z)
 
 
-def sequential(dit, policy, made, text_kv, z_context):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_context_of_the_first_chunk_alone_is_a_stream_whose_context_changes_behind_it(
+    scan_layers,
+):
+    dit, policy = network(scan_layers), POLICIES["one chunk is forgotten"]
+    opening, exits = latents(7, 2), rollouts.last_exits(FEW, CHUNKS)
+    made, plain = (
+        roll_out(policy, exits, batch=1, scan_layers=scan_layers, z_opening=z)
+        for z in (opening, None)
+    )
+    text_kv = dit.text_kv(prompt())
+    cache = rollout.new_cache(dit, policy, 1, LATENT)
+    for number in range(CHUNKS):
+        if number < 2:
+            cache = rollout.prefill(dit, cache, latents(0, 2) if number else opening, text_kv)
+        key = jax.random.fold_in(jax.random.key(5), number)
+        x0, cache = rollout.denoise_chunk(dit, cache, text_kv, key, sampler=FEW)
+        own = slice(3 * number, 3 * number + 3)
+        np.testing.assert_allclose(made.z[:, own], x0, atol=1e-5)
+        assert jnp.abs(plain.z[:, own] - x0).max() > 1e-3
+
+
+def sequential(dit, policy, made, text_kv, z_context, z_opening=None):
     """The same video by the cache, differentiated literally: constant is what the cache holds."""
     graph, state = nnx.split(dit)
     still, still_kv = jax.lax.stop_gradient((state, text_kv))
     constant = nnx.merge(graph, still)
     b, f = made.z.shape[:2]
     cache = rollout.new_cache(dit, policy, b, LATENT)
-    cache = rollout.prefill(constant, cache, z_context, still_kv)
+    first = z_context if z_opening is None else z_opening
+    cache = rollout.prefill(constant, cache, first, still_kv)
     chunks = []
     for start in range(0, f, policy.block):
+        if start == policy.block:
+            cache = rollout.prefill(constant, cache, z_context, still_kv)
         own = slice(start, start + policy.block)
         noisy, t, sigma = (part[:, own] for part in (made.noisy, made.t_bf, made.sigma_bf))
         v, _ = rollout.forward(dit, jax.lax.stop_gradient(cache), noisy, t, text_kv)
@@ -90,18 +118,21 @@ def sequential(dit, policy, made, text_kv, z_context):
 
 
 @pytest.mark.parametrize(
-    ("name", "window"),
+    ("name", "window", "opens"),
     [
-        ("everything is kept", CHUNKS),
-        ("by age, no sink", CHUNKS),
-        ("half a chunk is forgotten", 2),
-        ("one chunk is forgotten", 2),
+        ("everything is kept", CHUNKS, False),
+        ("by age, no sink", CHUNKS, False),
+        ("half a chunk is forgotten", 2, False),
+        ("one chunk is forgotten", 2, False),
+        ("one chunk is forgotten", CHUNKS, True),
+        ("by age, no sink", 3, True),
     ],
 )
-def test_one_forward_pass_has_the_gradient_of_the_sequential_form(name, window):
+def test_one_forward_pass_has_the_gradient_of_the_sequential_form(name, window, opens):
+    z_opening = latents(7, 2, 2) if opens else None
     policy, residual = POLICIES[name], 0.005 if name == "everything is kept" else 0.0
-    made = roll_out(policy, [2, 0, 1, 2], residual=residual)
-    looped = roll_out(policy, [2, 0, 1, 2], residual=residual, scan_layers=True)
+    make = functools.partial(roll_out, policy, [2, 0, 1, 2], residual=residual, z_opening=z_opening)
+    made, looped = make(), make(scan_layers=True)
     np.testing.assert_allclose(looped.z, made.z, atol=1e-5)
     graph, state = nnx.split(network())
     direction = jax.random.normal(jax.random.key(9), made.z.shape)[:, -3 * window :]
@@ -113,10 +144,10 @@ def test_one_forward_pass_has_the_gradient_of_the_sequential_form(name, window):
         return (x * direction).sum() / direction.size, x
 
     def at_once(dit, text_kv):
-        return rollouts.predict(dit, policy, z_context, text_kv, made, 3 * window)
+        return rollouts.predict(dit, policy, z_context, text_kv, made, 3 * window, z_opening)
 
     def one_by_one(dit, text_kv):
-        return sequential(dit, policy, made, text_kv, z_context)
+        return sequential(dit, policy, made, text_kv, z_context, z_opening)
 
     differentiate = jax.jit(
         jax.value_and_grad(value, argnums=(1, 2), has_aux=True),

@@ -50,12 +50,14 @@ class Made(NamedTuple):
       z_context: its condition frames, those after the last switch.
       text_kv: of the student.
       rollout: what the student made; as many frames as `data` are trained, the last ones.
+      z_opening: the condition frames of its first chunk, if it has others.
     """
 
     data: Clip
     z_context: jax.Array
     text_kv: TextKV
     rollout: rollouts.Rollout
+    z_opening: jax.Array | None = None
 
     @property
     def frames(self) -> int:
@@ -187,14 +189,17 @@ class Distillation:
         """A roll-out of a kind with exit steps drawn, without gradient."""
         data = self._clip_of_data(params, batch)
         z_context, text_kv = data.z_context, self._generator_kv(params, batch)
-        chunks, before = data.z.shape[1] // self.policy.block, kind.before
+        chunks, before, z_opening = data.z.shape[1] // self.policy.block, kind.before, None
         for switch in range(kind.switches):
             switch_key = jax.random.fold_in(loss_key(key, "before"), switch)
             exits = rollouts.last_exits(self.sampler, kind.before)
-            made = self._roll_out(params, z_context, text_kv, switch_key, exits)
-            reference = rollouts.last_frame(self.bind("vae", params), made.z)
-            garment = jnp.roll(z_context[:, 1:], 1, axis=0)
-            z_context, before = jnp.concatenate([reference, garment], axis=1), 0
+            made = self._roll_out(params, z_context, text_kv, switch_key, exits, z_opening)
+            last_frame = rollouts.last_frame(self.bind("vae", params), made.z)
+            person, garment = z_context[:, :1], jnp.roll(z_context[:, 1:], 1, axis=0)
+            z_context, before = jnp.concatenate([last_frame, garment], axis=1), 0
+            if self.config.rollout.anchor:
+                z_opening = z_context
+                z_context = jnp.concatenate([person, garment], axis=1)
         exits = rollouts.draw_exits(
             loss_key(key, "exits"),
             self.sampler,
@@ -202,8 +207,10 @@ class Distillation:
             shared=self.shared_exit,
             before=before,
         )
-        made = self._roll_out(params, z_context, text_kv, loss_key(key, "rollout"), exits)
-        return Made(data, z_context, text_kv, made)
+        made = self._roll_out(
+            params, z_context, text_kv, loss_key(key, "rollout"), exits, z_opening
+        )
+        return Made(data, z_context, text_kv, made, z_opening)
 
     def _clip_of_data(self, params: ParamTree, batch: Batch) -> Clip:
         z_context, z_video = common.latents(self.nets, params, batch)
@@ -221,6 +228,7 @@ class Distillation:
         text_kv: TextKV,
         key: jax.Array,
         exits: rollouts.Exits,
+        z_opening: jax.Array | None = None,
     ) -> rollouts.Rollout:
         return rollouts.roll_out(
             self.bind("generator", params),
@@ -231,6 +239,7 @@ class Distillation:
             sampler=self.sampler,
             exits=exits,
             residual=self.residual,
+            z_opening=z_opening,
         )
 
     def clip_of(self, params: ParamTree, made: Made, x: jax.Array) -> tuple[Clip, jax.Array]:
@@ -253,7 +262,7 @@ class Distillation:
         history = jnp.concatenate([before, x], axis=1)
         free = jnp.ones(x.shape[1], jnp.float32)
         if self.score.causal or not before.shape[1]:
-            return Clip(made.z_context, x, history), free
+            return Clip(made.z_context, x, history, made.z_opening), free
         upto = made.rollout.z[:, : before.shape[1] + 1]
         first = rollouts.last_frame(self.bind("vae", params), upto)
         z = jnp.concatenate([first, x[:, 1:]], axis=1)
@@ -305,7 +314,13 @@ class Distillation:
         made = self.make(everything, kind, batch, key)
         student = self.bind("generator", everything)
         x = rollouts.predict(
-            student, self.policy, made.z_context, made.text_kv, made.rollout, made.frames
+            student,
+            self.policy,
+            made.z_context,
+            made.text_kv,
+            made.rollout,
+            made.frames,
+            made.z_opening,
         )
         clip, free = self.clip_of(everything, made, jax.lax.stop_gradient(x))
         noised = self.noised(clip.z, key)

@@ -7,6 +7,9 @@ A roll-out can be longer than the clips of the data, and garment switches can co
     (n, 0)   n chunks first; the last frames of the stream are trained
     (n, k)   k times: n chunks, then a switch (refresh, withdraw, disentangle) to the garment of
              another sample of the batch; then trained from the new start on
+
+With `rollout.anchor` the person's own picture comes back behind the first chunk after a switch, as
+in a stream with that mechanism (inference/mechanisms.py).
 """
 
 from __future__ import annotations
@@ -144,7 +147,8 @@ def read_kinds(config: ConfigDict) -> tuple[Kind, ...]:
     """The kinds of roll-out that are taken in turn.
 
     Raises:
-      ConfigError: not pairs of counts, or a switch without anything in front of it.
+      ConfigError: not pairs of counts, a switch without anything in front of it, or an anchor that
+        nothing can learn from.
     """
     for entry in config.rollout.kinds:
         whole = isinstance(entry, (tuple, list)) and len(entry) == 2
@@ -168,7 +172,22 @@ def read_kinds(config: ConfigDict) -> tuple[Kind, ...]:
             "rollout.kinds has switches, and a batch has one clip: the new garment is that of"
             " another one; set data.batch to 2 or more"
         )
+    if config.rollout.anchor:
+        _check_anchor(config, kinds)
     return kinds
+
+
+def _check_anchor(config: ConfigDict, kinds: Sequence[Kind]) -> None:
+    if not any(kind.switches for kind in kinds):
+        raise ConfigError(
+            f"rollout.anchor is set, and rollout.kinds is {config.rollout.kinds}; expected one with"
+            " a switch, such as (1, 1), behind which the person's picture can come back"
+        )
+    if not config.scores.causal:
+        raise ConfigError(
+            "rollout.anchor needs scores.causal=True: a bidirectional score knows one picture of"
+            " the person for a whole clip, in the pose that the clip begins with"
+        )
 
 
 def shares_exit(config: ConfigDict) -> bool:

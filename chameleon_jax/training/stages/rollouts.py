@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from chameleon_jax.attention.cache import close_chunk, open_chunk
+from chameleon_jax.attention.cache import close_chunk, open_chunk, put_frames, read_frames
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.data.images import to_model
 from chameleon_jax.diffusion import flow
@@ -109,6 +109,7 @@ def roll_out(
     sampler: OneStepSampler,
     exits: Exits,
     residual: float = 0.0,
+    z_opening: jax.Array | None = None,
 ) -> Rollout:
     """Make a video chunk by chunk against the cache; nothing here has a gradient.
 
@@ -121,6 +122,8 @@ def roll_out(
       sampler: of the stream.
       exits: which step is the last one of each chunk.
       residual: noise level that the clean pass adds, see `dmd`; 0 as in a stream.
+      z_opening: condition frames of the first chunk; behind it `z_context` takes their place. None:
+        `z_context` from the start.
 
     Raises:
       PositionError: more chunks than the policy's positions reach.
@@ -128,7 +131,9 @@ def roll_out(
     chunks = exits.steps.shape[0]
     policy.check_length(chunks - 1)
     graph, state = nnx.split(dit)
-    state, z_context, text_kv = jax.lax.stop_gradient((state, z_context, text_kv))
+    state, z_context, z_opening, text_kv = jax.lax.stop_gradient(
+        (state, z_context, z_opening, text_kv)
+    )
     dit = nnx.merge(graph, state)
     b, _, height, width, _ = z_context.shape
     shape = (b, policy.block, height, width, dit.config.out_channels)
@@ -140,9 +145,17 @@ def roll_out(
             jax.random.fold_in(chunk_key, number), shape, jnp.float32
         )
 
+    def change_context(cache: Any, chunk: jax.Array) -> Any:
+        if z_opening is None:
+            return cache
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(chunk == 0, old, new), later, read_frames(cache, slots)
+        )
+        return put_frames(cache, slots, kept)
+
     def make_chunk(cache: Any, item: tuple[jax.Array, jax.Array]) -> tuple[Any, Rollout]:
         chunk, exit_step = item
-        draw, cache = draw_of(chunk), open_chunk(cache)
+        draw, cache = draw_of(chunk), open_chunk(change_context(cache, chunk))
         first = jnp.where(chunk == 0, 0, sampler.opening)
 
         def row_of(index: jax.Array) -> Any:
@@ -170,6 +183,10 @@ def roll_out(
         return close_chunk(cache), Rollout(z, history, noisy, times(row), sigma_bf)
 
     cache = prefill(dit, new_cache(dit, policy, b, (height, width)), z_context, text_kv)
+    if z_opening is not None:
+        slots = jnp.arange(policy.context)
+        later = read_frames(cache, slots)
+        cache = prefill(dit, cache, z_opening, text_kv)
     _, made = jax.lax.scan(make_chunk, cache, (jnp.arange(chunks), exits.steps))
     return jax.tree.map(_joined, made)
 
@@ -187,12 +204,13 @@ def predict(
     text_kv: TextKV,
     made: Rollout,
     frames: int,
+    z_opening: jax.Array | None = None,
 ) -> jax.Array:
     """The last `frames` latent frames of a roll-out again, now as a function of the parameters.
 
     Args:
       dit: the network, with the parameters that the roll-out was made with.
-      policy, z_context, text_kv: as for `roll_out`.
+      policy, z_context, text_kv, z_opening: as for `roll_out`.
       made: the roll-out.
       frames: whole chunks.
 
@@ -200,7 +218,9 @@ def predict(
       [b, frames, h, w, c], equal to the end of `made.z` up to rounding.
     """
     noisy, t_bf, sigma_bf = (part[:, -frames:] for part in (made.noisy, made.t_bf, made.sigma_bf))
-    v = self_forcing_forward(dit, z_context, made.history, noisy, t_bf, text_kv, policy=policy)
+    v = self_forcing_forward(
+        dit, z_context, made.history, noisy, t_bf, text_kv, policy=policy, z_opening=z_opening
+    )
     return flow.x0_from_velocity(noisy, v, sigma_bf)
 
 

@@ -34,11 +34,14 @@ class Clip(NamedTuple):
       z_context: clean latents of its condition frames, [b, context, h, w, c].
       z: its clean latents, [b, f, h, w, c].
       history: for causal scores, all frames since the start of the stream, `z` the last of them.
+      z_opening: for causal scores, the condition frames of the stream's first chunk, if it has
+        others than the rest.
     """
 
     z_context: jax.Array
     z: jax.Array
     history: jax.Array
+    z_opening: jax.Array | None = None
 
 
 class Noised(NamedTuple):
@@ -95,7 +98,14 @@ class Score:
         whole = history.shape[1] == noised.x.shape[1]
         forward = teacher_forcing_forward if whole else self_forcing_forward
         v = forward(
-            dit, clip.z_context, history, noised.x, noised.t_network, text_kv, policy=self.policy
+            dit,
+            clip.z_context,
+            history,
+            noised.x,
+            noised.t_network,
+            text_kv,
+            policy=self.policy,
+            z_opening=clip.z_opening,
         )
         return v, []
 
