@@ -115,9 +115,8 @@ def read_stream(values: Values, default: str) -> tuple[ConfigDict, SwitchConfig]
     config = read_chunked(values, default, is_for_streams)
     mechanisms = SwitchConfig.of(config)
     if values.switch is not None:
-        repeated = mechanisms.drop_repeated_frame
         try:
-            mechanisms = SwitchConfig.parse(values.switch, drop_repeated_frame=repeated)
+            mechanisms = SwitchConfig.parse(values.switch, like=mechanisms)
         except SwitchError as error:
             raise UsageError(f"--switch: {error}") from None
     return config, mechanisms

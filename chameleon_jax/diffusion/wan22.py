@@ -24,6 +24,7 @@ SWITCH = {
     "withdraw": True,
     "disentangle": True,
     "anchor": False,  # not of the paper
+    "fade": False,  # not of the paper
     "drop_repeated_frame": True,
 }
 

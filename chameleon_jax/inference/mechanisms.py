@@ -14,6 +14,11 @@ of the paper, is against that:
     anchor       behind the first chunk of the new clip, which goes on from the last frame, the
                  picture of the person is the reference again
 
+The new clip begins in the pose that was shown last, and yet not with the same wall and face to the
+last bit. A setting, also not of the paper, hides the step:
+
+    fade         small differences between both frames fade over the new chunk, see fade.py
+
 For the ablations of section 5.3 something else can become the reference in its place:
 
     last_latent   the last latent frame as it was made, without decoding and encoding; unlike a
@@ -62,6 +67,8 @@ class SwitchConfig:
     last_latent: bool = False  # the last latent frame becomes the reference
     random_frame: bool = False  # any of the frames handed out so far becomes the reference
     anchor: bool = False  # a chunk later, the person's picture becomes the reference again
+    # Of what the switch does not change no step is seen; only where the new clip repeats a pose.
+    fade: bool = False
 
     def __post_init__(self):
         chosen = [name for name in REFERENCES if getattr(self, name)]
@@ -99,11 +106,15 @@ class SwitchConfig:
         return self.refresh and self.withdraw and (self.disentangle or self.last_latent)
 
     @classmethod
-    def parse(cls, text: str, *, drop_repeated_frame: bool = True) -> SwitchConfig:
+    def parse(cls, text: str, like: SwitchConfig | None = None) -> SwitchConfig:
         """A comma-separated list of mechanisms.
 
         Its words are `refresh`, `withdraw`, `anchor` and one of `disentangle`, `last_latent`,
         `random_frame`. `full` stands for `refresh,withdraw,disentangle`.
+
+        Args:
+          text: the list.
+          like: has what no word says, `drop_repeated_frame` and `fade`; None: their defaults.
 
         Raises:
           SwitchError: another word, a word twice, two of the last three, or `anchor` without
@@ -119,6 +130,4 @@ class SwitchConfig:
                 )
             if word in words[:place]:
                 raise SwitchError(f"switch mechanism {word!r} is named twice; name it once")
-        return cls(
-            **{word: word in words for word in MECHANISMS}, drop_repeated_frame=drop_repeated_frame
-        )
+        return dataclasses.replace(like or cls(), **{word: word in words for word in MECHANISMS})

@@ -7,6 +7,7 @@
     encode_image  one picture                    -> one latent frame       once per picture
     decode_first  latents                        -> frames, decoder state  the first chunk of a clip
     decode_next   latents, decoder state         -> frames, decoder state  every other chunk
+    fade          the last frame shown, frames   -> frames                 behind a switch, if asked
 
 `StreamPrograms` make latents, chunk by chunk, against a cache:
 
@@ -62,6 +63,7 @@ from chameleon_jax.attention.cache import KVCache, put_frames, read_frames
 from chameleon_jax.attention.policies import make_policy
 from chameleon_jax.data.images import to_model, to_uint8
 from chameleon_jax.diffusion import rollout
+from chameleon_jax.inference.fade import fade
 from chameleon_jax.keys import inference_key
 from chameleon_jax.models.decoding import decode_in_turn
 from chameleon_jax.models.dit import TextKV
@@ -272,6 +274,7 @@ class MediaPrograms(Programs):
         self.decoded = decoded = WHOLE, sharding.ROWS if splits else WHOLE  # frames, state
         self.add("decode_first", decodes, decode_first, gives=decoded)
         self.add("decode_next", decodes, decode_next, donate=2, takes=decoded, gives=decoded)
+        self.add("fade", "vae", lambda vae, last_hwc, frames: fade(last_hwc, frames))
         if text is not None:
             self.add("encode_text", "text", lambda text, ids, mask: text(ids, mask))
 
@@ -298,6 +301,10 @@ class MediaPrograms(Programs):
         if state is None:
             return self.call("decode_first", latents)
         return self.call("decode_next", latents, state)
+
+    def fade(self, last_hwc: np.ndarray, frames: jax.Array) -> jax.Array:
+        """The first frames of a new clip without a step from the last one shown, see fade.py."""
+        return self.call("fade", last_hwc, frames)
 
 
 class StreamPrograms(Programs):
@@ -527,13 +534,15 @@ def stream_arguments(
         of_stream |= {"shot_chunk": (cache, kv, seed, number, flag, frame, flag)}
         latents, _ = stream.result("shot_chunk", *of_stream["shot_chunk"])
     latents = media.placed(latents, WHOLE)
-    _, decoder = media.placed(media.result("decode_first", latents), media.decoded)
+    frames, decoder = media.placed(media.result("decode_first", latents), media.decoded)
     of_media = {
         "encode_image": (pixels,),
         "text_kv": (states,),
         "decode_first": (latents,),
         "decode_next": (latents, decoder),
     }
+    if config.get("switch", {}).get("fade"):
+        of_media["fade"] = (pixels, frames)
     if "encode_text" in media.names:
         of_media["encode_text"] = (ids, jax.ShapeDtypeStruct(ids.shape, bool))
     return of_media, of_stream

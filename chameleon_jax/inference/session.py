@@ -452,6 +452,8 @@ class Session:
         denoised = self._wait(latents)
         decoder, state.decoder = state.decoder, None  # donated
         shown, state.decoder = self._media.decode(latents, decoder)
+        if repeats and self.mechanisms.fade:
+            shown = self._media.fade(state.last_frame, shown)
         frames = np.array(shown)
         done = time.perf_counter()
         if called_off is not None:

@@ -548,9 +548,7 @@ def _wish(live: Live, message: dict[str, Any], number: int | None) -> Wish:
         if "refresh" not in chosen:
             raise PictureError("mechanisms without refresh would never show a new garment")
         default = SwitchConfig.of(live.engine.pipeline.config)
-        mechanisms = SwitchConfig.parse(
-            ",".join(dict.fromkeys(chosen)), drop_repeated_frame=default.drop_repeated_frame
-        )
+        mechanisms = SwitchConfig.parse(",".join(dict.fromkeys(chosen)), like=default)
     return Wish(
         number=number,
         prompt=message.get("prompt"),

@@ -85,6 +85,8 @@ def test_programs_do_what_is_counted(change, monkeypatch):
     pipeline = Pipeline.random(config)
     expected = StreamFlops.of(config).programs()
     expected["new_cache"] = 0.0
+    height, width = config.video.height, config.video.width
+    expected["fade"] = 2.0 * height * width * (height + width)  # a blur of rows and columns
     assert expected.keys() == pipeline.arguments().keys()
     for name, args in pipeline.arguments().items():
         programs = pipeline.stream if name in pipeline.stream.names else pipeline.media

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -19,12 +20,14 @@ from chameleon_jax.inference import (
     SwitchConfig,
     SwitchError,
 )
+from chameleon_jax.inference.fade import fade
 from chameleon_jax.inference.pipeline import PipelineError
 from tests.inference.streams import (
     ALL_BUT_DROP,
     ANCHOR,
     COAT,
     DRESS,
+    FADE,
     FULL,
     LATENT,
     PERSON,
@@ -42,7 +45,7 @@ from tests.inference.streams import (
 
 
 def test_full_switch_starts_a_new_clip_and_drops_the_repeated_frame(pipeline):
-    session, keeps = started(pipeline), started(pipeline, ALL_BUT_DROP)
+    session, keeps = started(pipeline, FULL), started(pipeline, ALL_BUT_DROP)
     for s in (session, keeps):
         chunks(s, 3)
         assert s.length == 11
@@ -307,6 +310,37 @@ def test_reference_given_by_the_user_is_the_reference(pipeline):
     assert np.array_equal(fresh._state.z_reference, session._state.z_reference)
 
 
+def test_what_a_switch_does_not_change_fades_from_the_old_clip_to_the_new_one(pipeline):
+    """The first chunk behind a switch as `fade` makes it; all else as it was."""
+    plain, faded = started(pipeline, FULL), started(pipeline, FADE)
+    whole = started(pipeline, dataclasses.replace(FULL, drop_repeated_frame=False))
+    first = [chunks(one, 2) for one in (plain, faded, whole)]
+    assert same(first[0], first[1])
+    last = first[0][-1][-1]
+    for one in (plain, faded, whole):
+        one.switch_garment(SHIRT)
+    old, new, repeated = (one.next_chunk() for one in (plain, faded, whole))
+    expected = np.asarray(fade(last, repeated))[1:]
+    assert len(new) == len(old) == 8 and not np.array_equal(new, old)
+    np.testing.assert_array_equal(new, expected)
+    assert same(chunks(plain, 2), chunks(faded, 2))
+
+
+def test_nothing_fades_where_no_pose_is_repeated(pipeline):
+    """A prompt, a picture of a person, and a switch that keeps the history."""
+    plain, faded = started(pipeline, FULL), started(pipeline, FADE)
+    for change in ("switch_prompt", "switch_reference"):
+        for one in (plain, faded):
+            one.next_chunk()
+            getattr(one, change)("he sits" if change == "switch_prompt" else COAT)
+        assert same(chunks(plain, 1), chunks(faded, 1))
+    kept = [started(pipeline, SwitchConfig.parse("refresh", like=one)) for one in (FULL, FADE)]
+    for one in kept:
+        one.next_chunk()
+        one.switch_garment(SHIRT)
+    assert same(*(chunks(one, 2) for one in kept))
+
+
 def test_the_embedded_model_uses_all_mechanisms_of_the_paper_and_keeps_the_person():
     """By its config, and by the copy of it that lies with the weights."""
     beside_weights = ROOT / "chameleon_jax/assets/runway_tiny/config.json"
@@ -315,7 +349,7 @@ def test_the_embedded_model_uses_all_mechanisms_of_the_paper_and_keeps_the_perso
         json.loads(beside_weights.read_text()),
     )
     for switch in (config.switch, copy["switch"]):
-        assert SwitchConfig(**switch) == SwitchConfig.parse("full,anchor")
+        assert SwitchConfig(**switch) == SwitchConfig.parse("full,anchor", like=FADE)
     assert make_sampler(**config.sampler) == make_sampler(**copy["sampler"])
 
 
@@ -340,6 +374,9 @@ def test_mechanisms_from_text():
     assert SwitchConfig.parse("refresh, withdraw") == SwitchConfig(disentangle=False)
     assert SwitchConfig.parse("refresh,withdraw,random_frame") == RANDOM
     assert SwitchConfig.parse("refresh,last_latent").last_latent
+    like = SwitchConfig(fade=True, drop_repeated_frame=False, anchor=True)
+    parsed = SwitchConfig.parse("full", like=like)
+    assert parsed == dataclasses.replace(FULL, fade=True, drop_repeated_frame=False)
 
 
 @pytest.mark.parametrize(

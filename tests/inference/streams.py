@@ -20,7 +20,7 @@ OVERRIDES = [
 ALL_BUT_DROP = SwitchConfig(drop_repeated_frame=False)
 LATENT = SwitchConfig(disentangle=False, last_latent=True)
 RANDOM = SwitchConfig(disentangle=False, random_frame=True)
-FULL, ANCHOR = SwitchConfig(), SwitchConfig(anchor=True)
+FULL, ANCHOR, FADE = SwitchConfig(), SwitchConfig(anchor=True), SwitchConfig(fade=True)
 
 
 def make_pipeline(*overrides):
