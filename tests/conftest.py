@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import signal
 
@@ -50,6 +52,17 @@ def own_cache(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """The programs of a file are of no use to the next one, and those of the suite take 6 GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:  # glibc gives memory back to the system only when it is told to
+        trim(0)
 
 
 def pytest_collection_modifyitems(config, items):

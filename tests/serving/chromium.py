@@ -69,9 +69,14 @@ class Chromium:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._open.close()
-        self._process.terminate()
-        self._process.wait(20)
+        # One that is killed leaves a folder of its own behind, beside the profile.
+        self._socket.send(json.dumps({"id": next(self._numbers), "method": "Browser.close"}))
+        try:
+            self._process.wait(20)
+        finally:
+            self._open.close()
+            self._process.kill()
+            self._process.wait()
 
     def _page(self, profile: Path) -> str:
         end = time.monotonic() + 60
