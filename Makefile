@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 
 PORT ?= 8000
-# Tests run in this many processes; each needs about 4 GB of memory.
+# Tests run in this many processes; each needs about 3 GB of memory.
 JOBS ?= 2
 
 .PHONY: demo live test test-fast test-live lint format clean

@@ -56,7 +56,9 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """The programs of a file are of no use to the next one, and those of the suite take 6 GB."""
+    """The programs of a file are of no use to the next one, and those of the suite take 6 GB in
+    each process.
+    """
     yield
     jax.clear_caches()
     gc.collect()

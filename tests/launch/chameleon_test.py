@@ -53,7 +53,9 @@ def test_a_part_of_a_command_says_which_command(name, capsys):
         runpy.run_module(f"launch.{name}", run_name="__main__")
     stderr = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert stderr.startswith(f"error: launch.{name} is a part of a command; run python -m launch.")
+    # Before it Python may warn that the module has been imported in this process.
+    error = stderr[stderr.index("error:") :]
+    assert error.startswith(f"error: launch.{name} is a part of a command; run python -m launch.")
 
 
 def test_the_script_is_declared():
