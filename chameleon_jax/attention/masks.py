@@ -72,11 +72,9 @@ def teacher_forcing_slices(
       ValueError: the video is not whole chunks.
     """
     chunks, context, block = count_chunks(policy, frames), policy.context, policy.block
+    contexts = [slice(0, context), slice(context, 2 * context)] if opening else [slice(0, context)]
+    rows: list[Row] = [(own, (own,)) for own in contexts if context]
     shift = context if opening else 0  # of all that lies behind the context
-    rows: list[Row] = []
-    for start in range(0, context + shift, max(context, 1)):
-        own = slice(start, start + context)
-        rows.append((own, (own,)))
     # Frames of a chunk's view, as the layout has them.
     seen = [
         np.where((view.frames < context) & (number > 0), view.frames, view.frames + shift)
