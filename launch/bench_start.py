@@ -101,9 +101,10 @@ def _start(flags: Sequence[str], cache: Path) -> dict[str, Any]:
         out = Path(folder) / "start.json"
         argv = [sys.executable, "-m", "launch.bench", *flags, "--first_frame", f"--out={out}"]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        env = os.environ | {
+        # What JAX was told already stays, see `compilation.use_cache`; the folder is ours.
+        env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(compilation.SHORTEST)}
+        env |= os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(compilation.SHORTEST),
             "PYTHONPATH": path,
             STARTED: repr(time.time()),
         }
