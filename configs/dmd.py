@@ -51,6 +51,7 @@ def paper() -> ConfigDict:
         # Behind the first chunk after a switch the person's own picture is the reference again, as
         # in streams with that mechanism; needs scores.causal.
         "anchor": False,
+        "history_noise": 0.0,  # under which that first chunk is remembered, as in the streams
         "residual_noise": False,  # on the history, as the released code has it
     }
     config.scores = {

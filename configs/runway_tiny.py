@@ -38,13 +38,14 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
                 "guidance": 1.0,  # of the prompt; above 1 a chunk takes twice the time
                 "negative_prompt": "",
             },
-            # All three mechanisms of the paper, section 4.3, and two of ours: one keeps the person,
-            # the other hides the step from one clip to the next.
+            # All three mechanisms of the paper, section 4.3, and of ours two that keep the person
+            # and one that hides the step from one clip to the next.
             "switch": {
                 "refresh": True,
                 "withdraw": True,
                 "disentangle": True,
                 "anchor": True,
+                "history_noise": 0.3,
                 "fade": True,
                 "drop_repeated_frame": True,
             },

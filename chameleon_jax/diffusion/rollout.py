@@ -392,6 +392,7 @@ def denoise_chunk(
     noise: jax.Array | None = None,
     cut: jax.Array | bool = False,
     held: Held | None = None,
+    history_noise: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Make the next chunk and remember it.
 
@@ -410,6 +411,8 @@ def denoise_chunk(
         the chunk starts from, draw n the fresh noise behind step n of a sampler that takes some.
       cut: is this the first chunk of a new shot? See `cache.open_chunk`. May be traced.
       held: frames of the chunk that are given, not made.
+      history_noise: level in [0, 1) of noise under which the chunk is remembered, see
+        `history_draw`; a traced float32 scalar. None, or 0: as it is.
 
     Returns:
       x0: clean latents [b, block, h, w, c], float32; held frames as they were given.
@@ -419,7 +422,7 @@ def denoise_chunk(
       ValueError: neither a key nor noise, noise of another shape, or guidance over an odd batch.
     """
     draw = _draws(noise_key, noise, chunk_shape(dit, cache, sampler))
-    step, rows = _passes(dit, text_kv, draw, sampler, held)
+    step, rows = _passes(dit, text_kv, draw, sampler, held, history_noise)
     cache, start = open_chunk(cache, cut), draw(0)
     carry = start, sampler.init(start), cache
     if sampler.opening:
@@ -441,6 +444,7 @@ def denoise_passes(
     stop: jax.Array,
     *,
     sampler: Sampler,
+    history_noise: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, Any], KVCache]:
     """Some passes of `denoise_chunk`, so that between them a chunk can be given up.
 
@@ -448,7 +452,7 @@ def denoise_passes(
     (`cache.close_chunk`) by the caller.
 
     Args:
-      dit, cache, text_kv, noise_key, sampler: as for `denoise_chunk`.
+      dit, cache, text_kv, noise_key, sampler, history_noise: as for `denoise_chunk`.
       flight: latents of the chunk [b, block, h, w, c], float32, and the past of the sampler, as the
         passes before have left them; before the first any, of these shapes.
       start, stop: passes `start` to `stop - 1` are made, of `count_passes`; traced.
@@ -457,7 +461,7 @@ def denoise_passes(
       The same as `flight` behind them: the clean latents behind the last pass. The cache.
     """
     draw = _draws(noise_key, None, chunk_shape(dit, cache, sampler))
-    step, rows = _passes(dit, text_kv, draw, sampler, None)
+    step, rows = _passes(dit, text_kv, draw, sampler, None, history_noise)
     noise = draw(0)
     fresh = noise, sampler.init(noise)
     x, past = jax.tree.map(lambda new, old: jnp.where(start == 0, new, old), fresh, flight)
@@ -474,6 +478,16 @@ def count_passes(sampler: Sampler, is_first: bool) -> int:
       is_first: whether the cache holds no chunk yet.
     """
     return sampler.opening if sampler.opening and is_first else sampler.steps + 1
+
+
+def history_draw(sampler: Sampler) -> int:
+    """Number of the draw that is the noise of the history.
+
+    A chunk that is worth less than the condition frames is remembered under noise: what follows
+    then takes from it where things are, and from the condition frames how they look. The clean
+    pass reads (1 - level) x0 + level noise at t = 1000 level, so that the network knows of it.
+    """
+    return len(jax.tree.leaves(sampler.rows(jnp.float32))[0]) + 1
 
 
 def chunk_shape(dit: DiT, cache: KVCache, sampler: Sampler) -> tuple[int, int, int, int, int]:
@@ -499,7 +513,12 @@ Step = Callable[[tuple[jax.Array, Any, KVCache], tuple[Any, jax.Array]], tuple[A
 
 
 def _passes(
-    dit: DiT, text_kv: TextKV, draw: Draw, sampler: Sampler, held: Held | None
+    dit: DiT,
+    text_kv: TextKV,
+    draw: Draw,
+    sampler: Sampler,
+    held: Held | None,
+    history_noise: jax.Array | None,
 ) -> tuple[Step, tuple[Any, jax.Array]]:
     """A pass over a chunk, and the rows of all of them; see `denoise_chunk`."""
 
@@ -518,7 +537,12 @@ def _passes(
     ) -> tuple[tuple[jax.Array, Any, KVCache], None]:
         (x, past, cache), (row, needed) = carry, this
         x, t = hold(held, x, jnp.full(x.shape[:2], row.timestep))
-        v, cache = predict(x, t, cache, needed)
+        seen = x
+        if history_noise is not None:
+            level = jnp.where(needed, 0.0, history_noise)  # of the clean pass alone
+            seen = flow.add_noise(x, draw(history_draw(sampler)), level)
+            t = jnp.where(needed, t, 1000.0 * level)
+        v, cache = predict(seen, t, cache, needed)
         x, past = sampler.step(row, past, x, v, draw)
         return (x, past, cache), None
 

@@ -23,8 +23,9 @@ SWITCH = {
     "refresh": True,
     "withdraw": True,
     "disentangle": True,
-    "anchor": False,  # not of the paper
-    "fade": False,  # not of the paper
+    "anchor": False,  # not of the paper, as are the next two
+    "history_noise": 0.0,
+    "fade": False,
     "drop_repeated_frame": True,
 }
 

@@ -14,6 +14,12 @@ of the paper, is against that:
     anchor       behind the first chunk of the new clip, which goes on from the last frame, the
                  picture of the person is the reference again
 
+That chunk is in the history, and the sink, of what follows, and shows a worn face. A setting makes
+its word count less:
+
+    history_noise  the chunk is remembered under noise of this level: the next ones take the pose
+                   from it, and how the person looks from the picture
+
 The new clip begins in the pose that was shown last, and yet not with the same wall and face to the
 last bit. A setting, also not of the paper, hides the step:
 
@@ -54,7 +60,7 @@ class SwitchConfig:
 
     Raises:
       SwitchError: more than one of the three; or `anchor`, which writes into the cache, without
-        `refresh`.
+        `refresh`; or a level of noise out of range.
     """
 
     # Write the new reference and garment into the cache; without it they stay unseen.
@@ -67,10 +73,18 @@ class SwitchConfig:
     last_latent: bool = False  # the last latent frame becomes the reference
     random_frame: bool = False  # any of the frames handed out so far becomes the reference
     anchor: bool = False  # a chunk later, the person's picture becomes the reference again
+    # Level in [0, 1) of the noise under which the chunk before the anchor is remembered; without
+    # `anchor` nothing.
+    history_noise: float = 0.0
     # Of what the switch does not change no step is seen; only where the new clip repeats a pose.
     fade: bool = False
 
     def __post_init__(self):
+        if not 0 <= self.history_noise < 1:
+            raise SwitchError(
+                f"a switch with history_noise={self.history_noise}: expected a level of noise of"
+                " at least 0 and below 1"
+            )
         chosen = [name for name in REFERENCES if getattr(self, name)]
         if len(chosen) > 1:
             raise SwitchError(
@@ -90,14 +104,17 @@ class SwitchConfig:
         Raises:
           SwitchError: it has a key or a value that is none, or no switch can do all of it.
         """
-        known = sorted(field.name for field in dataclasses.fields(cls))
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for name, value in config.switch.items():
-            if name not in known:
+            if name not in defaults:
                 raise SwitchError(
-                    f"config: switch.{name} is no setting; expected some of {', '.join(known)}"
+                    f"config: switch.{name} is no setting; expected some of"
+                    f" {', '.join(sorted(defaults))}"
                 )
-            if not isinstance(value, bool):
-                raise SwitchError(f"config: switch.{name} is {value!r}; expected True or False")
+            is_flag = isinstance(defaults[name], bool)
+            if isinstance(value, bool) != is_flag or not isinstance(value, int | float):
+                expected = "True or False" if is_flag else "a number"
+                raise SwitchError(f"config: switch.{name} is {value!r}; expected {expected}")
         return cls(**config.switch)
 
     @property
@@ -114,7 +131,8 @@ class SwitchConfig:
 
         Args:
           text: the list.
-          like: has what no word says, `drop_repeated_frame` and `fade`; None: their defaults.
+          like: has what no word says, `drop_repeated_frame`, `history_noise` and `fade`; None:
+            their defaults.
 
         Raises:
           SwitchError: another word, a word twice, two of the last three, or `anchor` without

@@ -12,7 +12,7 @@
 `StreamPrograms` make latents, chunk by chunk, against a cache:
 
     refresh       cache, reference, garment, text K, V   -> cache            once per switch
-    chunk         cache, text K, V, seed, number         -> latents, cache   once per chunk
+    chunk         cache, text K, V, seed, number, noise  -> latents, cache   once per chunk
     passes        the same, what is in flight, from, to  -> the same, cache  some passes of a chunk
     keep          cache                                  -> what `chunk` overwrites
     keep_context  cache                                  -> what `refresh` overwrites
@@ -336,14 +336,24 @@ class StreamPrograms(Programs):
         def noise_key(seed, number):
             return jax.random.fold_in(inference_key(seed, "chunk_noise"), number)
 
-        def chunk(dit, cache, text_kv, seed, number):
+        def chunk(dit, cache, text_kv, seed, number, history_noise):
             key = noise_key(seed, number)
-            return rollout.denoise_chunk(dit, cache, text_kv, key, sampler=sampler)
+            return rollout.denoise_chunk(
+                dit, cache, text_kv, key, sampler=sampler, history_noise=history_noise
+            )
 
-        def passes(dit, cache, text_kv, seed, number, flight, start, stop):
+        def passes(dit, cache, text_kv, seed, number, history_noise, flight, start, stop):
             key = noise_key(seed, number)
             return rollout.denoise_passes(
-                dit, cache, text_kv, key, flight, start, stop, sampler=sampler
+                dit,
+                cache,
+                text_kv,
+                key,
+                flight,
+                start,
+                stop,
+                sampler=sampler,
+                history_noise=history_noise,
             )
 
         def shot_chunk(dit, cache, text_kv, seed, number, cut, image, has_image):
@@ -379,7 +389,7 @@ class StreamPrograms(Programs):
         if policy.context:
             takes = cache, WHOLE, WHOLE, TEXT
             self.add("refresh", "dit", refresh, donate=1, takes=takes, gives=cache)
-            takes = cache, TEXT, WHOLE, WHOLE
+            takes = cache, TEXT, WHOLE, WHOLE, WHOLE
             self.add("chunk", "dit", chunk, donate=1, takes=takes, gives=(WHOLE, cache))
             takes = *takes, *[WHOLE] * 3
             self.add("passes", "dit", passes, donate=1, takes=takes, gives=(WHOLE, cache))
@@ -421,7 +431,12 @@ class StreamPrograms(Programs):
         return self.call("put_context", cache, kept)
 
     def chunk(
-        self, cache: KVCache, text_kv: TextKV, seed: int, number: int
+        self,
+        cache: KVCache,
+        text_kv: TextKV,
+        seed: int,
+        number: int,
+        history_noise: float = 0.0,
     ) -> tuple[jax.Array, KVCache]:
         """Make the next chunk of latents [1, block, h, w, c] and remember it.
 
@@ -430,8 +445,11 @@ class StreamPrograms(Programs):
           text_kv: from `MediaPrograms.text_kv`.
           seed: of the stream, in [0, 2**32).
           number: of the chunk since the start of the stream; with the seed it determines the noise.
+          history_noise: level in [0, 1) of noise under which it is remembered, see
+            `rollout.history_draw`.
         """
-        return self.call("chunk", cache, text_kv, np.uint32(seed), np.int32(number))
+        seeds = np.uint32(seed), np.int32(number)
+        return self.call("chunk", cache, text_kv, *seeds, np.float32(history_noise))
 
     def count_passes(self, is_first: bool) -> int:
         """Passes of a chunk; the last one, which only remembers it, leaves its latents as they are.
@@ -455,6 +473,7 @@ class StreamPrograms(Programs):
         flight: Flight,
         start: int,
         stop: int,
+        history_noise: float = 0.0,
     ) -> tuple[Flight, KVCache]:
         """Passes `start` to `stop - 1` of a chunk: what `chunk` does, in parts.
 
@@ -462,11 +481,11 @@ class StreamPrograms(Programs):
         attention/cache.py.
 
         Args:
-          cache, text_kv, seed, number: as for `chunk`; the cache is consumed.
+          cache, text_kv, seed, number, history_noise: as for `chunk`; the cache is consumed.
           flight: as the passes before have left it; first of all from `new_flight`.
           start, stop: of `count_passes`.
         """
-        seeds = np.uint32(seed), np.int32(number)
+        seeds = np.uint32(seed), np.int32(number), np.float32(history_noise)
         parts = np.int32(start), np.int32(stop)
         return self.call("passes", cache, text_kv, *seeds, flight, *parts)
 
@@ -527,7 +546,11 @@ def stream_arguments(
     frame = media.placed(media.result("encode_image", pixels), WHOLE)
     cache, of_stream = stream.empty, {"new_cache": ()}
     if stream.policy.context:
-        of_stream |= {"refresh": (cache, frame, frame, kv), "chunk": (cache, kv, seed, number)}
+        level = jax.ShapeDtypeStruct((), jnp.float32)
+        of_stream |= {
+            "refresh": (cache, frame, frame, kv),
+            "chunk": (cache, kv, seed, number, level),
+        }
         latents, _ = stream.result("chunk", *of_stream["chunk"])
     else:
         flag = jax.ShapeDtypeStruct((), jnp.bool_)

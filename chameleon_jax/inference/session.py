@@ -442,7 +442,7 @@ class Session:
         applied = self._wait(state.cache)
         if called_off is None:
             latents, state.cache = self._stream.chunk(
-                state.cache, state.text_kv, state.seed, state.chunk
+                state.cache, state.text_kv, state.seed, state.chunk, self._history_noise(state)
             )
         else:
             flight = self._denoise(state, called_off)
@@ -489,7 +489,14 @@ class Session:
     def _pass(self, state: _State, flight: Flight, number: int) -> tuple[Flight, KVCache]:
         """One pass of the chunk that is made."""
         return self._stream.passes(
-            state.cache, state.text_kv, state.seed, state.chunk, flight, number, number + 1
+            state.cache,
+            state.text_kv,
+            state.seed,
+            state.chunk,
+            flight,
+            number,
+            number + 1,
+            self._history_noise(state),
         )
 
     def _apply(self, state: _State, switched: Mapping[str, Any]) -> bool:
@@ -522,8 +529,12 @@ class Session:
         return does.repeats and z_next is not None
 
     def _anchors(self, state: _State) -> bool:
-        """Whether the person's picture comes back with a chunk that changes no picture."""
+        """Whether the person's picture comes back with the next chunk that changes no picture."""
         return self.mechanisms.anchor and state.goes_on
+
+    def _history_noise(self, state: _State) -> float:
+        """Level of noise under which the chunk that is made is remembered."""
+        return self.mechanisms.history_noise if self._anchors(state) else 0.0
 
     def _refresh(self, state: _State) -> None:
         """Write reference and garment into the cache."""

@@ -779,6 +779,7 @@ def self_forcing_forward(
     *,
     policy: CachePolicy,
     z_opening: jax.Array | None = None,
+    t_clean: jax.Array | None = None,
 ) -> jax.Array:
     """`teacher_forcing_forward` with the history held constant, for a video of the model's own.
 
@@ -790,14 +791,15 @@ def self_forcing_forward(
     Args:
       dit: the network.
       z_context: clean latents [b, context, h, w, c].
-      z_clean: the rolled-out video [b, f, h, w, c], f a multiple of the policy's block, at t = 0.
-        The last chunk is not read.
+      z_clean: the rolled-out video [b, f, h, w, c], f a multiple of the policy's block. The last
+        chunk is not read.
       z_noisy: inputs of the differentiated steps of the last chunks, [b, n, h, w, c]; n is a
         multiple of the block, at most f.
       t_bf: timesteps of the noisy frames, equal within a chunk, [b, n].
       text_kv: from `dit.text_kv`; gradients flow into it from the noisy pass only.
       policy: of the stream.
       z_opening: as in `teacher_forcing_forward`.
+      t_clean: timesteps of the video, for frames that are remembered under noise, [b, f]; None: 0.
 
     Returns:
       v of the noisy frames, [b, n, h, w, c].
@@ -821,11 +823,13 @@ def self_forcing_forward(
         opening=z_opening is not None,
         backend=config.attention,
     )
+    t_past = jnp.zeros(x.shape[:2])
+    if t_clean is not None:
+        seen = video - policy.block
+        t_past = t_past.at[:, x.shape[1] - seen :].set(t_clean[:, :seen])
     graph, state = nnx.split(dit)
     constant, constant_kv = jax.lax.stop_gradient((state, text_kv))
-    _, cache = nnx.merge(graph, constant)(
-        x, jnp.zeros(x.shape[:2]), constant_kv, attend_history, decoded=slice(0)
-    )
+    _, cache = nnx.merge(graph, constant)(x, t_past, constant_kv, attend_history, decoded=slice(0))
     return dit(z_noisy, t_bf, text_kv, attend_noisy, cache)[0]
 
 

@@ -850,3 +850,54 @@ def test_a_chunk_in_parts_is_the_chunk(sampler, batch):
         np.testing.assert_array_equal(flight[0], done)  # the last pass only remembers
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "batch"),
+    [
+        (make_sampler("euler", steps=2, first=3), 1),
+        (make_sampler("few_step", timesteps=(1000, 500)), 1),
+        (make_sampler("unipc", steps=3, guidance=2.0), 2),
+    ],
+)
+def test_a_chunk_is_remembered_under_noise(sampler, batch):
+    """It is made as ever; its keys and values are those of a pass over it, noised, at that time."""
+    stream = Stream(LAYOUTS["relative"], sampler, batch)
+    chunk = jax.jit(functools.partial(rollout.denoise_chunk, stream.dit, sampler=sampler))
+    run = jax.jit(functools.partial(rollout.denoise_passes, stream.dit, sampler=sampler))
+    _, cache = stream.chunk(stream.started(batch=batch), jax.random.key(0))
+    key, level = jax.random.key(1), 0.3
+    x0, expected = stream.chunk(copy(cache), key)
+    made, clean = chunk(copy(cache), stream.text_kv, key, history_noise=0.0)
+    np.testing.assert_allclose(made, x0, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(clean), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+    made, noised = chunk(copy(cache), stream.text_kv, key, history_noise=level)
+    np.testing.assert_allclose(made, x0, atol=1e-5)
+    number = rollout.history_draw(sampler)
+    draw = jax.random.normal(jax.random.fold_in(key, number), x0.shape)
+    seen = jnp.concatenate([(1 - level) * x0 + level * draw] * (batch // x0.shape[0]))
+    times = np.full(seen.shape[:2], 1000 * level, np.float32)
+    _, by_hand = stream.forward(open_chunk(copy(cache)), seen, times)
+    by_hand = close_chunk(by_hand)
+    for one, other in zip(jax.tree.leaves(noised), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert (
+        max(
+            jnp.abs(one - other).max()
+            for one, other in zip(jax.tree.leaves(noised.k), jax.tree.leaves(clean.k), strict=True)
+        )
+        > 0.01
+    )
+
+    total = rollout.count_passes(sampler, is_first=False)
+    junk = jnp.full(x0.shape, jnp.nan)
+    flight, parts = (junk, sampler.init(junk)), open_chunk(copy(cache))
+    for start, stop in ((0, total - 1), (total - 1, total)):
+        flight, parts = run(parts, stream.text_kv, key, flight, start, stop, history_noise=level)
+    np.testing.assert_allclose(flight[0], x0, atol=1e-5)
+    for one, other in zip(
+        jax.tree.leaves(close_chunk(parts)), jax.tree.leaves(noised), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -30,6 +30,7 @@ from tests.inference.streams import (
     FADE,
     FULL,
     LATENT,
+    NOISED,
     PERSON,
     RANDOM,
     ROOT,
@@ -186,6 +187,44 @@ def test_anchor_keeps_to_the_person_who_came_last(pipeline):
     assert all(np.array_equal(now, begun) for now, begun in slots)
 
 
+def test_the_chunk_before_the_anchor_is_remembered_under_noise(pipeline):
+    """It is shown as ever, and what it leaves in the cache is what the device program leaves."""
+    plain, noised = started(pipeline, ANCHOR), started(pipeline, NOISED)
+    assert same(chunks(plain, 2), chunks(noised, 2))
+    for one in (plain, noised):
+        one.switch_garment(SHIRT)
+    assert same(chunks(plain, 1), chunks(noised, 1))
+    clean, seen = cache_arrays(plain), cache_arrays(noised)
+    assert not all(np.array_equal(x, y) for x, y in zip(clean, seen, strict=True))
+    differs, again = chunks(plain, 2), chunks(noised, 2)
+    assert not any(np.array_equal(x, y) for x, y in zip(differs, again, strict=True))
+
+    by_hand = started(pipeline, FULL)
+    chunks(by_hand, 2)
+    switch_now(by_hand, SHIRT)
+    state = by_hand._state
+    _, cache = pipeline.stream.chunk(state.cache, state.text_kv, 0, 2, 0.3)
+    expected = [np.array(x) for x in (*cache.k, *cache.v)]
+    assert all(np.array_equal(x, y) for x, y in zip(seen, expected, strict=True))
+
+
+def test_nothing_else_is_remembered_under_noise(pipeline):
+    """A person of the user's own, a prompt, the start, the anchored chunk, and without anchor."""
+    plain, noised = started(pipeline, ANCHOR), started(pipeline, NOISED)
+    without = started(pipeline, dataclasses.replace(NOISED, anchor=False))
+    full = started(pipeline, FULL)
+    for one in (plain, noised):
+        one.next_chunk()
+        one.switch_prompt("he turns")
+        one.next_chunk()
+        one.switch_reference(COAT)
+    assert same(chunks(plain, 3), chunks(noised, 3))
+    for one in (without, full):
+        one.next_chunk()
+        one.switch_garment(SHIRT)
+    assert same(chunks(without, 3), chunks(full, 3))
+
+
 def test_an_anchor_that_was_taken_back_left_nothing(pipeline):
     """Without the mechanism the chunk is made with the last frame, as if there had been none."""
     plain, ahead = started(pipeline, FULL), started(pipeline, ANCHOR, keep=1)
@@ -200,10 +239,11 @@ def test_an_anchor_that_was_taken_back_left_nothing(pipeline):
     assert same(chunks(plain, 2), chunks(ahead, 2))
 
 
+@pytest.mark.parametrize("mechanisms", [ANCHOR, NOISED], ids=["anchor", "noise"])
 @pytest.mark.parametrize("further", [1, 2, 3])
-def test_anchor_goes_back_and_into_files(pipeline, tmp_path, further):
+def test_anchor_goes_back_and_into_files(pipeline, tmp_path, further, mechanisms):
     """Snapshots between a change and its anchor, and chunks taken back over one or both."""
-    plain, ahead = started(pipeline, ANCHOR), started(pipeline, ANCHOR, keep=3)
+    plain, ahead = started(pipeline, mechanisms), started(pipeline, mechanisms, keep=3)
     for one in (plain, ahead):
         chunks(one, 2)
         one.switch_garment(SHIRT)
@@ -349,7 +389,7 @@ def test_the_embedded_model_uses_all_mechanisms_of_the_paper_and_keeps_the_perso
         json.loads(beside_weights.read_text()),
     )
     for switch in (config.switch, copy["switch"]):
-        assert SwitchConfig(**switch) == SwitchConfig.parse("full,anchor", like=FADE)
+        assert SwitchConfig(**switch) == dataclasses.replace(NOISED, fade=True)
     assert make_sampler(**config.sampler) == make_sampler(**copy["sampler"])
 
 
@@ -359,6 +399,9 @@ def test_the_embedded_model_uses_all_mechanisms_of_the_paper_and_keeps_the_perso
         ({"disentangel": True}, "switch.disentangel is no setting; expected some of anchor, dis"),
         ({"withdraw": "no"}, "switch.withdraw is 'no'; expected True or False"),
         ({"anchor": True, "refresh": False}, "add refresh, or leave anchor out"),
+        ({"history_noise": True}, "switch.history_noise is True; expected a number"),
+        ({"fade": 1}, "switch.fade is 1; expected True or False"),
+        ({"history_noise": 1.0}, "history_noise=1.0: expected a level of noise of at least 0"),
     ],
 )
 def test_what_a_config_says_of_switches_is_checked_before_weights_are_made(switch, message):
@@ -374,9 +417,9 @@ def test_mechanisms_from_text():
     assert SwitchConfig.parse("refresh, withdraw") == SwitchConfig(disentangle=False)
     assert SwitchConfig.parse("refresh,withdraw,random_frame") == RANDOM
     assert SwitchConfig.parse("refresh,last_latent").last_latent
-    like = SwitchConfig(fade=True, drop_repeated_frame=False, anchor=True)
-    parsed = SwitchConfig.parse("full", like=like)
-    assert parsed == dataclasses.replace(FULL, fade=True, drop_repeated_frame=False)
+    kept = {"fade": True, "drop_repeated_frame": False, "history_noise": 0.3}
+    parsed = SwitchConfig.parse("full", like=SwitchConfig(**kept, anchor=True))
+    assert parsed == dataclasses.replace(FULL, **kept)
 
 
 @pytest.mark.parametrize(

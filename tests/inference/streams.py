@@ -21,6 +21,7 @@ ALL_BUT_DROP = SwitchConfig(drop_repeated_frame=False)
 LATENT = SwitchConfig(disentangle=False, last_latent=True)
 RANDOM = SwitchConfig(disentangle=False, random_frame=True)
 FULL, ANCHOR, FADE = SwitchConfig(), SwitchConfig(anchor=True), SwitchConfig(fade=True)
+NOISED = SwitchConfig(anchor=True, history_noise=0.3)
 
 
 def make_pipeline(*overrides):

@@ -35,7 +35,15 @@ def network(scan_layers=False):
 
 
 def roll_out(
-    policy, exits, *, sampler=FEW, residual=0.0, batch=2, scan_layers=False, z_opening=None
+    policy,
+    exits,
+    *,
+    sampler=FEW,
+    residual=0.0,
+    batch=2,
+    scan_layers=False,
+    z_opening=None,
+    opening_noise=0.0,
 ):
     dit, states = network(scan_layers), prompt(batch)
 
@@ -50,6 +58,7 @@ def roll_out(
             exits=exits,
             residual=residual,
             z_opening=z_opening,
+            opening_noise=opening_noise,
         )
 
     if isinstance(exits, list):
@@ -72,14 +81,15 @@ def test_a_roll_out_with_all_steps_is_a_stream(sampler):
     np.testing.assert_array_equal(made.history, made.z)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("scan_layers", "noise"), [(False, 0.0), (False, 0.3), (True, 0.0)])
 def test_a_context_of_the_first_chunk_alone_is_a_stream_whose_context_changes_behind_it(
-    scan_layers,
+    scan_layers, noise
 ):
+    """And under noise that chunk is remembered as in a stream."""
     dit, policy = network(scan_layers), POLICIES["one chunk is forgotten"]
     opening, exits = latents(7, 2), rollouts.last_exits(FEW, CHUNKS)
     made, plain = (
-        roll_out(policy, exits, batch=1, scan_layers=scan_layers, z_opening=z)
+        roll_out(policy, exits, batch=1, scan_layers=scan_layers, z_opening=z, opening_noise=noise)
         for z in (opening, None)
     )
     text_kv = dit.text_kv(prompt())
@@ -88,7 +98,9 @@ def test_a_context_of_the_first_chunk_alone_is_a_stream_whose_context_changes_be
         if number < 2:
             cache = rollout.prefill(dit, cache, latents(0, 2) if number else opening, text_kv)
         key = jax.random.fold_in(jax.random.key(5), number)
-        x0, cache = rollout.denoise_chunk(dit, cache, text_kv, key, sampler=FEW)
+        x0, cache = rollout.denoise_chunk(
+            dit, cache, text_kv, key, sampler=FEW, history_noise=0.0 if number else noise
+        )
         own = slice(3 * number, 3 * number + 3)
         np.testing.assert_allclose(made.z[:, own], x0, atol=1e-5)
         assert jnp.abs(plain.z[:, own] - x0).max() > 1e-3
@@ -111,8 +123,8 @@ def sequential(dit, policy, made, text_kv, z_context, z_opening=None):
         noisy, t, sigma = (part[:, own] for part in (made.noisy, made.t_bf, made.sigma_bf))
         v, _ = rollout.forward(dit, jax.lax.stop_gradient(cache), noisy, t, text_kv)
         chunks.append(flow.x0_from_velocity(noisy, v, sigma))
-        zeros = jnp.zeros((b, policy.block))
-        _, cache = rollout.forward(constant, cache, made.history[:, own], zeros, still_kv)
+        remembered = made.history[:, own], made.t_history[:, own]
+        _, cache = rollout.forward(constant, cache, *remembered, still_kv)
         cache = close_chunk(cache)
     return jnp.concatenate(chunks, axis=1)
 
@@ -131,7 +143,14 @@ def sequential(dit, policy, made, text_kv, z_context, z_opening=None):
 def test_one_forward_pass_has_the_gradient_of_the_sequential_form(name, window, opens):
     z_opening = latents(7, 2, 2) if opens else None
     policy, residual = POLICIES[name], 0.005 if name == "everything is kept" else 0.0
-    make = functools.partial(roll_out, policy, [2, 0, 1, 2], residual=residual, z_opening=z_opening)
+    make = functools.partial(
+        roll_out,
+        policy,
+        [2, 0, 1, 2],
+        residual=residual,
+        z_opening=z_opening,
+        opening_noise=0.3 if opens else 0.0,
+    )
     made, looped = make(), make(scan_layers=True)
     np.testing.assert_allclose(looped.z, made.z, atol=1e-5)
     graph, state = nnx.split(network())

@@ -240,6 +240,7 @@ class Distillation:
             exits=exits,
             residual=self.residual,
             z_opening=z_opening,
+            opening_noise=0.0 if z_opening is None else self.config.rollout.history_noise,
         )
 
     def clip_of(self, params: ParamTree, made: Made, x: jax.Array) -> tuple[Clip, jax.Array]:

@@ -28,7 +28,13 @@ from chameleon_jax.attention.cache import close_chunk, open_chunk, put_frames, r
 from chameleon_jax.attention.policies import CachePolicy
 from chameleon_jax.data.images import to_model
 from chameleon_jax.diffusion import flow
-from chameleon_jax.diffusion.rollout import OneStepSampler, forward, new_cache, prefill
+from chameleon_jax.diffusion.rollout import (
+    OneStepSampler,
+    forward,
+    history_draw,
+    new_cache,
+    prefill,
+)
 from chameleon_jax.models.dit import DiT, TextKV, self_forcing_forward
 from chameleon_jax.training import flops
 from chameleon_jax.training.stages.common import decode_clip
@@ -54,6 +60,7 @@ class Rollout(NamedTuple):
     Attributes:
       z: clean latents [b, f, h, w, c], float32: the prediction of each chunk's exit step.
       history: what the clean passes read, [b, f, h, w, c]: `z`, or `z` with a little noise.
+      t_history: the timesteps that they are told, [b, f].
       noisy: what the exit steps read, [b, f, h, w, c].
       t_bf: timesteps of the exit steps, as the network gets them.
       sigma_bf: their noise levels.
@@ -61,6 +68,7 @@ class Rollout(NamedTuple):
 
     z: jax.Array
     history: jax.Array
+    t_history: jax.Array
     noisy: jax.Array
     t_bf: jax.Array
     sigma_bf: jax.Array
@@ -110,6 +118,7 @@ def roll_out(
     exits: Exits,
     residual: float = 0.0,
     z_opening: jax.Array | None = None,
+    opening_noise: float = 0.0,
 ) -> Rollout:
     """Make a video chunk by chunk against the cache; nothing here has a gradient.
 
@@ -124,6 +133,8 @@ def roll_out(
       residual: noise level that the clean pass adds, see `dmd`; 0 as in a stream.
       z_opening: condition frames of the first chunk; behind it `z_context` takes their place. None:
         `z_context` from the start.
+      opening_noise: noise level under which the first chunk is remembered, see
+        `rollout.history_draw`.
 
     Raises:
       PositionError: more chunks than the policy's positions reach.
@@ -175,12 +186,14 @@ def roll_out(
         row = row_of(first + exit_step)
         v, cache = forward(dit, cache, noisy, times(row), text_kv)
         z = flow.x0_from_velocity(noisy, v, row.sigma)
-        history = z
-        if residual:
-            history = flow.add_noise(z, draw(rows.number.shape[0] + 1), residual)
-        _, cache = forward(dit, cache, history, jnp.zeros(shape[:2]), text_kv)
+        level = jnp.where(chunk == 0, opening_noise, 0.0)
+        history, t_history = z, jnp.full(shape[:2], 1000 * level)
+        if residual or opening_noise:
+            noise = draw(history_draw(sampler))
+            history = flow.add_noise(z, noise, jnp.maximum(level, residual))
+        _, cache = forward(dit, cache, history, t_history, text_kv)
         sigma_bf = jnp.full(shape[:2], row.sigma)
-        return close_chunk(cache), Rollout(z, history, noisy, times(row), sigma_bf)
+        return close_chunk(cache), Rollout(z, history, t_history, noisy, times(row), sigma_bf)
 
     cache = prefill(dit, new_cache(dit, policy, b, (height, width)), z_context, text_kv)
     if z_opening is not None:
@@ -219,7 +232,15 @@ def predict(
     """
     noisy, t_bf, sigma_bf = (part[:, -frames:] for part in (made.noisy, made.t_bf, made.sigma_bf))
     v = self_forcing_forward(
-        dit, z_context, made.history, noisy, t_bf, text_kv, policy=policy, z_opening=z_opening
+        dit,
+        z_context,
+        made.history,
+        noisy,
+        t_bf,
+        text_kv,
+        policy=policy,
+        z_opening=z_opening,
+        t_clean=made.t_history,
     )
     return flow.x0_from_velocity(noisy, v, sigma_bf)
 
