@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chameleon_jax import files, places
 from chameleon_jax.errors import need
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     Stream = Callable[[Scenario, Truth], tuple[np.ndarray, tuple[int, ...]]]
 
-FLAGS = ("judge", "world", "scenarios", "kind")  # of these benchmarks alone
+FLAGS = ("judge", "world", "scenarios", "kind", "vae")  # of these benchmarks alone
 OUT, WORLD, SCENARIOS = "out/runway_bench", "mirror", 128
 MOST = 2666  # as `scenarios.MOST`; what draws them is not imported to read a command line
 JUDGE = "chameleon_jax/assets/runway_judge"
@@ -83,6 +84,12 @@ def define_flags(parser: cli.Parser) -> None:
         " repeated",
         repeated=True,
         metavar="KIND",
+    )
+    parser.switch(
+        "vae",
+        "runway: also the truth, encoded and decoded by the model's VAE and decoder, in a column"
+        " NAME_vae: the most that a transformer can reach with them",
+        default=None,
     )
 
 
@@ -146,15 +153,9 @@ def load_model(values: cli.Values, default_config: str) -> tuple[Pipeline, Switc
     return pipeline, mechanisms, config.seed if values.seed is None else values.seed
 
 
-def make_stream(values: cli.Values, default_config: str) -> Stream:
-    """How the model of the command line streams a scenario.
-
-    Raises:
-      UsageError: the flags do not fit.
-    """
+def make_stream(pipeline: Pipeline, mechanisms: SwitchConfig, seed: int) -> Stream:
+    """How a model streams a scenario."""
     import numpy as np
-
-    pipeline, mechanisms, seed = load_model(values, default_config)
 
     def stream(scenario: Scenario, truth: Truth) -> tuple[np.ndarray, tuple[int, ...]]:
         session = pipeline.session(mechanisms)
@@ -171,6 +172,41 @@ def make_stream(values: cli.Values, default_config: str) -> Stream:
         return np.concatenate(made)[: scenario.frames], (0, *worn)
 
     return stream
+
+
+def make_autoencoder(pipeline: Pipeline) -> Stream:
+    """How a model's VAE and decoder show the truth of a scenario, each garment as a clip."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from chameleon_jax.data.images import to_model
+
+    frames = pipeline.config.cache.block * pipeline.vae.config.temporal_factor  # of a chunk
+    lead = pipeline.vae.config.temporal_factor - 1  # so many less are in the first one
+    graph, params = nnx.split(pipeline.vae)
+
+    def encode(params: nnx.State, pixels: jax.Array, state: Any, first: bool) -> Any:
+        return nnx.merge(graph, params).encode_chunk(to_model(pixels)[None], state, first)
+
+    encode = jax.jit(encode, static_argnames="first")
+
+    def clip(video: np.ndarray) -> np.ndarray:
+        room = -(len(video) + lead) % frames
+        filled = np.concatenate([video, np.repeat(video[-1:], room, 0)])
+        past, decoder, made = None, None, []
+        for start in range(-lead, len(filled), frames):
+            chunk = filled[max(start, 0) : start + frames]
+            latents, past = encode(params, chunk, past, first=start < 0)
+            shown, decoder = pipeline.media.decode(latents, decoder)
+            made.append(np.array(shown))
+        return np.concatenate(made)[: len(video)]
+
+    def shown(scenario: Scenario, truth: Truth) -> tuple[np.ndarray, tuple[int, ...]]:
+        parts = np.split(truth.video, scenario.starts[1:])
+        return np.concatenate([clip(part) for part in parts]), scenario.starts
+
+    return shown
 
 
 def unchanged(scenario: Scenario) -> np.ndarray:
@@ -203,13 +239,17 @@ def run_bench(values: cli.Values, default_config: str) -> int:
         raise UsageError(f"--scenarios, --kind: {error}") from None
     out = Path(values.out) / values.world
     _check_recipes(out, values)
-    stream: Stream | None = None
+    columns = [TRUTH, UNCHANGED, *([f"{values.name}_vae"] if values.vae else []), values.name]
+
+    @functools.cache
+    def streams() -> tuple[Stream, Stream]:
+        """Only loaded if something is missing."""
+        pipeline, mechanisms, seed = load_model(values, default_config)
+        return make_autoencoder(pipeline), make_stream(pipeline, mechanisms, seed)
+
     with tqdm(total=len(chosen), unit=" scenarios", file=sys.stderr, dynamic_ncols=True) as bar:
         for scenario in chosen:
-            results = {
-                name: out / name / f"{scenario.name}.json"
-                for name in (TRUTH, UNCHANGED, values.name)
-            }
+            results = {name: out / name / f"{scenario.name}.json" for name in columns}
             missing = [name for name, path in results.items() if not path.is_file()]
             if missing:
                 truth = scenarios.render(scenario)
@@ -220,8 +260,9 @@ def run_bench(values: cli.Values, default_config: str) -> int:
                 elif name == UNCHANGED:
                     video, starts = unchanged(scenario), scenario.starts
                 else:
-                    stream = stream or make_stream(values, default_config)
-                    video, starts = stream(scenario, truth)
+                    through_vae, stream = streams()
+                    make = stream if name == values.name else through_vae
+                    video, starts = make(scenario, truth)
                 made = runway_bench.Made(video, judge(video), starts)
                 figures = runway_bench.measure(scenario, truth, made, person, judge.card)
                 save_sheet(results[name].with_suffix(".png"), truth, video)

@@ -289,7 +289,7 @@ def test_a_mesh_of_one_device_is_said_of_abstract_pipelines():
     one = sharding.make_mesh({}, jax.devices()[:1])
     pipeline = Pipeline.abstract(config, mesh=one)
     assert pipeline.config.model.dit.attention in ("xla", "splash", "cudnn")  # was left open
-    cache, text_kv, _, _ = pipeline.arguments()["chunk"]
+    cache, text_kv, *_ = pipeline.arguments()["chunk"]
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves((cache, text_kv))} == {one}
     assert "while" in pipeline.lower("chunk").as_text()
 

@@ -231,7 +231,7 @@ def test_full_size_is_described_without_weights():
     """1280x704, 5B: 23 frames of 880 tokens, K and V of 30 layers in bfloat16 are 7.46 GB."""
     pipeline = Pipeline.abstract(load_config(f"{ROOT}/configs/wan22_5b.py"))
     arguments = pipeline.arguments()
-    cache, _, seed, number = arguments["chunk"]
+    cache, _, seed, number, _ = arguments["chunk"]
     assert (
         sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.k, *cache.v))
         == 2 * 30 * 23 * 880 * 3072 * 2
