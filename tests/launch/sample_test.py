@@ -134,6 +134,7 @@ def test_refresh_alone_keeps_the_rhythm(pictures, tmp_path, capsys):
         "last_latent": False,
         "random_frame": False,
         "anchor": False,
+        "history_noise": 0.3,
         "fade": True,
     }
     assert report["switches"][0]["effective"] == 21 and report["frames"] == 40

@@ -316,7 +316,7 @@ def test_a_chunk_that_would_be_taken_back_is_called_off(server, monkeypatch):
         viewer.until("video.chunk")
 
         def slow(*args):
-            *_, start, _ = args
+            *_, start, _, _ = args
             if start:
                 return make(*args)
             if len(made) < 6:  # six changes in a row come while a chunk is being made
