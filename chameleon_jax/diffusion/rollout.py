@@ -419,9 +419,14 @@ def denoise_chunk(
       The cache, one chunk on.
 
     Raises:
-      ValueError: neither a key nor noise, noise of another shape, or guidance over an odd batch.
+      ValueError: neither a key nor noise, noise of another shape or of too few draws, or guidance
+        over an odd batch.
     """
     draw = _draws(noise_key, noise, chunk_shape(dit, cache, sampler))
+    if history_noise is not None and noise is not None and len(noise) <= history_draw(sampler):
+        raise ValueError(
+            f"noise has {len(noise)} draws; with history_noise expected {history_draw(sampler) + 1}"
+        )
     step, rows = _passes(dit, text_kv, draw, sampler, held, history_noise)
     cache, start = open_chunk(cache, cut), draw(0)
     carry = start, sampler.init(start), cache
@@ -532,6 +537,15 @@ def _passes(
         with_prompt, without = jnp.split(both.astype(jnp.float32), 2)
         return guidance(with_prompt, without, sampler.guidance), cache
 
+    if history_noise is not None:
+        # Once, not in every pass, and only if there is any: drawing takes time on a CPU.
+        shape = jax.eval_shape(lambda: draw(0))
+        of_history = jax.lax.cond(
+            history_noise > 0,
+            lambda: draw(history_draw(sampler)),
+            lambda: jnp.zeros(shape.shape, shape.dtype),
+        )
+
     def step(
         carry: tuple[jax.Array, Any, KVCache], this: tuple[Any, jax.Array]
     ) -> tuple[tuple[jax.Array, Any, KVCache], None]:
@@ -540,7 +554,7 @@ def _passes(
         seen = x
         if history_noise is not None:
             level = jnp.where(needed, 0.0, history_noise)  # of the clean pass alone
-            seen = flow.add_noise(x, draw(history_draw(sampler)), level)
+            seen = flow.add_noise(x, of_history, level)
             t = jnp.where(needed, t, 1000.0 * level)
         v, cache = predict(seen, t, cache, needed)
         x, past = sampler.step(row, past, x, v, draw)

@@ -751,6 +751,8 @@ def test_noise_can_be_given():
     assert jnp.abs(chunk(cache, noise=draws[::-1]) - chunk(cache, noise=draws)).max() > 0.1
     with pytest.raises(ValueError, match=r"noise is \(4, 2.*expected draws of \(1, 3, 4, 6, 4\)"):
         chunk(cache, noise=jnp.zeros((4, 2, *shape[1:])))
+    with pytest.raises(ValueError, match="4 draws; with history_noise expected"):
+        chunk(cache, noise=draws, history_noise=0.3)
     with pytest.raises(ValueError, match="a key or its noise"):
         chunk(cache)
 
