@@ -53,12 +53,7 @@ class NotingPrograms:
         return getattr(self._programs, name)
 
     def chunk(
-        self,
-        cache: KVCache,
-        text_kv: TextKV,
-        seed: int,
-        number: int,
-        history_noise: float = 0.0,
+        self, cache: KVCache, text_kv: TextKV, seed: int, number: int, *rest: float
     ) -> tuple[jax.Array, KVCache]:
         """As `StreamPrograms.chunk`."""
         import jax
@@ -71,7 +66,7 @@ class NotingPrograms:
         key = jax.random.fold_in(key, np.int32(number))
         mass, _ = chunk_attention(self._dit, cache, text_kv, key, sampler=self._sampler)
         self.noted.append(mass)
-        return self._programs.chunk(cache, text_kv, seed, number, history_noise)
+        return self._programs.chunk(cache, text_kv, seed, number, *rest)
 
 
 def run(values: cli.Values, default_config: str) -> int:
