@@ -29,6 +29,7 @@ OUT, WORLD, SCENARIOS = "out/runway_bench", "mirror", 128
 MOST = 2666  # as `scenarios.MOST`; what draws them is not imported to read a command line
 JUDGE = "chameleon_jax/assets/runway_judge"
 TRUTH, UNCHANGED = "truth", "unchanged"
+OF_VAE = "_vae"  # behind the name of a model: the column of its VAE
 SHEET_EVERY = 6  # frames from one on a contact sheet to the next
 # What the table calls the figures.
 NAMES = {
@@ -88,7 +89,7 @@ def define_flags(parser: cli.Parser) -> None:
     parser.switch(
         "vae",
         "runway: also the truth, encoded and decoded by the model's VAE and decoder, in a column"
-        " NAME_vae: the most that a transformer can reach with them",
+        f" NAME{OF_VAE}: the most that a transformer can reach with them",
         default=None,
     )
 
@@ -224,8 +225,8 @@ def run_bench(values: cli.Values, default_config: str) -> int:
     from chameleon_jax.evaluation import runway_bench, scenarios
     from chameleon_jax.evaluation.judge import load_judge
 
-    if values.name in (TRUTH, UNCHANGED):
-        raise UsageError(f"--name {values.name}: stands in the table already; choose another name")
+    if values.name in (TRUTH, UNCHANGED) or values.name.endswith(OF_VAE):
+        raise UsageError(f"--name {values.name}: stands for another column; choose another name")
     judge = load_judge(values.judge)
     known = judge.card.get("world", "")  # cards of one's own may be older than this entry
     if known not in ("", values.world):
@@ -239,7 +240,7 @@ def run_bench(values: cli.Values, default_config: str) -> int:
         raise UsageError(f"--scenarios, --kind: {error}") from None
     out = Path(values.out) / values.world
     _check_recipes(out, values)
-    columns = [TRUTH, UNCHANGED, *([f"{values.name}_vae"] if values.vae else []), values.name]
+    columns = [TRUTH, UNCHANGED, *([values.name + OF_VAE] if values.vae else []), values.name]
 
     @functools.cache
     def streams() -> tuple[Stream, Stream]:

@@ -483,11 +483,13 @@ class Session:
     def _remember(self, state: _State, flight: Flight) -> None:
         """The last pass of a chunk; nobody waits for it."""
         last = self._stream.count_passes(state.held == 0) - 1
-        _, state.cache = self._pass(state, flight, last)
+        _, state.cache = self._pass(state, flight, last, self._history_noise(state))
         state.cache = close_chunk(state.cache)
 
-    def _pass(self, state: _State, flight: Flight, number: int) -> tuple[Flight, KVCache]:
-        """One pass of the chunk that is made."""
+    def _pass(
+        self, state: _State, flight: Flight, number: int, history_noise: float = 0.0
+    ) -> tuple[Flight, KVCache]:
+        """One pass of the chunk that is made; only the last one knows of noise."""
         return self._stream.passes(
             state.cache,
             state.text_kv,
@@ -496,7 +498,7 @@ class Session:
             flight,
             number,
             number + 1,
-            self._history_noise(state),
+            history_noise,
         )
 
     def _apply(self, state: _State, switched: Mapping[str, Any]) -> bool:

@@ -96,6 +96,7 @@ RANGES = {
     "loss.shift": POSITIVE,
     "loss.history_noise": SHARE,
     "loss.reference_noise": SHARE,
+    "rollout.history_noise": Range(0, 1, below=True),
     "loss.l1": Range(0),
     "loss.l2": Range(0),
     "loss.gradient": Range(0),

@@ -45,6 +45,7 @@ def perfect(truth: scenarios.Truth, starts: tuple[int, ...]) -> judge.Readings:
 
 
 def test_scenarios_are_the_same_every_time_and_no_training_clips():
+    assert evaluate_runway.MOST == scenarios.MOST  # the first is for a command line
     some = scenarios.scenarios("mirror", 128)
     assert len(some) == 128 and len({one.name for one in some}) == 128
     again = {one.name: one for one in scenarios.scenarios("mirror", 40)}

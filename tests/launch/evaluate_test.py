@@ -64,7 +64,8 @@ def test_a_figure_that_does_not_tell_the_truth_from_the_garment_before_is_left_o
 
 
 def test_reserved_names_and_missing_judges(tmp_path):
-    with pytest.raises(UsageError, match="--name truth: stands in the table already"):
-        evaluate_runway.run_bench(values(tmp_path, "--name", "truth"), evaluate.CONFIG)
+    for name in ("truth", "unchanged", "mine_vae"):
+        with pytest.raises(UsageError, match=f"--name {name}: stands for another column"):
+            evaluate_runway.run_bench(values(tmp_path, "--name", name), evaluate.CONFIG)
     with pytest.raises(ValueError, match="expected judge.safetensors and config.json"):
         evaluate.run(values(tmp_path))

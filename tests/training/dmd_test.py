@@ -256,7 +256,8 @@ def test_causal_scores(tokenizer, step):
 
 @pytest.mark.slow
 def test_a_student_learns_streams_with_anchor(tokenizer):
-    config = settings(tokenizer, "scores.causal=true", "rollout.anchor=true")
+    extra = "rollout.anchor=true", "rollout.history_noise=0.3"
+    config = settings(tokenizer, "scores.causal=true", *extra)
     _, _, state, after, metrics = taken(config, "both 1+1")
     assert all(np.isfinite(value) for value in metrics.values())
     for name in ("generator", "critic"):
@@ -316,6 +317,7 @@ def test_a_lora_for_both_lies_on_weights_that_are_there_once(tokenizer):
             r"rollout\.kinds has the entry \(0,\); expected \(chunks in front",
         ),
         ("rollout.anchor=true", r"rollout\.anchor needs scores\.causal=True"),
+        ("rollout.history_noise=0.3", r"history_noise is 0\.3, and rollout\.anchor is not set"),
         ("rollout.exit=last", "rollout.exit is 'last'; expected shared"),
         ("rollout.kinds=((0,0),(0,0))", "expected different kinds"),
         ("data.batch=1", "a batch has one clip: the new garment is that of another one"),

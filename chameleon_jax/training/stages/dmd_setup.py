@@ -148,7 +148,7 @@ def read_kinds(config: ConfigDict) -> tuple[Kind, ...]:
 
     Raises:
       ConfigError: not pairs of counts, a switch without anything in front of it, or an anchor that
-        nothing can learn from, or noise of its chunk that is none.
+        nothing can learn from; or noise on its chunk, and no anchor.
     """
     for entry in config.rollout.kinds:
         whole = isinstance(entry, (tuple, list)) and len(entry) == 2
@@ -174,11 +174,10 @@ def read_kinds(config: ConfigDict) -> tuple[Kind, ...]:
         )
     if config.rollout.anchor:
         _check_anchor(config, kinds)
-    noise = config.rollout.history_noise
-    if not 0 <= noise < 1 or (noise and not config.rollout.anchor):
+    elif config.rollout.history_noise:
         raise ConfigError(
-            f"rollout.history_noise is {noise}; expected a level of at least 0 and below 1, and"
-            " rollout.anchor beside it: it is of the chunk before the person's picture comes back"
+            f"rollout.history_noise is {config.rollout.history_noise}, and rollout.anchor is not"
+            " set; set it, or no noise: it is on the chunk before the person's picture comes back"
         )
     return kinds
 
