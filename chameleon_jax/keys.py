@@ -34,6 +34,7 @@ LOSS = (  # draws within one loss
     "recycling",
     "kept_errors",
     "resampling",
+    "changes",
 )
 DATA = {"order": 0, "replace": 1, "caption": 2, "batches": 3, "start": 4, "crop": 100}
 INFERENCE = ("chunk_noise", "clip_noise", "random_frame")

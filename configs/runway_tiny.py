@@ -46,6 +46,8 @@ def get_config(variant: str = "runway_tiny") -> ConfigDict:
                 "disentangle": True,
                 "anchor": True,
                 "history_noise": 0.3,
+                "carry": False,  # instead of disentangle; the embedded model was not trained for it
+                "carry_noise": 0.6,
                 "fade": True,
                 "drop_repeated_frame": True,
             },

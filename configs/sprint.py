@@ -5,8 +5,9 @@
     python -m launch.sprint --config configs/sprint.py:h200 --programs programs \
         --stills stills.npz --workdir runs/sprint
 
-`h200` is what the model in this repository was trained with; `toy` runs all of it in minutes on two
-cores. A kind of step has a config of its own in `kinds`, of those of configs/teacher_forcing.py,
+`h200` is what the model in this repository was trained with; `changes` teaches it in an hour of two
+cores how to go on behind a change (`carry`); `toy` runs all of it in minutes on two cores. A kind
+of step has a config of its own in `kinds`, of those of configs/teacher_forcing.py,
 configs/consistency.py and configs/dmd.py; `--config.kinds.clips.schedule.peak=1e-3` changes one.
 """
 
@@ -16,12 +17,12 @@ from ml_collections import ConfigDict
 
 from configs import common, consistency, dmd, teacher_forcing
 
-VARIANTS = ("h200", "toy")
+VARIANTS = ("h200", "changes", "toy")
 
 
 def get_config(variant: str = "h200") -> ConfigDict:
     """One of `VARIANTS`."""
-    return common.choose(variant, h200, toy)
+    return common.choose(variant, h200, changes, toy)
 
 
 def h200() -> ConfigDict:
@@ -48,13 +49,14 @@ def h200() -> ConfigDict:
                 "room": 5000,  # most scenes of clips in memory; the oldest are forgotten
                 "together": 4,  # scenes that are encoded at a time
             },
-            # "consistency", "dmd" or both may come behind, see docs/training.md: as it is set, the
-            # first spoils the model; the second has run on a CPU only.
+            # "changes", "consistency" and "dmd" may come behind, see docs/training.md: as it is,
+            # consistency spoils the model; dmd has run on a CPU only.
             "order": ("stills", "starts", "clips"),
             "stages": {
                 "stills": _stage(75.0, ("stills",), "random"),
                 "starts": _stage(40.0, ("starts",), "state"),
                 "clips": _stage(170.0, ("clips", "clips", "starts"), "state", fall=0.35),
+                "changes": _stage(60.0, ("changes",), "export", fall=0.6),
                 "consistency": _stage(65.0, ("consistency",), "export", fall=0.5, final=0.1),
                 "dmd": _stage(120.0, ("dmd",), "export", fall=0.4, final=0.1, teacher="clips"),
             },
@@ -62,11 +64,25 @@ def h200() -> ConfigDict:
                 "stills": _kind(teacher_forcing.runway_tiny_stills(), 128),
                 "starts": _kind(teacher_forcing.runway_tiny_starts(), 64),
                 "clips": _kind(_clips(), 48),
+                "changes": _kind(_changes(), 48, peak=4e-4),
                 "consistency": _kind(consistency.runway_tiny(), 48, peak=3e-4),
                 "dmd": _kind(_dmd(), 48, peak=1e-4),
             },
         }
     )
+
+
+def changes() -> ConfigDict:
+    """From the weights in this repository, on a CPU: changes within clips, for `carry`."""
+    config = h200()
+    config.name = "changes"
+    config.order = ("changes",)
+    config.scenes.update(first=610_000, stills=4, workers=1)
+    config.stages.changes.update(seconds=3600.0, begins="weights")
+    config.kinds.changes.dtype = "float32"
+    config.kinds.changes.data.batch = 4
+    config.kinds.changes.schedule.warmup = 20
+    return config
 
 
 def toy() -> ConfigDict:
@@ -100,8 +116,8 @@ def _stage(
     return {
         "seconds": seconds,  # after its first step
         "turn": turn,  # kinds of step, in turn
-        # From "random" weights, the "state" of the stage before, or its "export" (averaged weights,
-        # a new optimiser).
+        # From "random" weights, those in the folder `weights`, the "state" of the stage before, or
+        # its "export" (averaged weights, a new optimiser).
         "begins": begins,
         "fall": fall,  # share of the time, its last part, in which the rate falls
         "final": final,  # share of the rate at the end of the time
@@ -117,6 +133,16 @@ def _clips() -> ConfigDict:
     config.data.lengths = ()
     config.data.labels = ("labels", "origin")
     config.loss.update(garment=3.0, head=2.0, labels=0.1)
+    return config
+
+
+def _changes() -> ConfigDict:
+    """Two chunks, the first a start; the history of the second mostly shows another garment."""
+    config = _clips()
+    config.name = "runway_tiny_changes"
+    config.video.frames = 21
+    config.loss.update(labels=0.0, copies=2)
+    config.changes.clips = 0.75
     return config
 
 
@@ -144,5 +170,5 @@ def _kind(config: ConfigDict, batch: int, peak: float = 2e-3) -> ConfigDict:
     config.optimizer.by_clock = True
     config.schedule = {"name": "constant", "peak": peak, "warmup": 50}
     if config.stage == "teacher_forcing":
-        config.ema.decay = 0.998
+        config.ema.decay = 0.98 if config.changes.clips else 0.998
     return config

@@ -67,6 +67,12 @@ def paper() -> ConfigDict:
         "most": 0.8,  # highest noise level that they are predicted from
         "noise": 0.0,  # most noise on reference and earlier blocks while they are predicted
     }
+    # Changes of the garment within a clip, see training/stages/teacher_forcing.py.
+    config.changes = {
+        "clips": 0.0,  # share of the clips whose history shows another garment; 0: none
+        "least": 0.4,  # range of the noise on it
+        "most": 0.8,
+    }
     config.optimizer = training.adamw_without_momentum()
     config.schedule = {"name": "constant", "peak": 1e-6, "warmup": 0}
     return config

@@ -117,6 +117,7 @@ class SceneStore:
         dynamic_only: float = DYNAMIC_ONLY,
         dropout: float = 0.0,
         matched: bool = False,
+        before: bool = False,
     ) -> dict[str, np.ndarray]:
         """Examples of some scenes, each of a random ordered pair of tops.
 
@@ -129,6 +130,7 @@ class SceneStore:
           frames: latent frames of the video, the first ones.
           dynamic_only: share of the examples that get the dynamic caption alone.
           dropout: share of them that get the empty prompt.
+          before: give the clips in another top than theirs, too, as `z_before`.
           matched: take the reference from the clip itself, in the same top. An ablation: as the
             paper trains (section 4.1), they differ.
 
@@ -142,6 +144,7 @@ class SceneStore:
         shown = top if matched else other
         caption = (rng.random(b) >= dynamic_only).astype(int)
         dropped = rng.random(b) < dropout
+        worn = (top + rng.integers(1, self.tops, size=b)) % self.tops if before else None
         with self._lock:
             x = self._arrays
             batch = {
@@ -151,6 +154,8 @@ class SceneStore:
                 "ids": x["ids"][scenes, top, caption],
                 "mask": x["mask"][scenes, top, caption],
             } | {name: x[name][scenes, top, :frames] for name in LABELS}
+            if worn is not None:
+                batch["z_before"] = x["z_video"][scenes, worn, :frames]
         batch["ids"][dropped], batch["mask"][dropped] = self.no_prompt
         return batch
 
@@ -195,6 +200,7 @@ def draw(
     dynamic_only: float = DYNAMIC_ONLY,
     dropout: float = 0.0,
     matched: bool = False,
+    before: bool = False,
 ) -> dict[str, np.ndarray]:
     """A batch from several stores, in which every scene of each is as likely as any other.
 
@@ -216,7 +222,13 @@ def draw(
         mine = numbers[(numbers >= end - size) & (numbers < end)] - (end - size)
         if len(mine):
             picked = store.pick(
-                rng, mine, frames, dynamic_only=dynamic_only, dropout=dropout, matched=matched
+                rng,
+                mine,
+                frames,
+                dynamic_only=dynamic_only,
+                dropout=dropout,
+                matched=matched,
+                before=before,
             )
             parts.append(picked)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -23,8 +23,10 @@ SWITCH = {
     "refresh": True,
     "withdraw": True,
     "disentangle": True,
-    "anchor": False,  # not of the paper, as are the next two
+    "anchor": False,  # not of the paper, as are the next four
     "history_noise": 0.0,
+    "carry": False,
+    "carry_noise": 0.6,
     "fade": False,
     "drop_repeated_frame": True,
 }

@@ -25,6 +25,14 @@ last bit. A setting, also not of the paper, hides the step:
 
     fade         small differences between both frames fade over the new chunk, see fade.py
 
+Another way, of ours too, needs a model that was trained for it (`changes` in
+configs/teacher_forcing.py), and wears nobody out, for the reference is always the person's picture:
+
+    carry        in the place of `disentangle`. Of the history the last chunk alone is remembered
+                 again, under noise of level `carry_noise`: pose and motion go on from it, and what
+                 is worn comes from the new picture. It is forgotten behind the first chunk in the
+                 new garment, which is the new sink. No new clip starts in the decoder
+
 For the ablations of section 5.3 something else can become the reference in its place:
 
     last_latent   the last latent frame as it was made, without decoding and encoding; unlike a
@@ -48,19 +56,21 @@ class SwitchError(UserError):
 
 FULL = ("refresh", "withdraw", "disentangle")  # what the paper does
 REFERENCES = ("disentangle", "last_latent", "random_frame")  # what may become the reference
-MECHANISMS = (*FULL, "anchor", *REFERENCES[1:])
+MECHANISMS = (*FULL, "anchor", "carry", *REFERENCES[1:])
+POSES = (*REFERENCES, "carry")  # what a new clip may take its pose from
+LEVELS = ("history_noise", "carry_noise")
 
 
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig:
     """What a garment or reference switch does; each can be turned off for an ablation.
 
-    At most one of `disentangle`, `last_latent` and `random_frame`; with none of them the reference
-    stays what it is. All three act only where the switch brings no picture of a person.
+    At most one of `disentangle`, `last_latent`, `random_frame` and `carry`; with none of them the
+    reference stays what it is. All four act only where the switch brings no picture of a person.
 
     Raises:
-      SwitchError: more than one of the three; or `anchor`, which writes into the cache, without
-        `refresh`; or a level of noise out of range.
+      SwitchError: more than one of the four; or `anchor`, which writes into the cache, without
+        `refresh`; or `carry` without `refresh` and `withdraw`; or a level of noise out of range.
     """
 
     # Write the new reference and garment into the cache; without it they stay unseen.
@@ -76,20 +86,28 @@ class SwitchConfig:
     # Level in [0, 1) of the noise under which the chunk before the anchor is remembered; without
     # `anchor` nothing.
     history_noise: float = 0.0
+    carry: bool = False  # the last chunk is remembered under noise, and the reference stays
+    carry_noise: float = 0.6  # its level, in [0, 1)
     # Of what the switch does not change no step is seen; only where the new clip repeats a pose.
     fade: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.history_noise < 1:
-            raise SwitchError(
-                f"a switch with history_noise={self.history_noise}: expected a level of noise of"
-                " at least 0 and below 1"
-            )
-        chosen = [name for name in REFERENCES if getattr(self, name)]
+        for name in LEVELS:
+            if not 0 <= getattr(self, name) < 1:
+                raise SwitchError(
+                    f"a switch with {name}={getattr(self, name)}: expected a level of noise of"
+                    " at least 0 and below 1"
+                )
+        chosen = [name for name in POSES if getattr(self, name)]
         if len(chosen) > 1:
             raise SwitchError(
-                f"a switch with {' and '.join(chosen)}: each says what becomes the reference;"
-                " choose one of them"
+                f"a switch with {' and '.join(chosen)}: each says what the new clip takes its pose"
+                " from; choose one of them"
+            )
+        if self.carry and not (self.refresh and self.withdraw):
+            raise SwitchError(
+                "a switch with carry, and without refresh or withdraw: what is remembered under"
+                " noise takes the place of the history; add both, or leave carry out"
             )
         if self.anchor and not self.refresh:
             raise SwitchError(
@@ -118,6 +136,11 @@ class SwitchConfig:
         return cls(**config.switch)
 
     @property
+    def starts_clip(self) -> bool:
+        """Whether a new clip starts in the decoder with a switch of the garment alone."""
+        return self.withdraw and not self.carry
+
+    @property
     def repeats(self) -> bool:
         """Whether the first frame after a switch repeats the pose that was shown last."""
         return self.refresh and self.withdraw and (self.disentangle or self.last_latent)
@@ -127,16 +150,16 @@ class SwitchConfig:
         """A comma-separated list of mechanisms.
 
         Its words are `refresh`, `withdraw`, `anchor` and one of `disentangle`, `last_latent`,
-        `random_frame`. `full` stands for `refresh,withdraw,disentangle`.
+        `random_frame`, `carry`. `full` stands for `refresh,withdraw,disentangle`.
 
         Args:
           text: the list.
-          like: has what no word says, `drop_repeated_frame`, `history_noise` and `fade`; None:
+          like: has what no word says, `drop_repeated_frame`, `fade` and both levels of noise; None:
             their defaults.
 
         Raises:
-          SwitchError: another word, a word twice, two of the last three, or `anchor` without
-            `refresh`.
+          SwitchError: another word, a word twice, two of the last four, `anchor` without
+            `refresh`, or `carry` without `refresh` and `withdraw`.
         """
         words = [word.strip() for word in text.split(",")]
         words = [each for word in words for each in (FULL if word == "full" else [word])]

@@ -7,9 +7,9 @@ frames (Wan2.2's VAE: 4), the first one of a clip for one:
     every other chunk            factor * block frames             12
 
 A garment takes effect at the first chunk that starts at its frame or later. If the switch
-withdraws the history, that chunk begins a new clip. If it also makes the last frame shown the
-reference (inference/mechanisms.py), its first frame repeats the pose, and may be left out if it is
-not the only one.
+withdraws the history, and does not carry the last chunk over, that chunk begins a new clip. If it
+also makes the last frame shown the reference (inference/mechanisms.py), its first frame repeats the
+pose, and may be left out if it is not the only one.
 
 Nothing here touches a device or makes a list as long as the video.
 """
@@ -201,7 +201,7 @@ def plan_stream(
       rhythm: frames of the chunks.
     """
     after_switch = rhythm.later
-    if mechanisms.withdraw:
+    if mechanisms.starts_clip:
         after_switch = rhythm.first
         if mechanisms.repeats and mechanisms.drop_repeated_frame:
             after_switch = max(1, after_switch - 1)

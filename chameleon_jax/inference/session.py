@@ -86,7 +86,7 @@ class Session:
     Args:
       pipeline: weights and config, shared between sessions.
       mechanisms: what a switch does; default those of the config's group `switch`. What
-        `last_latent` and `random_frame` need is kept from the start of a stream that has them.
+        `random_frame` needs is kept from the start of a stream that has it.
       measure: wait for the device after every stage and keep a `Timing` per chunk in `timings`.
       keep: chunks that can be taken back, see `rewind`; each costs what it overwrites of the cache,
         and a decoder's state.
@@ -167,8 +167,8 @@ class Session:
 
         Raises:
           SessionError: not started, or an earlier chunk failed; or nothing is kept to go back to;
-            or `last_latent` or `random_frame` came into `mechanisms` when the stream ran already,
-            and what they take as the reference was not kept. Then the stream stays.
+            or `random_frame` came into `mechanisms` when the stream ran already, and what it takes
+            as the reference was not kept. Then the stream stays.
           PositionError: absolute positions, and the clip has become longer than they reach. The
             stream stays: a switch that withdraws the history lets it go on.
         """
@@ -178,7 +178,8 @@ class Session:
             state = self._started()
             with self._lock:
                 starts_clip = self.mechanisms.withdraw and self._pending.keys() - {"prompt"}
-                self._stream.policy.check_length(0 if starts_clip else state.held)
+                ahead = int(self.mechanisms.carry)  # the chunk before is written once more
+                self._stream.policy.check_length(ahead if starts_clip else state.held)
                 if self._pending.keys() & {"garment", "reference"} == {"garment"}:
                     self._check_kept(state)
                 pending, self._pending = self._pending, {}
@@ -309,7 +310,7 @@ class Session:
                 "z_person": state.z_person,
                 "z_reference": state.z_reference,
                 "z_garment": state.z_garment,
-                "last_latent": state.last_latent,
+                "last_chunk": state.last_chunk,
             }
             arrays = {name: np.array(leaf) for name, leaf in named_leaves(trees).items()}
             for name in ("last_frame", "random_frame"):
@@ -330,7 +331,7 @@ class Session:
                 "held": state.held,
                 "frames": frames,
                 "clip_started": state.decoder is not None,
-                "last_latent": state.last_latent is not None,
+                "last_chunk": state.last_chunk is not None,
                 "goes_on": state.goes_on,
                 "switches": records,
                 "pending": {kind: number[id(switch)] for kind, (switch, _) in pending.items()},
@@ -365,7 +366,7 @@ class Session:
             "z_person": frame,
             "z_reference": frame,
             "z_garment": frame,
-            "last_latent": frame if meta["last_latent"] else None,
+            "last_chunk": self._stream.new_flight()[0] if meta["last_chunk"] else None,
         }
         with self._chunk_lock:
             self._stop()  # frees the old caches before the new ones are put on the device
@@ -440,12 +441,13 @@ class Session:
         begin = time.perf_counter()
         repeats = self._apply(state, switched)
         applied = self._wait(state.cache)
-        if called_off is None:
+        in_parts = called_off is not None or state.carried
+        if not in_parts:
             latents, state.cache = self._stream.chunk(
                 state.cache, state.text_kv, state.seed, state.chunk, self._history_noise(state)
             )
         else:
-            flight = self._denoise(state, called_off)
+            flight = self._denoise(state, called_off or _never)
             if flight is None:
                 return None
             latents, _ = flight
@@ -456,7 +458,7 @@ class Session:
             shown = self._media.fade(state.last_frame, shown)
         frames = np.array(shown)
         done = time.perf_counter()
-        if called_off is not None:
+        if in_parts:
             self._remember(state, flight)
         if repeats and self.mechanisms.drop_repeated_frame and len(frames) > 1:
             frames = frames[1:]
@@ -482,9 +484,20 @@ class Session:
 
     def _remember(self, state: _State, flight: Flight) -> None:
         """The last pass of a chunk; nobody waits for it."""
+        if state.carried:  # what it went on from shows another garment
+            state.cache, state.held, state.carried = withdraw(state.cache), 0, False
+            state.cache = open_chunk(state.cache)
         last = self._stream.count_passes(state.held == 0) - 1
         _, state.cache = self._pass(state, flight, last, self._history_noise(state))
         state.cache = close_chunk(state.cache)
+
+    def _carry(self, state: _State) -> None:
+        """Remember the chunk before under noise, as all that came before."""
+        state.cache, state.held = open_chunk(state.cache), 0
+        flight = state.last_chunk, self._stream.new_flight()[1]
+        last = self._stream.count_passes(True) - 1
+        _, state.cache = self._pass(state, flight, last, self.mechanisms.carry_noise)
+        state.cache, state.held, state.carried = close_chunk(state.cache), 1, True
 
     def _pass(
         self, state: _State, flight: Flight, number: int, history_noise: float = 0.0
@@ -524,10 +537,16 @@ class Session:
             z_next = self._next_reference(state)
         if z_next is not None:
             state.z_reference, state.goes_on = z_next, True
+        carries = does.carry and "reference" not in switched and state.last_chunk is not None
+        if carries:
+            state.z_reference, state.goes_on = state.z_person, False
         if does.withdraw:
-            state.cache, state.decoder, state.held = withdraw(state.cache), None, 0
+            state.cache, state.held = withdraw(state.cache), 0
+            state.decoder = state.decoder if carries else None
         if does.refresh:
             self._refresh(state)
+        if carries:
+            self._carry(state)
         return does.repeats and z_next is not None
 
     def _anchors(self, state: _State) -> bool:
@@ -547,8 +566,8 @@ class Session:
     def _next_reference(self, state: _State) -> jax.Array | None:
         """What the stream itself gives as the reference; None: it stays what it is."""
         does, frame = self.mechanisms, None
-        if does.last_latent:
-            return state.last_latent
+        if does.last_latent and state.last_chunk is not None:
+            return state.last_chunk[:, -1:].astype(state.z_reference.dtype)
         if does.disentangle:
             frame = state.last_frame
         if does.random_frame:
@@ -556,20 +575,18 @@ class Session:
         return None if frame is None else self._media.encode_image(frame)
 
     def _keep_for_reference(self, state: _State, latents: jax.Array, frames: np.ndarray) -> None:
-        """Keep of a new chunk what an ablation takes as the reference; before it is counted.
+        """Keep of a new chunk what a change may go on from; before it is counted.
 
         Args:
           state: before the chunk.
           latents: of the chunk, [1, f, h, w, c].
           frames: of the chunk that are handed out, uint8 [t, h, w, 3].
         """
-        does, last_latent, random_frame = self.mechanisms, None, None
-        if does.last_latent:
-            last_latent = latents[:, -1:].astype(state.z_reference.dtype)
+        random_frame = None
         # What was not kept from the first chunk on is no choice among all frames.
-        if does.random_frame and (state.chunk == 0 or state.random_frame is not None):
+        if self.mechanisms.random_frame and (state.chunk == 0 or state.random_frame is not None):
             random_frame = self._draw_frame(state, frames)
-        state.last_latent, state.random_frame = last_latent, random_frame
+        state.last_chunk, state.random_frame = latents, random_frame
 
     def _draw_frame(self, state: _State, frames: np.ndarray) -> np.ndarray:
         """One of all frames handed out, these included: a reservoir of one (Vitter 1985)."""
@@ -586,12 +603,11 @@ class Session:
         Raises:
           SessionError: it was not.
         """
-        for name in ("last_latent", "random_frame"):
-            if getattr(self.mechanisms, name) and state.chunk and getattr(state, name) is None:
-                raise SessionError(
-                    f"the stream ran without {name} before, so nothing was kept for the reference;"
-                    f" give {name} to the session before it starts"
-                )
+        if self.mechanisms.random_frame and state.chunk and state.random_frame is None:
+            raise SessionError(
+                "the stream ran without random_frame before, so nothing was kept for the"
+                " reference; give random_frame to the session before it starts"
+            )
 
     def _mark(self, state: _State, pending: Mapping[str, tuple[Switch, Any]]) -> None:
         """Note what the next chunk changes, so that it can be taken back."""
@@ -602,7 +618,9 @@ class Session:
         refreshes = does.refresh if pictures else self._anchors(state)
         # The slots that the chunk overwrites are those behind a withdrawal, if it begins with one.
         coming = withdraw(state.cache) if pictures and does.withdraw else state.cache
-        kept = self._stream.keep(coming)
+        kept = [self._stream.keep(coming)]
+        if does.carry and pictures:  # the chunk before is written in front of the coming one
+            kept.append(self._stream.keep(close_chunk(open_chunk(coming))))
         context = self._stream.keep_context(state.cache) if refreshes else None
         decoder = jax.tree.map(jnp.copy, state.decoder)  # the next decoding consumes it
         self._marks.append(
@@ -618,7 +636,9 @@ class Session:
 
     def _restore(self, state: _State, mark: _Mark) -> None:
         """The state before the chunk of a mark; those of later chunks are restored already."""
-        cache = self._stream.put_back(state.cache, mark.kept)
+        cache = state.cache
+        for kept in mark.kept:
+            cache = self._stream.put_back(cache, kept)
         if mark.context is not None:
             cache = self._stream.put_context(cache, mark.context)
         for field in dataclasses.fields(_State):
@@ -643,6 +663,10 @@ class Session:
         return time.perf_counter()
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclasses.dataclass
 class _State:
     """All that a stream is, besides its switches. Device arrays unless said otherwise."""
@@ -656,11 +680,11 @@ class _State:
     decoder: Any = None  # None: the next chunk starts a new clip
     chunk: int = 0  # chunks made since the start; never reset, so that no noise is drawn twice
     held: int = 0  # chunks made since the history was last withdrawn
+    carried: bool = False  # while a chunk is made: the history is the chunk before, under noise
     goes_on: bool = False  # the reference is what the stream itself gave, not the person's picture
     last_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host: what was shown last
-    # Only with the mechanism of that name.
-    last_latent: jax.Array | None = None  # [1, 1, h, w, c]
-    random_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host
+    last_chunk: jax.Array | None = None  # [1, f, h, w, c], float32
+    random_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host; with that mechanism
 
 
 @dataclasses.dataclass(frozen=True)
@@ -671,7 +695,7 @@ class _Mark:
       frames: handed out by then.
       before: all but the cache.
       counters: of the cache.
-      kept: what the chunk overwrites of the cache.
+      kept: what is overwritten of the cache, chunk by chunk.
       context: the condition frames of the cache, if the chunk overwrites them.
       pending: switches that take effect in the chunk.
     """
@@ -679,6 +703,6 @@ class _Mark:
     frames: int
     before: _State
     counters: Any
-    kept: Any
+    kept: list[Any]
     context: Any
     pending: dict[str, tuple[Switch, Any]]

@@ -22,7 +22,7 @@ from chameleon_jax.errors import UserError
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-SNAPSHOT_VERSION = 3
+SNAPSHOT_VERSION = 4
 
 
 class SnapshotError(UserError):

@@ -714,6 +714,7 @@ def teacher_forcing_features(
     policy: CachePolicy,
     layers: Sequence[int],
     z_opening: jax.Array | None = None,
+    t_clean: jax.Array | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """`teacher_forcing_forward`, and what the self-attention of some layers saw.
 
@@ -736,7 +737,7 @@ def teacher_forcing_features(
         )
     past = _past(z_context, z_clean, z_noisy.dtype, policy, z_opening)
     x = jnp.concatenate([past, z_noisy], axis=1)
-    t = jnp.pad(t_bf, ((0, 0), (past.shape[1], 0)))
+    t = jnp.concatenate([_past_times(past, z_clean, policy, t_clean), t_bf], axis=1)
     attend = teacher_forcing(
         policy,
         video,
@@ -767,6 +768,17 @@ def _past(
             )
     parts = (*contexts, z_clean[:, : z_clean.shape[1] - policy.block])
     return jnp.concatenate([z.astype(dtype) for z in parts], axis=1)
+
+
+def _past_times(
+    past: jax.Array, z_clean: jax.Array, policy: CachePolicy, t_clean: jax.Array | None
+) -> jax.Array:
+    """Timesteps of `past`, see `_past`: 0, but those of the video where they are given."""
+    t_past = jnp.zeros(past.shape[:2])
+    if t_clean is None:
+        return t_past
+    seen = z_clean.shape[1] - policy.block
+    return t_past.at[:, past.shape[1] - seen :].set(t_clean[:, :seen])
 
 
 def self_forcing_forward(
@@ -823,10 +835,7 @@ def self_forcing_forward(
         opening=z_opening is not None,
         backend=config.attention,
     )
-    t_past = jnp.zeros(x.shape[:2])
-    if t_clean is not None:
-        seen = video - policy.block
-        t_past = t_past.at[:, x.shape[1] - seen :].set(t_clean[:, :seen])
+    t_past = _past_times(x, z_clean, policy, t_clean)
     graph, state = nnx.split(dit)
     constant, constant_kv = jax.lax.stop_gradient((state, text_kv))
     _, cache = nnx.merge(graph, constant)(x, t_past, constant_kv, attend_history, decoded=slice(0))

@@ -88,7 +88,7 @@ class Field:
         return {"type": self.kind, "minimum": self.least, "maximum": self.most}
 
 
-MECHANISMS = ("refresh", "withdraw", "disentangle", "anchor")
+MECHANISMS = ("refresh", "withdraw", "disentangle", "anchor", "carry")
 CODECS = ("h264", "mp4", "jpeg")
 
 _NAME = Field("string", most=MAX_NAME)

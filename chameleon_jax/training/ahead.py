@@ -161,6 +161,8 @@ def batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
         "z_garment": ((1, *cell), jnp.float16),
         "z_video": ((frames, *cell), jnp.float16),
     }
+    if "changes" in config and config.changes.clips:
+        kinds["z_before"] = kinds["z_video"]
     if config.data.text:
         kinds["text"] = ((text.length, text.width), jnp.float16)
     else:

@@ -310,5 +310,6 @@ def _batch(
         dynamic_only=dynamic_share(config.data.captions),
         dropout=config.data.dropout,
         matched=feed.matched,
+        before="z_before" in shapes,
     )
     return {name: jax.device_put(found[name], s.sharding) for name, s in shapes.items()}

@@ -30,7 +30,8 @@ from chameleon_jax.training.stages import make_stage
 
 log = logging.getLogger(__name__)
 
-BEGINS = ("random", "state", "export")
+BEGINS = ("random", "weights", "state", "export")
+FIRST = BEGINS[:2]  # of the first stage, which has none before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,10 @@ def make_kind(config: ConfigDict, name: str, workdir: Path, mesh: Mesh) -> Kind:
     filled.workdir, filled.data.tokenizer = str(workdir), config.tokenizer
     filled.weights.vae = config.weights
     first = next(stage for stage in config.order if name in config.stages[stage].turn)
-    if config.stages[first].begins == "export":
+    begins = config.stages[first].begins
+    if begins == "weights":
+        filled.init_from = filled.weights.text = config.weights
+    if begins == "export":
         before = config.order[config.order.index(first) - 1]
         filled.init_from = filled.weights.text = str(export_folder(workdir, before))
     if config.stages[first].teacher:
@@ -204,8 +208,11 @@ def _faults(config: ConfigDict) -> Iterator[str]:
             yield f"{key}.turn is {stage.turn}; expected some of {', '.join(config.kinds)}"
         if stage.begins not in BEGINS:
             yield f"{key}.begins is {stage.begins!r}; expected one of {', '.join(BEGINS)}"
-        elif not place and stage.begins != "random":
-            yield f"{key}.begins is {stage.begins!r}; the first stage begins from random weights"
+        elif not place and stage.begins not in FIRST:
+            yield (
+                f"{key}.begins is {stage.begins!r}; the first stage begins from one of"
+                f" {', '.join(FIRST)}"
+            )
         # The weights that a kind starts from are those of the first stage that takes it.
         earlier = [config.stages[one] for one in config.order[:place] if one in config.stages]
         before = {kind for one in earlier for kind in one.turn}

@@ -173,6 +173,22 @@ def test_a_matched_reference_wears_what_the_video_shows(tokenizer):
     assert {(a, b) for _, a, b in read(store, batch)} == {(n, n) for n in range(3)}
 
 
+def test_what_was_worn_before_is_the_same_clip_in_any_other_top(tokenizer):
+    store = SceneStore(3, 3, (2, *GRID), tokenizer)
+    numbered(store, 3)
+    plain = draw([store], np.random.default_rng(0), 2, 256)
+    batch = draw([store], np.random.default_rng(0), 2, 256, before=True)
+    assert batch.keys() - plain.keys() == {"z_before"}
+    seen = set()
+    before = batch["z_before"][..., 0, 0, 0].astype(int)
+    for frames, (scene, top, reference) in zip(before, read(store, batch), strict=True):
+        worn = frames[0] // 10 % 10
+        assert frames.tolist() == [100 * scene + 10 * worn, 100 * scene + 10 * worn + 1]
+        seen.add((top, reference, worn))
+    tops = range(3)
+    assert seen == {(a, b, c) for a in tops for b in tops for c in tops if a not in (b, c)}
+
+
 def test_captions_are_mixed_and_dropped(tokenizer):
     store = SceneStore(1, 2, (1, *GRID), tokenizer)
     numbered(store, 1)

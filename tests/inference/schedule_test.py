@@ -86,6 +86,7 @@ def test_garments_that_cannot_be_planned(texts, message):
         (40, [10], REFRESH, [0, 9, 21, 33], 4),
         (40, [10], SwitchConfig.parse("refresh,withdraw,last_latent"), [0, 9, 21, 29], 2),
         (40, [10], SwitchConfig.parse("refresh,withdraw,random_frame"), [0, 9, 21, 30], 2),
+        (40, [10], SwitchConfig.parse("refresh,withdraw,carry"), [0, 9, 21, 33], 2),
         (81, [24, 48], FULL, [0, 9, 21, 33, 41, 53, 61, 73], 3),
         (1, [], FULL, [0], 1),
         (9, [], FULL, [0], 1),

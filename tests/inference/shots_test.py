@@ -1,7 +1,7 @@
 """Videos of several shots: what the chunks hear and made of, one program for all of them, and
 what is refused.
 
-That the chunks themselves are right is shown in tests/diffusion/rollout_test.py.
+That the chunks themselves are right is shown in tests/diffusion/shots_test.py.
 """
 
 from __future__ import annotations

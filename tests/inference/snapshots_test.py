@@ -70,7 +70,7 @@ def test_snapshot_and_rewind_with_other_references(pipeline, tmp_path, mechanism
     again = Session(pipeline)
     again.restore(Snapshot.load(tmp_path / "ahead.safetensors"))
     assert again.mechanisms == mechanisms
-    for name in ("last_latent", "random_frame"):
+    for name in ("last_chunk", "random_frame"):
         of_plain, of_again = (getattr(one._state, name) for one in (plain, again))
         assert (of_plain is None) == (of_again is None)
         assert of_plain is None or np.array_equal(of_plain, of_again)
@@ -87,8 +87,8 @@ def test_a_snapshot_without_the_latent_that_it_promises_is_refused(pipeline):
     session = started(pipeline, LATENT)
     chunks(session, 1)
     value = session.snapshot()
-    del value.arrays["last_latent"]
-    with pytest.raises(SnapshotError, match="last_latent"):
+    del value.arrays["last_chunk"]
+    with pytest.raises(SnapshotError, match="last_chunk"):
         session.restore(value)
 
 

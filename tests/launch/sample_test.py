@@ -135,6 +135,8 @@ def test_refresh_alone_keeps_the_rhythm(pictures, tmp_path, capsys):
         "random_frame": False,
         "anchor": False,
         "history_noise": 0.3,
+        "carry": False,
+        "carry_noise": 0.6,
         "fade": True,
     }
     assert report["switches"][0]["effective"] == 21 and report["frames"] == 40

@@ -80,7 +80,7 @@ def test_an_optimiser_that_does_not_follow_the_clock():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("order=('starts',)", "stages.starts.begins is 'state'; the first stage"),
+        ("order=('starts',)", "stages.starts.begins is 'state'; the first stage begins from one"),
         ("order=()", "order is empty"),
         ("order=('stils',)", "order has 'stils'; expected some of"),
         ("stages.clips.turn=('clip',)", "stages.clips.turn is"),
@@ -128,10 +128,22 @@ def test_the_stages_of_the_embedded_model_share_a_state(tmp_path):
     weights = kinds["dmd"].stage.weights
     assert weights["generator"] == tmp_path / "consistency/export/dit.safetensors"
     assert weights["critic"] == weights["real"] == tmp_path / "clips/export/dit.safetensors"
+
     steps = list(kinds["dmd"].steps)
     assert steps == ["both", "critic", "both 3+0", "critic 3+0"]
     files = {step_file(tmp_path, kinds["dmd"], step).name for step in steps}
     assert files == {f"dmd_{n}.step" for n in ("both", "critic", "both_3+0", "critic_3+0")}
+
+
+def test_changes_begin_from_the_weights_of_the_config(tmp_path):
+    config = configs.get_config("changes")
+    check(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    kind = make_kind(config, "changes", tmp_path, mesh)
+    for name in ("dit", "text"):
+        assert str(kind.stage.weights[name]) == f"{config.weights}/{name}.safetensors"
+    batch = kind.step.batch
+    assert batch["z_before"].shape == batch["z_video"].shape == (4, 6, 16, 10, 16)
 
 
 def test_what_is_compiled_ahead_does_not_depend_on_the_workdir(tmp_path):

@@ -107,7 +107,19 @@ function choose(kind, name, now = true) {
 }
 
 // What a change does, besides to show the new picture; each has a box of that name.
-const OPTIONAL = ["withdraw", "disentangle", "anchor"];
+const OPTIONAL = ["withdraw", "disentangle", "anchor", "carry"];
+
+// A change goes on from one thing, and from the motion only if the frames before are forgotten.
+function settle(word) {
+  if (!at(word).checked) {
+    if (word === "withdraw") at("carry").checked = false;
+  } else if (word === "carry") {
+    at("disentangle").checked = false;
+    at("withdraw").checked = true;
+  } else if (word === "disentangle") {
+    at("carry").checked = false;
+  }
+}
 
 function mechanisms() {
   return ["refresh", ...OPTIONAL.filter((word) => at(word).checked)];
@@ -379,7 +391,10 @@ setInterval(() => {
 try {
   const found = await ready(status);
   model = found.model;
-  for (const word of OPTIONAL) at(word).checked = found.mechanisms.includes(word);
+  for (const word of OPTIONAL) {
+    at(word).checked = found.mechanisms.includes(word);
+    at(word).addEventListener("change", () => settle(word));
+  }
   for (const picture of await wardrobe()) addTile(picture);
   Object.keys(tiles).forEach(addUpload);
   if (available()) addCamera();

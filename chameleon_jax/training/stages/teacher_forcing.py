@@ -22,6 +22,10 @@ all are made at once, each behind clean ones. `resampling.noise` hides some of t
 those clean ones, so that persons go wrong in them as they do in streams, where they come back from
 the reference alone.
 
+`changes` shows some clips with the history of another garment, under noise that the network knows
+of: so it learns what a change with `carry` asks for, see inference/mechanisms.py. The level tells
+such a history from one to be believed in.
+
 Several noisy copies of a clip, of different t, can share the clean one and the context
 (`loss.copies`): clips of one block then cost half as much a copy.
 
@@ -116,6 +120,12 @@ def make_stage(config: ConfigDict) -> Stage:
             )
             history = resampled(again, z_clean, config, policy.block, of_own)
         history = disturbed(history, config.loss.history_noise, loss_key(key, "history_noise"))
+        t_history = None
+        if config.changes.clips:
+            before = whole_blocks(read_before(config, batch), policy.block)
+            history, t_history = changed(
+                history, before.astype(z_clean.dtype), config, loss_key(key, "changes")
+            )
         if RECYCLED in frozen:
             history = disturb(
                 recycle,
@@ -138,6 +148,7 @@ def make_stage(config: ConfigDict) -> Stage:
             sample.text_kv,
             policy=policy,
             layers=layers,
+            t_clean=t_history,
         )
         w_bfhw = common.cell_weights(config, batch, f)
         if w_bfhw is not None:
@@ -250,6 +261,48 @@ def resampled(
     v = forward(z_noisy, common.network_timesteps(1000 * level, config))
     own = flow.x0_from_velocity(z_noisy, v, level).astype(z.dtype)
     return jax.lax.stop_gradient(jnp.where(chosen, own, z))
+
+
+def read_before(config: ConfigDict, batch: Batch) -> jax.Array:
+    """The clips of a batch in another garment.
+
+    Raises:
+      ConfigError: it has none.
+    """
+    if "z_before" not in batch:
+        raise ConfigError(
+            f"changes.clips is {config.changes.clips}, and the data has no clips in another"
+            " garment; scenes that are rendered meanwhile have them, see configs/sprint.py; or set"
+            " changes.clips=0"
+        )
+    return batch["z_before"]
+
+
+def changed(
+    z: jax.Array, before: jax.Array, config: ConfigDict, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A history in which some clips show another garment, under noise that the network knows of.
+
+    Args:
+      z: the history [b, f, h, w, c].
+      before: the same clips in another garment, of the same shape.
+      config: `changes.clips`, the share of those that do; `changes.least` and `changes.most`, the
+        range that the level of the noise is drawn from, one for each clip.
+      key: PRNG key.
+
+    Returns:
+      The history, and its timesteps [b, f]: 0 where nothing is changed.
+    """
+    b, f = z.shape[:2]
+    of_clip, of_level, of_noise = jax.random.split(key, 3)
+    chosen = jax.random.bernoulli(of_clip, config.changes.clips, (b, 1))
+    low, high = config.changes.least, config.changes.most
+    level = jax.random.uniform(of_level, (b, 1), minval=low, maxval=high)
+    level = jnp.broadcast_to(level, (b, f))
+    noisy = flow.add_noise(before, jax.random.normal(of_noise, z.shape), level)
+    where = chosen[..., None, None, None]
+    times = common.network_timesteps(1000 * level, config)
+    return jnp.where(where, noisy, z), jnp.where(chosen, times, 0.0)
 
 
 def disturbed(z: jax.Array, most: float, key: jax.Array) -> jax.Array:
