@@ -168,7 +168,8 @@ class Session:
         Raises:
           SessionError: not started, or an earlier chunk failed; or nothing is kept to go back to;
             or `random_frame` came into `mechanisms` when the stream ran already, and what it takes
-            as the reference was not kept. Then the stream stays.
+            as the reference was not kept; or the cache is too small for `carry`. Then the stream
+            stays.
           PositionError: absolute positions, and the clip has become longer than they reach. The
             stream stays: a switch that withdraws the history lets it go on.
         """
@@ -598,11 +599,19 @@ class Session:
         return state.random_frame if place < 0 else frames[place].copy()
 
     def _check_kept(self, state: _State) -> None:
-        """Refuse a switch whose reference would have had to be kept.
+        """Refuse a switch of the garment that has nothing to go on from.
 
         Raises:
-          SessionError: it was not.
+          SessionError: what becomes the reference was not kept, or the cache has no room for the
+            chunk before beside a new one.
         """
+        policy = self._stream.policy
+        least = policy.context + 2 * policy.block
+        if self.mechanisms.carry and policy.frames < least:
+            raise SessionError(
+                f"a cache of {policy.frames} frames has no room for the chunk that carry goes on"
+                f" from; set cache.frames to {least} or more, or leave carry out"
+            )
         if self.mechanisms.random_frame and state.chunk and state.random_frame is None:
             raise SessionError(
                 "the stream ran without random_frame before, so nothing was kept for the"

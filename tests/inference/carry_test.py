@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.attention.cache import close_chunk, open_chunk, withdraw
-from chameleon_jax.inference import Session, Snapshot, SwitchConfig
+from chameleon_jax.inference import Session, SessionError, Snapshot, SwitchConfig
 from tests.inference.streams import (
     COAT,
     FULL,
@@ -119,6 +119,18 @@ def test_a_carried_change_that_was_called_off_was_never_begun(pipeline):
         assert session.next_chunk(lambda calls=calls: next(calls)) is None
     plain.switch_garment(SHIRT)
     assert same(in_parts(plain, 3), in_parts(session, 3))
+
+
+def test_a_cache_without_room_for_the_chunk_before_is_refused_and_the_stream_stays():
+    made_by = make_pipeline("cache.frames=5", "cache.sink=0")
+    session, plain = started(made_by, CARRY), started(made_by, FULL)
+    chunks(session, 2), chunks(plain, 2)
+    session.switch_garment(SHIRT)
+    with pytest.raises(SessionError, match="cache of 5 frames has no room .* cache.frames to 8"):
+        session.next_chunk()
+    session.mechanisms = FULL
+    plain.switch_garment(SHIRT)
+    assert same(chunks(session, 2), chunks(plain, 2))
 
 
 def test_a_stream_can_begin_to_carry_at_any_change(pipeline):
