@@ -29,6 +29,8 @@ COLOUR = """(() => {
   for (let i = 0; i < part.length; i += 4) for (let c = 0; c < 3; c++) sum[c] += part[i + c];
   return sum.map((x) => 4 * x / part.length);
 })()"""
+# withdraw, disentangle, anchor, carry
+BOXES = "[...document.querySelectorAll('fieldset input')].map((box) => box.checked)"
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -69,8 +71,7 @@ def test_a_click_changes_the_garment(address, tmp_path, codec):
     with Chromium(tmp_path) as page:
         open_ready(page, address)
         assert "token" not in page.run("document.documentElement.outerHTML")
-        boxes = "[...document.querySelectorAll('fieldset input')].map((box) => box.checked)"
-        assert page.run(boxes) == [True, True, True]  # as the model's config has it
+        assert page.run(BOXES) == [True, True, True, False]  # as the model's config has it
         page.run(f"document.getElementById('codec').value = '{codec}'")
         page.run("document.getElementById('start').click()")
         page.until("window.chameleon.shown > 4", 120)
@@ -93,6 +94,28 @@ def test_a_click_changes_the_garment(address, tmp_path, codec):
         assert page.run("document.getElementById('notice').textContent") == ""
         # While the model is compiled the page asks, and is told to wait.
         assert [text for text in page.errors if "/readyz" not in text] == [] and len(first) == 3
+
+
+def test_a_change_that_goes_on_from_the_motion(address, tmp_path):
+    """Boxes that do not go together take each other out, and the server does what they say."""
+    with Chromium(tmp_path) as page:
+        open_ready(page, address)
+        for word, expected in (
+            ("carry", [True, False, True, True]),
+            ("disentangle", [True, True, True, False]),
+            ("carry", [True, False, True, True]),
+            ("withdraw", [False, False, True, False]),
+            ("carry", [True, False, True, True]),
+        ):
+            page.run(f"document.getElementById('{word}').click()")
+            assert page.run(BOXES) == expected, word
+        page.run("document.getElementById('start').click()")
+        page.until("window.chameleon.shown > 16", 120)
+        page.run("document.querySelectorAll('#garments button')[2].click()")
+        page.until("window.chameleon.latencies.length === 1", 120)
+        shown = page.run("window.chameleon.shown")
+        page.until(f"window.chameleon.shown > {shown + 16}", 120)
+        assert page.run("document.getElementById('notice').textContent") == ""
 
 
 def garment_colour(name: str) -> np.ndarray:
