@@ -26,7 +26,7 @@ last bit. A setting, also not of the paper, hides the step:
     fade         small differences between both frames fade over the new chunk, see fade.py
 
 Another way, of ours too, needs a model that was trained for it (`changes` in
-configs/teacher_forcing.py), and wears nobody out, for the reference is always the person's picture:
+configs/teacher_forcing.py), and copies no frame, for the reference is always the person's picture:
 
     carry        in the place of `disentangle`. Of the history the last chunk alone is remembered
                  again, under noise of level `carry_noise`: pose and motion go on from it, and what

@@ -442,13 +442,12 @@ class Session:
         begin = time.perf_counter()
         repeats = self._apply(state, switched)
         applied = self._wait(state.cache)
-        in_parts = called_off is not None or state.carried
-        if not in_parts:
+        if called_off is None:
             latents, state.cache = self._stream.chunk(
                 state.cache, state.text_kv, state.seed, state.chunk, self._history_noise(state)
             )
         else:
-            flight = self._denoise(state, called_off or _never)
+            flight = self._denoise(state, called_off)
             if flight is None:
                 return None
             latents, _ = flight
@@ -459,13 +458,16 @@ class Session:
             shown = self._media.fade(state.last_frame, shown)
         frames = np.array(shown)
         done = time.perf_counter()
-        if in_parts:
+        if state.carried:  # what the chunk went on from shows another garment
+            self._recall(state, latents)
+        elif called_off is not None:
             self._remember(state, flight)
         if repeats and self.mechanisms.drop_repeated_frame and len(frames) > 1:
             frames = frames[1:]
         self._keep_for_reference(state, latents, frames)
         state.chunk += 1
-        state.held += 1
+        state.held = 1 if state.carried else state.held + 1
+        state.carried = False
         state.last_frame = frames[-1].copy()
         if self._measure:
             self.timings.append(
@@ -485,20 +487,17 @@ class Session:
 
     def _remember(self, state: _State, flight: Flight) -> None:
         """The last pass of a chunk; nobody waits for it."""
-        if state.carried:  # what it went on from shows another garment
-            state.cache, state.held, state.carried = withdraw(state.cache), 0, False
-            state.cache = open_chunk(state.cache)
         last = self._stream.count_passes(state.held == 0) - 1
         _, state.cache = self._pass(state, flight, last, self._history_noise(state))
         state.cache = close_chunk(state.cache)
 
-    def _carry(self, state: _State) -> None:
-        """Remember the chunk before under noise, as all that came before."""
-        state.cache, state.held = open_chunk(state.cache), 0
-        flight = state.last_chunk, self._stream.new_flight()[1]
+    def _recall(self, state: _State, latents: jax.Array, noise: float = 0.0) -> None:
+        """Remember a chunk alone, in the place of the history, under noise of some level."""
+        state.cache = open_chunk(withdraw(state.cache))
+        flight = latents, self._stream.new_flight()[1]
         last = self._stream.count_passes(True) - 1
-        _, state.cache = self._pass(state, flight, last, self.mechanisms.carry_noise)
-        state.cache, state.held, state.carried = close_chunk(state.cache), 1, True
+        _, state.cache = self._pass(state, flight, last, noise)
+        state.cache = close_chunk(state.cache)
 
     def _pass(
         self, state: _State, flight: Flight, number: int, history_noise: float = 0.0
@@ -547,7 +546,8 @@ class Session:
         if does.refresh:
             self._refresh(state)
         if carries:
-            self._carry(state)
+            self._recall(state, state.last_chunk, does.carry_noise)
+            state.held, state.carried = 1, True
         return does.repeats and z_next is not None
 
     def _anchors(self, state: _State) -> bool:
@@ -670,10 +670,6 @@ class Session:
         if self._measure:
             jax.block_until_ready(value)
         return time.perf_counter()
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclasses.dataclass

@@ -40,6 +40,11 @@ def test_a_share_of_the_clips_shows_what_was_worn_before_under_noise():
     np.testing.assert_allclose(found[chosen].std((1, 2, 3, 4)), levels[chosen], atol=0.06)
 
 
+def test_a_range_of_noise_upside_down_is_refused():
+    with pytest.raises(ConfigError, match=r"changes.least is 0.9, and changes.most 0.8; expected"):
+        teacher_forcing.make_stage(settings("changes.least=0.9"))
+
+
 def test_what_is_trained_is_what_a_stream_does_behind_a_change():
     """The chunk before, remembered at its level of noise, then a chunk that sees it alone."""
     dit, policy, level = tiny_dit.tiny_dit(), Ring(frames=11), 0.6

@@ -77,6 +77,11 @@ def make_stage(config: ConfigDict) -> Stage:
     policy = read_policy(config)
     check_lengths(config, policy.block)
     common.check_focus(config)
+    if config.changes.least > config.changes.most:
+        raise ConfigError(
+            f"changes.least is {config.changes.least}, and changes.most {config.changes.most};"
+            " expected a range of noise, from the lower level to the higher one"
+        )
     recycle, copies = read_recycling(config), config.loss.copies
     if recycle is not None and copies > 1:
         raise ConfigError(
