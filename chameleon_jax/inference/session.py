@@ -7,7 +7,7 @@
         if clicked:
             session.switch_garment(other)  # from any thread; takes effect at the next chunk
 
-What a garment switch does is in `mechanisms`.
+What a garment switch does is said in `mechanisms` and done in `chunks`; here is when it happens.
 
 The state is a value: `snapshot()` gives it, a file keeps it, `restore()` continues from it with the
 same bits. Random numbers are drawn from (seed, purpose, chunk number) and from nothing else.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax import __version__
-from chameleon_jax.attention.cache import KVCache, close_chunk, open_chunk, withdraw
+from chameleon_jax.attention.cache import close_chunk, open_chunk, withdraw
 from chameleon_jax.errors import UserError
+from chameleon_jax.inference.chunks import ChunkMaker, StreamState, Timing
 from chameleon_jax.inference.mechanisms import SwitchConfig
 from chameleon_jax.inference.pictures import PREPARE, EncodedPicture
-from chameleon_jax.inference.programs import Flight, stream_arguments
+from chameleon_jax.inference.programs import stream_arguments
 from chameleon_jax.inference.snapshots import (
     SNAPSHOT_VERSION,
     Snapshot,
@@ -42,7 +42,7 @@ from chameleon_jax.inference.snapshots import (
     identity,
     named_leaves,
 )
-from chameleon_jax.keys import check_seed, inference_key
+from chameleon_jax.keys import check_seed
 
 if TYPE_CHECKING:
     from chameleon_jax.inference.pipeline import Pipeline
@@ -65,16 +65,6 @@ class Switch:
     # The first frame made with it; None while it waits, or if it was superseded.
     effective: int | None = None
     superseded: bool = False  # a later switch of the same kind came before the next chunk
-
-
-@dataclasses.dataclass
-class Timing:
-    """Seconds of one chunk, host time; only taken by a session with `measure=True`."""
-
-    frames: int  # frames handed out
-    switch: float  # encoding pictures, refreshing the cache; next to nothing without a switch
-    denoise: float  # the denoise steps; and the clean pass, if the frames wait for it
-    decode: float  # VAE, conversion to uint8, copy to the host
 
 
 class Session:
@@ -107,7 +97,7 @@ class Session:
         self._media, self._stream = pipeline.media, pipeline.stream
         self._chunk_lock = threading.RLock()  # held while a chunk is made
         self._lock = threading.Lock()  # guards what other threads touch; held for moments only
-        self._state: _State | None = None
+        self._state: StreamState | None = None
         self._frames: int | None = None  # handed out; None while no stream is running
         self._pending: dict[str, tuple[Switch, Any]] = {}
         self._switches: list[Switch] = []
@@ -143,9 +133,9 @@ class Session:
             self.pipeline.compile()
             stream = self._stream
             text_kv = self.pipeline.stream_text(self.pipeline.encode_prompt(prompt))
-            z_reference, z_garment = self._latent(person), self._latent(worn)
+            z_reference, z_garment = map(self._maker.encode, (person, worn))
             cache = stream.refresh(stream.new_cache(), z_reference, z_garment, text_kv)
-            state = _State(int(seed), cache, text_kv, z_reference, z_reference, z_garment)
+            state = StreamState(int(seed), cache, text_kv, z_reference, z_reference, z_garment)
             self._run(state, {}, [], frames=0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -187,18 +177,20 @@ class Session:
             try:
                 self._mark(state, pending)
                 switched = {kind: content for kind, (_, content) in pending.items()}
-                frames = self._make_chunk(state, switched, called_off)
-                if frames is None:
+                made = self._maker.make(state, switched, self._frames, called_off)
+                if made is None:
                     self._go_back(state, [self._marks.pop()])
                     return None
             except BaseException:
                 self._stop()  # the caches may have been consumed
                 raise
+            if made.timing is not None:
+                self.timings.append(made.timing)
             with self._lock:
                 for switch, _ in pending.values():
                     switch.effective = self._frames
-                self._frames += len(frames)
-            return frames
+                self._frames += len(made.frames)
+            return made.frames
 
     def rewind(self, frame: int) -> int:
         """Take back the chunks that begin at `frame` or later, as if they had not been made.
@@ -382,10 +374,14 @@ class Session:
             self.timings.clear()
             counters = {name: meta[name] for name in ("seed", "chunk", "held", "goes_on")}
             shown = {name: snapshot.arrays.get(name) for name in ("last_frame", "random_frame")}
-            state = _State(**shown, **counters, **trees)
+            state = StreamState(**shown, **counters, **trees)
             self._run(state, pending, switches, frames=meta["frames"])
 
-    def _run(self, state: _State, pending: dict, switches: list[Switch], frames: int) -> None:
+    @property
+    def _maker(self) -> ChunkMaker:
+        return ChunkMaker(self.pipeline, self.mechanisms, measure=self._measure)
+
+    def _run(self, state: StreamState, pending: dict, switches: list[Switch], frames: int) -> None:
         self._marks.clear()
         with self._lock:
             self._state, self._frames = state, frames
@@ -397,7 +393,7 @@ class Session:
             self._state, self._frames = None, None
             self._pending, self._switches = {}, []
 
-    def _started(self) -> _State:
+    def _started(self) -> StreamState:
         if self._state is None:
             raise SessionError(NOT_RUNNING)
         return self._state
@@ -413,11 +409,6 @@ class Session:
             )
         return picture
 
-    def _latent(self, picture: np.ndarray | EncodedPicture) -> jax.Array:
-        if isinstance(picture, EncodedPicture):
-            return picture.latent
-        return self._media.encode_image(picture)
-
     def _post(self, kind: str, content: Any) -> Switch:
         with self._lock:
             if self._frames is None:
@@ -429,176 +420,7 @@ class Session:
             self._switches.append(switch)
             return switch
 
-    def _make_chunk(
-        self,
-        state: _State,
-        switched: Mapping[str, Any],
-        called_off: Callable[[], bool] | None,
-    ) -> np.ndarray | None:
-        """Apply the switches, make a chunk, bring `state` up to date.
-
-        Returns the frames to hand out; None if the chunk was called off.
-        """
-        begin = time.perf_counter()
-        repeats = self._apply(state, switched)
-        applied = self._wait(state.cache)
-        if called_off is None:
-            latents, state.cache = self._stream.chunk(
-                state.cache, state.text_kv, state.seed, state.chunk, self._history_noise(state)
-            )
-        else:
-            flight = self._denoise(state, called_off)
-            if flight is None:
-                return None
-            latents, _ = flight
-        denoised = self._wait(latents)
-        decoder, state.decoder = state.decoder, None  # donated
-        shown, state.decoder = self._media.decode(latents, decoder)
-        if repeats and self.mechanisms.fade:
-            shown = self._media.fade(state.last_frame, shown)
-        frames = np.array(shown)
-        done = time.perf_counter()
-        if state.carried:  # what the chunk went on from shows another garment
-            self._recall(state, latents)
-        elif called_off is not None:
-            self._remember(state, flight)
-        if repeats and self.mechanisms.drop_repeated_frame and len(frames) > 1:
-            frames = frames[1:]
-        self._keep_for_reference(state, latents, frames)
-        state.chunk += 1
-        state.held = 1 if state.carried else state.held + 1
-        state.carried = False
-        state.last_frame = frames[-1].copy()
-        if self._measure:
-            self.timings.append(
-                Timing(len(frames), applied - begin, denoised - applied, done - denoised)
-            )
-        return frames
-
-    def _denoise(self, state: _State, called_off: Callable[[], bool]) -> Flight | None:
-        """All passes of a chunk but the last; None if it was called off in between."""
-        flight, state.cache = self._stream.new_flight(), open_chunk(state.cache)
-        for number in range(self._stream.count_passes(state.held == 0) - 1):
-            flight, state.cache = self._pass(state, flight, number)
-            jax.block_until_ready(flight)
-            if called_off():
-                return None
-        return flight
-
-    def _remember(self, state: _State, flight: Flight) -> None:
-        """The last pass of a chunk; nobody waits for it."""
-        last = self._stream.count_passes(state.held == 0) - 1
-        _, state.cache = self._pass(state, flight, last, self._history_noise(state))
-        state.cache = close_chunk(state.cache)
-
-    def _recall(self, state: _State, latents: jax.Array, noise: float = 0.0) -> None:
-        """Remember a chunk alone, in the place of the history, under noise of some level."""
-        state.cache = open_chunk(withdraw(state.cache))
-        flight = latents, self._stream.new_flight()[1]
-        last = self._stream.count_passes(True) - 1
-        _, state.cache = self._pass(state, flight, last, noise)
-        state.cache = close_chunk(state.cache)
-
-    def _pass(
-        self, state: _State, flight: Flight, number: int, history_noise: float = 0.0
-    ) -> tuple[Flight, KVCache]:
-        """One pass of the chunk that is made; only the last one knows of noise."""
-        return self._stream.passes(
-            state.cache,
-            state.text_kv,
-            state.seed,
-            state.chunk,
-            flight,
-            number,
-            number + 1,
-            history_noise,
-        )
-
-    def _apply(self, state: _State, switched: Mapping[str, Any]) -> bool:
-        """Let switches take effect on `state`.
-
-        Returns whether the next frame repeats the pose that was shown last.
-        """
-        does = self.mechanisms
-        if "prompt" in switched:
-            state.text_kv = self.pipeline.stream_text(switched["prompt"])
-        if not switched.keys() - {"prompt"}:
-            if self._anchors(state):
-                state.z_reference, state.goes_on = state.z_person, False
-                self._refresh(state)
-            return False
-        if "garment" in switched:
-            state.z_garment = self._latent(switched["garment"])
-        z_next = None
-        if "reference" in switched:
-            state.z_person = state.z_reference = self._latent(switched["reference"])
-            state.goes_on = False
-        else:
-            z_next = self._next_reference(state)
-        if z_next is not None:
-            state.z_reference, state.goes_on = z_next, True
-        carries = does.carry and "reference" not in switched and state.last_chunk is not None
-        if carries:
-            state.z_reference, state.goes_on = state.z_person, False
-        if does.withdraw:
-            state.cache, state.held = withdraw(state.cache), 0
-            state.decoder = state.decoder if carries else None
-        if does.refresh:
-            self._refresh(state)
-        if carries:
-            self._recall(state, state.last_chunk, does.carry_noise)
-            state.held, state.carried = 1, True
-        return does.repeats and z_next is not None
-
-    def _anchors(self, state: _State) -> bool:
-        """Whether the person's picture comes back with the next chunk that changes no picture."""
-        return self.mechanisms.anchor and state.goes_on
-
-    def _history_noise(self, state: _State) -> float:
-        """Level of noise under which the chunk that is made is remembered."""
-        return self.mechanisms.history_noise if self._anchors(state) else 0.0
-
-    def _refresh(self, state: _State) -> None:
-        """Write reference and garment into the cache."""
-        state.cache = self._stream.refresh(
-            state.cache, state.z_reference, state.z_garment, state.text_kv
-        )
-
-    def _next_reference(self, state: _State) -> jax.Array | None:
-        """What the stream itself gives as the reference; None: it stays what it is."""
-        does, frame = self.mechanisms, None
-        if does.last_latent and state.last_chunk is not None:
-            return state.last_chunk[:, -1:].astype(state.z_reference.dtype)
-        if does.disentangle:
-            frame = state.last_frame
-        if does.random_frame:
-            frame = state.random_frame
-        return None if frame is None else self._media.encode_image(frame)
-
-    def _keep_for_reference(self, state: _State, latents: jax.Array, frames: np.ndarray) -> None:
-        """Keep of a new chunk what a change may go on from; before it is counted.
-
-        Args:
-          state: before the chunk.
-          latents: of the chunk, [1, f, h, w, c].
-          frames: of the chunk that are handed out, uint8 [t, h, w, 3].
-        """
-        random_frame = None
-        # What was not kept from the first chunk on is no choice among all frames.
-        if self.mechanisms.random_frame and (state.chunk == 0 or state.random_frame is not None):
-            random_frame = self._draw_frame(state, frames)
-        state.last_chunk, state.random_frame = latents, random_frame
-
-    def _draw_frame(self, state: _State, frames: np.ndarray) -> np.ndarray:
-        """One of all frames handed out, these included: a reservoir of one (Vitter 1985)."""
-        before = self._frames
-        key = jax.random.fold_in(
-            inference_key(np.uint32(state.seed), "random_frame"), np.int32(state.chunk)
-        )
-        place = int(jax.random.randint(key, (), 0, before + len(frames))) - before
-        return state.random_frame if place < 0 else frames[place].copy()
-
-    def _check_kept(self, state: _State) -> None:
+    def _check_kept(self, state: StreamState) -> None:
         """Refuse a switch of the garment that has nothing to go on from.
 
         Raises:
@@ -618,13 +440,13 @@ class Session:
                 " reference; give random_frame to the session before it starts"
             )
 
-    def _mark(self, state: _State, pending: Mapping[str, tuple[Switch, Any]]) -> None:
+    def _mark(self, state: StreamState, pending: Mapping[str, tuple[Switch, Any]]) -> None:
         """Note what the next chunk changes, so that it can be taken back."""
         if not self._marks.maxlen:
             return
         pictures = pending.keys() - {"prompt"}
         does = self.mechanisms
-        refreshes = does.refresh if pictures else self._anchors(state)
+        refreshes = does.refresh if pictures else self._maker.anchors(state)
         # The slots that the chunk overwrites are those behind a withdrawal, if it begins with one.
         coming = withdraw(state.cache) if pictures and does.withdraw else state.cache
         kept = [self._stream.keep(coming)]
@@ -643,18 +465,18 @@ class Session:
             )
         )
 
-    def _restore(self, state: _State, mark: _Mark) -> None:
+    def _restore(self, state: StreamState, mark: _Mark) -> None:
         """The state before the chunk of a mark; those of later chunks are restored already."""
         cache = state.cache
         for kept in mark.kept:
             cache = self._stream.put_back(cache, kept)
         if mark.context is not None:
             cache = self._stream.put_context(cache, mark.context)
-        for field in dataclasses.fields(_State):
+        for field in dataclasses.fields(StreamState):
             setattr(state, field.name, getattr(mark.before, field.name))
         state.cache = cache.replace(state=mark.counters)
 
-    def _go_back(self, state: _State, taken: Sequence[_Mark]) -> None:
+    def _go_back(self, state: StreamState, taken: Sequence[_Mark]) -> None:
         """Take back the chunks of some marks, the last one first."""
         for mark in taken:
             self._restore(state, mark)
@@ -665,31 +487,6 @@ class Session:
                     switch.superseded |= kind in self._pending  # what was asked for later counts
                 self._pending = mark.pending | self._pending
                 self._frames = mark.frames
-
-    def _wait(self, value: Any) -> float:
-        if self._measure:
-            jax.block_until_ready(value)
-        return time.perf_counter()
-
-
-@dataclasses.dataclass
-class _State:
-    """All that a stream is, besides its switches. Device arrays unless said otherwise."""
-
-    seed: int
-    cache: Any
-    text_kv: Any
-    z_person: jax.Array  # [1, 1, h, w, c], of the picture that was given
-    z_reference: jax.Array  # [1, 1, h, w, c]
-    z_garment: jax.Array  # [1, 1, h, w, c]
-    decoder: Any = None  # None: the next chunk starts a new clip
-    chunk: int = 0  # chunks made since the start; never reset, so that no noise is drawn twice
-    held: int = 0  # chunks made since the history was last withdrawn
-    carried: bool = False  # while a chunk is made: the history is the chunk before, under noise
-    goes_on: bool = False  # the reference is what the stream itself gave, not the person's picture
-    last_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host: what was shown last
-    last_chunk: jax.Array | None = None  # [1, f, h, w, c], float32
-    random_frame: np.ndarray | None = None  # uint8 [h, w, 3], on the host; with that mechanism
 
 
 @dataclasses.dataclass(frozen=True)
@@ -706,7 +503,7 @@ class _Mark:
     """
 
     frames: int
-    before: _State
+    before: StreamState
     counters: Any
     kept: list[Any]
     context: Any

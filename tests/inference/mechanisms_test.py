@@ -294,7 +294,7 @@ def test_every_frame_is_chosen_as_often_and_by_the_seed_alone(pipeline):
         session._state.seed, session._state.random_frame, session._frames = seed, None, 0
         for number, frames in enumerate(np.split(np.arange(6), [2, 5])):
             session._state.chunk = number
-            session._keep_for_reference(session._state, zeros, frames)
+            session._maker.keep_for_reference(session._state, zeros, frames, session._frames)
             session._frames += len(frames)
         chosen.append(int(session._state.random_frame))
     assert chosen[300:] == chosen[5:7]

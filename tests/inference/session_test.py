@@ -129,7 +129,7 @@ def test_prompt_switch_changes_the_text_only(pipeline):
     before = cache_arrays(session)
     session.switch_prompt("he jumps")
     pending = {"prompt": session._pending["prompt"][1]}
-    session._apply(session._state, pending)
+    session._maker.apply(session._state, pending)
     assert same(before, cache_arrays(session)) and session.length == 8
     frames = session.next_chunk()
     assert len(frames) == 12 and not np.array_equal(frames, undisturbed.next_chunk())

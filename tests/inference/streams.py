@@ -62,7 +62,7 @@ def switch_now(session, garment):
     """What next_chunk does before it makes a chunk."""
     session.switch_garment(garment)
     pending, session._pending = session._pending, {}
-    session._apply(session._state, {kind: content for kind, (_, content) in pending.items()})
+    session._maker.apply(session._state, {kind: content for kind, (_, content) in pending.items()})
 
 
 def cache_arrays(session):
