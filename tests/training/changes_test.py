@@ -9,19 +9,13 @@ import pytest
 
 from chameleon_jax.attention.cache import close_chunk, open_chunk
 from chameleon_jax.attention.policies import Ring
-from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion import rollout
 from chameleon_jax.models.dit import teacher_forcing_features, teacher_forcing_forward
 from chameleon_jax.training.stages import teacher_forcing
-from chameleon_jax.training.state import TrainState
 from tests import tiny_dit
 from tests.tiny_dit import LATENT, latents, prompt
-
-
-def settings(*overrides: str):
-    small = ["video.height=16", "video.width=16", "train.preview_every=0", "train.text=false"]
-    given = ["workdir=x", "data.dir=y", "weights.vae=unread", "weights.text=unread"]
-    return load_config("configs/teacher_forcing.py:smoke", [*given, *small, *overrides])
+from tests.training.by_hand import Losses, settings
 
 
 def test_a_share_of_the_clips_shows_what_was_worn_before_under_noise():
@@ -76,32 +70,13 @@ def test_what_is_trained_is_what_a_stream_does_behind_a_change():
 
 def test_only_what_follows_a_change_is_changed():
     """The first chunk has no history; without changes what was worn before is not read."""
-    z = jax.random.normal(jax.random.key(0), (2, 14, 2, 2, 4))
-    params = None
+    same, other = jax.random.normal(jax.random.key(0), (2, 2, 6, 2, 2, 4))
+    losses = Losses(same)
 
     def loss(frames, before, *overrides):
-        nonlocal params
-        stage = teacher_forcing.make_stage(settings("train.text=true", *overrides))
-        if params is None:  # the head starts at zero, and would give the same for everything
-            params = {
-                name: network.init(jax.random.key(1)) for name, network in stage.trained.items()
-            }
-            params = jax.tree.map(
-                lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params
-            )
-        batch = {
-            "z_reference": z[:, :1],
-            "z_garment": z[:, 1:2],
-            "z_video": z[:, 2 : 2 + frames],
-            "ids": np.ones((2, 16), np.int32),
-            "mask": np.ones((2, 16), bool),
-        }
-        if before is not None:
-            batch["z_before"] = before[:, :frames]
-        state = TrainState(jnp.zeros((), jnp.int32), params, None, {})
-        return float(stage.evaluate(state, {}, batch, jax.random.key(3))["loss"])
+        more = {} if before is None else {"z_before": before[:, :frames]}
+        return losses(settings("train.text=true", *overrides), frames, **more)
 
-    other, same = z[:, 8:14], z[:, 2:8]
     assert loss(3, other, "changes.clips=1") == loss(3, None)
     assert loss(6, other) == loss(6, None)
     found = {loss(6, None), loss(6, other, "changes.clips=1"), loss(6, same, "changes.clips=1")}

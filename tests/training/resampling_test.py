@@ -7,18 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chameleon_jax.config import ConfigError, load_config
+from chameleon_jax.config import ConfigError
 from chameleon_jax.diffusion import flow
 from chameleon_jax.training.settings import check_settings
 from chameleon_jax.training.stages import teacher_forcing
+from tests.training.by_hand import settings
 
 OWN = 7.0  # what the network below takes every clip for
-
-
-def settings(*overrides: str):
-    small = ["video.height=16", "video.width=16", "train.preview_every=0", "train.text=false"]
-    given = ["workdir=x", "data.dir=y", "weights.vae=unread", "weights.text=unread"]
-    return load_config("configs/teacher_forcing.py:smoke", [*given, *small, *overrides])
 
 
 class Predicts:
