@@ -7,6 +7,10 @@
     python -m launch.train --config configs/judge.py:runway_tiny --config.data.dir=data/judge \
         --config.workdir=runs/judge
     python -m launch.evaluate --bench judge --judge runs/judge/export
+
+`runway_open` is for the open world (`--world open` in each of these commands). There people wear
+several garments that a picture may be about, so the judge is told where the one in question is
+worn.
 """
 
 from __future__ import annotations
@@ -15,18 +19,21 @@ from ml_collections import ConfigDict
 
 from configs import common, training
 
-VARIANTS = ("runway_tiny", "smoke")
+VARIANTS = ("runway_tiny", "runway_open", "smoke")
 
 
 def get_config(variant: str = "runway_tiny") -> ConfigDict:
     """One of `VARIANTS`."""
-    return common.choose(variant, runway_tiny, smoke)
+    return common.choose(variant, runway_tiny, runway_open, smoke)
 
 
 def runway_tiny() -> ConfigDict:
     """128x80, as the embedded model makes them."""
     config = training.small(training.paper("judge"))
-    config.model.judge = {"widths": (32, 64, 96, 128)}
+    config.model.judge = {
+        "widths": (32, 64, 96, 128),
+        "slots": 0,  # where the garment in question is worn, as labels.SLOTS; 0: always the same
+    }
     config.video.frames = 5  # of the clips; one of them is drawn each time
     config.train.update(steps=4000, eval_every=500, preview_every=500)
     config.data.batch = 16
@@ -62,6 +69,15 @@ def runway_tiny() -> ConfigDict:
     }
     config.ema.decay = 0.998
     config.preview.update(samples=8)
+    return config
+
+
+def runway_open() -> ConfigDict:
+    """The same for the open world."""
+    config = runway_tiny()
+    config.name = "runway_open"
+    config.model.judge.slots = 4
+    config.people.count = 1500
     return config
 
 

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 FLAGS = ("judge", "world", "scenarios", "kind", "vae")  # of these benchmarks alone
 OUT, WORLD, SCENARIOS = "out/runway_bench", "mirror", 128
 MOST = 2666  # as `scenarios.MOST`; what draws them is not imported to read a command line
-JUDGE = "chameleon_jax/assets/runway_judge"
+# Of each world, at 128x80.
+JUDGES = {
+    "mirror": "chameleon_jax/assets/runway_judge",
+    "open": "chameleon_jax/assets/runway_judge_open",
+}
 TRUTH, UNCHANGED = "truth", "unchanged"
 OF_VAE = "_vae"  # behind the name of a model: the column of its VAE
 SHEET_EVERY = 6  # frames from one on a contact sheet to the next
@@ -64,7 +68,8 @@ def define_flags(parser: cli.Parser) -> None:
     """The flags of these benchmarks alone."""
     parser.flag(
         "judge",
-        f"runway, judge: folder of the judge's weights; default of runway {JUDGE}",
+        "runway, judge: folder of the judge's weights; default of runway the one of the world, in"
+        f" {' or '.join(JUDGES.values())}",
         metavar="DIR",
     )
     parser.flag(
@@ -100,20 +105,30 @@ def run(values: cli.Values, default_config: str) -> int:
     Raises:
       UserError: an input cannot be used.
     """
-    if values.judge is None:
-        if values.bench == "judge":
-            raise UsageError(
-                "--bench judge needs --judge, the folder of the weights that are measured; what is"
-                " found is written there"
-            )
-        values.judge = JUDGE
+    if values.judge is None and values.bench == "judge":
+        raise UsageError(
+            "--bench judge needs --judge, the folder of the weights that are measured; what is"
+            " found is written there"
+        )
     need("numba", "runway")
     values.out = values.out or OUT
     values.world = values.world or WORLD
+    values.judge = values.judge or judge_of(values.world)
     values.scenarios = values.scenarios or SCENARIOS
     places.check_writable(Path(values.out) / "table.md")
     cli.start_jax(values)
     return check_judge(values) if values.bench == "judge" else run_bench(values, default_config)
+
+
+def judge_of(world: str) -> str:
+    """The folder of the judge of a world.
+
+    Raises:
+      UsageError: there is none.
+    """
+    if world not in JUDGES:
+        raise UsageError(f"--world is {world!r}; expected one of {', '.join(JUDGES)}")
+    return JUDGES[world]
 
 
 def check_judge(values: cli.Values) -> int:
@@ -254,7 +269,7 @@ def run_bench(values: cli.Values, default_config: str) -> int:
             missing = [name for name, path in results.items() if not path.is_file()]
             if missing:
                 truth = scenarios.render(scenario)
-                person = judge(truth.reference[None])
+                person = judge(truth.reference[None], scenario.spec.slot)
             for name in missing:
                 if name == TRUTH:
                     video, starts = truth.video, scenario.starts
@@ -264,7 +279,7 @@ def run_bench(values: cli.Values, default_config: str) -> int:
                     through_vae, stream = streams()
                     make = stream if name == values.name else through_vae
                     video, starts = make(scenario, truth)
-                made = runway_bench.Made(video, judge(video), starts)
+                made = runway_bench.Made(video, judge(video, scenario.spec.slot), starts)
                 figures = runway_bench.measure(scenario, truth, made, person, judge.card)
                 save_sheet(results[name].with_suffix(".png"), truth, video)
                 files.write_json(results[name], {"starts": list(starts), "figures": figures})

@@ -37,33 +37,36 @@ MOVING = KINDS[:3]  # those with an entry for each frame
 # Of garments, by the names that the renderer has for them (a test holds both together; importing
 # the renderer needs numba, reading a set does not). A plain one with a print, or in two halves,
 # counts as a pattern of its own.
-TYPES = (
-    "tshirt",
-    "long_sleeve",
-    "tank",
-    "shirt",
-    "sweater",
-    "hoodie",
-    "polo",
-    "turtleneck",
-    "blouse",
-    "sundress",
-    "tshirt_dress",
-    "long_dress",
-    "shirt_dress",
-    "jacket",
-    "cardigan",
-    "jeans",
-    "trousers",
-    "shorts",
-    "joggers",
-    "wide_trousers",
-    "leggings",
-    "midi_skirt",
-    "mini_skirt",
-    "pleated_skirt",
-    "maxi_skirt",
-)
+TYPES_OF = {  # by slot, where it is worn
+    "top": (
+        "tshirt",
+        "long_sleeve",
+        "tank",
+        "shirt",
+        "sweater",
+        "hoodie",
+        "polo",
+        "turtleneck",
+        "blouse",
+    ),
+    "dress": ("sundress", "tshirt_dress", "long_dress", "shirt_dress"),
+    "outer": ("jacket", "cardigan"),
+    "bottom": (
+        "jeans",
+        "trousers",
+        "shorts",
+        "joggers",
+        "wide_trousers",
+        "leggings",
+        "midi_skirt",
+        "mini_skirt",
+        "pleated_skirt",
+        "maxi_skirt",
+    ),
+}
+SLOTS = tuple(TYPES_OF)
+TYPES = tuple(name for names in TYPES_OF.values() for name in names)
+SLOT_OF = np.repeat(range(len(SLOTS)), [len(names) for names in TYPES_OF.values()])  # of each type
 PATTERNS = (
     "plain",
     "horizontal stripes",

@@ -1,7 +1,7 @@
 """The judge at work: what a clip shows, and how far that can be believed.
 
     judge = load_judge("runs/judge/export")
-    seen = judge(video)                   # uint8 [t, h, w, 3]
+    seen = judge(video, "top")            # uint8 [t, h, w, 3], and where the garment is worn
     card = judge.card                     # how often it was right on held-out renders
 
 The network is `chameleon_jax/models/judge.py`; `check` measures it on a set with labels, and what
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from chameleon_jax import files, places
 from chameleon_jax.data.images import to_model
-from chameleon_jax.data.labels import NAMES, PATTERNS, TYPES
+from chameleon_jax.data.labels import NAMES, PATTERNS, SLOT_OF, SLOTS, TYPES
 from chameleon_jax.errors import UserError
 from chameleon_jax.models import build
 from chameleon_jax.models.judge import Judge
@@ -76,8 +77,8 @@ class Trained:
         self.card = dict(card)
         graph, self._params = nnx.split(network)
 
-        def read(params: Any, frames: jax.Array) -> Any:
-            seen = nnx.merge(graph, params)(to_model(frames))
+        def read(params: Any, frames: jax.Array, slot: jax.Array) -> Any:
+            seen = nnx.merge(graph, params)(to_model(frames), jnp.full(len(frames), slot))
             return (
                 seen.labels.argmax(-1),
                 seen.joints,
@@ -88,13 +89,22 @@ class Trained:
 
         self._read = jax.jit(read)
 
-    def __call__(self, video: np.ndarray) -> Readings:
-        """Read a clip, uint8 [t, h, w, 3]."""
-        parts = []
+    def __call__(self, video: np.ndarray, slot: str) -> Readings:
+        """Read a clip.
+
+        Args:
+          video: uint8 [t, h, w, 3].
+          slot: of the garment that is asked about, one of `labels.SLOTS`. A judge of a world with
+            one slot does not look at it.
+
+        Raises:
+          ValueError: there is no such slot.
+        """
+        number, parts = np.int32(SLOTS.index(slot)), []
         for first in range(0, len(video), FRAMES):
             some = video[first : first + FRAMES]
             filled = np.concatenate([some, np.repeat(some[-1:], FRAMES - len(some), 0)])
-            found = jax.device_get(self._read(self._params, filled))
+            found = jax.device_get(self._read(self._params, filled, number))
             parts.append([value[: len(some)] for value in found])
         labels, joints, types, patterns, person = (
             np.concatenate(values) for values in zip(*parts, strict=True)
@@ -173,7 +183,8 @@ def check(
     seen, known, labels, joints = [], [], [], []
     for index in range(len(source)):
         record = source.load(index, 1, size)
-        seen.append(judge(record["video"]))
+        slot = SLOTS[SLOT_OF[int(record["attributes"][1])]]
+        seen.append(judge(record["video"], slot))
         known.append(record["attributes"])
         labels.append(record["labels"][0])
         joints.append(record["joints"][0].astype(np.float64))

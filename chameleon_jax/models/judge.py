@@ -11,6 +11,10 @@ The network sees 2 x 2 pixels as one, goes down to a sixteenth, and comes up aga
 described by the mean and the spread of features over the pixels that the network itself takes for
 garment, the person by those over the head, so that neither depends on what is around.
 
+Where people wear several garments, "the garment" is the one in a slot (top, bottom, ...), and the
+others are other clothes. Such a network is told the slot: a vector for each is added to the
+features of every level.
+
 Axes: b frames, h w pixels (or places of a feature map), c channels, j joints.
 """
 
@@ -49,10 +53,13 @@ class JudgeConfig:
     types: int = 25
     patterns: int = 15
     embedding: int = 32
+    slots: int = 0  # that are told apart; 0: there is only one
 
     def __post_init__(self):
         to_tuples(self, "widths")
         check_sizes(self, "widths", "labels", "joints", "types", "patterns", "embedding")
+        if self.slots < 0:
+            raise ValueError(f"slots is {self.slots}; expected 0 or more")
         if len(self.widths) < 3:
             raise ValueError(f"widths are {self.widths}; expected at least 3")
         if self.labels <= HEAD:
@@ -133,6 +140,9 @@ class Judge(nnx.Module):
         self.stages = nnx.List(
             [Stage(a, b, **kw) for a, b in zip((3, *widths[:-1]), widths, strict=True)]
         )
+        self.slots = nnx.List(
+            [nnx.Embed(config.slots, width, **kw) for width in widths if config.slots]
+        )
         self.merges = nnx.List(
             [Merge(b, a, **kw) for a, b in zip(widths[-2::-1], widths[:0:-1], strict=True)]
         )
@@ -143,19 +153,22 @@ class Judge(nnx.Module):
         self.pattern = Readout(seen, config.patterns, **kw)
         self.person = Readout(seen + 3, config.embedding, **kw)
 
-    def __call__(self, frames_bhwc: jax.Array) -> Seen:
+    def __call__(self, frames_bhwc: jax.Array, slot_b: jax.Array | None = None) -> Seen:
         """Args:
           frames_bhwc: pixels in [-1, 1]; height and width are multiples of `config.factor`.
+          slot_b: number of the slot that is asked for, from 0; not read if there is only one.
 
         Raises:
-          ValueError: they are not.
+          ValueError: they are not; or there are slots, and none is asked for.
         """
+        if self.config.slots and slot_b is None:
+            raise ValueError(f"no slot is asked for; expected one of {self.config.slots} a frame")
         _, height, width, _ = frames_bhwc.shape
         if height % self.config.factor or width % self.config.factor:
             raise ValueError(
                 f"frames are {height}x{width}; expected multiples of {self.config.factor}"
             )
-        x, quarter = self._features(frames_bhwc)
+        x, quarter = self._features(frames_bhwc, slot_b)
         labels = self.labels(x)
         shares = jax.nn.softmax(labels.astype(jnp.float32))
         garment = [
@@ -175,11 +188,13 @@ class Judge(nnx.Module):
             person=person / jnp.sqrt(jnp.square(person).sum(-1, keepdims=True) + 1e-8),
         )
 
-    def _features(self, x_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _features(self, x_bhwc: jax.Array, slot_b: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Features at a half and at a quarter of the frame's grid."""
         levels = []
-        for stage in self.stages:
+        for level, stage in enumerate(self.stages):
             x_bhwc = stage(x_bhwc)
+            if self.config.slots:
+                x_bhwc += self.slots[level](slot_b)[:, None, None]
             levels.append(x_bhwc)
         *finer, x = levels
         merged = []

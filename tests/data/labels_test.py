@@ -74,7 +74,9 @@ def test_labels_are_those_of_the_frames_that_are_loaded(folder):
 
 
 def test_attributes_say_what_is_worn_by_whom(tmp_path):
-    assert set(labels.TYPES) == set(garments.TYPES)
+    for number, name in enumerate(labels.TYPES):
+        assert labels.SLOTS[labels.SLOT_OF[number]] == garments.TYPES[name].slot
+    assert set(labels.TYPES) == set(garments.TYPES) and set(labels.SLOTS) == set(garments.SLOTS)
     assert labels.PATTERNS[: len(patterns.NAMES)] == patterns.NAMES
     make = RunwayExamples(size=(32, 32), frames=1, labels=True, people=2)
     records.prepare_runway(tmp_path, 8, make, seed_start=40, workers=0)

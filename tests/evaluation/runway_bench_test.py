@@ -174,15 +174,16 @@ def test_the_prompt_is_followed_by_the_truth_and_not_by_its_mirror_image():
 
 def test_the_judge_of_the_project_reads_the_truth(two):
     scenario, truth = two
-    ours = judge.load_judge(evaluate_runway.JUDGE)
+    ours = judge.load_judge(evaluate_runway.judge_of("mirror"))
     assert ours.card["world"] == scenario.spec.world == "mirror"
-    seen = ours(truth.video[16:20])  # the garment changes in the middle
+    slot = scenario.spec.slot
+    seen = ours(truth.video[16:20], slot)  # the garment changes in the middle
     for part in (labels.BACKGROUND, labels.GARMENT, labels.HEAD):
         mine, true = seen.labels == part, truth.labels[16:20] == part
         assert (mine & true).sum() > 0.8 * (mine | true).sum()  # half the grid, see judge.json
     for frames, worn in ((slice(0, 2), 0), (slice(2, 4), 1)):
         assert seen.patterns[frames].mean(0).argmax() == int(truth.attributes[worn][2])
-    reference = ours(truth.reference[None])
+    reference = ours(truth.reference[None], slot)
     figures = runway_bench.person_figures(
         runway_bench.Made(truth.video[16:20], seen, (0,)), reference, ours.card["same_person"]
     )
@@ -191,9 +192,15 @@ def test_the_judge_of_the_project_reads_the_truth(two):
 
 def test_a_judge_of_another_world_is_refused(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
-        evaluate.main(["--world=open", f"--out={tmp_path}"])
+        evaluate.main(
+            ["--world=open", f"--judge={evaluate_runway.judge_of('mirror')}", f"--out={tmp_path}"]
+        )
     assert ended.value.code == 2
     assert "was measured on the world mirror, not open" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["--world=moon", f"--out={tmp_path}"])
+    assert ended.value.code == 2
+    assert "--world is 'moon'; expected one of mirror, open" in capfd.readouterr().err
 
 
 def test_intervals_hold_the_mean_and_shrink():
@@ -222,17 +229,23 @@ def test_where_one_person_ends_and_another_begins():
 
 
 @pytest.mark.slow
-def test_a_judge_is_trained_checked_and_used(tmp_path):
+@pytest.mark.parametrize(("world", "slots"), [("mirror", 0), ("open", 4)])
+def test_a_judge_is_trained_checked_and_used(tmp_path, world, slots):
     from chameleon_jax.config import load_config
     from chameleon_jax.training.run import run
 
-    make = RunwayExamples((32, 32), frames=2, world="mirror", labels=True, people=2)
+    make = RunwayExamples((32, 32), frames=2, world=world, labels=True, people=2)
     for start in (0, 800_000):
         records.prepare_runway(tmp_path / "data", 8, make, seed_start=start, workers=0)
     run(
         load_config(
             "configs/judge.py:smoke",
-            [f"data.dir={tmp_path / 'data'}", f"workdir={tmp_path / 'run'}", "people.each=2"],
+            [
+                f"data.dir={tmp_path / 'data'}",
+                f"workdir={tmp_path / 'run'}",
+                "people.each=2",
+                f"model.judge.slots={slots}",
+            ],
         )
     )
     folder = tmp_path / "run" / "export"
@@ -246,7 +259,9 @@ def test_a_judge_is_trained_checked_and_used(tmp_path):
     assert card == json.loads((folder / "judge.json").read_text()) and card["frames"] == 8
     trained = judge.load_judge(folder)
     assert trained.card == card
-    seen = trained(source.load(0, 2, (32, 32))["video"])
+    record = source.load(0, 2, (32, 32))
+    seen, elsewhere = (trained(record["video"], slot) for slot in ("top", "bottom"))
+    assert (seen.types == elsewhere.types).all() == (not slots)
     assert seen.labels.shape == (2, 32, 32) and seen.joints.shape == (2, 36, 2)
     np.testing.assert_allclose(np.linalg.norm(seen.person, axis=-1), 1, rtol=1e-3)
 

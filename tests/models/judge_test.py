@@ -30,6 +30,19 @@ def test_sizes_that_cannot_be_are_refused():
         JudgeConfig(widths=(8, 8))
     with pytest.raises(ValueError, match="labels is 2; expected more than 2"):
         JudgeConfig(labels=2)
+    with pytest.raises(ValueError, match="slots is -1; expected 0 or more"):
+        JudgeConfig(slots=-1)
+
+
+def test_another_slot_is_another_garment_and_the_others_in_a_batch_stay():
+    network = Judge(JudgeConfig(widths=(8, 8, 16), slots=4), rngs=nnx.Rngs(0))
+    frames = jax.random.uniform(jax.random.key(0), (2, 32, 24, 3))
+    one, other = (network(frames, jnp.array([1, slot])) for slot in (1, 3))
+    for before, after in zip(one, other, strict=True):
+        np.testing.assert_allclose(before[0], after[0], atol=1e-6)
+        assert np.abs(before[1] - after[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="no slot is asked for; expected one of 4 a frame"):
+        network(frames)
 
 
 def test_a_region_is_described_by_what_is_in_it():

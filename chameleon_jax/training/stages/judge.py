@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from chameleon_jax.config import ConfigError
 from chameleon_jax.data.images import to_model
-from chameleon_jax.data.labels import KINDS, NAMES, PATTERNS, TYPES
+from chameleon_jax.data.labels import KINDS, NAMES, PATTERNS, SLOT_OF, SLOTS, TYPES
 from chameleon_jax.data.loader import LoaderConfig
 from chameleon_jax.data.sheets import contact_sheet
 from chameleon_jax.data.sources import Source
@@ -74,6 +74,7 @@ def make_stage(config: ConfigDict) -> Stage:
         raise ConfigError(f"data.labels lacks {', '.join(missing)}; the judge learns from them")
     sizes = config.model.judge
     wanted = {"labels": len(NAMES), "types": len(TYPES), "patterns": len(PATTERNS)}
+    wanted |= {"slots": len(SLOTS)} if sizes.get("slots") else {}
     other = {name: count for name, count in wanted.items() if sizes.get(name, count) != count}
     if other:
         raise ConfigError(f"model.judge: {other} are the numbers of labels, and no choice")
@@ -87,7 +88,7 @@ def make_stage(config: ConfigDict) -> Stage:
     ) -> tuple[jax.Array, Metrics]:
         del frozen
         frames = spoiled(to_model(batch["video"][:, 0]), key, config.loss.spoiled)
-        seen = network.bind(params["judge"])(frames)
+        seen = network.bind(params["judge"])(frames, slots_of(batch))
         logits = people.bind(params[PEOPLE])(seen.person)
         number = ((batch["attributes"][:, 0] - config.people.first) // config.people.each).astype(
             jnp.int32
@@ -96,7 +97,7 @@ def make_stage(config: ConfigDict) -> Stage:
 
     @jax.jit
     def read(params: ParamTree, batch: Batch) -> jax.Array:
-        seen = network.bind(params["judge"])(to_model(batch["video"][:, 0]))
+        seen = network.bind(params["judge"])(to_model(batch["video"][:, 0]), slots_of(batch))
         return seen.labels.argmax(-1)
 
     def preview(params: ParamTree, frozen: ParamTree, batch: Batch, key: jax.Array) -> Shown:
@@ -120,6 +121,11 @@ def make_stage(config: ConfigDict) -> Stage:
         whole=whole,
         weights={"judge": weights_file(config.init_from, "judge")} if config.init_from else {},
     )
+
+
+def slots_of(batch: Batch) -> jax.Array:
+    """Where the garments of a batch are worn, [b]: numbers of `labels.SLOTS`."""
+    return jnp.asarray(SLOT_OF)[batch["attributes"][:, 1].astype(jnp.int32)]
 
 
 def spoiled(x_bhwc: jax.Array, key: jax.Array, share: float) -> jax.Array:
