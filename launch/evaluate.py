@@ -17,8 +17,8 @@ Runway-Bench streams fixed scenarios of the synthetic world (one garment, two an
 streams, a change of the prompt) with any model that `launch.sample` can stream, and compares each
 with the exact truth. Beside the model it measures the truth itself, and the truth in the garment of
 the start all the time: a figure of a change that does not tell these two apart is left out of the
-table. What a frame shows is read by a judge, a small network; one for the mirror's world is part of
-the project. Needs the extra `runway`.
+table. What a frame shows is read by a judge, a small network; one for each world (`--world mirror`
+or `open`) is part of the project. Needs the extra `runway`.
 
 `attention` says how much of the attention of a new chunk goes to the person's picture, the garment,
 the history and the chunk itself, before and after a change (the right of the paper's Figure 4).

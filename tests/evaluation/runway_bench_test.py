@@ -190,6 +190,25 @@ def test_the_judge_of_the_project_reads_the_truth(two):
     assert figures["person_same"] == 1
 
 
+def test_the_judge_of_the_open_world_reads_what_is_asked_for():
+    """Of two garments that are worn, each in turn is the one in question."""
+    ours = judge.load_judge(evaluate_runway.judge_of("open"))
+    assert ours.card["world"] == "open"
+    found = scenarios.scenarios("open", 12, ["two"])
+    found = next(one for one in found if {"top", "bottom"} == one.spec.outfit.keys())
+    spec = dataclasses.replace(found.spec, frames=4)
+    truth = scenarios.render(dataclasses.replace(found, spec=spec, starts=(0, 2, 3)))
+    parts = labels.GARMENT, labels.CLOTHES
+    slots = (spec.slot, *(spec.outfit.keys() - {spec.slot}))
+    for slot, part in zip(slots, parts, strict=True):
+        seen = ours(truth.video, slot)
+        for other in parts:
+            mine, true = seen.labels == labels.GARMENT, truth.labels == other
+            overlap = (mine & true).sum() / (mine | true).sum()
+            assert overlap > 0.6 if other == part else overlap < 0.1, (slot, other, overlap)
+        assert labels.SLOTS[labels.SLOT_OF[seen.types.mean(0).argmax()]] == slot
+
+
 def test_a_judge_of_another_world_is_refused(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         evaluate.main(
