@@ -77,7 +77,7 @@ def runway_open() -> ConfigDict:
     config = runway_tiny()
     config.name = "runway_open"
     config.model.judge.slots = 4
-    config.people.count = 1500
+    config.train.steps = 7000
     return config
 
 

@@ -39,7 +39,7 @@ SEEDS, PEOPLE = range(840_000, 840_400), 4
 
 
 class JudgeError(UserError):
-    """There is no judge there, or it was never checked."""
+    """There is no judge there, or it was never checked; or it was asked for what there is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,10 @@ class Trained:
             one slot does not look at it.
 
         Raises:
-          ValueError: there is no such slot.
+          JudgeError: there is no such slot.
         """
+        if slot not in SLOTS:
+            raise JudgeError(f"slot is {slot!r}; expected one of {', '.join(SLOTS)}")
         number, parts = np.int32(SLOTS.index(slot)), []
         for first in range(0, len(video), FRAMES):
             some = video[first : first + FRAMES]

@@ -199,6 +199,8 @@ def test_the_judge_of_the_open_world_reads_what_is_asked_for():
     spec = dataclasses.replace(found.spec, frames=4)
     truth = scenarios.render(dataclasses.replace(found, spec=spec, starts=(0, 2, 3)))
     parts = labels.GARMENT, labels.CLOTHES
+    with pytest.raises(judge.JudgeError, match="slot is 'hat'; expected one of top, dress, outer"):
+        ours(truth.video, "hat")
     slots = (spec.slot, *(spec.outfit.keys() - {spec.slot}))
     for slot, part in zip(slots, parts, strict=True):
         seen = ours(truth.video, slot)
