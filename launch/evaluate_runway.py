@@ -246,8 +246,8 @@ def run_bench(values: cli.Values, default_config: str) -> int:
     known = judge.card.get("world", "")  # cards of one's own may be older than this entry
     if known not in ("", values.world):
         raise UsageError(
-            f"--judge {values.judge}: was measured on the world {known}, not {values.world}; train"
-            " one for it, see configs/judge.py"
+            f"--judge {values.judge}: was measured on the world {known}, not {values.world}; leave"
+            " --judge out for the project's own, or train one, see configs/judge.py"
         )
     try:
         chosen = scenarios.scenarios(values.world, values.scenarios, values.kind or None)

@@ -74,7 +74,7 @@ class Trained:
     """
 
     def __init__(self, network: Judge, card: Mapping[str, Any]):
-        self.card = dict(card)
+        self.card, self.slots = dict(card), network.config.slots
         graph, self._params = nnx.split(network)
 
         def read(params: Any, frames: jax.Array, slot: jax.Array) -> Any:
@@ -178,7 +178,8 @@ def check(
       of two are taken for one.
 
     Raises:
-      JudgeError: no judge there, or too few people to compare.
+      JudgeError: no judge there, or too few people to compare; or the garments are worn in several
+        slots, and the judge cannot be told which.
     """
     folder = places.find(folder)
     judge = Trained(_network(folder), {})
@@ -191,6 +192,12 @@ def check(
         labels.append(record["labels"][0])
         joints.append(record["joints"][0].astype(np.float64))
     attributes, joints, labels = np.stack(known), np.stack(joints), np.stack(labels)
+    worn = np.unique(SLOT_OF[attributes[:, 1].astype(int)])
+    if len(worn) > 1 and not judge.slots:
+        raise JudgeError(
+            f"{folder}: a judge with slots=0, and garments of {', '.join(SLOTS[i] for i in worn)};"
+            " it cannot know which is meant: train one with configs/judge.py:runway_open"
+        )
     found = np.concatenate([one.labels for one in seen])
     overlap = []
     for number in range(len(NAMES)):

@@ -12,6 +12,7 @@ import pytest
 from chameleon_jax import runway
 from chameleon_jax.data import labels, records, sources
 from chameleon_jax.data.examples import RunwayExamples
+from chameleon_jax.data.rendered import RenderedSource
 from chameleon_jax.evaluation import judge, runway_bench, scenarios
 from chameleon_jax.runway import asset
 from chameleon_jax.splits import split_of
@@ -283,6 +284,13 @@ def test_a_judge_is_trained_checked_and_used(tmp_path, world, slots):
     record = source.load(0, 2, (32, 32))
     seen, elsewhere = (trained(record["video"], slot) for slot in ("top", "bottom"))
     assert (seen.types == elsewhere.types).all() == (not slots)
+    if not slots:
+        several = RenderedSource(
+            range(8), (32, 32), world="open", people=2, labels=("labels", "joints", "attributes")
+        )
+        with pytest.raises(judge.JudgeError, match="a judge with slots=0, and garments of top, "):
+            judge.check(folder, several, (32, 32))
+        assert json.loads((folder / "judge.json").read_text()) == card
     assert seen.labels.shape == (2, 32, 32) and seen.joints.shape == (2, 36, 2)
     np.testing.assert_allclose(np.linalg.norm(seen.person, axis=-1), 1, rtol=1e-3)
 
